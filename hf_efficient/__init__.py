@@ -1,0 +1,71 @@
+"""Efficient attention, pruning and distillation for Hugging Face Transformers.
+
+    from hf_efficient import AttentionConfig, convert_attention
+    model = convert_attention(model, AttentionConfig(kind="local", window=128, global_tokens=1))
+
+Importing the package makes `AutoModel.from_pretrained` load efficient checkpoints. Nothing heavy is imported before it
+is used: each public name is fetched from its module on first access.
+"""
+
+from importlib import import_module
+
+from ._auto import register_when_needed
+from .errors import CheckpointError, ConfigError, DataError, HfEfficientError, UnsupportedModelError
+from .version import __version__
+
+_LAZY = {
+    "AttentionConfig": "attention.config",
+    "convert_attention": "attention.convert",
+    "efficient_config": "attention.convert",
+    "extend_positions": "attention.positions",
+    "PruningConfig": "pruning.config",
+    "prune": "pruning.prune",
+    "PruningCallback": "pruning.callback",
+    "DistillationArguments": "distillation.arguments",
+    "DistillationTrainer": "distillation.trainer",
+    "build_student": "distillation.student",
+    "Recipe": "recipe",
+    "compress": "pipeline",
+    "measure": "measure",
+    "Report": "reporting.schema",
+    "load_report": "reporting.schema",
+}
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "HfEfficientError",
+    "PruningCallback",
+    "PruningConfig",
+    "Recipe",
+    "Report",
+    "UnsupportedModelError",
+    "__version__",
+    "build_student",
+    "compress",
+    "convert_attention",
+    "efficient_config",
+    "extend_positions",
+    "load_report",
+    "measure",
+    "prune",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_when_needed()

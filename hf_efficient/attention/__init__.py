@@ -1,0 +1,1 @@
+"""Efficient attention: `convert_attention` gives a model cheaper attention with the same weights."""

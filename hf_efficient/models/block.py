@@ -1,0 +1,179 @@
+"""The `efficient` block of config.json: what an efficient model is beside its stock config.
+
+    "efficient": {
+      "version": 1,
+      "stacks": {"encoder": {"attention": [{"kind": "local", "window": 64}, {"kind": "full"}],
+                             "heads": [9, 7], "neurons": [1024, 512]}},
+      "kept_layers": {"encoder": [0, 2]}
+    }
+
+Only what the stock fields cannot say is in it: an absent list means "as in the stock config". `heads` counts query
+heads, `kv_heads` key/value heads, `cross_heads` the heads of cross attention, `neurons` the FFN width, one number for
+each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. All of it is checked when
+read, and bounded by the stock sizes, before any memory is allocated.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..attention.config import AttentionConfig
+from ..errors import ConfigError, unknown_name
+from ..families import Family, Stack
+
+VERSION = 1
+SIZES = ("heads", "kv_heads", "cross_heads", "neurons")
+
+# The largest stock sizes that are accepted when an efficient config is read: far above any real model, and small
+# enough that a hostile config.json cannot ask for terabytes.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 18
+MAX_NEURONS = 1 << 20
+MAX_HEADS = 4096
+MAX_ROWS = 1 << 24
+
+
+@dataclass(frozen=True)
+class StackBlock:
+    """One stack: an attention for each layer (empty: all full) and the sizes that differ from the stock config."""
+
+    attention: tuple[AttentionConfig, ...] = ()
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def is_converted(self) -> bool:
+        return any(config.kind != "full" for config in self.attention)
+
+
+@dataclass(frozen=True)
+class EfficientBlock:
+    """The parsed block. `EfficientBlock.from_dict(config.efficient)` reads it, `to_dict()` writes it."""
+
+    stacks: dict[str, StackBlock] = field(default_factory=dict)
+    kept_layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def is_trivial(self) -> bool:
+        """True if the stock class says it all: no converted attention, no size of its own."""
+        return not any(stack.sizes or stack.is_converted() for stack in self.stacks.values())
+
+    def is_converted(self) -> bool:
+        return any(stack.is_converted() for stack in self.stacks.values())
+
+    def stack(self, name: str) -> StackBlock:
+        return self.stacks.get(name, StackBlock())
+
+    def to_dict(self) -> dict[str, Any]:
+        stacks = {}
+        for name, stack in self.stacks.items():
+            attention = {"attention": [c.to_dict() for c in stack.attention]} if stack.is_converted() else {}
+            entry = attention | {size: list(values) for size, values in stack.sizes.items()}
+            if entry:
+                stacks[name] = entry
+        block: dict[str, Any] = {"version": VERSION, "stacks": stacks}
+        if self.kept_layers:
+            block["kept_layers"] = {name: list(layers) for name, layers in self.kept_layers.items()}
+        return block
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "EfficientBlock":
+        """Parse without knowing the model; `check_block` then compares with the stock sizes."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"The `efficient` entry of config.json must be a mapping, got {type(data).__name__}.")
+        version = data.get("version", VERSION)
+        if version != VERSION:
+            raise ConfigError(
+                f"The `efficient` entry of config.json has version {version!r}, this hf_efficient reads version "
+                f'{VERSION}. Upgrade it: pip install -U "hf-efficient".'
+            )
+        _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
+        stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
+        kept = {
+            name: _integers(f"kept_layers.{name}", layers, low=0)
+            for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
+        }
+        return cls(stacks=stacks, kept_layers=kept)
+
+
+def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family) -> None:
+    """Compare the block with the stock config it belongs to.
+
+    Raises:
+        ConfigError: a stack the family does not have, a list whose length is not the number of layers, a size that is
+            larger than the stock size, heads that do not fit their key/value heads, an absurd stock size.
+    """
+    _check_stock_sizes(config, family)
+    stacks = {stack.name: stack for stack in family.stacks}
+    for name, entry in block.stacks.items():
+        if name not in stacks:
+            raise unknown_name(f"stack of a {family.model_type} model", name, stacks)
+        stack = stacks[name]
+        layers = getattr(config, stack.num_layers)
+        lists: dict[str, tuple] = {"attention": entry.attention, **entry.sizes}
+        for key, values in lists.items():
+            if values and len(values) != layers:
+                raise ConfigError(f"efficient.stacks.{name}.{key} has {len(values)} entries for {layers} layers.")
+        _check_sizes(name, entry, stack, config, family)
+
+
+def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig, family: Family) -> None:
+    limits = {
+        "heads": family.num_heads(config),
+        "kv_heads": family.num_kv_heads(config),
+        "cross_heads": family.num_heads(config) if stack.cross_attention else 0,
+        "neurons": getattr(config, family.neurons),
+    }
+    for size, values in entry.sizes.items():
+        for layer, value in enumerate(values):
+            if not 1 <= value <= limits[size]:
+                raise ConfigError(
+                    f"efficient.stacks.{name}.{size}[{layer}] is {value}; allowed: 1 to {limits[size]}, "
+                    "the stock size of this model."
+                )
+    group = family.group_size(config)
+    if "heads" in entry.sizes and group > 1:
+        expected = tuple(heads // group for heads in entry.sizes["heads"])
+        exact = all(heads % group == 0 for heads in entry.sizes["heads"])
+        if not exact or entry.sizes.get("kv_heads") != expected:
+            raise ConfigError(
+                f"efficient.stacks.{name}: heads {entry.sizes['heads']} need kv_heads {expected}: this model has "
+                f"{group} query heads for each key/value head, and whole groups are kept."
+            )
+
+
+def _check_stock_sizes(config: PreTrainedConfig, family: Family) -> None:
+    limits = {stack.num_layers: MAX_LAYERS for stack in family.stacks}
+    limits |= {family.hidden: MAX_WIDTH, family.heads: MAX_HEADS, family.neurons: MAX_NEURONS}
+    limits |= {"vocab_size": MAX_ROWS, "max_position_embeddings": MAX_ROWS, "type_vocab_size": MAX_ROWS}
+    for name, limit in limits.items():
+        value = getattr(config, name, None)
+        if value is not None and not 0 < value <= limit:
+            raise ConfigError(f"config.json has {name}={value}; hf_efficient accepts 1 to {limit}.")
+
+
+def _read_stack(name: str, data: Any) -> StackBlock:
+    entry = _mapping(f"stacks.{name}", data)
+    _known_keys(f"key of efficient.stacks.{name}", entry, ("attention", *SIZES))
+    attention = entry.get("attention", [])
+    if not isinstance(attention, list | tuple) or len(attention) > MAX_LAYERS:
+        raise ConfigError(f"efficient.stacks.{name}.attention must be a list with one entry for each layer.")
+    sizes = {size: _integers(f"stacks.{name}.{size}", entry[size], low=1) for size in SIZES if size in entry}
+    return StackBlock(attention=tuple(AttentionConfig.from_dict(item) for item in attention), sizes=sizes)
+
+
+def _mapping(where: str, data: Any) -> dict:
+    if not isinstance(data, dict):
+        raise ConfigError(f"efficient.{where} must be a mapping, got {type(data).__name__}.")
+    return data
+
+
+def _integers(where: str, data: Any, low: int) -> tuple[int, ...]:
+    is_list = isinstance(data, list | tuple) and len(data) <= MAX_LAYERS
+    if not is_list or not all(type(x) is int and low <= x <= MAX_NEURONS for x in data):
+        raise ConfigError(f"efficient.{where} must be a list of integers from {low} to {MAX_NEURONS}.")
+    return tuple(data)
+
+
+def _known_keys(what: str, data: dict, known: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in known:
+            raise unknown_name(what, key, known)

@@ -1,0 +1,229 @@
+"""Efficient model classes: the stock class plus two things.
+
+    class EfficientBertForSequenceClassification(EfficientMixin, BertForSequenceClassification)
+
+After the stock `__init__` the mixin (a) narrows the linears that the config says were pruned and (b) attaches an
+attention variant to each layer that the config gives one. No modelling code is copied, and state-dict keys stay the
+stock ones, so a stock checkpoint loads straight into an efficient class.
+
+`rebuild` is the one way to change a model's structure: a new config and a new state dict make a new model.
+"""
+
+import copy
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..attention.dispatch import NAME, attach
+from ..errors import CheckpointError, UnsupportedModelError
+from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks
+from .block import EfficientBlock, StackBlock
+from .configs import EfficientConfigMixin, block_of, efficient_config_class, stock_config, stock_config_class
+from .saving import write_loader
+
+
+class EfficientMixin:
+    """What every efficient model class adds to its stock class."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        block = config.block()
+        if block.is_converted():
+            config._attn_implementation = NAME
+        super().__init__(config, *args, **kwargs)
+        apply_block(self, block)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """As the stock method; a plugin checkpoint also gets the small loader file that its `auto_map` names."""
+        if is_main_process and not self.config.block().is_trivial():
+            write_loader(save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
+        if self.config.block().is_converted() and attn_implementation != NAME:
+            raise UnsupportedModelError(
+                f"This model's attention was converted, so attn_implementation={attn_implementation!r} cannot be "
+                'set. To undo the conversion: convert_attention(model, AttentionConfig(kind="full")).'
+            )
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the source file of the class for an answer; the stock class has the right file.
+        return cls._stock_class._can_set_attn_implementation()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Nothing: transformers would copy this installed source file into every checkpoint."""
+
+
+def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
+    """Give a freshly built stock network the shapes and the attention of its block."""
+    family = family_of(model.config)
+    for stack, layers in find_stacks(model, family):
+        entry = block.stack(stack.name)
+        for index, layer in enumerate(layers):
+            _resize_layer(layer, index, stack, entry, family, model.config)
+        if block.is_converted():
+            attach(layers, stack, entry.attention, family)
+
+
+def _resize_layer(
+    layer: nn.Module, index: int, stack: Stack, entry: StackBlock, family: Family, config: PreTrainedConfig
+) -> None:
+    width = family.head_width(config)
+    for size, attention in stack.attentions().items():
+        if size in entry.sizes:
+            heads = entry.sizes[size][index]
+            kv_heads = entry.sizes.get("kv_heads", entry.sizes[size])[index]
+            _resize_attention(layer, attention, heads, kv_heads, width)
+            if family.relative_bias and size == "heads" and index == 0:
+                table = layer.get_submodule(family.relative_bias)
+                table.weight = nn.Parameter(table.weight[:, :heads].clone())
+                table.embedding_dim = heads
+    if "neurons" in entry.sizes:
+        neurons = entry.sizes["neurons"][index]
+        for up in family.up(stack, config):
+            resize_linear(layer.get_submodule(up), out_features=neurons)
+        resize_linear(layer.get_submodule(stack.down), in_features=neurons)
+
+
+def _resize_attention(layer: nn.Module, attention: Attention, heads: int, kv_heads: int, width: int) -> None:
+    resize_linear(layer.get_submodule(attention.query), out_features=heads * width)
+    resize_linear(layer.get_submodule(attention.key), out_features=kv_heads * width)
+    resize_linear(layer.get_submodule(attention.value), out_features=kv_heads * width)
+    resize_linear(layer.get_submodule(attention.output), in_features=heads * width)
+    module = layer.get_submodule(attention.module)
+    for name in attention.head_attributes:
+        setattr(module, name, heads)
+    for name in attention.width_attributes:
+        setattr(module, name, heads * width)
+
+
+def resize_linear(linear: nn.Linear, in_features: int | None = None, out_features: int | None = None) -> None:
+    """Narrow a linear in place to its first inputs or outputs."""
+    rows = out_features or linear.out_features
+    columns = in_features or linear.in_features
+    linear.weight = nn.Parameter(linear.weight[:rows, :columns].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias[:rows].clone())
+    linear.out_features, linear.in_features = rows, columns
+
+
+@cache
+def auto_classes(family: Family) -> dict[str, tuple[type, type[PreTrainedModel]]]:
+    """Every `AutoModel*` that has a class for the family: its name, itself, and the stock class it gives."""
+    stock_config_type = stock_config_class(family)
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
+        if name.startswith("AutoModel") and mapping is not None and stock_config_type in mapping:
+            stock = mapping[stock_config_type]
+            found[name] = (auto, stock[0] if isinstance(stock, tuple) else stock)
+    return found
+
+
+@cache
+def efficient_class(stock: type[PreTrainedModel], family: Family) -> type[PreTrainedModel]:
+    """`EfficientBertForSequenceClassification` for `BertForSequenceClassification`."""
+    body = {
+        "__module__": __package__,
+        "__doc__": f"[`{stock.__name__}`] with the structure that its config's `efficient` block describes.",
+        "config_class": efficient_config_class(family),
+        "_stock_class": stock,
+    }
+    return type(f"Efficient{stock.__name__}", (EfficientMixin, stock), body)
+
+
+@cache
+def register_models(family: Family) -> None:
+    """Make every `AutoModel*` of the family know the efficient classes, and load old checkpoints as the stock does."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    config_class = efficient_config_class(family)
+    renamings = get_checkpoint_conversion_mapping(family.model_type)
+    if renamings is not None:
+        register_checkpoint_conversion_mapping(config_class.model_type, renamings, overwrite=True)
+    for auto, stock in auto_classes(family).values():
+        auto.register(config_class, efficient_class(stock, family), exist_ok=True)
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """The `auto_map` of config.json: where `trust_remote_code=True` finds each class."""
+    from .configs import LOADER
+
+    classes = {name: efficient_class(stock, family).__name__ for name, (_, stock) in auto_classes(family).items()}
+    classes = {"AutoConfig": efficient_config_class(family).__name__} | classes
+    return {auto: f"{LOADER}.{name}" for auto, name in classes.items()}
+
+
+def find_model_class(name: str) -> type[PreTrainedModel]:
+    """An efficient model class by its name: what `from hf_efficient.models import Efficient...` calls."""
+    for family in FAMILIES.values():
+        for _, stock in auto_classes(family).values():
+            if name == f"Efficient{stock.__name__}":
+                return efficient_class(stock, family)
+    raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+
+
+def class_for(model: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class with the same head as `model` that `config` asks for: the stock or the efficient one."""
+    stock = model._stock_class if isinstance(model, EfficientMixin) else type(model)
+    return efficient_class(stock, family_of(config)) if isinstance(config, EfficientConfigMixin) else stock
+
+
+def check_model(model: object) -> PreTrainedModel:
+    """Refuse what cannot be rebuilt, before any work.
+
+    Raises:
+        UnsupportedModelError: not a transformers model, a quantised one, or one outside the table of families.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A transformers model is needed, got {type(model).__name__}. For a PEFT model, call "
+            "`merge_and_unload()` first, or change the base model and add the adapters afterwards."
+        )
+    family_of(model.config)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("This model is quantised. Convert or prune it first and quantise the result.")
+    return model
+
+
+def rebuild(
+    model: PreTrainedModel, config: PreTrainedConfig, state_dict: dict[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """A new model with the head of `model`, the structure of `config` and the weights of `state_dict`.
+
+    If the block of `config` is trivial the stock class is built, so that the result loads anywhere. The given model
+    stays as it is, and shares no memory with the new one.
+
+    Raises:
+        CheckpointError: the state dict does not fit the config exactly.
+    """
+    check_model(model)
+    config = stock_config(config) if block_of(config).is_trivial() else config
+    state = model.state_dict() if state_dict is None else state_dict
+    made, info = class_for(model, config).from_pretrained(
+        None,
+        config=config,
+        state_dict={key: value.detach().clone() for key, value in state.items()},
+        dtype=model.dtype,
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind != "error_msgs"}
+    if wrong:
+        raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
+    if isinstance(model, GenerationMixin) and model.can_generate():
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).train(model.training)
+
+
+def is_portable(model: PreTrainedModel) -> bool:
+    """True if a saved copy loads with the stock class, without hf_efficient."""
+    return block_of(model.config).is_trivial()

@@ -1,0 +1,145 @@
+"""From scores and a budget to a plan.
+
+`remove` is always an amount of the metric (MACs or parameters) to take away from the model as it is now. A greedy pass
+over score per cost fills it; every group keeps something. Neurons leave in chunks, so that what remains is a multiple
+of `round_to`.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+
+from ..errors import ConfigError
+from .groups import Group
+from .importance import Scores
+
+LayerNumbers = Mapping[tuple[str, int], float]
+
+KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
+
+
+def allocate_global(scores: Scores, costs: Mapping[Group, int], remove: float, round_to: int) -> dict[Group, tuple]:
+    """Kept units of each group: the ones with the lowest score per cost leave first, wherever they are.
+
+    Raises:
+        ConfigError: the groups do not hold that much.
+    """
+    steps = []  # (score per cost, order, group, units that remain after this step)
+    for order, (group, score) in enumerate(scores.items()):
+        ascending = score.sort().values
+        sizes = _remaining(group, round_to)
+        for before, after in pairwise(sizes):
+            chunk = ascending[group.units - before : group.units - after]
+            steps.append((float(chunk.sum()) / (costs[group] * len(chunk)), order, -after, group))
+    remaining = {group: group.units for group in scores}
+    for _, _, after, group in sorted(steps, key=lambda step: step[:3]):
+        if remove <= 1e-9:
+            break
+        remove -= (remaining[group] + after) * costs[group]
+        remaining[group] = -after
+    _check_enough(remove)
+    return {group: _best(scores[group], count) for group, count in remaining.items()}
+
+
+def allocate_uniform(
+    scores: Scores, costs: Mapping[Group, int], remove: float, round_to: int, heads_divide: int | None = None
+) -> dict[Group, tuple]:
+    """Kept units: the same number of heads in every attention and of neurons in every FFN, each its own best.
+
+    Among all pairs (heads, neurons) that meet the budget, the one that keeps the largest total score (the search of
+    Kwon 2022, section 4.2, with uniform layers). With `heads_divide` only head counts that divide it are tried.
+
+    Raises:
+        ConfigError: no pair meets the budget.
+    """
+    by_kind = {kind: [g for g in scores if (g.kind == "neurons") == (kind == "neuron")] for kind in KINDS}
+    counts = {kind: _common_counts(groups, round_to) for kind, groups in by_kind.items()}
+    if heads_divide:
+        counts["head"] = [count for count in counts["head"] if count == 0 or heads_divide % count == 0]
+    gains = {
+        group: torch.cat((torch.zeros(1), score.sort(descending=True).values.cumsum(0)))
+        for group, score in scores.items()
+    }
+    best, choice = -1.0, None
+    for heads in counts["head"]:
+        freed = sum((group.units - heads) * costs[group] for group in by_kind["head"])
+        for neurons in counts["neuron"]:  # descending: the first that fits keeps most
+            if freed + sum((group.units - neurons) * costs[group] for group in by_kind["neuron"]) < remove - 1e-9:
+                continue
+            kept = {group: heads if group.kind != "neurons" else neurons for group in scores}
+            gain = float(sum(gains[group][count] for group, count in kept.items()))
+            if gain > best:
+                best, choice = gain, kept
+            break
+    _check_enough(0 if choice else 1)
+    return {group: _best(scores[group], count) for group, count in choice.items()}
+
+
+def choose_layers(
+    scores: LayerNumbers, costs: LayerNumbers, remove: float, exact: bool, deepest: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Kept layers of each stack: the least important leave while the amount lasts; every stack keeps one.
+
+    `scores` and `costs` go by (stack, layer). With `exact` the last layer that leaves may exceed the amount, so that
+    at least `remove` is gone. No stack may become deeper than `deepest`, if one is named.
+
+    Raises:
+        ConfigError: even one layer for each stack costs too much (`exact` only).
+    """
+    kept: dict[str, set[int]] = {}
+    for stack, layer in scores:
+        kept.setdefault(stack, set()).add(layer)
+    candidates = sorted(scores, key=lambda key: scores[key] / costs[key])
+    while candidates:
+        index = next((i for i, (stack, _) in enumerate(candidates) if _may_shrink(kept, stack, deepest)), None)
+        if index is None:
+            break
+        stack, layer = candidates.pop(index)
+        cost = costs[stack, layer]
+        if (exact and remove > 1e-9) or (not exact and cost <= remove * (1 + 1e-9)):
+            kept[stack].remove(layer)
+            remove -= cost
+    if exact:
+        _check_enough(remove)
+    return {stack: tuple(sorted(layers)) for stack, layers in kept.items()}
+
+
+def _may_shrink(kept: dict[str, set[int]], stack: str, deepest: str | None) -> bool:
+    others = [len(layers) for name, layers in kept.items() if name != stack]
+    holds_the_rest = stack == deepest and len(kept[stack]) <= max(others, default=0)
+    return len(kept[stack]) > 1 and not holds_the_rest
+
+
+def _remaining(group: Group, round_to: int) -> list[int]:
+    """The counts a group may go through, descending: all units, then multiples of `round_to` (1 for heads)."""
+    step = round_to if group.kind == "neurons" else 1
+    multiples = [count for count in range(group.units - 1, 0, -1) if count % step == 0]
+    return [group.units, *multiples]
+
+
+def _common_counts(groups: list[Group], round_to: int) -> list[int]:
+    """Counts that all groups can have, descending; `[0]` stands for "no such groups"."""
+    if not groups:
+        return [0]
+    smallest = min(groups, key=lambda group: group.units)
+    same = all(group.units == smallest.units for group in groups)
+    return _remaining(smallest, round_to)[0 if same else 1 :]
+
+
+def _gains(score: torch.Tensor) -> torch.Tensor:
+    """`[units + 1]`: the total score of the best 0, 1, 2, ... units."""
+    return torch.cat((torch.zeros(1), score.sort(descending=True).values.cumsum(0)))
+
+
+def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:
+    order = torch.sort(score, descending=True, stable=True).indices[:count]
+    return tuple(sorted(order.tolist()))
+
+
+def _check_enough(missing: float) -> None:
+    if missing > 1e-9:
+        raise ConfigError(
+            "This ratio cannot be reached: every layer keeps at least one head and `round_to` neurons, and every "
+            "stack one layer. Lower `ratio` or `round_to`, or add to `granularity`."
+        )

@@ -1,0 +1,99 @@
+"""How much each unit matters: one score for each unit of each group, larger is more important.
+
+All scores are sums over what a unit owns, so they can be added over units and compared with costs.
+
+- `magnitude`: squared L2 norm of the unit's weights (Han 2015; the weakest criterion, kept as a reference).
+- `taylor`: sum over batches of |sum of w * dL/dw| over the columns that read the unit: the first-order change of the
+  loss when the unit is removed (Michel 2019, Molchanov 2019; pruning masks as in Kwon 2022).
+- `random`: uniform noise times the unit's cost, a control.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..errors import DataError
+from .groups import Group, Member, output_weight, unit_cost, unit_parameters
+
+Scores = dict[Group, torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
+
+
+def magnitude(model: PreTrainedModel, groups: list[Group], **unused) -> Scores:
+    """`[units]` squared norms for each group."""
+    return {group: sum(_squares(model, group, member) for member in group.members) for group in groups}
+
+
+def _squares(model: PreTrainedModel, group: Group, member: Member) -> torch.Tensor:
+    total = torch.zeros(group.units)
+    for parameter, dim, _ in unit_parameters(model, member):
+        by_unit = parameter.detach().float().movedim(dim, 0).reshape(group.units, -1)
+        total += by_unit.square().sum(1).cpu()
+    return total
+
+
+def random(model: PreTrainedModel, groups: list[Group], *, metric: str, length: int, seed: int, **unused) -> Scores:
+    """`[units]` noise for each group."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        group: torch.rand(group.units, generator=generator) * unit_cost(model, group, metric, length)
+        for group in groups
+    }
+
+
+def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:
+    """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
+    scores = {group: torch.zeros(group.units) for group in groups}
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            calibration_loss(model, batch).backward()
+            for group in groups:
+                scores[group] += gradient_scores(model, group)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+    return scores
+
+
+def gradient_scores(model: PreTrainedModel, group: Group) -> torch.Tensor:
+    """`[units]` |sum of w * dL/dw| from the gradients that the model holds now."""
+    total = torch.zeros(group.units)
+    for member in group.members:
+        weight = output_weight(model, member)
+        if weight.grad is not None:
+            effect = (weight.detach() * weight.grad).float().sum(0)  # [units x width]
+            total += effect.reshape(group.units, -1).sum(1).cpu()
+    return total.abs()
+
+
+def calibration_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The model's own loss if the batch has labels, else the cross-entropy of its own hard predictions.
+
+    Raises:
+        DataError: the model returns no logits, so there is no loss to measure importance with.
+    """
+    outputs = model(**{key: value.to(model.device) for key, value in batch.items()})
+    if outputs.get("loss") is not None:
+        return outputs.loss
+    if "logits" not in outputs:
+        raise DataError(
+            f"importance='taylor' needs a loss, but {type(model).__name__} returned neither loss nor logits. "
+            "Use a model with a task head, batches with labels, or importance='magnitude'."
+        )
+    logits = outputs.logits.float()  # [B, C] or [B, T, C]
+    mask = batch.get("attention_mask") if logits.ndim == 3 else None
+    if mask is not None and mask.shape == logits.shape[:2]:
+        logits = logits[mask.to(logits.device).bool()]
+    logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[-1] == 1:
+        return logits.square().mean()
+    return F.cross_entropy(logits, logits.argmax(-1))
+
+
+IMPORTANCES: dict[str, Callable[..., Scores]] = {"magnitude": magnitude, "taylor": taylor, "random": random}
+NEEDS_DATA = ("taylor",)
