@@ -128,7 +128,7 @@ def check_reached(model: PreTrainedModel) -> None:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(**_tiny_inputs(model))
+            model.eval().base_model(**_tiny_inputs(model))  # a head may want more of its inputs than attention does
     finally:
         for hook in hooks:
             hook.remove()

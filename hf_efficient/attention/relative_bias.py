@@ -5,31 +5,31 @@ j - i alone, so S + T - 1 numbers for each head say all: the *Toeplitz carrier* 
 belongs to j - i = r - (S - 1). Stock T5 builds the `[1, H, T, S]` tensor instead, which would cost n^2 memory.
 """
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import nn
 
 
 def toeplitz_bias(
-    self: nn.Module, query_length: int, key_length: int, device=None, past_seen_tokens: int | torch.Tensor = 0
+    attention: nn.Module, query_length: int, key_length: int, device=None, past_seen_tokens: int | torch.Tensor = 0
 ) -> torch.Tensor:
     """Stands in for `T5Attention.compute_bias`; returns the carrier as `[1, H, 1, S + T - 1]`.
 
     S is the number of keys that are filled, `past_seen_tokens + query_length`, also when a static cache is longer.
     """
-    weight = self.relative_attention_bias.weight
+    weight = attention.relative_attention_bias.weight
     keys = int(past_seen_tokens) + query_length
     relative = torch.arange(1 - keys, query_length, device=device or weight.device)
-    buckets = self._relative_position_bucket(
+    buckets = attention._relative_position_bucket(
         relative,
-        bidirectional=not self.is_decoder,
-        num_buckets=self.relative_attention_num_buckets,
-        max_distance=self.relative_attention_max_distance,
+        bidirectional=not attention.is_decoder,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
     )
-    return self.relative_attention_bias(buckets).transpose(0, 1)[None, :, None]
+    return attention.relative_attention_bias(buckets).transpose(0, 1)[None, :, None]
 
 
 def use_toeplitz_bias(module: nn.Module) -> None:
     """Make this attention module, the first of a T5 stack, compute the carrier for all layers of the stack."""
-    module.compute_bias = MethodType(toeplitz_bias, module)
+    module.compute_bias = partial(toeplitz_bias, module)

@@ -25,13 +25,14 @@ from ..families import Family, Stack
 VERSION = 1
 SIZES = ("heads", "kv_heads", "cross_heads", "neurons")
 
-# The largest stock sizes that are accepted when an efficient config is read: far above any real model, and small
-# enough that a hostile config.json cannot ask for terabytes.
+# The largest stock sizes that are accepted when an efficient config is read: above any real model, so that a broken or
+# hostile config.json is refused before anything is allocated.
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 18
 MAX_NEURONS = 1 << 20
 MAX_HEADS = 4096
 MAX_ROWS = 1 << 24
+MAX_PIXELS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -99,55 +100,86 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
 
     Raises:
         ConfigError: a stack the family does not have, a list whose length is not the number of layers, a size that is
-            larger than the stock size, heads that do not fit their key/value heads, an absurd stock size.
+            larger than the stock size, heads that do not fit their key/value heads or each other.
     """
-    _check_stock_sizes(config, family)
     stacks = {stack.name: stack for stack in family.stacks}
-    for name, entry in block.stacks.items():
-        if name not in stacks:
-            raise unknown_name(f"stack of a {family.model_type} model", name, stacks)
-        stack = stacks[name]
-        layers = getattr(config, stack.num_layers)
-        lists: dict[str, tuple] = {"attention": entry.attention, **entry.sizes}
-        for key, values in lists.items():
-            if values and len(values) != layers:
-                raise ConfigError(f"efficient.stacks.{name}.{key} has {len(values)} entries for {layers} layers.")
+    for where, names in (("stacks", block.stacks), ("kept_layers", block.kept_layers)):
+        for name in names:
+            if name not in stacks:
+                raise unknown_name(f"stack of a {family.model_type} model in efficient.{where}", name, stacks)
+    for name, stack in stacks.items():
+        entry, layers = block.stack(name), getattr(config, stack.num_layers)
+        lists: dict[str, tuple] = {f"stacks.{name}.{size}": values for size, values in entry.sizes.items()}
+        if entry.attention:
+            lists[f"stacks.{name}.attention"] = entry.attention
+        if name in block.kept_layers:
+            lists[f"kept_layers.{name}"] = block.kept_layers[name]
+        for where, values in lists.items():
+            if len(values) != layers:
+                raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
         _check_sizes(name, entry, stack, config, family)
+        _check_heads(name, entry, config, family)
 
 
 def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig, family: Family) -> None:
     limits = {
         "heads": family.num_heads(config),
         "kv_heads": family.num_kv_heads(config),
-        "cross_heads": family.num_heads(config) if stack.cross_attention else 0,
         "neurons": getattr(config, family.neurons),
     }
+    if stack.cross_attention:
+        limits["cross_heads"] = family.num_heads(config)
     for size, values in entry.sizes.items():
+        if size not in limits:
+            raise unknown_name(f"key of efficient.stacks.{name}", size, limits)
         for layer, value in enumerate(values):
             if not 1 <= value <= limits[size]:
                 raise ConfigError(
                     f"efficient.stacks.{name}.{size}[{layer}] is {value}; allowed: 1 to {limits[size]}, "
                     "the stock size of this model."
                 )
+
+
+def _check_heads(name: str, entry: StackBlock, config: PreTrainedConfig, family: Family) -> None:
     group = family.group_size(config)
-    if "heads" in entry.sizes and group > 1:
-        expected = tuple(heads // group for heads in entry.sizes["heads"])
-        exact = all(heads % group == 0 for heads in entry.sizes["heads"])
-        if not exact or entry.sizes.get("kv_heads") != expected:
-            raise ConfigError(
-                f"efficient.stacks.{name}: heads {entry.sizes['heads']} need kv_heads {expected}: this model has "
-                f"{group} query heads for each key/value head, and whole groups are kept."
-            )
+    heads, kv_heads = entry.sizes.get("heads"), entry.sizes.get("kv_heads")
+    if heads is None and kv_heads is not None:
+        raise ConfigError(f"efficient.stacks.{name}.kv_heads needs `heads` beside it, one number for each layer.")
+    if heads is None:
+        return
+    expected = tuple(count // group for count in heads)
+    exact = all(count % group == 0 for count in heads)
+    if not exact or (kv_heads or heads) != expected:
+        raise ConfigError(
+            f"efficient.stacks.{name}: heads {heads} need kv_heads {expected}: this model has {group} query heads for "
+            "each key/value head, and whole groups are kept."
+        )
+    if family.relative_bias and len(set(heads)) > 1:
+        raise ConfigError(
+            f"efficient.stacks.{name}.heads is {heads}; all layers of a {family.model_type} stack share one relative "
+            "position bias, so they must have the same number of heads."
+        )
 
 
-def _check_stock_sizes(config: PreTrainedConfig, family: Family) -> None:
+def check_stock_sizes(config: PreTrainedConfig, family: Family) -> None:
+    """Refuse sizes that no real model has. For a config whose stock `__post_init__` has not run yet.
+
+    Raises:
+        ConfigError: a size of zero or less, or above its limit; key/value heads that do not divide the heads.
+    """
     limits = {stack.num_layers: MAX_LAYERS for stack in family.stacks}
     limits |= {family.hidden: MAX_WIDTH, family.heads: MAX_HEADS, family.neurons: MAX_NEURONS}
     limits |= {"vocab_size": MAX_ROWS, "max_position_embeddings": MAX_ROWS, "type_vocab_size": MAX_ROWS}
+    limits |= {"image_size": MAX_PIXELS, "patch_size": MAX_PIXELS}
+    limits |= {name: limit for name, limit in ((family.kv_heads, MAX_HEADS), (family.head_dim, MAX_WIDTH)) if name}
     for name, limit in limits.items():
         value = getattr(config, name, None)
-        if value is not None and not 0 < value <= limit:
-            raise ConfigError(f"config.json has {name}={value}; hf_efficient accepts 1 to {limit}.")
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if number is not None and not 0 < number <= limit:
+                raise ConfigError(f"config.json has {name}={value}; hf_efficient accepts 1 to {limit}.")
+    kv_heads = getattr(config, family.kv_heads) if family.kv_heads else None
+    if kv_heads and family.num_heads(config) % kv_heads:
+        raise ConfigError(f"config.json has {family.kv_heads}={kv_heads}, which does not divide {family.heads}.")
 
 
 def _read_stack(name: str, data: Any) -> StackBlock:
@@ -157,7 +189,15 @@ def _read_stack(name: str, data: Any) -> StackBlock:
     if not isinstance(attention, list | tuple) or len(attention) > MAX_LAYERS:
         raise ConfigError(f"efficient.stacks.{name}.attention must be a list with one entry for each layer.")
     sizes = {size: _integers(f"stacks.{name}.{size}", entry[size], low=1) for size in SIZES if size in entry}
-    return StackBlock(attention=tuple(AttentionConfig.from_dict(item) for item in attention), sizes=sizes)
+    variants = tuple(_read_attention(f"stacks.{name}.attention[{i}]", item) for i, item in enumerate(attention))
+    return StackBlock(attention=variants, sizes=sizes)
+
+
+def _read_attention(where: str, data: Any) -> AttentionConfig:
+    try:
+        return AttentionConfig.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"efficient.{where}: {error}") from error
 
 
 def _mapping(where: str, data: Any) -> dict:

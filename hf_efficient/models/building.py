@@ -22,7 +22,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks
 from .block import EfficientBlock, StackBlock
 from .configs import EfficientConfigMixin, block_of, efficient_config_class, stock_config, stock_config_class
-from .saving import write_loader
+from .saving import LOADER
 
 
 class EfficientMixin:
@@ -34,12 +34,6 @@ class EfficientMixin:
             config._attn_implementation = NAME
         super().__init__(config, *args, **kwargs)
         apply_block(self, block)
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """As the stock method; a plugin checkpoint also gets the small loader file that its `auto_map` names."""
-        if is_main_process and not self.config.block().is_trivial():
-            write_loader(save_directory)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
@@ -147,17 +141,19 @@ def register_models(family: Family) -> None:
     )
 
     config_class = efficient_config_class(family)
-    renamings = get_checkpoint_conversion_mapping(family.model_type)
-    if renamings is not None:
-        register_checkpoint_conversion_mapping(config_class.model_type, renamings, overwrite=True)
+    names = {family.model_type: config_class.model_type}
     for auto, stock in auto_classes(family).values():
-        auto.register(config_class, efficient_class(stock, family), exist_ok=True)
+        efficient = efficient_class(stock, family)
+        auto.register(config_class, efficient, exist_ok=True)
+        names[stock.__name__] = efficient.__name__
+    for stock_name, efficient_name in names.items():
+        renamings = get_checkpoint_conversion_mapping(stock_name)
+        if renamings is not None:
+            register_checkpoint_conversion_mapping(efficient_name, renamings, overwrite=True)
 
 
 def auto_map(family: Family) -> dict[str, str]:
     """The `auto_map` of config.json: where `trust_remote_code=True` finds each class."""
-    from .configs import LOADER
-
     classes = {name: efficient_class(stock, family).__name__ for name, (_, stock) in auto_classes(family).items()}
     classes = {"AutoConfig": efficient_config_class(family).__name__} | classes
     return {auto: f"{LOADER}.{name}" for auto, name in classes.items()}

@@ -14,9 +14,8 @@ import transformers
 from transformers import PreTrainedConfig
 
 from ..families import EFFICIENT_PREFIX, FAMILIES, Family, family_of
-from .block import EfficientBlock, check_block
-
-LOADER = "modeling_hf_efficient"
+from .block import EfficientBlock, check_block, check_stock_sizes
+from .saving import write_loader
 
 # What `to_dict` adds and a constructor must not get back.
 _NOT_FIELDS = ("model_type", "transformers_version", "auto_map", "efficient")
@@ -28,6 +27,7 @@ class EfficientConfigMixin:
     efficient: dict | None
 
     def __post_init__(self, **kwargs):
+        check_stock_sizes(self, family_of(self))
         super().__post_init__(**kwargs)
         self.block()
         # A config is the first thing that anything needs of a family: only now are its model classes worth making.
@@ -37,18 +37,19 @@ class EfficientConfigMixin:
 
     def block(self) -> EfficientBlock:
         """The parsed and checked `efficient` block."""
-        block = EfficientBlock.from_dict(self.efficient or {})
+        block = EfficientBlock() if self.efficient is None else EfficientBlock.from_dict(self.efficient)
         check_block(block, self, family_of(self))
         return block
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Write the stock config if it says everything, else this one with the `auto_map` that finds its classes."""
+        """Write the stock config if it says everything, else this one with its `auto_map` and the loader it names."""
         if self.block().is_trivial():
             stock_config(self).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
             return
         from .building import auto_map
 
         self.auto_map = auto_map(family_of(self))
+        write_loader(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -91,16 +92,20 @@ def with_block(config: PreTrainedConfig, block: EfficientBlock, **changes: Any) 
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The stock config with the same fields, without the block."""
-    stock = _make(stock_config_class(family_of(config)), config)
+    """The stock config with the same fields. Of the block only `kept_layers` stays: a note that changes nothing."""
+    kept = block_of(config).kept_layers
+    note = {"efficient": EfficientBlock(kept_layers=kept).to_dict()} if kept else {}
+    stock = _make(stock_config_class(family_of(config)), config, **note)
     if stock.architectures:
         stock.architectures = [name.removeprefix("Efficient") for name in stock.architectures]
     return stock
 
 
 def block_of(config: PreTrainedConfig) -> EfficientBlock:
-    """The block of an efficient config; a stock config has an empty one."""
-    return config.block() if isinstance(config, EfficientConfigMixin) else EfficientBlock()
+    """The block of an efficient config; that of a stock config holds at most a note of its kept layers."""
+    if isinstance(config, EfficientConfigMixin):
+        return config.block()
+    return EfficientBlock.from_dict(config.to_dict().get("efficient", {}))
 
 
 def _make(config_class: type[PreTrainedConfig], config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:

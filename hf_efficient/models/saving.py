@@ -10,7 +10,7 @@ import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from .configs import LOADER
+LOADER = "modeling_hf_efficient"
 
 
 def write_loader(folder: str | os.PathLike) -> Path:

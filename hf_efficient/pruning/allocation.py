@@ -7,6 +7,7 @@ of `round_to`.
 
 from collections.abc import Mapping
 from itertools import pairwise
+from math import inf
 
 import torch
 
@@ -18,6 +19,9 @@ LayerNumbers = Mapping[tuple[str, int], float]
 
 KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
 
+# Costs are whole numbers; an amount that is missing by less than half of one is rounding.
+ROUNDING = 0.5
+
 
 def allocate_global(scores: Scores, costs: Mapping[Group, int], remove: float, round_to: int) -> dict[Group, tuple]:
     """Kept units of each group: the ones with the lowest score per cost leave first, wherever they are.
@@ -25,19 +29,20 @@ def allocate_global(scores: Scores, costs: Mapping[Group, int], remove: float, r
     Raises:
         ConfigError: the groups do not hold that much.
     """
-    steps = []  # (score per cost, order, group, units that remain after this step)
-    for order, (group, score) in enumerate(scores.items()):
-        ascending = score.sort().values
-        sizes = _remaining(group, round_to)
-        for before, after in pairwise(sizes):
+    steps = []  # (score per cost, group, units before, units after)
+    for group, score in scores.items():
+        ascending, price = score.sort().values, -inf
+        for before, after in pairwise(_remaining(group, round_to)):
             chunk = ascending[group.units - before : group.units - after]
-            steps.append((float(chunk.sum()) / (costs[group] * len(chunk)), order, -after, group))
+            # The maximum: by rounding, the mean of equal scores may fall, and a group must shrink in order.
+            price = max(price, float(chunk.mean()) / costs[group])
+            steps.append((price, group, before, after))
     remaining = {group: group.units for group in scores}
-    for _, _, after, group in sorted(steps, key=lambda step: step[:3]):
-        if remove <= 1e-9:
+    for _, group, before, after in sorted(steps, key=lambda step: step[0]):  # stable: equal prices stay in order
+        if remove < ROUNDING:
             break
-        remove -= (remaining[group] + after) * costs[group]
-        remaining[group] = -after
+        remove -= (before - after) * costs[group]
+        remaining[group] = after
     _check_enough(remove)
     return {group: _best(scores[group], count) for group, count in remaining.items()}
 
@@ -57,22 +62,20 @@ def allocate_uniform(
     counts = {kind: _common_counts(groups, round_to) for kind, groups in by_kind.items()}
     if heads_divide:
         counts["head"] = [count for count in counts["head"] if count == 0 or heads_divide % count == 0]
-    gains = {
-        group: torch.cat((torch.zeros(1), score.sort(descending=True).values.cumsum(0)))
-        for group, score in scores.items()
-    }
-    best, choice = -1.0, None
+    gains = {group: _gains(score) for group, score in scores.items()}
+    best, choice = -inf, None
     for heads in counts["head"]:
         freed = sum((group.units - heads) * costs[group] for group in by_kind["head"])
         for neurons in counts["neuron"]:  # descending: the first that fits keeps most
-            if freed + sum((group.units - neurons) * costs[group] for group in by_kind["neuron"]) < remove - 1e-9:
+            if freed + sum((group.units - neurons) * costs[group] for group in by_kind["neuron"]) <= remove - ROUNDING:
                 continue
             kept = {group: heads if group.kind != "neurons" else neurons for group in scores}
             gain = float(sum(gains[group][count] for group, count in kept.items()))
             if gain > best:
                 best, choice = gain, kept
             break
-    _check_enough(0 if choice else 1)
+    if choice is None:
+        raise _out_of_reach()
     return {group: _best(scores[group], count) for group, count in choice.items()}
 
 
@@ -97,7 +100,7 @@ def choose_layers(
             break
         stack, layer = candidates.pop(index)
         cost = costs[stack, layer]
-        if (exact and remove > 1e-9) or (not exact and cost <= remove * (1 + 1e-9)):
+        if (exact and remove >= ROUNDING) or (not exact and cost < remove + ROUNDING):
             kept[stack].remove(layer)
             remove -= cost
     if exact:
@@ -111,11 +114,15 @@ def _may_shrink(kept: dict[str, set[int]], stack: str, deepest: str | None) -> b
     return len(kept[stack]) > 1 and not holds_the_rest
 
 
+def _step(group: Group, round_to: int) -> int:
+    return round_to if group.kind == "neurons" else 1
+
+
 def _remaining(group: Group, round_to: int) -> list[int]:
     """The counts a group may go through, descending: all units, then multiples of `round_to` (1 for heads)."""
-    step = round_to if group.kind == "neurons" else 1
-    multiples = [count for count in range(group.units - 1, 0, -1) if count % step == 0]
-    return [group.units, *multiples]
+    step = _step(group, round_to)
+    largest = (group.units - 1) // step * step
+    return [group.units, *range(largest, 0, -step)]
 
 
 def _common_counts(groups: list[Group], round_to: int) -> list[int]:
@@ -124,7 +131,8 @@ def _common_counts(groups: list[Group], round_to: int) -> list[int]:
         return [0]
     smallest = min(groups, key=lambda group: group.units)
     same = all(group.units == smallest.units for group in groups)
-    return _remaining(smallest, round_to)[0 if same else 1 :]
+    is_round = smallest.units % _step(smallest, round_to) == 0
+    return _remaining(smallest, round_to)[0 if same or is_round else 1 :]
 
 
 def _gains(score: torch.Tensor) -> torch.Tensor:
@@ -138,8 +146,12 @@ def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:
 
 
 def _check_enough(missing: float) -> None:
-    if missing > 1e-9:
-        raise ConfigError(
-            "This ratio cannot be reached: every layer keeps at least one head and `round_to` neurons, and every "
-            "stack one layer. Lower `ratio` or `round_to`, or add to `granularity`."
-        )
+    if missing >= ROUNDING:
+        raise _out_of_reach()
+
+
+def _out_of_reach() -> ConfigError:
+    return ConfigError(
+        "This ratio cannot be reached: every layer keeps at least one head and `round_to` neurons, and every "
+        "stack one layer. Lower `ratio` or `round_to`, or add to `granularity`."
+    )

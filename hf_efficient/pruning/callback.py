@@ -5,8 +5,8 @@
 
 During training the removed units are zero and stay zero, gradients and optimizer moments included, so the network has
 the function of the smaller one while checkpoints keep the full shape. The scores are a running average of the Taylor
-scores that the training gradients give for free. What is removed can be read from the weights alone, so a resumed run
-goes on exactly; the scores are saved beside the checkpoint.
+scores that the training gradients give for free. Scores and removed units are saved beside each checkpoint, so a
+resumed run goes on exactly.
 """
 
 from pathlib import Path
@@ -14,29 +14,39 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..models.building import check_model
+from .allocation import KINDS
 from .config import PruningConfig
 from .groups import Group, expand, find_groups, output_weight, unit_parameters
-from .importance import gradient_scores, magnitude, random
+from .importance import IMPORTANCES, gradient_scores
 from .plan import PruningPlan
-from .prune import DEFAULT_LENGTH, allocate, total_cost
+from .prune import allocate, average_length, total_cost
 from .schedule import ratio_at
 from .surgery import apply_plan
 
-STATE_FILE = "pruning_scores.safetensors"
+STATE_FILE = "pruning_state.safetensors"
+
+logger = logging.get_logger(__name__)
 
 
 class PruningCallback(TrainerCallback):
     """Structured pruning of heads and neurons during a Trainer run.
 
+    With `load_best_model_at_end` the best checkpoint is what becomes small: choose the metric and the evaluation steps
+    so that it comes after `end`, or less than `ratio` is removed (a warning says so).
+
     Parameters:
         config: `granularity` may hold `head` and `neuron`; drop layers with `prune` before training.
         start, end: when the schedule runs, as fractions of the run; after `end` the network only recovers.
         every: optimizer steps between two increases of the ratio.
-        sequence_length: the length at which MACs are counted.
+        sequence_length: the length at which MACs are counted; by default 128, for images the number of patches.
         momentum: of the running average of the scores.
+
+    Raises:
+        ConfigError: a value that is not allowed; when training begins, a ratio that cannot be reached.
     """
 
     def __init__(
@@ -45,7 +55,7 @@ class PruningCallback(TrainerCallback):
         start: float = 0.05,
         end: float = 0.7,
         every: int = 10,
-        sequence_length: int = DEFAULT_LENGTH,
+        sequence_length: int | None = None,
         momentum: float = 0.9,
     ):
         if "layer" in config.granularity:
@@ -57,13 +67,19 @@ class PruningCallback(TrainerCallback):
             raise ConfigError(
                 f"start and end are fractions of the run with 0 <= start < end <= 1, got {start}, {end}."
             )
-        if every < 1:
-            raise ConfigError(f"every must be at least 1 optimizer step, got {every}.")
+        if type(every) is not int or every < 1:
+            raise ConfigError(f"every must be a whole number of optimizer steps, at least 1, got {every!r}.")
+        if sequence_length is not None and (type(sequence_length) is not int or sequence_length < 1):
+            raise ConfigError(
+                f"sequence_length must be a whole number of tokens, at least 1, got {sequence_length!r}."
+            )
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum must be from 0 to below 1, got {momentum}.")
         self.config, self.start, self.end, self.every = config, start, end, every
         self.sequence_length, self.momentum = sequence_length, momentum
+        self.length = self.total = 0
         self.scores: dict[Group, torch.Tensor] = {}
         self.removed: dict[Group, torch.Tensor] = {}  # bool [units]
-        self.total = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
@@ -74,19 +90,24 @@ class PruningCallback(TrainerCallback):
                 "PruningCallback needs whole parameters on every process; FSDP and DeepSpeed shard them. "
                 "Use DDP, or prune with `prune(...)` and then distil under FSDP."
             )
-        kinds = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
-        wanted = [kind for name in self.config.granularity for kind in kinds[name]]
+        _check_optimizer(model, kwargs.get("optimizer"))
+        wanted = [kind for name in self.config.granularity for kind in KINDS[name]]
         groups = [group for group in find_groups(model) if group.kind in wanted]
-        self.removed = {group: _zero_units(model, group) for group in groups}
+        self.removed = {group: torch.zeros(group.units, dtype=torch.bool) for group in groups}
         self.scores = {group: torch.zeros(group.units) for group in groups}
-        self.total = total_cost(model, self.config.metric, self.sequence_length)
+        self.length = self.sequence_length or average_length([], model)
+        self.total = total_cost(model, self.config.metric, self.length)
+        # A ratio that is out of reach must be an error now and not in the middle of the run.
+        allocate(model, self.scores, self.config, self.length, self.config.ratio * self.total)
         if state.global_step > 0:
-            self._load_scores(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._load_state(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if self.config.importance == "taylor":
-            for group, score in self.scores.items():
-                score.mul_(self.momentum).add_(gradient_scores(model, group), alpha=1 - self.momentum)
+        gradients = {parameter: parameter.grad for parameter in model.parameters()}
+        for group, score in self.scores.items() if self.config.importance == "taylor" else ():
+            new = gradient_scores(model, group, gradients)
+            if new.isfinite().all():  # an fp16 overflow, whose step is skipped, must not stay in the average
+                score.mul_(self.momentum).add_(new, alpha=1 - self.momentum)
         for parameter, dim, rows in self._zero_rows(model):
             if parameter.grad is not None:
                 parameter.grad.index_fill_(dim, rows, 0)
@@ -106,40 +127,49 @@ class PruningCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            tensors = {f"{g.stack}.{g.kind}.{g.layers[0]}": score for g, score in self.scores.items()}
+            tensors = {f"{_name(group)}.scores": score for group, score in self.scores.items()}
+            tensors |= {f"{_name(group)}.removed": mask for group, mask in self.removed.items()}
             save_file(tensors, folder / f"{STATE_FILE}.tmp")
             (folder / f"{STATE_FILE}.tmp").replace(folder / STATE_FILE)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         """Shrink the model object itself, so that `trainer.model` and whoever holds it have the small one."""
-        units = {group: ~_zero_units(model, group) for group in self.removed}
-        kept = {group: tuple(mask.nonzero().flatten().tolist()) for group, mask in units.items()}
+        kept = {}
+        for group, removed in self.removed.items():
+            gone = removed & _zero_units(model, group)  # fewer, if the Trainer went back to its best checkpoint
+            kept[group] = tuple((~gone).nonzero().flatten().tolist())
         become(model, apply_plan(model, PruningPlan(units=kept)))
+        reached = 1 - total_cost(model, self.config.metric, self.length) / self.total
+        if reached < self.config.ratio - 1e-6:
+            logger.warning(
+                f"PruningCallback removed {reached:.3f} of the {self.config.metric} instead of {self.config.ratio}: "
+                "training ended, or its best checkpoint was saved, before the schedule did."
+            )
 
-    def _load_scores(self, folder: Path) -> None:
-        path = folder / STATE_FILE
+    def _load_state(self, path: Path) -> None:
         if not path.exists():
-            raise CheckpointError(f"{path} is missing: this checkpoint was not written by a run with PruningCallback.")
+            raise CheckpointError(
+                f"{path} is missing. Resume from a checkpoint in output_dir that a run with PruningCallback wrote."
+            )
         tensors = load_file(path)
-        self.scores = {group: tensors[f"{group.stack}.{group.kind}.{group.layers[0]}"] for group in self.scores}
+        self.scores = {group: tensors[f"{_name(group)}.scores"] for group in self.scores}
+        self.removed = {group: tensors[f"{_name(group)}.removed"] for group in self.removed}
 
     def _raise_to(self, model: PreTrainedModel, ratio: float) -> None:
         scores = self._current_scores(model)
-        for group, score in scores.items():  # what is gone stays gone
-            score[self.removed[group]] = -1.0
-        kept = allocate(model, scores, self.config, self.sequence_length, ratio * self.total)
+        for group, score in scores.items():
+            score[self.removed[group]] = -torch.inf  # what is gone stays gone
+        kept = allocate(model, scores, self.config, self.length, ratio * self.total)
         for group, units in kept.items():
-            mask = torch.ones(group.units, dtype=torch.bool)
-            mask[list(units)] = False
-            self.removed[group] |= mask
+            gone = torch.ones(group.units, dtype=torch.bool)
+            gone[list(units)] = False
+            self.removed[group] |= gone
 
     def _current_scores(self, model: PreTrainedModel) -> dict[Group, torch.Tensor]:
-        groups = list(self.scores)
         if self.config.importance == "taylor":
             return {group: score.clone() for group, score in self.scores.items()}
-        score = {"magnitude": magnitude, "random": random}[self.config.importance]
-        options = {"metric": self.config.metric, "length": self.sequence_length, "seed": self.config.seed}
-        return score(model, groups, **options)
+        options = {"metric": self.config.metric, "length": self.length, "seed": self.config.seed}
+        return IMPORTANCES[self.config.importance](model, list(self.scores), **options)
 
     def _zero_rows(self, model: PreTrainedModel):
         """(parameter, dimension, row numbers) of everything that belongs to removed units."""
@@ -155,9 +185,22 @@ class PruningCallback(TrainerCallback):
     def _apply(self, model: PreTrainedModel, optimizer) -> None:
         for parameter, dim, rows in self._zero_rows(model):
             parameter.index_fill_(dim, rows, 0)
-            for moment in optimizer.state.get(parameter, {}).values() if optimizer is not None else ():
+            for moment in optimizer.state.get(parameter, {}).values():
                 if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
                     moment.index_fill_(dim, rows, 0)
+
+
+def _name(group: Group) -> str:
+    return f"{group.stack}.{group.kind}.{group.layers[0]}"
+
+
+def _check_optimizer(model: PreTrainedModel, optimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise ConfigError(
+            "The Trainer's optimizer still belongs to the model before it became small. "
+            "To train the small model further, make a new Trainer."
+        )
 
 
 def _zero_units(model: PreTrainedModel, group: Group) -> torch.Tensor:

@@ -54,7 +54,8 @@ class PruningConfig:
         is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
         if not is_number or not 0 < self.ratio < 1:
             raise ConfigError(f"ratio must lie between 0 and 1 (0.5 removes half), both excluded, got {self.ratio!r}.")
-        names = (self.granularity,) if isinstance(self.granularity, str) else tuple(self.granularity)
+        several = isinstance(self.granularity, list | tuple)
+        names = tuple(self.granularity) if several else (self.granularity,)
         object.__setattr__(self, "granularity", names)
         if not names:
             raise ConfigError(f"granularity is empty; choose from {', '.join(GRANULARITIES)}.")

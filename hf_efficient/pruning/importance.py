@@ -46,27 +46,36 @@ def random(model: PreTrainedModel, groups: list[Group], *, metric: str, length: 
 def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:
     """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
     scores = {group: torch.zeros(group.units) for group in groups}
+    weights = [output_weight(model, member) for group in groups for member in group.members]
+    frozen = [weight for weight in weights if not weight.requires_grad]
     training = model.training
     model.eval()
     try:
+        for weight in frozen:
+            weight.requires_grad_(True)
         for batch in batches:
-            model.zero_grad(set_to_none=True)
-            calibration_loss(model, batch).backward()
+            with torch.enable_grad():
+                found = torch.autograd.grad(calibration_loss(model, batch), weights, allow_unused=True)
+            gradients = dict(zip(weights, found, strict=True))
             for group in groups:
-                scores[group] += gradient_scores(model, group)
+                scores[group] += gradient_scores(model, group, gradients)
     finally:
-        model.zero_grad(set_to_none=True)
+        for weight in frozen:
+            weight.requires_grad_(False)
         model.train(training)
     return scores
 
 
-def gradient_scores(model: PreTrainedModel, group: Group) -> torch.Tensor:
-    """`[units]` |sum of w * dL/dw| from the gradients that the model holds now."""
+def gradient_scores(
+    model: PreTrainedModel, group: Group, gradients: Mapping[torch.Tensor, torch.Tensor | None]
+) -> torch.Tensor:
+    """`[units]` |sum of w * dL/dw|; a weight that got no gradient has no effect."""
     total = torch.zeros(group.units)
     for member in group.members:
         weight = output_weight(model, member)
-        if weight.grad is not None:
-            effect = (weight.detach() * weight.grad).float().sum(0)  # [units x width]
+        gradient = gradients.get(weight)
+        if gradient is not None:
+            effect = (weight.detach() * gradient).float().sum(0)  # [units x width]
             total += effect.reshape(group.units, -1).sum(1).cpu()
     return total.abs()
 
@@ -77,7 +86,7 @@ def calibration_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     Raises:
         DataError: the model returns no logits, so there is no loss to measure importance with.
     """
-    outputs = model(**{key: value.to(model.device) for key, value in batch.items()})
+    outputs = model(**{key: value.to(model.device) for key, value in batch.items()}, return_dict=True)
     if outputs.get("loss") is not None:
         return outputs.loss
     if "logits" not in outputs:
@@ -86,8 +95,8 @@ def calibration_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
             "Use a model with a task head, batches with labels, or importance='magnitude'."
         )
     logits = outputs.logits.float()  # [B, C] or [B, T, C]
-    mask = batch.get("attention_mask") if logits.ndim == 3 else None
-    if mask is not None and mask.shape == logits.shape[:2]:
+    mask = batch.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    if mask is not None and logits.ndim == 3:
         logits = logits[mask.to(logits.device).bool()]
     logits = logits.reshape(-1, logits.shape[-1])
     if logits.shape[-1] == 1:

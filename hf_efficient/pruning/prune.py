@@ -5,7 +5,7 @@
 The given model stays as it is: it is usually the teacher of the next stage.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -44,12 +44,12 @@ def prune(
         UnsupportedModelError: the model cannot be pruned.
     """
     check_model(model)
-    batches = _check_calibration(config, calibration)
+    batches = _check_calibration(model, config, calibration)
     length = average_length(batches, model)
     total = total_cost(model, config.metric, length)
     goal = (1 - config.ratio) * total
     if "layer" in config.granularity:
-        alone = config.granularity == ("layer",)
+        alone = set(config.granularity) == {"layer"}
         share = config.ratio if alone else 1 - (1 - config.ratio) ** 0.5
         model = apply_plan(model, plan_layers(model, config, batches, length, share * total, exact=alone))
         if alone:
@@ -155,13 +155,16 @@ def _scores(
     return scores
 
 
-def _check_calibration(config: PruningConfig, calibration: Iterable[Batch] | None) -> list[Batch]:
+def _check_calibration(
+    model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None
+) -> list[Batch]:
     batches = list(calibration) if calibration is not None else []
     for batch in batches:
-        if not hasattr(batch, "items") or not all(isinstance(value, torch.Tensor) for value in batch.values()):
+        fields = {key: type(value).__name__ for key, value in batch.items()} if isinstance(batch, Mapping) else {}
+        if model.main_input_name not in fields or not all(isinstance(value, torch.Tensor) for value in batch.values()):
             raise DataError(
-                f"calibration must give dicts of tensors (model inputs), got {type(batch).__name__}. "
-                "A DataLoader with the collator of your Trainer does."
+                f"calibration must give dicts of tensors with {model.main_input_name!r}, got "
+                f"{fields or type(batch).__name__}. A DataLoader with the collator of your Trainer does."
             )
     if config.importance in NEEDS_DATA and not batches:
         raise DataError(

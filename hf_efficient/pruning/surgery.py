@@ -138,8 +138,10 @@ def _new_block(
         }
         if own or any(config.kind != "full" for config in attention):
             stacks[stack.name] = StackBlock(attention=attention, sizes=own)
-        before = old.kept_layers.get(stack.name, tuple(range(getattr(model.config, stack.num_layers))))
-        kept_layers[stack.name] = tuple(before[i] for i in kept)
+        count = getattr(model.config, stack.num_layers)
+        before = old.kept_layers.get(stack.name, tuple(range(count)))
+        if len(kept) < count or stack.name in old.kept_layers:
+            kept_layers[stack.name] = tuple(before[i] for i in kept)
     return replace(old, stacks=stacks, kept_layers=kept_layers)
 
 

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all the set-up themselves, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/bbc-news
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint cards clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/hf-efficient compress bbc-news --output-dir $(OUT)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+cards: $(VENV)/ready
+	$(BIN)/python scripts/make_model_cards.py
+
+clean:
+	rm -rf $(VENV) out

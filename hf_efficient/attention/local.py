@@ -1,0 +1,263 @@
+"""Local attention: softmax over a window of near keys, plus a few global tokens. O(n * window) time and memory.
+
+    out_i = sum_{j in W(i)} softmax_j(scaling q_i . k_j + bias_(j-i)) v_j
+    W(i) = {|i-j| <= window}                bidirectional (Longformer 2020, arXiv 2004.05150)
+    W(i) = {i - window < j <= i}            causal (Mistral 2023, arXiv 2310.06825; transformers' `sliding_window`)
+
+The first `global_tokens` real tokens are seen by all and, when not causal, see all.
+
+    >>> import torch
+    >>> query, key, value = torch.randn(3, 1, 12, 4096, 64)
+    >>> local_attention(query, key, value, window=64, global_tokens=1).shape
+    torch.Size([1, 12, 4096, 64])
+
+How: the queries are cut into blocks that become batch rows of one SDPA call. The keys that block b can see are a
+window of the padded key sequence; these windows overlap and are a strided view, not a copy. Batch rows lie one after
+the other in that sequence, so a window at an edge reads zeros or a neighbouring row's keys: masked either way.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .full import (
+    check_positions,
+    check_shapes,
+    check_window,
+    full_attention,
+    match_heads,
+    sdpa,
+    section,
+    toeplitz,
+    zero_padding,
+)
+
+
+class _Band(NamedTuple):
+    """How far a query sees: `left` keys back, `right` keys ahead; and the queries per `block`."""
+
+    left: int
+    right: int
+    block: int
+
+
+class _Globals(NamedTuple):
+    """The global tokens of each row: `index` [B,g] in the key sequence, `valid` [B,g], `at` [B,S]; bool both."""
+
+    index: Tensor
+    valid: Tensor
+    at: Tensor
+
+
+class _Blocks(NamedTuple):
+    """N blocks per batch row: query [B*N,H,block,D], key and value [B*N,K,span,D], `visible` keys [B or 1,N,span],
+    `position` [N,block] of the queries in the key sequence, how many keys lie `before` a block's first query, and how
+    many added queries `lead` the first block."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    position: Tensor
+    before: int
+    lead: int
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    window: int,
+    global_tokens: int = 0,
+    causal: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over a window; shapes and parameters as in `full_attention`.
+
+    Parameters:
+        window: bidirectional: keys with |i - j| <= window; causal: the last `window` keys including the token itself.
+        global_tokens: the number of first real tokens (padding not counted) that all see and, if not causal, see all.
+
+    Returns:
+        [B, H, T, Dv]. Where the window covers everything, the same as `full_attention`.
+
+    Raises:
+        UnsupportedModelError: bidirectional with T != S (cross attention), or shapes that do not fit together.
+    """
+    check_window(window)
+    check_shapes(query, key, value, key_mask, bias)
+    length, seen = query.shape[2], key.shape[2]
+    check_positions(length, seen, causal)
+    block = 64 if window <= 64 else 128  # larger blocks waste more masked pairs, smaller ones run slower per pair
+    band = _Band(window - 1, 0, block) if causal else _Band(window, window, block)
+    if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
+        if window >= seen or (not global_tokens and seen <= sum(band)):
+            dense = {"causal": causal, "window": window, "scaling": scaling, "dropout": dropout, "bias": bias}
+            return full_attention(query, key, value, key_mask, **dense)
+        band = band._replace(block=min(block, length))
+    tokens = _find_globals(key, key_mask, global_tokens) if global_tokens else None
+    if length == seen:
+        key, value = zero_padding(key, value, key_mask)
+    out = _windowed(query, key, value, key_mask, tokens, band, causal, scaling, dropout, bias)
+    if tokens is not None and not causal:
+        rows = _global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
+        out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
+    return out
+
+
+def _windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    tokens: _Globals | None,
+    band: _Band,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,T,Dv]: every query over its window and the global keys."""
+    length, seen = query.shape[2], key.shape[2]
+    visible = _visible(key, key_mask, tokens)
+    global_keys = None if tokens is None else _take_globals(query, key, value, tokens)
+    if length != seen:  # decoding: of a long cache, touch only the keys in a window
+        first = max(seen - length - band.left, 0)
+        key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
+        key_mask = None if key_mask is None else key_mask[:, first:]
+        key, value = zero_padding(key, value, key_mask)
+    key, value = match_heads(query, key, value)
+    blocks = _cut(query, key, value, visible, band, seen)
+    mask = _mask(blocks, band, tokens, causal, bias, seen)
+    if global_keys is not None:
+        blocks = blocks._replace(
+            key=_prepend(global_keys[0], blocks.key), value=_prepend(global_keys[1], blocks.value)
+        )
+    out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=scaling, dropout=dropout)
+    # [B*N, H, block, Dv] -> [B, H, T, Dv], stored as [B, T, H, Dv], which is what the layers reshape to.
+    out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    return section(out, 2, blocks.lead, length)
+
+
+def _find_globals(key: Tensor, key_mask: Tensor | None, count: int) -> _Globals:
+    """The first `count` real tokens of each row, wherever the padding is."""
+    real = _real(key, key_mask).expand(key.shape[0], -1)
+    rank = real.cumsum(-1)  # [B, S], 1 at the first real token
+    wanted = torch.arange(1, count + 1, device=key.device)
+    index = (rank.unsqueeze(1) < wanted.unsqueeze(1)).sum(-1)  # [B, g]; S where a row has fewer real tokens
+    valid = index < key.shape[2]
+    # A missing token stands for the first one, so that what is written for it is what belongs there.
+    index = torch.where(valid, index, index[:, :1]).clamp(max=key.shape[2] - 1)
+    return _Globals(index, valid, real & (rank <= count))
+
+
+def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """[B, S], or [1, S] of True where there is no padding."""
+    return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+
+
+def _visible(key: Tensor, key_mask: Tensor | None, tokens: _Globals | None) -> Tensor:
+    """[B or 1, S]: the keys of the windows; the global ones are left out, they come as keys of their own."""
+    real = _real(key, key_mask)
+    return real if tokens is None else real & ~tokens.at
+
+
+def _cut(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, band: _Band, seen: int) -> _Blocks:
+    """The blocks of queries with the keys that each may see, given the last keys of `seen`."""
+    length, kept = query.shape[2], key.shape[2]
+    if length == 1 or (not torch.compiler.is_exporting() and length <= band.block):
+        position = torch.arange(seen - length, seen, device=query.device).unsqueeze(0)
+        return _Blocks(query, key, value, visible.unsqueeze(1), position, kept - length, 0)
+    count = (kept + band.block - 1) // band.block
+    filled = count * band.block
+    # Queries at every kept position, so that query and key blocks line up; `lead` says how many to cut off.
+    rows = F.pad(query, (0, 0, kept - length, filled - kept))
+    rows = rows.unflatten(2, (count, band.block)).transpose(1, 2).flatten(0, 1)
+    span = band.left + band.block + band.right
+    visible = F.pad(visible, (band.left, filled - kept + band.right)).unfold(1, span, band.block)
+    position = torch.arange(seen - kept, seen - kept + filled, device=query.device).unflatten(0, (count, band.block))
+    key, value = _windows(key, filled, band), _windows(value, filled, band)
+    return _Blocks(rows, key, value, visible, position, band.left, kept - length)
+
+
+def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:
+    """[B,K,S,D] -> overlapping windows [B*N,K,span,D], a view of one padded copy."""
+    extra = filled - x.shape[2]
+    if x.shape[0] == 1:
+        rows = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, band.left, extra + band.right))
+    else:
+        rows = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, extra)).flatten(0, 1)
+        rows = F.pad(rows, (0, 0, 0, 0, band.left, band.right))
+    return rows.unfold(0, band.left + band.block + band.right, band.block).transpose(2, 3)
+
+
+def _mask(
+    blocks: _Blocks, band: _Band, tokens: _Globals | None, causal: bool, bias: Tensor | None, seen: int
+) -> Tensor:
+    """What the blocks' queries may see: bool [B*N,1,block,keys], or scores [B*N,H,block,keys] with a bias."""
+    device, batch = blocks.query.device, blocks.query.shape[0] // blocks.visible.shape[1]
+    block, span = blocks.query.shape[2], blocks.key.shape[2]
+    distance = torch.arange(span, device=device) - torch.arange(block, device=device)[:, None] - blocks.before
+    inside = (distance >= -band.left) & (distance <= band.right)
+    allowed = blocks.visible.unsqueeze(2) & inside  # [B or 1, N, block, span]
+    if tokens is not None:
+        seen_by = tokens.valid[:, None, None, :]  # [B, 1, 1, g]
+        if causal:
+            seen_by = seen_by & (tokens.index[:, None, None, :] <= blocks.position[..., None])
+        shape = (batch, *allowed.shape[1:3], -1)
+        allowed = torch.cat([seen_by.expand(shape), allowed.expand(shape)], -1)
+    allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    if bias is None:
+        return allowed
+    # [1, H, block, span]: bias[seen - 1] is distance 0; the ends are filled up where a block is longer than the input.
+    first = blocks.before + block
+    scores = F.pad(bias, (first, span))[..., seen : seen + block + span - 1]
+    scores = toeplitz(scores, block, span)
+    if tokens is not None:
+        offset = tokens.index[:, None, None, :] - blocks.position[..., None] + seen - 1  # [B, N, block, g]
+        to_globals = bias[0][:, offset.clamp(0, bias.shape[-1] - 1)].movedim(0, 2).flatten(0, 1)  # [B*N, H, block, g]
+        scores = torch.cat([to_globals, scores.expand(to_globals.shape[0], -1, -1, -1)], -1)
+    return scores.to(blocks.query.dtype).masked_fill(~allowed, float("-inf"))
+
+
+def _take_globals(query: Tensor, key: Tensor, value: Tensor, tokens: _Globals) -> tuple[Tensor, Tensor]:
+    """[B,K,g,D] and [B,K,g,Dv]: the global keys and values, zeros for missing ones."""
+    index = tokens.index[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    chosen = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
+    return match_heads(query, *zero_padding(*chosen, tokens.valid))
+
+
+def _prepend(chosen: Tensor, windows: Tensor) -> Tensor:
+    """[B,K,g,D] and [B*N,K,span,D] -> [B*N,K,g+span,D]: the global keys before each block's own."""
+    count = windows.shape[0] // chosen.shape[0]
+    return torch.cat([chosen.unsqueeze(1).expand(-1, count, -1, -1, -1).flatten(0, 1), windows], 2)
+
+
+def _global_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    tokens: _Globals,
+    scaling: float | None,
+    dropout: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,g,Dv]: the global tokens as queries over all keys."""
+    heads, seen, dim = query.shape[1:]
+    count = tokens.index.shape[1]
+    key, value = match_heads(query, key, value)
+    rows = query.gather(2, tokens.index[:, None, :, None].expand(-1, heads, -1, dim))
+    mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, -1, count, -1)
+    if bias is not None:
+        offset = torch.arange(seen, device=query.device) - tokens.index.unsqueeze(-1) + seen - 1  # [B, g, S]
+        scores = bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B, H, g, S]
+        mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    out = sdpa(rows, key, value, mask, scaling=scaling, dropout=dropout)
+    return torch.where(tokens.valid[:, None, :, None], out, out.detach())  # a missing token's row is a mere copy

@@ -1,0 +1,147 @@
+"""The settings of a distillation run: those of `transformers.TrainingArguments` and these.
+
+    DistillationArguments(output_dir="out", losses={"ce": 0.5, "kd": 0.5, "hidden": 1.0}, temperature=4.0)
+
+Loss = sum of weight x term; each term is a mean over its own positions of one whole optimizer step.
+"""
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from ..errors import ConfigError, unknown_name
+from .divergences import DIVERGENCES
+from .layer_map import MAPS
+from .losses import HIDDEN_DISTANCES, LOSSES
+
+SOFT_POSITIONS = ("labels", "attended")
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+MAX_TEMPERATURE = 1000.0
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """`TrainingArguments` with the fields of distillation; the help of each field says what it means.
+
+    Raises:
+        ConfigError: a value that is not allowed, or a TrainingArguments option that distillation cannot honour.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "losses"]
+
+    losses: dict | str | None = field(
+        default_factory=lambda: {"ce": 1.0, "kd": 1.0},
+        metadata={
+            "help": 'Weight of each loss, on the command line as JSON: \'{"ce": 1, "kd": 1}\'. '
+            "ce: hard labels; kd: the teacher's soft labels; hidden: hidden states of mapped layers."
+        },
+    )
+    temperature: float = field(
+        default=2.0, metadata={"help": "Both models' logits are divided by it before the kd divergence."}
+    )
+    temperature_squared: bool = field(
+        default=True,
+        metadata={"help": "Multiply kd by temperature^2, so that its gradient does not shrink with the temperature."},
+    )
+    divergence: str = field(
+        default="forward",
+        metadata={"help": "Divergence of kd: forward, KL(teacher || student); reverse, KL(student || teacher); jsd."},
+    )
+    jsd_beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in the mixture of jsd, in (0, 1)."})
+    soft_positions: str = field(
+        default="labels",
+        metadata={
+            "help": "Tokens on which kd is computed: labels (where a label counts; all tokens that are not padding if "
+            "there are no labels) or attended (all tokens that are not padding)."
+        },
+    )
+    hidden_loss: str = field(
+        default="mse", metadata={"help": "Distance of hidden states: mse, or cosine (1 - cosine similarity)."}
+    )
+    layer_map: list | str | dict | None = field(
+        default="auto",
+        metadata={
+            "help": "Which teacher layer each student layer learns from: auto (the layers that the student kept of "
+            "its teacher, else uniform), uniform, last, linspace, or JSON pairs [[student, teacher], ...] in which 0 "
+            'is the embeddings; for encoder-decoders also {"encoder": ..., "decoder": ...}.'
+        },
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Cast the teacher to float32, bfloat16 or float16; default: as it was loaded."}
+    )
+
+    def __post_init__(self) -> None:
+        self.losses = _check_losses(self.losses)
+        self.layer_map = _read_layer_map(self.layer_map)
+        _check_name("divergence", self.divergence, DIVERGENCES)
+        _check_name("soft_positions", self.soft_positions, SOFT_POSITIONS)
+        _check_name("hidden_loss", self.hidden_loss, HIDDEN_DISTANCES)
+        if self.teacher_dtype is not None:
+            _check_name("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise ConfigError(
+                f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}; "
+                "usual are 1 to 10."
+            )
+        if not 0 < self.jsd_beta < 1:
+            raise ConfigError(
+                f"jsd_beta must be between 0 and 1, got {self.jsd_beta!r}. "
+                "At the ends jsd is 0: use divergence='forward' or 'reverse'."
+            )
+        if self.greater_is_better is None and "loss_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # TrainingArguments knows only names that end in `loss`
+        super().__post_init__()
+        self._refuse_what_would_be_ignored()
+
+    def _refuse_what_would_be_ignored(self) -> None:
+        reasons = {
+            "label_smoothing_factor": "the teacher's soft labels take its place",
+            "use_liger_kernel": "its fused loss does not give the logits that kd compares",
+            "torch_compile": "the losses run inside the student's forward, which would be compiled anew at every step",
+        }
+        for name, reason in reasons.items():
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} cannot be used: {reason}. Leave it out.")
+
+
+def _check_losses(losses: object) -> dict[str, float]:
+    if isinstance(losses, str):
+        losses = _json("losses", losses)
+    if not isinstance(losses, dict) or not losses:
+        raise ConfigError(f"losses must map names to weights, such as {{'ce': 1.0, 'kd': 1.0}}, got {losses!r}.")
+    for name, weight in losses.items():
+        if name not in LOSSES:
+            raise unknown_name("loss", name, LOSSES)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConfigError(f"The weight of {name!r} must be a number from 0 up, got {weight!r}.")
+    active = {name: float(losses[name]) for name in LOSSES if losses.get(name)}
+    if not active:
+        raise ConfigError(f"losses={losses!r} leaves nothing to train on: give at least one weight above 0.")
+    return active
+
+
+def _read_layer_map(layer_map: Any) -> Any:
+    if isinstance(layer_map, str) and layer_map.lstrip().startswith(("[", "{")):
+        layer_map = _json("layer_map", layer_map)
+    for name in layer_map.values() if isinstance(layer_map, dict) else [layer_map]:
+        if isinstance(name, str) and name not in MAPS:
+            raise unknown_name("layer_map", name, MAPS)
+    return layer_map
+
+
+def _json(name: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{name}={text!r} is not JSON ({error}). Use double quotes inside, single quotes outside."
+        ) from error
+
+
+def _check_name(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise unknown_name(name, value, known)

@@ -1,0 +1,176 @@
+"""What a batch means for the losses: which labels belong to which outputs, and which positions count.
+
+    task = task_of(model)                          # Task(kind="causal_lm", ...)
+    batch = Batch(inputs, task)
+    labels, mask = batch.label_targets()           # aligned with the logits: y[t + 1] for a causal model
+
+The masks made here are both what a loss sums over and what its denominator counts, so the two cannot disagree.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import DataError, UnsupportedModelError
+from .losses import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
+IGNORED = -100
+
+# `PreTrainedModel.loss_type` -> how labels and logits are aligned.
+KINDS = {
+    "ForCausalLM": "causal_lm",
+    "ForMaskedLM": "tokens",
+    "ForTokenClassification": "tokens",
+    "ForConditionalGeneration": "causal_lm",  # "tokens" where there is a decoder of its own
+    "ForSequenceClassification": "examples",
+    "ForImageClassification": "examples",
+    "ForAudioClassification": "examples",
+    "ForVideoClassification": "examples",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model's head predicts.
+
+    kind: `causal_lm` (logits[t] predict labels[t + 1]), `tokens` (logits[t] predict labels[t]) or `examples`.
+    problem: transformers' `problem_type`, `None` while it has to be guessed from the labels.
+    stacks: `("encoder", "decoder")` where the forward takes decoder inputs, else `("encoder",)`.
+    """
+
+    kind: str
+    problem: str | None
+    num_labels: int
+    stacks: tuple[str, ...] = ("encoder",)
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The transformers model under a PEFT wrapper, or the model itself."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def forward_names(model: nn.Module) -> frozenset[str]:
+    """The names that the model's forward takes by name; transformers forwards swallow any other in silence."""
+    parameters = inspect.signature(base_of(model).forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+
+
+def task_of(model: nn.Module) -> Task:
+    """Read the task from the model's class and config.
+
+    Raises:
+        UnsupportedModelError: a head whose losses are not defined here.
+    """
+    base = base_of(model)
+    name = type(base).__name__
+    kind = KINDS.get(base.loss_type or "")
+    if kind is None and name.endswith("LMHeadModel"):  # GPT2LMHeadModel and its generation have no loss_type
+        kind = "causal_lm"
+    if kind is None:
+        raise UnsupportedModelError(
+            f"{name} cannot be distilled: its head is none of {', '.join(KINDS)}. Load the model with one of "
+            "AutoModelForSequenceClassification, ForTokenClassification, ForMaskedLM, ForCausalLM, ForSeq2SeqLM or "
+            "ForImageClassification."
+        )
+    stacks = ("encoder", "decoder") if "decoder_input_ids" in forward_names(model) else ("encoder",)
+    if kind == "causal_lm" and len(stacks) == 2:
+        kind = "tokens"
+    examples = kind == "examples"
+    problem = base.config.problem_type if examples else SINGLE_LABEL
+    return Task(kind=kind, problem=problem, num_labels=base.config.num_labels if examples else 0, stacks=stacks)
+
+
+class Batch:
+    """One batch with its masks.
+
+    Parameters:
+        inputs: the collated tensors by name.
+        task: the student's.
+        soft_positions: for soft labels of token models, `labels` (where a label counts, if there are labels) or
+            `attended` (everything that is not padding).
+        rows: only the first `rows` examples count (a sampler repeats examples to fill the last batch).
+    """
+
+    def __init__(self, inputs: dict[str, Any], task: Task, *, soft_positions: str = "labels", rows: int | None = None):
+        self.inputs = inputs
+        self.task = task
+        self.soft_positions = soft_positions
+        self.labels: Tensor | None = inputs.get("labels")
+        first = self.labels if self.labels is not None else next(v for v in inputs.values() if torch.is_tensor(v))
+        self.size, self.device = first.shape[0], first.device
+        self.rows = self.size if rows is None else min(rows, self.size)
+
+    @property
+    def problem(self) -> str:
+        if self.task.problem is not None:
+            return self.task.problem
+        if self.task.num_labels == 1:
+            return REGRESSION
+        return SINGLE_LABEL if self.labels is None or not self.labels.is_floating_point() else MULTI_LABEL
+
+    def label_targets(self) -> tuple[Tensor, Tensor]:
+        """Labels aligned with the logits, and where they count.
+
+        Raises:
+            DataError: there are no labels.
+        """
+        if self.labels is None:
+            raise DataError(
+                f"The `ce` loss needs labels, this batch has only {', '.join(self.inputs)}. Add a `labels` column, or "
+                'train on the teacher alone with losses={"kd": 1.0}.'
+            )
+        labels = self.labels
+        if self.task.kind == "causal_lm":
+            labels = torch.cat([labels[:, 1:], labels.new_full((self.size, 1), IGNORED)], dim=1)
+        if self.task.kind != "examples" or self.problem == SINGLE_LABEL:
+            labels = labels.view(self.size) if self.task.kind == "examples" else labels
+            return labels, self._real(labels != IGNORED)
+        labels = labels.view(self.size, self.task.num_labels)
+        return labels, self._real(torch.ones_like(labels, dtype=torch.bool))
+
+    def soft_mask(self) -> Tensor:
+        """Where the student's outputs are compared with the teacher's: [batch, length], [batch] or [batch, labels]."""
+        if self.task.kind == "examples":
+            shape = (self.size,) if self.problem == SINGLE_LABEL else (self.size, self.task.num_labels)
+            return self._real(torch.ones(shape, dtype=torch.bool, device=self.device))
+        if self.labels is not None and self.soft_positions == "labels":
+            return self.label_targets()[1]
+        return self.token_masks()[self.task.stacks[-1]]
+
+    def token_masks(self) -> dict[str, Tensor]:
+        """Positions that are not padding, for each stack: [batch, length], or [batch] for images."""
+        masks = {"encoder": self._mask("attention_mask", ("input_ids", "inputs_embeds"))}
+        if len(self.task.stacks) == 2:
+            masks["decoder"] = self._decoder_mask(masks["encoder"])
+        return masks
+
+    def _decoder_mask(self, encoder_mask: Tensor) -> Tensor:
+        if "decoder_attention_mask" not in self.inputs and self.task.kind == "tokens" and self.labels is not None:
+            return self._real(self.labels != IGNORED)
+        if "decoder_attention_mask" in self.inputs or "decoder_input_ids" in self.inputs:
+            return self._mask("decoder_attention_mask", ("decoder_input_ids",))
+        return encoder_mask  # BART-like classifiers feed the shifted input to the decoder
+
+    def _mask(self, name: str, inputs: tuple[str, ...]) -> Tensor:
+        mask = self.inputs.get(name)
+        if mask is not None:
+            if mask.dim() != 2:
+                raise DataError(
+                    f"`{name}` has shape {tuple(mask.shape)}; distillation needs [batch, length] (1 token, 0 padding)."
+                )
+            return self._real(mask.bool())
+        given = next((self.inputs[i] for i in inputs if self.inputs.get(i) is not None), None)
+        shape = (self.size,) if given is None else given.shape[:2]
+        return self._real(torch.ones(shape, dtype=torch.bool, device=self.device))
+
+    def _real(self, mask: Tensor) -> Tensor:
+        if self.rows < self.size:
+            mask = mask.clone()
+            mask[self.rows :] = False
+        return mask

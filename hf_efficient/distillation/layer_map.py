@@ -1,0 +1,124 @@
+"""Which teacher layer each student layer learns from.
+
+A map is a list of pairs (student, teacher) of positions in `hidden_states`: 0 is the embeddings, l the output of layer
+l. With N teacher layers and M student layers:
+
+    uniform   (m, m N / M) rounded, and (0, 0)              TinyBERT, Jiao et al. 2020
+    last      (m, N - M + m)                                the upper layers, PKD-last, Sun et al. 2019
+    linspace  M layers from the first to the last one       distil-whisper, Gandhi et al. 2023
+    auto      the layers that the student kept of its teacher, where its config remembers them, else uniform
+
+    layer_pairs("uniform", 3, 12)      # [(0, 0), (1, 4), (2, 8), (3, 12)]
+    layer_pairs([[1, 2], [2, 6]], 2, 6)
+
+`chosen_layers` answers the same question for building a student: which layers of the teacher to copy.
+In models that normalise before each sublayer (Llama, T5, ViT), `hidden_states[-1]` of many classes is taken after the
+final norm: a map that pairs the student's last layer with an inner teacher layer compares across that norm.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..errors import ConfigError, UnsupportedModelError, unknown_name
+from .batch import base_of
+
+Pairs = list[tuple[int, int]]
+
+MAPS = ("auto", "uniform", "last", "linspace")
+
+
+def chosen_layers(name: str, student_layers: int, teacher_layers: int) -> list[int]:
+    """The teacher layers (from 0) that a student of `student_layers` layers copies or follows."""
+    n, m = teacher_layers, student_layers
+    if not 1 <= m <= n:
+        raise ConfigError(
+            f"A student of {m} layers cannot follow a teacher of {n} layers one by one; allowed: 1 to {n}. "
+            "Give layer_map as a list of (student, teacher) pairs."
+        )
+    if name == "uniform":
+        return [(2 * k * n + m) // (2 * m) - 1 for k in range(1, m + 1)]  # round(k n / m), halves upwards
+    if name == "last":
+        return list(range(n - m, n))
+    if name == "linspace":
+        return [round(k * (n - 1) / (m - 1)) for k in range(m)] if m > 1 else [n - 1]
+    raise unknown_name("layer_map", name, MAPS)
+
+
+def layer_pairs(
+    layer_map: str | Sequence[Sequence[int]],
+    student_layers: int,
+    teacher_layers: int,
+    kept: Sequence[int] | None = None,
+) -> Pairs:
+    """The pairs of one stack, checked against both depths.
+
+    Raises:
+        ConfigError: an unknown name, a list that is not one of pairs, a position that a model does not have.
+    """
+    if not isinstance(layer_map, str):
+        return _check_pairs(layer_map, student_layers, teacher_layers)
+    if layer_map == "auto" and kept is not None:
+        if len(kept) != student_layers or max(kept) >= teacher_layers:
+            raise ConfigError(
+                f"The student's config says that it kept the layers {list(kept)}, which does not fit a student of "
+                f"{student_layers} and a teacher of {teacher_layers} layers. Is this the model it was cut from? "
+                "If not, choose layer_map='uniform'."
+            )
+        chosen = list(kept)
+    else:
+        layer_map = "uniform" if layer_map == "auto" else layer_map
+        chosen = chosen_layers(layer_map, student_layers, teacher_layers)
+    embeddings = [(0, 0)] if layer_map in ("auto", "uniform") else []
+    return embeddings + [(m + 1, layer + 1) for m, layer in enumerate(chosen)]
+
+
+def _check_pairs(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: int) -> Pairs:
+    is_list = isinstance(pairs, list | tuple) and len(pairs) > 0
+    if not is_list or not all(isinstance(p, list | tuple) and [type(i) for i in p] == [int, int] for p in pairs):
+        raise ConfigError(
+            f"layer_map={pairs!r} must be a name ({', '.join(MAPS)}) or a list of pairs of integers such as "
+            "[[1, 2], [2, 4]] (student, teacher; 0 is the embeddings)."
+        )
+    for student, teacher in pairs:
+        for whose, position, layers in (("student", student, student_layers), ("teacher", teacher, teacher_layers)):
+            if not 0 <= position <= layers:
+                raise ConfigError(
+                    f"layer_map pair ({student}, {teacher}): the {whose} has the positions 0 (embeddings) to {layers}."
+                )
+    return [(student, teacher) for student, teacher in pairs]
+
+
+def depths(model: nn.Module, stacks: tuple[str, ...]) -> dict[str, int]:
+    """The number of layers in each stack."""
+    config = base_of(model).config.get_text_config()
+    fields = {"encoder": "num_hidden_layers", "decoder": "decoder_layers"}
+    if "decoder" in stacks and config.to_dict().get("num_decoder_layers") is not None:
+        fields["decoder"] = "num_decoder_layers"
+    return {stack: _integer(config, fields[stack]) for stack in stacks}
+
+
+def width(model: nn.Module) -> int:
+    """The size of the hidden states."""
+    return _integer(base_of(model).config.get_text_config(), "hidden_size")
+
+
+def kept_layers(model: nn.Module, stacks: tuple[str, ...]) -> dict[str, list[int]]:
+    """The layers of the original that a cut student still has, from `config.efficient["kept_layers"]`."""
+    block: dict[str, Any] = getattr(base_of(model).config, "efficient", None) or {}
+    kept: dict[str, list[int]] = block.get("kept_layers") or {}
+    if len(stacks) == 1:  # the table of families calls the only stack of a causal model its decoder
+        return dict(zip(stacks, kept.values(), strict=False))
+    return kept
+
+
+def _integer(config: PreTrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise UnsupportedModelError(
+            f"The `hidden` loss needs one {name} in the config; a {config.model_type!r} config has {value!r}. "
+            "Leave `hidden` out of losses."
+        )
+    return value

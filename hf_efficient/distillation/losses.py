@@ -1,0 +1,176 @@
+"""The losses as pure functions of tensors. Each returns `(sum, count)`, so that the caller chooses the denominator.
+
+    total, count = kd_loss(student_logits, teacher_logits, mask, temperature=2.0)
+    loss = total / count_over_the_whole_optimizer_step
+
+Rules kept by all of them: rows are selected by the mask first, so what lies under padding is never read; arithmetic is
+in float32 at least; nothing valid gives a sum of 0 that is still connected to the graph. `count` is `mask.sum()`.
+
+`LOSSES` at the end is the table of names that `DistillationArguments.losses` accepts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError, unknown_name
+from .divergences import find_divergence, log_probabilities
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .hidden import HiddenPairs
+
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+SINGLE_LABEL = "single_label_classification"
+
+
+def select(values: Tensor, mask: Tensor) -> Tensor:
+    """The entries of `values` where `mask` is true, in float32 or wider: [n, ...]."""
+    if values.shape[: mask.dim()] != mask.shape:
+        raise DataError(
+            f"A mask of shape {tuple(mask.shape)} does not fit model outputs of shape {tuple(values.shape)}. "
+            "Models that change the sequence length (prompt tuning, image tokens, strided audio) cannot be matched "
+            "position by position."
+        )
+    chosen = values[mask]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+
+def ce_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, problem: str = SINGLE_LABEL) -> tuple[Tensor, Tensor]:
+    """Hard labels: cross entropy, or by `problem` binary cross entropy / squared error for each label.
+
+    Shapes: logits [..., classes] with labels and mask [...]; multi-label and regression: all three [batch, labels].
+    """
+    chosen = select(logits, mask)
+    if problem == SINGLE_LABEL:
+        return F.cross_entropy(chosen, labels[mask], reduction="sum"), mask.sum()
+    targets = labels[mask].to(chosen.dtype)
+    if problem == MULTI_LABEL:
+        return F.binary_cross_entropy_with_logits(chosen, targets, reduction="sum"), mask.sum()
+    return F.mse_loss(chosen, targets, reduction="sum"), mask.sum()
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    problem: str = SINGLE_LABEL,
+    temperature: float = 1.0,
+    temperature_squared: bool = True,
+    divergence: str = "forward",
+    beta: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """Soft labels (Hinton et al. 2015): T^2 D(softmax(teacher / T), softmax(student / T)).
+
+    The gradient of the softened divergence shrinks as 1/T^2; `temperature_squared` undoes that. Multi-label logits are
+    compared as independent yes/no distributions, regression outputs by squared error (no temperature).
+
+    Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels].
+    """
+    student, teacher = select(student, mask), select(teacher, mask)
+    if problem == REGRESSION:
+        return F.mse_loss(student, teacher, reduction="sum"), mask.sum()
+    binary = problem == MULTI_LABEL
+    values = find_divergence(divergence)(
+        log_probabilities(teacher, temperature, binary=binary),
+        log_probabilities(student, temperature, binary=binary),
+        beta,
+    )
+    return values.sum() * (temperature**2 if temperature_squared else 1.0), mask.sum()
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "mse") -> tuple[Tensor, Tensor]:
+    """Distance of hidden states: mean over the width of (s - t)^2, or 1 - cos(s, t) (DistilBERT, Sanh et al. 2019).
+
+    Shapes: states [batch, positions, width] and mask [batch, positions]; with mask [batch] (images) an example counts
+    once, with the mean over its positions.
+    """
+    if kind not in HIDDEN_DISTANCES:
+        raise unknown_name("hidden_loss", kind, HIDDEN_DISTANCES)
+    values = HIDDEN_DISTANCES[kind](select(student, mask), select(teacher, mask))
+    if mask.dim() == 1:
+        values = values.flatten(1).mean(dim=1)
+    return values.sum(), mask.sum()
+
+
+HIDDEN_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),
+    "cosine": lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1),
+}
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the losses need beside the batch: the numbers of `DistillationArguments` and the mapped layers."""
+
+    temperature: float
+    temperature_squared: bool
+    divergence: str
+    beta: float
+    hidden_loss: str
+    pairs: "HiddenPairs"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One name of the table.
+
+    parts: the names of what is summed apart, each with its own denominator; most losses have one.
+    masks: what counts in a batch, by part.
+    sums: the sum of each part, from (batch, student outputs, teacher outputs, settings).
+    """
+
+    parts: tuple[str, ...]
+    masks: Callable[["Batch"], dict[str, Tensor]]
+    sums: Callable[["Batch", Any, Any, LossSettings], dict[str, Tensor]]
+    needs_teacher: bool = True
+    needs_hidden_states: bool = False
+
+
+def _ce_sums(batch: "Batch", student: Any, teacher: Any, settings: LossSettings) -> dict[str, Tensor]:
+    labels, mask = batch.label_targets()
+    return {"ce": ce_loss(student.logits, labels, mask, problem=batch.problem)[0]}
+
+
+def _kd_sums(batch: "Batch", student: Any, teacher: Any, settings: LossSettings) -> dict[str, Tensor]:
+    total, _ = kd_loss(
+        student.logits,
+        teacher.logits,
+        batch.soft_mask(),
+        problem=batch.problem,
+        temperature=settings.temperature,
+        temperature_squared=settings.temperature_squared,
+        divergence=settings.divergence,
+        beta=settings.beta,
+    )
+    return {"kd": total}
+
+
+def _hidden_masks(batch: "Batch") -> dict[str, Tensor]:
+    return {f"hidden_{stack}": mask for stack, mask in batch.token_masks().items()}
+
+
+def _hidden_sums(batch: "Batch", student: Any, teacher: Any, settings: LossSettings) -> dict[str, Tensor]:
+    """The mean over all mapped layers of both stacks: each pair's sum is divided by the number of pairs."""
+    sums = {}
+    for stack, mask in batch.token_masks().items():
+        values = [
+            hidden_loss(s, t, mask, kind=settings.hidden_loss)[0] for s, t in settings.pairs(stack, student, teacher)
+        ]
+        sums[f"hidden_{stack}"] = torch.stack(values).sum() / len(settings.pairs)
+    return sums
+
+
+LOSSES: dict[str, Loss] = {
+    "ce": Loss(("ce",), masks=lambda batch: {"ce": batch.label_targets()[1]}, sums=_ce_sums, needs_teacher=False),
+    "kd": Loss(("kd",), masks=lambda batch: {"kd": batch.soft_mask()}, sums=_kd_sums),
+    "hidden": Loss(
+        ("hidden_encoder", "hidden_decoder"), masks=_hidden_masks, sums=_hidden_sums, needs_hidden_states=True
+    ),
+}

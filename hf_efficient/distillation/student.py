@@ -1,0 +1,68 @@
+"""A student made of its teacher: embeddings, head and some of the layers.
+
+    student = build_student(teacher, layers=3)                                # first, middle and last layer
+    student = build_student(teacher, layers=[0, 2, 4])
+    student = build_student(t5, layers={"decoder": 2}, layer_map="last")      # distil-whisper: a whole encoder
+
+Kept teacher layers are a far better start than a fresh small model (DistilBERT, Sanh et al. 2019).
+"""
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError, unknown_name
+from ..families import find_stacks
+from ..models.block import EfficientBlock
+from ..models.building import check_model
+from ..models.configs import block_of
+from ..pruning.plan import PruningPlan
+from ..pruning.surgery import apply_plan
+from .layer_map import MAPS, chosen_layers
+
+Layers = int | Sequence[int]
+
+
+def build_student(
+    teacher: PreTrainedModel, layers: Layers | Mapping[str, Layers], *, layer_map: str = "linspace"
+) -> PreTrainedModel:
+    """A new, independent model of the teacher's class that keeps `layers` of it; weights are copied.
+
+    Parameters:
+        layers: how many layers to keep, or which (from 0, in rising order). In encoder-decoders it goes for both
+            stacks; a mapping `{"encoder": ..., "decoder": ...}` treats them apart, and a stack that it does not name
+            stays whole.
+        layer_map: which layers a number means: `linspace` (from the first to the last), `uniform` or `last`.
+
+    The config remembers the kept layers, and `DistillationArguments(layer_map="auto")` follows them.
+
+    Raises:
+        ConfigError: a stack or layer that the teacher does not have.
+        UnsupportedModelError: a model outside the table of families, quantised, or wrapped by PEFT.
+    """
+    depths = {stack.name: len(modules) for stack, modules in find_stacks(check_model(teacher))}
+    if layer_map not in MAPS or layer_map == "auto":
+        raise unknown_name("layer_map", layer_map, [name for name in MAPS if name != "auto"])
+    wanted = layers if isinstance(layers, Mapping) else dict.fromkeys(depths, layers)
+    for stack in wanted:
+        if stack not in depths:
+            raise unknown_name("stack of this model", stack, depths)
+    kept = {stack: _kept(wanted[stack], depths[stack], layer_map) for stack in depths if stack in wanted}
+    student = apply_plan(teacher, PruningPlan(layers=kept))
+    everything = {stack: tuple(range(depth)) for stack, depth in depths.items()}
+    block = EfficientBlock(stacks=block_of(student.config).stacks, kept_layers=everything | kept)
+    student.config.efficient = block.to_dict()
+    return student
+
+
+def _kept(layers: Layers, depth: int, layer_map: str) -> tuple[int, ...]:
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        return tuple(chosen_layers(layer_map, layers, depth))
+    chosen = tuple(layers) if isinstance(layers, list | tuple) else ()
+    is_rising = all(type(layer) is int for layer in chosen) and list(chosen) == sorted(set(chosen))
+    if not chosen or not is_rising or not 0 <= chosen[0] <= chosen[-1] < depth:
+        raise ConfigError(
+            f"layers={layers!r} must be a number of layers from 1 to {depth}, or different layers from 0 to "
+            f"{depth - 1} in rising order, such as [0, {depth - 1}]."
+        )
+    return chosen

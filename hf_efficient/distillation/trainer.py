@@ -1,0 +1,321 @@
+"""`transformers.Trainer` with a teacher.
+
+    args = DistillationArguments("out", losses={"ce": 0.5, "kd": 0.5}, temperature=4.0, learning_rate=5e-5)
+    trainer = DistillationTrainer(student, args, teacher=teacher, train_dataset=train, processing_class=tokenizer)
+    trainer.train()
+    student.save_pretrained("out/student")        # a plain transformers model
+
+All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEFT, mixed precision.
+
+The loss of one optimizer step is sum_k w_k S_k / N_k, where S_k sums term k, and N_k counts its positions, over all
+micro-batches and all processes. So 16 examples give the same gradient as one batch, as 4 accumulated batches of 4, or
+on 2 processes. With W processes each rank returns W sum_k w_k S_k / N_k, because DDP averages gradients.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import find_batch_size, nested_detach
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from ..errors import ConfigError
+from . import hidden
+from .arguments import DistillationArguments
+from .batch import Batch, base_of, forward_names
+from .checks import check_models, check_run
+from .forward import call_inside
+from .losses import LOSSES, MULTI_LABEL, REGRESSION, LossSettings
+from .meter import Meter
+
+Counts = dict[str, Tensor]
+AGREEMENT = "teacher_agreement"
+
+
+class DistillationTrainer(Trainer):
+    """Train `model` on hard labels, on a teacher's soft labels and on its hidden states.
+
+    Parameters:
+        model: the student, a transformers model or a PEFT model around one.
+        args: the losses and all training settings.
+        teacher: a loaded model of the same kind. It is frozen, put in eval mode and moved to the student's device.
+        kwargs: as in `Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, ...
+
+    Logs `loss_<name>` for each term, unweighted; evaluation adds `eval_loss_<name>` and `eval_teacher_agreement`, the
+    fraction of positions at which both models have the same argmax.
+
+    Raises:
+        ConfigError, UnsupportedModelError: the models cannot be compared, or would silently be trained wrongly.
+    """
+
+    # compute_loss divides by the counts of the whole window (transformers >= 5.19 asks; before, see __init__)
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: DistillationArguments,
+        *,
+        teacher: PreTrainedModel,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, DistillationArguments):
+            raise ConfigError(f"args must be DistillationArguments, got {type(args).__name__}.")
+        for name in ("model_init", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} cannot be used: DistillationTrainer needs the loaded student and its own loss."
+                )
+        self.task = check_models(model, teacher, args.losses)
+        super().__init__(model, args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        check_run(args, fsdp_version=plugin.fsdp_version if plugin else None)
+        self.model_accepts_loss_kwargs = True  # how transformers < 5.19 is told that the loss is scaled
+        self._names = {"student": forward_names(model) - {"labels"}, "teacher": forward_names(teacher) - {"labels"}}
+        self._losses = {name: LOSSES[name] for name in args.losses}
+        with_hidden = any(loss.needs_hidden_states for loss in self._losses.values())
+        self.pairs = (
+            hidden.make_pairs(model, teacher, args.layer_map, self.task.stacks)
+            if with_hidden
+            else hidden.HiddenPairs({}, nn.ModuleDict())
+        )
+        self.pairs.projections.to(args.device)
+        self._settings = LossSettings(
+            temperature=args.temperature,
+            temperature_squared=args.temperature_squared,
+            divergence=args.divergence,
+            beta=args.jsd_beta,
+            hidden_loss=args.hidden_loss,
+            pairs=self.pairs,
+        )
+        self.teacher = self._prepare_teacher(teacher)
+        self._train_meter, self._eval_meter = Meter(), Meter()
+
+    def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """Frozen, in eval mode, on the device; never given to accelerate, which would take it for a second student."""
+        teacher.requires_grad_(False).eval()
+        if self.args.teacher_dtype is not None:
+            teacher = teacher.to(getattr(torch, self.args.teacher_dtype))
+        is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
+        return teacher if is_placed else teacher.to(self.args.device)
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what either model reads: a BERT teacher needs the token_type_ids that a DistilBERT student ignores."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            columns += sorted(self._names["teacher"] - set(columns))
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step and the denominators of all terms, with one collective."""
+        batches = list(islice(epoch_iterator, num_batches))
+        for name in self._losses:
+            self._train_meter.add(name, 0.0, 1.0)
+        return batches, self._window_counts(batches, device)
+
+    def _window_counts(self, batches: list[dict], device: torch.device) -> Counts | None:
+        counts = [self._counts(self._batch(inputs)) for inputs in batches]
+        if not counts:
+            return None
+        names = list(counts[0])
+        local = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).to(device)
+        return dict(zip(names, self.accelerator.reduce(local, reduction="sum"), strict=True))
+
+    def _batch(self, inputs: dict[str, Any], rows: int | None = None) -> Batch:
+        return Batch(inputs, self.task, soft_positions=self.args.soft_positions, rows=rows)
+
+    def _counts(self, batch: Batch) -> Counts:
+        """The number of positions of each part of each loss in one batch."""
+        masks = [mask for loss in self._losses.values() for mask in loss.masks(batch).items()]
+        return {part: mask.sum() for part, mask in masks}
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of the loss of the step.
+
+        `num_items_in_batch`: the `Counts` of `get_batch_samples`; without them, the mean over this batch alone.
+        """
+        batch = self._batch(inputs)
+        counts = self._counts(batch) if num_items_in_batch is None else num_items_in_batch
+        share = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        needs_teacher = any(loss.needs_teacher for loss in self._losses.values())
+        sums, logits = self._run_student(model, batch, self._run_teacher(batch) if needs_teacher else None)
+        terms = {name: share * _mean(parts, counts) for name, parts in sums.items()}
+        if num_items_in_batch is not None:
+            for name, value in terms.items():
+                self._train_meter.add(name, value.detach(), 0.0)
+        loss = self._weighted(terms)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _run_student(
+        self, model: nn.Module, batch: Batch, teacher_outputs: Any
+    ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+        """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
+        inputs = self._model_inputs("student", batch)
+
+        def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+            outputs = forward(**inputs)
+            sums = {n: loss.sums(batch, outputs, teacher_outputs, self._settings) for n, loss in self._losses.items()}
+            # Detached: DDP takes parameters that only these logits reach for unused, as they are.
+            return sums, outputs.logits.detach()
+
+        return call_inside(model, self.accelerator.unwrap_model(model, keep_torch_compile=False), body)
+
+    @torch.no_grad()
+    def _run_teacher(self, batch: Batch) -> Any:
+        with self.accelerator.autocast():
+            return self.teacher(**self._model_inputs("teacher", batch))
+
+    def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
+        """What this model's forward takes, never labels: no loss of the model's own, same decoder inputs for both."""
+        inputs = {name: value for name, value in batch.inputs.items() if name in self._names[who]}
+        seq2seq = self.task.kind == "tokens" and len(self.task.stacks) == 2
+        if seq2seq and inputs.get("decoder_input_ids") is None and batch.labels is not None:
+            student: Any = base_of(self.accelerator.unwrap_model(self.model))
+            inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        if "use_cache" in self._names[who]:
+            inputs["use_cache"] = False
+        if len(self.pairs):
+            inputs["output_hidden_states"] = self.pairs.wanted(("student", "teacher").index(who))
+        return inputs
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        """As in `Trainer`, but only the logits are gathered, and only the `ce` loss needs labels."""
+        inputs = self._prepare_inputs(inputs)
+        batch = self._batch(inputs, rows=self._real_rows(inputs))
+        if batch.labels is None and "ce" in self._losses:  # predict() on unlabelled data
+            with torch.no_grad():
+                return None, model(**self._model_inputs("student", batch)).logits, None
+        teacher_outputs = self._run_teacher(batch)
+        with torch.no_grad():
+            sums, logits = self._run_student(model, batch, teacher_outputs)
+        counts = self._counts(batch)
+        for part, total in (item for parts in sums.values() for item in parts.items()):
+            self._eval_meter.add(part, total, counts[part])
+        self._eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher_outputs.logits))
+        loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
+        if prediction_loss_only:
+            return loss, None, None
+        has_labels = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
+        labels = nested_detach(tuple(inputs[name] for name in self.label_names)) if has_labels else None
+        return loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels
+
+    def _real_rows(self, inputs: dict[str, Any]) -> int | None:
+        """How many examples of an evaluation batch are not repeats that fill the last batch of all ranks."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        return max(0, state.remainder - self.accelerator.process_index * find_batch_size(inputs))
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in `Trainer`; the losses are means over all positions of the data set, not means of batch means."""
+        self._eval_meter.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_meter.drain(self.accelerator)
+        terms: dict[str, float] = {}
+        for name, loss in self._losses.items():
+            parts = [value for part, value in means.items() if part in loss.parts]
+            if parts:
+                terms[name] = sum(parts)
+        metrics = {f"loss_{name}": value for name, value in terms.items()}
+        if terms:
+            metrics["loss"] = self._weighted(terms)
+        if AGREEMENT in means:
+            metrics[AGREEMENT] = means[AGREEMENT]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the unweighted terms to what `Trainer` logs about training; their weighted sum is `loss`."""
+        if "loss" in logs:
+            logs.update({f"loss_{name}": value for name, value in self._train_meter.drain(self.accelerator).items()})
+        super().log(logs, start_time)
+
+    # ---- training and checkpoints -----------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer.train`. The projections are part of the student only while it trains."""
+        self._forget_evaluation()
+        self._train_meter.clear()
+        projections = self.pairs.projections
+        if not projections:
+            return super().train(*args, **kwargs)
+        if not hasattr(self.model, hidden.ATTRIBUTE):
+            hidden.attach(self.model, projections)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self.remove_projections()
+
+    def remove_projections(self) -> None:
+        """Take the projections off the student; `train` does it, except under FSDP and DeepSpeed, which own them."""
+        if hasattr(self.model, hidden.ATTRIBUTE):
+            hidden.detach(self.model, self.pairs.projections)
+
+    def _forget_evaluation(self) -> None:
+        """evaluate() before train() marks the student as prepared, and train() would then not wrap it in DDP."""
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
+            vars(self.model)["_is_accelerate_prepared"] = False
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """No weight decay on the projections: decay towards 0 would pull the student's states with it."""
+        return [name for name in super().get_decay_parameter_names(model) if hidden.ATTRIBUTE not in name.split(".")]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        tensors = None
+        if hasattr(self.model, hidden.ATTRIBUTE):
+            tensors = hidden.own_tensors(state_dict, self.pairs.projections)
+        super()._save(output_dir, state_dict)
+        if tensors and self.args.should_save:
+            hidden.save_projections(output_dir or self.args.output_dir, tensors)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.pairs.projections and not self.is_fsdp_enabled:  # an FSDP checkpoint holds them with the model
+            hidden.load_projections(resume_from_checkpoint, self.pairs.projections)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.pairs.projections and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            hidden.load_projections(self.state.best_model_checkpoint, self.pairs.projections)
+
+    def _weighted(self, terms: dict[str, Any]) -> Any:
+        return sum(self.args.losses[name] * value for name, value in terms.items())
+
+
+def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:
+    """The mean of a term: each part over its own count; 0, connected to the graph, where nothing counts."""
+    return torch.stack([total / counts[part].clamp_min(1) for part, total in parts.items()]).sum()
+
+
+def _agreement(batch: Batch, student: Tensor, teacher: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(positions with the same prediction, positions). Regression has no predictions to agree on."""
+    if batch.problem == REGRESSION:
+        return 0.0, 0.0
+    mask = batch.soft_mask()
+    if batch.problem == MULTI_LABEL:
+        same = (student > 0) == (teacher > 0)
+    else:
+        same = student.argmax(dim=-1) == teacher.argmax(dim=-1)
+    return (same & mask).sum(), mask.sum()

@@ -1,0 +1,50 @@
+"""Settings that a measurement changes and always puts back.
+
+with evaluating(model), using_threads(1):
+    model(**inputs)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import ConfigError
+
+
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and inference mode; afterwards each submodule is in the mode it was in before."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[int]:
+    """Run with this many CPU threads (None: as they are); yields the number in use.
+
+    Raises:
+        ConfigError: not a positive integer.
+    """
+    before = torch.get_num_threads()
+    if threads is not None:
+        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+            raise ConfigError(f"threads must be a positive integer or None, got {threads!r}.")
+        torch.set_num_threads(threads)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done what it was asked; nothing to wait for elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,84 @@
+"""Random inputs of a wanted size for any model that takes tokens or pixels.
+
+dummy_inputs(model, batch_size=1, sequence_length=512)     # {"input_ids": [1, 512], "attention_mask": [1, 512]}
+"""
+
+import inspect
+
+import torch
+
+from ..errors import ConfigError, UnsupportedModelError
+
+# These heads shift `input_ids` into the decoder themselves.
+_OWN_DECODER_INPUT = ("ForSequenceClassification", "ForQuestionAnswering")
+
+
+def dummy_inputs(
+    model: torch.nn.Module, batch_size: int = 1, sequence_length: int = 512, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs for `model(**inputs)` on the model's device: the same for the same seed and config.
+
+    Tokens: random ordinary ids `[batch_size, sequence_length]`, nothing padded; encoders, decoders (prefill) and
+    encoder-decoders alike read all of them. An encoder-decoder gets one decoder token, so what is timed is reading the
+    input and making the first output token. Images: `[batch_size, channels, height, width]` of the config's
+    `image_size`; `sequence_length` has no meaning for them.
+
+    Raises:
+        ConfigError: a size below 1, or more tokens than the model has positions for.
+        UnsupportedModelError: the model's main input is neither tokens nor pixels.
+    """
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "input_ids":
+        inputs = _tokens(model, batch_size, sequence_length, generator)
+    elif model.main_input_name == "pixel_values":
+        inputs = _pixels(model, batch_size, generator)
+    else:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {model.main_input_name!r}; dummy inputs are made for 'input_ids' and "
+            "'pixel_values'. Time it with compare_latency and inputs of your own."
+        )
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        inputs.pop("attention_mask", None)  # transformers looks at its values, and a meta tensor has none
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    config = model.config.get_text_config()
+    fields = config.to_dict()  # not each family has each of the fields below: T5 has neither limit nor first token
+    limit = fields.get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    if limit is not None and sequence_length > limit:
+        raise ConfigError(
+            f"sequence_length={sequence_length}, but {type(model).__name__} has {limit} positions. "
+            f"Use at most {limit}, or a model extended to longer inputs."
+        )
+    ends = fields.get("eos_token_id")
+    special = {fields.get("pad_token_id"), fields.get("bos_token_id"), *(ends if isinstance(ends, list) else [ends])}
+    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    drawn = torch.randint(0, len(ordinary), (batch_size, sequence_length), generator=generator)
+    inputs = {
+        "input_ids": ordinary[drawn],
+        "attention_mask": torch.ones(batch_size, sequence_length, dtype=torch.long),
+    }
+    if config.is_encoder_decoder:
+        inputs["input_ids"][:, -1] = config.eos_token_id  # BART's classifier reads the state at the end token
+        names = inspect.signature(model.forward).parameters
+        if "decoder_input_ids" in names and not type(model).__name__.endswith(_OWN_DECODER_INPUT):
+            inputs["decoder_input_ids"] = torch.full((batch_size, 1), config.decoder_start_token_id)
+    return inputs
+
+
+def _pixels(model, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    config = model.config
+    if "image_size" not in config.to_dict():
+        raise UnsupportedModelError(
+            f"The config of {type(model).__name__} has no image_size. "
+            "Time it with compare_latency and inputs of your own."
+        )
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    pixels = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+    return {"pixel_values": pixels.to(model.dtype)}

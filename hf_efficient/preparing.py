@@ -1,0 +1,275 @@
+"""From rows to model inputs: which columns a task needs, tokenisation, labels, and the collator that pads a batch.
+
+    ready = prepare(rows, "text-classification", AutoTokenizer.from_pretrained(name), max_length=128)
+    ready.num_labels, ready.label_names                                # 5, ("business", "entertainment", ...)
+
+A task is one entry of `TASKS`. Labels are classes: strings and integers are numbered in sorted order, floats
+(regression) and lists (several labels per row) are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DataError, unknown_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task needs: the columns it reads, the Auto class that loads its model, the metric that judges it."""
+
+    columns: tuple[str, ...]
+    auto_class: str
+    metric: str
+
+
+TASKS: dict[str, Task] = {
+    "text-classification": Task(("text", "label"), "AutoModelForSequenceClassification", "accuracy"),
+    "causal-lm": Task(("text",), "AutoModelForCausalLM", "perplexity"),
+    "seq2seq": Task(("text", "target"), "AutoModelForSeq2SeqLM", "perplexity"),
+    "image-classification": Task(("image", "label"), "AutoModelForImageClassification", "accuracy"),
+}
+
+# role -> the usual names, tried in this order where a column is not named
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "content"),
+    "label": ("label", "labels", "category"),
+    "target": ("target", "summary", "output"),
+    "image": ("image", "img"),
+}
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Ready for a `Trainer`. `num_labels` is None and `label_names` empty where the task has no classes."""
+
+    train: Dataset
+    test: Dataset
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    num_labels: int | None
+    label_names: tuple[str, ...]
+    task: str
+
+
+def prepare(
+    dataset: Mapping[str, Dataset],
+    task: str,
+    processor: Any,
+    *,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    target_column: str | None = None,
+    image_column: str | None = None,
+    max_length: int | None = None,
+    image_size: int | None = None,
+) -> PreparedData:
+    """Tokenise (or normalise images of) the `train` and `test` splits for one of `TASKS`.
+
+    - text-classification: `input_ids`, `attention_mask`, `labels`, truncated to `max_length`, padded per batch.
+    - causal-lm: documents are joined, each closed by the end-of-sequence token, and cut into blocks of `max_length`;
+      the rest of each 1,000 documents is a shorter block. Labels are the tokens themselves, -100 at padding.
+    - seq2seq: `text_column` in, `target_column` out, labels padded with -100.
+    - image-classification: `pixel_values` float32 [C, H, W]. Without a processor integers 0..255 and floats 0..1 are
+      mapped to -1..1 and, where `image_size` is given, resized to a square; needs neither torchvision nor Pillow.
+
+    Parameters:
+        processor: the tokenizer, or for images an AutoImageProcessor or None. A tokenizer without a padding token
+            gets its end-of-sequence token as one.
+        max_length: in tokens; by default what the tokenizer says, at most 512.
+
+    Raises:
+        ConfigError: unknown task, or an option out of range or of another task.
+        DataError: a missing column or split, a row that cannot be used, fewer than two classes.
+    """
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    given = {"text": text_column, "label": label_column, "target": target_column, "image": image_column}
+    columns = _columns(dataset, {role: given[role] for role in TASKS[task].columns}, text_pair_column)
+    names, ids = _classes(dataset, columns["label"]) if "label" in columns else ((), {})
+    function: Callable[..., dict]
+    settings: dict[str, Any] = {"columns": columns, "ids": ids}
+    if "image" in columns:
+        from .images import image_settings, images_to_inputs
+
+        settings |= image_settings(dataset, columns["image"], processor, image_size)
+        function, batch_size = images_to_inputs, 100
+    else:
+        settings |= _text_settings(processor, max_length)
+        function, batch_size = (_pack if task == "causal-lm" else _tokenize), 1000
+    train, test = (_map(dataset[split], function, settings, batch_size) for split in ("train", "test"))
+    if not len(train) or not len(test):
+        raise DataError(f"No tokens are left of the {'test' if len(train) else 'train'} split: its texts are empty.")
+    return PreparedData(train, test, _collator(task, processor), len(names) or None, names, task)
+
+
+def check_labels(model_config: Any, prepared: PreparedData) -> None:
+    """Refuse a model whose classes are not those of the data.
+
+    Raises:
+        DataError: another number of labels, or the same names in another order.
+    """
+    if prepared.num_labels is None:
+        return
+    known = [model_config.id2label[index] for index in sorted(model_config.id2label)]
+    if len(known) != prepared.num_labels:
+        raise DataError(
+            f"The model has {len(known)} labels ({_some(known)}), the data has {prepared.num_labels} "
+            f"({_some(prepared.label_names)}). Load the model with num_labels={prepared.num_labels} and fine-tune it, "
+            "or choose data with the model's labels."
+        )
+    if sorted(known) == sorted(prepared.label_names) and tuple(known) != prepared.label_names:
+        raise DataError(
+            f"The model numbers its labels {_some(known)}, the data {_some(prepared.label_names)}: the same names in "
+            "another order. Cast the label column to datasets.ClassLabel with the model's order."
+        )
+
+
+def find_column(rows: Dataset, role: str) -> str | None:
+    """The first usual name of the role that the rows have."""
+    return next((name for name in COLUMNS[role] if name in rows.column_names), None)
+
+
+def need_column(rows: Dataset, role: str, given: str | None) -> str:
+    """The named column, or the first usual name of its role; an error lists the columns there are."""
+    columns = rows.column_names
+    names = (given,) if given is not None else COLUMNS[role]
+    found = next((name for name in names if name in columns), None)
+    if found is None:
+        near = difflib.get_close_matches(str(given), columns, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        what = f"called {given!r}" if given is not None else f"with a usual name ({', '.join(names)})"
+        fix = "" if given is not None else f" Name it with {role}_column."
+        raise DataError(f"The data has no {role} column {what}.{hint} Columns: {_some(columns)}.{fix}")
+    return found
+
+
+def _columns(dataset: Mapping[str, Dataset], given: dict[str, str | None], pair: str | None) -> dict[str, str]:
+    """The column of each role, found in train and present in test."""
+    for split in ("train", "test"):
+        if split not in dataset:
+            raise DataError(f"The splits train and test are needed, got {_some(dataset)}: see load_dataset_any.")
+        if not len(dataset[split]):
+            raise DataError(f"The {split} split has no rows.")
+    columns = {role: need_column(dataset["train"], role, name) for role, name in given.items()}
+    if pair is not None:
+        columns["text_pair"] = need_column(dataset["train"], "text_pair", pair)
+    for role, column in columns.items():
+        need_column(dataset["test"], f"{role} (test split)", column)
+    return columns
+
+
+def _classes(dataset: Mapping[str, Dataset], column: str) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """The label names and the number of each value of the column."""
+    import datasets
+
+    feature, test_feature = (dataset[split].features[column] for split in ("train", "test"))
+    dtype = str(getattr(feature, "dtype", "list")) if not isinstance(feature, datasets.ClassLabel) else "int64"
+    if isinstance(feature, datasets.List) or dtype.startswith(("float", "double", "list", "dict")):
+        kind = "numbers (regression)" if "float" in dtype else "several labels per row"
+        raise DataError(f"The label column {column!r} holds {kind}; only classes (strings or integers) are supported.")
+    values = set(dataset["train"][column]) | set(dataset["test"][column])
+    if isinstance(feature, datasets.ClassLabel):
+        if not isinstance(test_feature, datasets.ClassLabel) or test_feature.names != feature.names:
+            raise DataError(f"The label column {column!r} has other class names or order in test than in train.")
+        names, ids = tuple(feature.names), {index: index for index in range(len(feature.names))}
+    else:
+        ids = {value: index for index, value in enumerate(sorted(values - {None}))}
+        names = tuple(map(str, ids))
+    if missing := values - set(ids):
+        raise DataError(f"The label column {column!r} has rows without a label ({_some(missing)}): remove them.")
+    if len(values) < 2:
+        raise DataError(f"The label column {column!r} has the single class {_some(values)}: two or more are needed.")
+    return names, ids
+
+
+def _text_settings(tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+    if tokenizer is None:
+        raise ConfigError("A text task needs a tokenizer, got None: AutoTokenizer.from_pretrained(model).")
+    if max_length is None:
+        max_length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
+        raise ConfigError(f"max_length must be an integer of 2 tokens or more, got {max_length!r}.")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise DataError("The tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return {"tokenizer": tokenizer, "max_length": max_length}
+
+
+def _map(rows: Dataset, function: Callable, settings: dict[str, Any], batch_size: int) -> Dataset:
+    """`Dataset.map` whose cache lies in the Hugging Face cache, not beside the rows (`save_to_disk` folders)."""
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    features = settings.get("features")
+    settings = {name: value for name, value in settings.items() if name != "features"}
+    cache_file = None
+    if rows.cache_files and datasets.is_caching_enabled():
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_efficient"
+        folder.mkdir(parents=True, exist_ok=True)
+        cache_file = str(folder / f"{Hasher.hash((rows._fingerprint, function, settings, batch_size))}.arrow")
+    mapped = rows.with_format(None).map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        with_indices=True,
+        fn_kwargs=settings,
+        features=features,
+        remove_columns=rows.column_names,
+        cache_file_name=cache_file,
+    )
+    return mapped.with_format("torch") if features is not None else mapped
+
+
+def _tokenize(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
+    texts = [_strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
+    inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+    if "target" in columns:
+        targets = _strings(batch, indices, columns["target"])
+        inputs["labels"] = tokenizer(text_target=targets, truncation=True, max_length=max_length)["input_ids"]
+    else:
+        inputs["labels"] = [ids[value] for value in batch[columns["label"]]]
+    return inputs
+
+
+def _pack(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
+    tokens: list[int] = []
+    for text in _strings(batch, indices, columns["text"]):
+        document = tokenizer(text, verbose=False)["input_ids"] if text.strip() else []
+        ends = tokenizer.eos_token_id is None or not document or document[-1] == tokenizer.eos_token_id
+        tokens += document if ends else [*document, tokenizer.eos_token_id]
+    blocks = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+    blocks = [block for block in blocks if len(block) > 1]  # one token predicts nothing
+    return {"input_ids": blocks, "attention_mask": [[1] * len(b) for b in blocks], "labels": [list(b) for b in blocks]}
+
+
+def _strings(batch: dict, indices: list[int], column: str) -> list[str]:
+    for index, value in zip(indices, batch[column], strict=True):
+        if not isinstance(value, str):
+            raise DataError(f"Row {index} has {value!r} in the text column {column!r}, where a string is needed.")
+    return batch[column]
+
+
+def _collator(task: str, processor: Any) -> Callable:
+    import transformers
+
+    if task == "image-classification":
+        return transformers.default_data_collator
+    if task == "text-classification":
+        return transformers.DataCollatorWithPadding(processor)
+    # Pads the labels with -100 by position, so that a padding token which is also end-of-sequence still counts.
+    return transformers.DataCollatorForSeq2Seq(processor)
+
+
+def _some(names: Any) -> str:
+    names = [f"{name!s:.60}" for name in names]
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -1,0 +1,276 @@
+"""Two pictures of a report: quality against latency, and what is left of each layer.
+
+    plot_accuracy_latency([report_a, report_b], "accuracy_latency.png")    # several reports: one Pareto picture
+    plot_structure(report, "structure.png")
+
+Needs matplotlib (`pip install "hf-efficient[plots]"`). Only Figure objects are used, never pyplot, so a caller's
+backend and open figures stay as they are.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from .schema import Latency, Quality, Report
+from .tables import describe_machine, describe_workload, is_fraction, name_layer
+
+ACCURACY_LATENCY = "accuracy_latency.png"
+STRUCTURE = "structure.png"
+
+_TEACHER, _TEXT, _FAINT, _GRID = "#6b7280", "#1f2937", "#d5dae1", "#eceff3"
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_STUDENTS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Where a label may stand: at the dot (0) or an end of its error bar (1, -1), how many points from there, alignment.
+_PLACES = (
+    *((0, 12, 12, "left", "bottom"), (0, 12, -12, "left", "top")),
+    *((0, -12, 12, "right", "bottom"), (0, -12, -12, "right", "top")),
+    *((1, 0, 8, "center", "bottom"), (-1, 0, -8, "center", "top")),
+    *((1, 0, 22, "center", "bottom"), (-1, 0, -22, "center", "top")),
+    *((1, 0, 36, "center", "bottom"), (-1, 0, -36, "center", "top")),
+)
+
+
+def save_plots(report: Report, folder: str | Path) -> list[Path]:
+    """Draw into `folder` what the report has the data for, under the names that the model card looks for."""
+    folder, written = Path(folder), []
+    if report.student.quality is not None:
+        written.append(plot_accuracy_latency(report, folder / ACCURACY_LATENCY))
+    if report.structure:
+        written.append(plot_structure(report, folder / STRUCTURE))
+    return written
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise ConfigError('Plots need matplotlib. Run `pip install "hf-efficient[plots]"`.') from None
+    figure = Figure(
+        figsize=(width, height), dpi=150, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    )
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+@dataclass(frozen=True)
+class _Point:
+    label: str
+    color: str
+    filled: bool
+    latency: Latency
+    quality: Quality
+
+    @property
+    def x(self) -> float:
+        return self.latency.median_ms
+
+    @property
+    def scale(self) -> float:
+        return 100.0 if is_fraction(self.quality.main.name) else 1.0
+
+    @property
+    def y(self) -> float:
+        return self.scale * self.quality.main.value
+
+    @property
+    def error(self) -> float:
+        error = self.scale * self.quality.main.standard_error
+        return error if math.isfinite(error) else 0.0  # one sample has no standard error
+
+
+def plot_accuracy_latency(
+    reports: Report | Sequence[Report], path: str | Path, labels: Sequence[str] | None = None
+) -> Path:
+    """Main score against median latency; bars: standard error, and fastest to 95th percentile time.
+
+    Parameters:
+        reports: each gives its teacher (hollow) and its student (filled); all must have the same main score.
+        labels: names of the students, one per report; default: the recipe's name, else the stages.
+
+    Raises:
+        DataError: a report without quality, or reports with different scores, workloads or machines.
+        ConfigError: matplotlib is missing, or not one label per report.
+    """
+    reports = [reports] if isinstance(reports, Report) else list(reports)
+    points = _points(reports, labels)
+    figure = _figure(7.2, 4.6)
+    axes = figure.add_subplot()
+    for point in points:
+        _draw_point(axes, point)
+    axes.margins(x=0.22, y=0.25)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    name = points[0].quality.main
+    better = "higher is better" if name.higher_is_better else "lower is better"
+    unit = " (%)" if is_fraction(name.name) else ""
+    _dress(axes, f"median latency (ms), {describe_workload(reports[0].student)}", f"{name.name}{unit}, {better}")
+    axes.set_title("Quality and latency", loc="left", fontsize=12, fontweight="bold", color=_TEXT, pad=22)
+    samples = points[0].quality.samples
+    note = f"{describe_machine(reports[0])}; {samples} samples, bars: ±1 standard error, fastest to p95 time"
+    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8, color=_TEACHER)
+    _label_points(figure, axes, points)
+    return _save(figure, path)
+
+
+def _points(reports: list[Report], labels: Sequence[str] | None) -> list[_Point]:
+    if not reports or (labels is not None and len(labels) != len(reports)):
+        raise ConfigError(f"Give at least one report and one label per report, got {len(reports)} and {labels!r}.")
+    points: list[_Point] = []
+    for number, report in enumerate(reports):
+        names = (report.base_model.split("/")[-1], labels[number] if labels is not None else _student_name(report))
+        colors = (_TEACHER, _STUDENTS[number % len(_STUDENTS)])
+        for filled, measured in enumerate((report.teacher, report.student)):
+            if measured is None:
+                continue
+            if measured.quality is None:
+                raise DataError("A report has no quality to plot. Measure it with a data set.")
+            # A teacher that several reports share is named once.
+            named = any(not filled and not p.filled and p.label == names[0] for p in points)
+            label = "" if named else names[filled]
+            points.append(_Point(label, colors[filled], bool(filled), measured.latency, measured.quality))
+    scores = {point.quality.main.name for point in points}
+    if len(scores) > 1:
+        raise DataError(f"Reports with different scores cannot share a plot: {', '.join(sorted(scores))}.")
+    all_measured = [m for report in reports for m in (report.teacher, report.student) if m is not None]
+    if (
+        len({describe_workload(m) for m in all_measured}) > 1
+        or len({describe_machine(report) for report in reports}) > 1
+    ):
+        raise DataError("Latencies of different workloads or machines cannot share a plot. Measure all the same way.")
+    return points
+
+
+def _student_name(report: Report) -> str:
+    return str(report.recipe.get("name") or " + ".join(stage.name for stage in report.stages) or "student")
+
+
+def _draw_point(axes: Any, point: _Point) -> None:
+    latency = point.latency
+    axes.errorbar(
+        point.x,
+        point.y,
+        xerr=[[point.x - latency.min_ms], [max(0.0, latency.p95_ms - point.x)]],
+        yerr=point.error,
+        fmt="o",
+        markersize=8,
+        color=point.color,
+        markerfacecolor=point.color if point.filled else "white",
+        markeredgewidth=1.6,
+        elinewidth=1.1,
+        capsize=2.5,
+        zorder=3,
+    )
+
+
+def _label_points(figure: Any, axes: Any, points: list[_Point]) -> None:
+    """Put each name where it covers neither a dot, nor an error bar, nor another name, nor leaves the axes."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    taken = [_bars(axes, point) for point in points]
+    area = axes.get_window_extent(renderer)
+    for point in filter(lambda point: point.label, points):
+        best: tuple[int, Any, Any] | None = None
+        for end, dx, dy, horizontal, vertical in _PLACES:
+            text = axes.annotate(
+                point.label,
+                (point.x, point.y + end * point.error),
+                (dx, dy),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=9,
+                color=point.color,
+                zorder=4,
+            )
+            box = text.get_window_extent(renderer)
+            outside = not (area.contains(box.x0, box.y0) and area.contains(box.x1, box.y1))
+            cost = 10 * outside + sum(box.overlaps(other) for cross in taken for other in cross)
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost, text, box)
+            else:
+                text.remove()
+        if best is not None:
+            taken.append([best[2]])
+
+
+def _bars(axes: Any, point: _Point) -> list[Any]:
+    """The boxes of a point's two error bars, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    latency = point.latency
+    boxes = []
+    for low, high in (
+        ((latency.min_ms, point.y), (latency.p95_ms, point.y)),
+        ((point.x, point.y - point.error), (point.x, point.y + point.error)),
+    ):
+        (x0, y0), (x1, y1) = axes.transData.transform([low, high])
+        boxes.append(Bbox.from_extents(x0 - 8, y0 - 8, x1 + 8, y1 + 8))
+    return boxes
+
+
+def plot_structure(report: Report, path: str | Path) -> Path:
+    """Heads and neurons kept in each layer (dark) of those it had (light), and the attention each layer uses.
+
+    Raises:
+        DataError: the report has no structure. ConfigError: matplotlib missing.
+    """
+    layers = report.structure
+    if not layers:
+        raise DataError("The report does not say what is left of each layer, so there is nothing to draw.")
+    figure = _figure(8.4, 1.2 + 0.3 * max(len(layers), 4))
+    heads, neurons, attention = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 0.6))
+    _draw_kept(heads, [(x.heads, x.original_heads) for x in layers], "heads", _STUDENTS[0])
+    _draw_kept(neurons, [(x.neurons, x.original_neurons) for x in layers], "neurons", _STUDENTS[2])
+    heads.set_yticks(range(len(layers)), [name_layer(x, layers) for x in layers])
+    heads.set_ylabel("layer", fontsize=9.5, color=_TEXT)
+    heads.set_ylim(len(layers) - 0.5, -0.5)
+    attention.set_axis_off()
+    attention.set_title("attention", loc="left", fontsize=9.5, color=_TEXT, pad=4)
+    for row, layer in enumerate(layers):
+        color = _TEACHER if layer.attention in ("full", "removed") else _STUDENTS[1]
+        attention.text(0, row, layer.attention, va="center", fontsize=8.5, color=color)
+    total = sum(x.original_heads > 0 and x.heads == 0 and x.neurons == 0 for x in layers)
+    removed = f", {total} of {len(layers)} layers removed" if total else ""
+    title = f"What is left of each layer of {report.base_model.split('/')[-1]}{removed}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_TEXT)
+    return _save(figure, path)
+
+
+def _draw_kept(axes: Any, counts: list[tuple[int, int]], what: str, color: str) -> None:
+    rows = range(len(counts))
+    axes.barh(rows, [original for _, original in counts], height=0.66, color=_FAINT)
+    axes.barh(rows, [kept for kept, _ in counts], height=0.66, color=color)
+    widest = max(original for _, original in counts)
+    for row, (kept, original) in enumerate(counts):
+        axes.text(original + 0.02 * widest, row, f"{kept} of {original}", va="center", fontsize=8, color=_TEXT)
+    _dress(axes, "", "")
+    axes.set_xlim(0, 1.42 * widest)
+    axes.tick_params(axis="both", length=0)
+    axes.set_xticks([])
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title(what, loc="left", fontsize=9.5, color=_TEXT, pad=4)
+
+
+def _dress(axes: Any, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel, fontsize=9.5, color=_TEXT)
+    axes.set_ylabel(ylabel, fontsize=9.5, color=_TEXT)
+    axes.tick_params(labelsize=8.5, colors=_TEXT)
+    axes.grid(True, color=_GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_FAINT)

@@ -1,0 +1,281 @@
+"""What was measured, as plain data: `report.json` is the only source of the card, the plots and the tables.
+
+    report = load_report("out")                       # out/report.json
+    print(report.student.size.parameters, report.comparison.speedup)
+    report.save("copy/report.json")                   # atomic; load_report gives back an equal Report
+
+Units are in the names: `_ms` milliseconds, `_bytes` bytes; ratios are student / teacher, except `speedup`, which is
+teacher time / student time. A report never holds a token or an absolute path: both are removed when it is made.
+"""
+
+import datetime
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, unknown_name
+from .codec import clean, decode
+from .environment import Environment, package_commit
+
+SCHEMA_VERSION = 1
+REPORT_FILE = "report.json"
+LOADS_WITH = ("portable", "plugin")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One timed forward; `input_shape` is that of the main input, `[B, T]` tokens or `[B, C, height, width]`."""
+
+    batch_size: int
+    sequence_length: int | None
+    input_shape: tuple[int, ...]
+    threads: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters are counted once when shared. MACs and peak memory belong to one forward of the workload.
+
+    Parameters:
+        embedding_parameters: weights of lookup tables (`torch.nn.Embedding`), a head tied to one included.
+        weight_bytes: the weights as loaded; `bytes_on_disk` is the checkpoint folder's weight files, if there is one.
+        peak_memory_bytes: weights plus the largest amount allocated at any moment of the forward.
+    """
+
+    parameters: int
+    embedding_parameters: int
+    nonzero_parameters: int
+    weight_bytes: int
+    macs: int
+    peak_memory_bytes: int
+    bytes_on_disk: int | None = None
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Everything but lookup tables."""
+        return self.parameters - self.embedding_parameters
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one forward, over `rounds` rounds after `warmup` uncounted ones."""
+
+    median_ms: float
+    p95_ms: float
+    min_ms: float
+    rounds: int
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """One quality number with its standard error over the samples."""
+
+    name: str
+    value: float
+    standard_error: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Scores on a data set, the task's main score first; `targets` counts labels (tokens for text generation)."""
+
+    task: str
+    samples: int
+    targets: int
+    scores: tuple[Score, ...]
+
+    @property
+    def main(self) -> Score:
+        return self.scores[0]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Student against teacher, measured in one interleaved run.
+
+    Parameters:
+        speedup: teacher median time / student median time; above 1 the student is faster.
+        paired_speedup: the median over rounds of teacher time / student time of the same round.
+        quality_difference: student - teacher in the main score, on the same samples, with its paired standard error.
+        agreement: fraction of targets for which both predict the same.
+    """
+
+    speedup: float
+    paired_speedup: float
+    parameter_ratio: float
+    mac_ratio: float
+    weight_bytes_ratio: float
+    memory_ratio: float
+    quality_score: str | None = None
+    quality_difference: float | None = None
+    quality_difference_error: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything measured on one model; with a baseline also that one's measurement and the comparison."""
+
+    model: str
+    workload: Workload
+    size: Size
+    latency: Latency
+    quality: Quality | None = None
+    baseline: "Measurement | None" = None
+    comparison: Comparison | None = None
+
+    def alone(self) -> "Measurement":
+        """The same without baseline and comparison, which a `Report` keeps in places of their own."""
+        return replace(self, baseline=None, comparison=None)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage as it ran: how long, with which settings, and what it did (`facts`: plain JSON values)."""
+
+    name: str
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """The data set's name and the number of samples per use, such as `{"train": 1600, "test": 400}`."""
+
+    name: str
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """What is left of a layer of the teacher; a removed one has 0 heads, 0 neurons and attention `"removed"`."""
+
+    layer: int
+    heads: int
+    original_heads: int
+    neurons: int
+    original_neurons: int
+    attention: str = "full"
+    stack: str = "encoder"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compression run: where it came from, what was done, what was measured.
+
+    Parameters:
+        student, teacher, comparison: as `measure(student, baseline=teacher)` gives them.
+        created, commit, environment: filled in for this machine and day unless given.
+        base_model: the teacher's id on the Hub; its `licence` is inherited by the card.
+        loads_with: `"portable"` (stock class, loads anywhere) or `"plugin"` (needs hf_efficient).
+        auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
+
+    Raises:
+        ConfigError: an unknown `loads_with`.
+    """
+
+    student: Measurement
+    base_model: str
+    teacher: Measurement | None = None
+    comparison: Comparison | None = None
+    auto_class: str = "AutoModel"
+    loads_with: str = "portable"
+    licence: str | None = None
+    dataset: DatasetFacts | None = None
+    stages: tuple[StageRecord, ...] = ()
+    structure: tuple[LayerStructure, ...] = ()
+    warnings: tuple[str, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    created: str = field(default_factory=_today)
+    commit: str | None = field(default_factory=package_commit)
+    environment: Environment = field(default_factory=Environment.collect)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.loads_with not in LOADS_WITH:
+            raise unknown_name("loads_with", self.loads_with, LOADS_WITH)
+        if self.schema_version != SCHEMA_VERSION:
+            raise ConfigError(f"schema_version must be {SCHEMA_VERSION}, got {self.schema_version!r}. Leave it out.")
+        for name in ("base_model", "recipe", "warnings"):
+            object.__setattr__(self, name, clean(getattr(self, name)))
+        stages = (replace(s, settings=clean(s.settings), facts=clean(s.facts)) for s in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
+        object.__setattr__(self, "structure", tuple(self.structure))
+        if self.dataset is not None:
+            object.__setattr__(self, "dataset", replace(self.dataset, name=clean(self.dataset.name)))
+
+    def to_json(self) -> str:
+        """Strict JSON text; a number that is not finite (a diverged model's loss) is written as a string."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "this report") -> "Report":
+        """Read back `to_json` exactly; `source` names the file in errors.
+
+        Raises:
+            CheckpointError: not JSON, not a report, damaged, or written by a newer hf_efficient.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"{source} is not valid JSON ({error}). Write it again with `measure`.") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"{source} is not a report of hf_efficient: schema_version is {version!r}.")
+        if version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{source} has schema_version {version}, this hf_efficient reads up to {SCHEMA_VERSION}. "
+                "Run `pip install --upgrade hf-efficient`."
+            )
+        return decode(cls, data, source)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a `.json` file, or as `report.json` into a folder; the file is complete or not there at all."""
+        target = _report_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            part.write_text(self.to_json(), encoding="utf-8")
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+
+def load_report(path: str | Path) -> Report:
+    """Read a `report.json`, or the one in a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, damaged, or written by a newer hf_efficient.
+    """
+    target = _report_path(path)
+    try:
+        text = target.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"No readable report at {target}: {error}. Give a folder with {REPORT_FILE}.") from None
+    return Report.from_json(text, source=str(target))
+
+
+def _report_path(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / REPORT_FILE
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value

@@ -1,0 +1,191 @@
+"""Teacher against student as a table, for the terminal and for Markdown; numbers are written the same way everywhere.
+
+print(text_table(report))
+print(markdown_table(report))          # README, model card
+"""
+
+from collections.abc import Sequence
+
+from .schema import Comparison, LayerStructure, Measurement, Report, Score
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def format_count(value: float) -> str:
+    """Three digits and a prefix: `22.7M` parameters, `2.75G` MACs; below 1,000 as it is."""
+    # 0.9995: what would be written as 1000k is written as 1.00M.
+    for size, prefix in _PREFIXES:
+        if value >= 0.9995 * size and value >= 1000:
+            return f"{_three_digits(value / size)}{prefix}"
+    return str(value)
+
+
+def format_bytes(value: float) -> str:
+    """Decimal units: `90.9 MB`."""
+    text = format_count(value)
+    return f"{text[:-1]} {text[-1].replace('k', 'K')}B" if text[-1].isalpha() else f"{text} B"
+
+
+def format_ms(value: float) -> str:
+    """Three digits: `12.3 ms`, `0.412 ms`."""
+    return f"{_three_digits(value)} ms"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
+    return f"{value:.{decimals}f}"
+
+
+def is_fraction(name: str) -> bool:
+    """Accuracies are shown in percent, losses and perplexities as they are."""
+    return name.endswith("accuracy")
+
+
+def format_score(score: Score) -> str:
+    """`84.5% ± 0.6` or `3.214 ± 0.021`: value and standard error."""
+    if is_fraction(score.name):
+        return f"{100 * score.value:.1f}% ± {100 * score.standard_error:.1f}"
+    return f"{score.value:.3f} ± {score.standard_error:.3f}"
+
+
+def format_difference(comparison: Comparison) -> str:
+    """`-0.4 ± 0.3 points` for accuracy, `+0.031 ± 0.008` for losses."""
+    name, change, error = comparison.quality_score, comparison.quality_difference, comparison.quality_difference_error
+    if name is None or change is None or error is None:
+        return ""
+    if is_fraction(name):
+        return f"{100 * change:+.1f} ± {100 * error:.1f} points"
+    return f"{change:+.3f} ± {error:.3f}"
+
+
+def format_ratio(value: float) -> str:
+    """Three digits: `0.52x`, `1.94x`, `0.042x`."""
+    return f"{value:.3f}x" if value < 0.1 else f"{value:.2f}x"
+
+
+def describe_workload(measurement: Measurement) -> str:
+    """`batch 1, 128 tokens, 1 thread, float32 on cpu`."""
+    work = measurement.workload
+    if work.sequence_length is not None:
+        size = f"{work.sequence_length} tokens"
+    else:
+        size = "x".join(map(str, work.input_shape[-2:])) + " pixels"
+    threads = f"{work.threads} thread{'s' if work.threads != 1 else ''}"
+    return f"batch {work.batch_size}, {size}, {threads}, {work.dtype} on {work.device}"
+
+
+def describe_machine(report: Report) -> str:
+    """The processor that the student was timed on: `AMD EPYC, 2 cores`, or the GPU's name."""
+    machine = report.environment
+    if report.student.workload.device == "cuda" and machine.gpu is not None:
+        return machine.gpu
+    return f"{machine.cpu}, {machine.cores} core{'s' if machine.cores != 1 else ''}"
+
+
+def comparison_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """(what, teacher, student, change); empty cells where there is nothing to say."""
+    both = [report.teacher, report.student]
+    compared = report.comparison
+    rows = _quality_rows(both, compared)
+
+    def add(what, value_of, change=None):
+        teacher, student = (None if each is None else value_of(each) for each in both)
+        if teacher is not None or student is not None:
+            rows.append((what, teacher or "", student or "", change if compared and change else ""))
+
+    def ratio(name):
+        return format_ratio(getattr(compared, name)) if compared else None
+
+    add("latency, median", lambda m: format_ms(m.latency.median_ms), f"{ratio('speedup')} speed-up")
+    add("latency, p95", lambda m: format_ms(m.latency.p95_ms))
+    add("MACs", lambda m: format_count(m.size.macs), ratio("mac_ratio"))
+    add("parameters", lambda m: format_count(m.size.parameters), ratio("parameter_ratio"))
+    add("without embeddings", lambda m: format_count(m.size.non_embedding_parameters))
+    if any(m is not None and _sparse(m) for m in both):
+        add("not zero", lambda m: format_count(m.size.nonzero_parameters))
+    add("weights", lambda m: format_bytes(m.size.weight_bytes), ratio("weight_bytes_ratio"))
+    add("on disk", lambda m: None if m.size.bytes_on_disk is None else format_bytes(m.size.bytes_on_disk))
+    add("peak memory", lambda m: format_bytes(m.size.peak_memory_bytes), ratio("memory_ratio"))
+    return rows
+
+
+def _sparse(measurement: Measurement) -> bool:
+    """More than a percent of zeros: biases and padding rows of a dense model are zero too."""
+    return measurement.size.nonzero_parameters < 0.99 * measurement.size.parameters
+
+
+def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -> list[tuple[str, str, str, str]]:
+    scores = [{} if m is None or m.quality is None else {s.name: s for s in m.quality.scores} for m in both]
+    rows: list[tuple[str, str, str, str]] = []
+    for name in dict.fromkeys([*scores[1], *scores[0]]):
+        teacher, student = (format_score(each[name]) if name in each else "" for each in scores)
+        change = format_difference(compared) if compared is not None and compared.quality_score == name else ""
+        rows.append((name.replace("_", " "), teacher, student, change))
+    if compared is not None and compared.agreement is not None:
+        rows.append(("same prediction", "", f"{100 * compared.agreement:.1f}%", ""))
+    return rows
+
+
+def name_layer(layer: LayerStructure, layers: Sequence[LayerStructure]) -> str:
+    """`3`, or `decoder 3` where the model has more than one stack of layers."""
+    return f"{layer.stack} {layer.layer}" if len({each.stack for each in layers}) > 1 else str(layer.layer)
+
+
+def structure_rows(layers: Sequence[LayerStructure]) -> list[tuple[str, str, str, str]]:
+    """(layer, heads, neurons, attention), kept of original."""
+    return [
+        (
+            name_layer(x, layers),
+            f"{x.heads} of {x.original_heads}",
+            f"{x.neurons} of {x.original_neurons}",
+            x.attention,
+        )
+        for x in layers
+    ]
+
+
+def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of equal width, the first `left` of them left-aligned, a rule below the header, no trailing spaces."""
+    table = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+    def line(row):
+        cells = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(table[0]), "  ".join("-" * width for width in widths), *map(line, table[1:])])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned source text; a `|` in a cell is escaped."""
+    table = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(header))]
+
+    def line(row):
+        cells = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
+
+
+HEADER = ("", "teacher", "student", "change")
+
+
+def text_table(report: Report) -> str:
+    """The comparison for a terminal, with the workload and machine below it."""
+    return (
+        f"{align(HEADER, comparison_rows(report))}\n\n{describe_workload(report.student)}; {describe_machine(report)}"
+    )
+
+
+def markdown_table(report: Report) -> str:
+    """The comparison as a Markdown table."""
+    return markdown(HEADER, comparison_rows(report))
+
+
+def markdown_structure(report: Report) -> str:
+    """What is left of each layer, as a Markdown table; an empty text if the report does not say."""
+    return markdown(("layer", "heads", "neurons", "attention"), structure_rows(report.structure)) * bool(
+        report.structure
+    )

@@ -1,0 +1,217 @@
+"""The sections of a recipe as small dataclasses: each field carries the rule for its value, checked when made.
+
+TrainingSettings(epochs=2, batch_size=32)
+read(TrainingSettings, {"epohcs": 2}, "teacher")       # ConfigError: teacher.epohcs: unknown key. Did you ...
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .bundled import DATASETS, MODELS, PREFIX
+from .data import looks_local, missing_file
+from .errors import ConfigError, unknown_name
+from .safe_yaml import plain, shown
+
+MAX_TOKENS = 1 << 20
+MAX_BATCH = 1 << 16
+MAX_STEPS = 10**9
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field accepts, in words for the message and as a test."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def _field(default: Any, allowed: str, accepts: Callable[[Any], bool], optional: bool = False) -> Any:
+    if optional:
+        rule = Rule(f"{allowed}, or null", lambda value: value is None or accepts(value))
+    else:
+        rule = Rule(allowed, accepts)
+    return field(default=default, metadata={"rule": rule})
+
+
+def integer(default: int | None, low: int, high: int, optional: bool = False) -> Any:
+    allowed = f"an integer from {low} to {high}"
+    return _field(default, allowed, lambda value: type(value) is int and low <= value <= high, optional)
+
+
+def number(default: float, low: float, high: float, above: bool = False) -> Any:
+    """`above`: more than `low`, instead of at least."""
+    return _field(
+        default,
+        f"a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}",
+        lambda value: type(value) in (int, float) and (low < value if above else low <= value) and value <= high,
+    )
+
+
+def text(default: str | None = None, optional: bool = True) -> Any:
+    return _field(default, "text", lambda value: isinstance(value, str) and value.strip() != "", optional)
+
+
+def flag(default: bool) -> Any:
+    return _field(default, "true or false", lambda value: isinstance(value, bool))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of the sections: checks every field by its rule; whole numbers in float fields become floats."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            value, rule = getattr(self, entry.name), entry.metadata["rule"]
+            if not rule.accepts(value):
+                raise ConfigError(f"{entry.name} must be {rule.allowed}, got {shown(value)}.")
+            if entry.type in (float, "float"):
+                object.__setattr__(self, entry.name, float(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read(settings: type[S], given: Any, path: str) -> S:
+    """The section made of a mapping; every message starts with the path of the faulty key."""
+    check_keys(given, [entry.name for entry in dataclasses.fields(settings)], path)
+    try:
+        return settings(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") from None
+
+
+def check_keys(given: Any, known: list[str], path: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(known)}, got {shown(given)}.")
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path}.{key}: unknown key.{hint} Known: {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The model to compress: an existing one by name, or a fresh one by its config."""
+
+    name_or_path: str | None = text()  # Hub id, folder, or bundled:NAME
+    config: dict[str, Any] | None = field(
+        default=None,
+        metadata={"rule": Rule("a mapping, or null", lambda value: value is None or isinstance(value, dict))},
+    )
+    trust_remote_code: bool = flag(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.name_or_path is None) == (self.config is None):
+            raise ConfigError(
+                "name_or_path or config must be given, one of them: an existing model, or the config of a fresh one "
+                "such as {model_type: vit, hidden_size: 64}."
+            )
+        if self.config is not None:
+            object.__setattr__(self, "config", plain(self.config, "config"))
+            kind = self.config.get("model_type")
+            if not isinstance(kind, str):
+                raise ConfigError(f"config.model_type must be text such as 'vit', got {shown(kind)}.")
+        if self.name_or_path is not None:
+            _check_bundled(self.name_or_path, "bundled model", MODELS)
+            path = os.path.expanduser(self.name_or_path)
+            is_path = path.startswith((".", "/")) or path.count("/") > 1
+            if is_path and not os.path.isdir(path):
+                raise ConfigError(f"name_or_path: no such model folder {shown(path)}.")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """The data set, and how it is read: the arguments of `load_dataset_any` and `prepare`."""
+
+    name_or_path: str = text(None, optional=False)
+    text_column: str | None = text()
+    text_pair_column: str | None = text()
+    label_column: str | None = text()
+    target_column: str | None = text()
+    image_column: str | None = text()
+    max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens
+    image_size: int | None = integer(None, 1, 4096, optional=True)  # pixels
+    test_fraction: float = number(0.2, 0.001, 0.999)
+    limit: int | None = integer(None, 1, MAX_STEPS, optional=True)  # rows
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bundled(self.name_or_path, "bundled data set", DATASETS)
+        path = os.path.expanduser(self.name_or_path)
+        if not self.name_or_path.startswith(PREFIX) and looks_local(self.name_or_path) and not os.path.exists(path):
+            raise ConfigError(f"name_or_path: {missing_file(path)}")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Settings):
+    """One fine-tuning: what a recipe may say of `TrainingArguments`. `max_steps` wins over `epochs`."""
+
+    epochs: float = number(1.0, 0, 10_000, above=True)
+    max_steps: int | None = integer(None, 1, MAX_STEPS, optional=True)
+    batch_size: int = integer(16, 1, MAX_BATCH)
+    learning_rate: float = number(5e-5, 0, 10, above=True)
+    warmup_ratio: float = number(0.1, 0, 1)
+    weight_decay: float = number(0.0, 0, 10)
+    max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens; null: as data.max_length
+
+
+@dataclass(frozen=True)
+class DistillSettings(TrainingSettings):
+    """Training against the teacher. `losses` gives the weight of each name in `distillation.losses.LOSSES`."""
+
+    losses: dict[str, float] = field(
+        default_factory=lambda: {"kd": 1.0},
+        metadata={
+            "rule": Rule(
+                "a mapping of losses to weights from 0 to 1e6, one of them above 0, such as {kd: 1.0, ce: 0.5}",
+                lambda value: (
+                    isinstance(value, dict)
+                    and all(type(weight) in (int, float) and 0 <= weight <= 1e6 for weight in value.values())
+                    and any(value.values())
+                ),
+            )
+        },
+    )
+    temperature: float = number(2.0, 0, 1000, above=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from .distillation.losses import LOSSES
+
+        for name in self.losses:
+            if name not in LOSSES:
+                raise ConfigError(f"losses: {unknown_name('loss', name, LOSSES)}")
+        object.__setattr__(self, "losses", {name: float(weight) for name, weight in self.losses.items()})
+
+
+@dataclass(frozen=True)
+class MeasureSettings(Settings):
+    """How latency is measured; `sequence_length` null means `data.max_length`."""
+
+    batch_size: int = integer(1, 1, MAX_BATCH)
+    sequence_length: int | None = integer(None, 1, MAX_TOKENS, optional=True)  # tokens
+    repeats: int = integer(20, 1, 100_000)
+
+
+def recipe_name(name: Any, path: str) -> None:
+    """A name becomes a folder and a title, so it is one plain word."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(
+            f"{path} must be up to 64 letters, digits, '.', '_' or '-', and start with a letter or digit, "
+            f"got {shown(name)}."
+        )
+
+
+def _check_bundled(name: str, what: str, known: Mapping[str, Any]) -> None:
+    if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known:
+        raise ConfigError(f"name_or_path: {unknown_name(what, name.removeprefix(PREFIX), known)}")

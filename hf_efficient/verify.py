@@ -1,0 +1,54 @@
+"""Proof that a saved model is the model that was made: equal output in a process that knows nothing of this one.
+
+    python -m hf_efficient.verify out/bbc-news/model AutoModelForSequenceClassification
+
+The digest is that of the output for a fixed random input, computed on one thread, so it is the same on every run of one
+machine.
+"""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from .errors import CheckpointError
+
+LENGTH = 16  # tokens
+
+
+def output_digest(model) -> str:
+    """sha256 of the first output tensor for a fixed input."""
+    import torch
+
+    from .measure.context import evaluating, using_threads
+    from .measure.inputs import dummy_inputs
+
+    with evaluating(model), using_threads(1), torch.no_grad():
+        output = model(**dummy_inputs(model, 2, LENGTH))[0]
+    return hashlib.sha256(output.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_reload(folder: str | Path, auto_class: str, expected: str) -> None:
+    """Load `folder` in a fresh process and compare its output digest.
+
+    Raises:
+        CheckpointError: it does not load, or gives another output.
+    """
+    command = [sys.executable, "-m", "hf_efficient.verify", str(folder), auto_class]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CheckpointError(f"The model in {folder} does not load in a fresh process: {done.stderr.strip()[-500:]}")
+    if done.stdout.split()[-1:] != [expected]:
+        raise CheckpointError(f"The model in {folder} gives another output in a fresh process than when it was saved.")
+
+
+def main(folder: str, auto_class: str) -> None:
+    import transformers
+
+    import hf_efficient  # noqa: F401  (registers the efficient classes)
+
+    print(output_digest(getattr(transformers, auto_class).from_pretrained(folder)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

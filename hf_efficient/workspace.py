@@ -1,0 +1,124 @@
+"""The folder of one run: a checkpoint folder for each finished stage, and nothing half-written.
+
+    out/
+      recipe.yaml            what was asked for; the same recipe continues this run, another one is refused
+      0-teacher/             checkpoint + stage.json
+      1-attention/ ...
+      2-prune.partial/       the stage that was running when the run stopped
+      model/                 the result: checkpoint, card, plots, report
+
+A stage writes into `<name>.partial`; its manifest is the last file written there, and then the folder gets its name.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .recipe import Recipe
+from .reporting.schema import StageRecord
+
+MANIFEST = "stage.json"
+RECIPE = "recipe.yaml"
+MANIFEST_VERSION = 1
+
+
+class Workspace:
+    """`Workspace(folder, recipe)` opens a new or an unfinished run.
+
+    Raises:
+        CheckpointError: the folder holds something else, or the run of another recipe.
+    """
+
+    def __init__(self, folder: str | os.PathLike, recipe: Recipe):
+        self.folder = Path(folder)
+        self.recipe = recipe
+        self._check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / RECIPE, recipe.to_yaml())
+
+    def _check(self) -> None:
+        if self.folder.is_file():
+            raise CheckpointError(f"{self.folder} is a file; give a folder for the output.")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        given = self.folder / RECIPE
+        if not given.is_file():
+            raise CheckpointError(
+                f"{self.folder} is not empty and not a run of hf-efficient. Choose another output folder, or empty it."
+            )
+        try:
+            same = Recipe.from_yaml(given).fingerprint() == self.recipe.fingerprint()
+        except ValueError as error:
+            raise CheckpointError(f"{given} cannot be read: {error}") from error
+        if not same:
+            raise CheckpointError(
+                f"{self.folder} holds the run of another recipe (see {given}). Choose another output folder; to "
+                "continue that run, give exactly its recipe and overrides."
+            )
+
+    def stage(
+        self, name: str, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]
+    ) -> tuple[Path, StageRecord]:
+        """The folder and record of a stage: read if it is finished, else made by `work(partial_folder) -> facts`."""
+        target = self.folder / name
+        if (target / MANIFEST).is_file():
+            return target, _read_manifest(target / MANIFEST)
+        partial = target.with_name(f"{name}.partial")
+        partial.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        facts = work(partial)
+        record = StageRecord(
+            name=name.split("-", 1)[-1], seconds=time.perf_counter() - start, settings=settings, facts=facts
+        )
+        write_text(partial / MANIFEST, _manifest(record))
+        os.replace(partial, target)
+        return target, record
+
+    def replace_folder(self, name: str, work: Callable[[Path], None]) -> Path:
+        """A folder that is made anew on every run, in one step: `model`."""
+        target, partial = self.folder / name, self.folder / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        work(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        return target
+
+
+def write_text(path: Path, text: str) -> None:
+    """Complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def link_files(source: Path, target: Path) -> None:
+    """The files of a checkpoint again, without using their space twice where the file system can."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name != MANIFEST:
+            try:
+                os.link(path, target / path.name)
+            except OSError:
+                shutil.copy2(path, target / path.name)
+
+
+def _manifest(record: StageRecord) -> str:
+    return json.dumps({"schema_version": MANIFEST_VERSION, **asdict(record)}, indent=2) + "\n"
+
+
+def _read_manifest(path: Path) -> StageRecord:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("schema_version") != MANIFEST_VERSION:
+            raise ValueError("another schema_version")
+        return StageRecord(**data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Delete the folder {path.parent} to run this stage again."
+        ) from error

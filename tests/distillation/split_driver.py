@@ -1,0 +1,91 @@
+"""One optimizer step on the same 16 examples for every architecture and loss, under given ways of splitting the batch.
+
+    python -m tests.distillation.split_driver out 16x1 4x4                               # batch size x accumulation
+    torchrun --nproc_per_node 2 -m tests.distillation.split_driver out 8x1 4x2           # on two processes
+
+Writes out.json (gradient norm, losses, evaluation, number of processes) and out.safetensors (the new weights).
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hf_efficient.distillation.trainer import DistillationTrainer
+
+from .tiny import CASES, arguments, collate, examples, make_pair
+
+LOSSES = ("ce", "kd", "hidden")
+
+
+def flat(trainer: DistillationTrainer) -> torch.Tensor:
+    """All weights of student and projections in one vector."""
+    modules = (trainer.model, trainer.pairs.projections)
+    return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()]).double()
+
+
+def step(case: str, losses: dict[str, float], *, evaluate_first: bool = False, **settings: Any) -> tuple[dict, Any]:
+    """Train one step, then evaluate on 11 examples, which no batch size here divides."""
+    student, teacher = make_pair(case)
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, losses=losses, **settings)
+        trainer = DistillationTrainer(
+            student,
+            args,
+            teacher=teacher,
+            train_dataset=examples(case),
+            eval_dataset=examples(case, 11, seed=1),
+            data_collator=collate,
+        )
+        before = trainer.evaluate() if evaluate_first else {}
+        start = flat(trainer)
+        trainer.train()
+        after = trainer.evaluate()
+    weights = flat(trainer)
+    everywhere = trainer.accelerator.gather(weights[None])
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    report = {
+        "processes": trainer.accelerator.num_processes,
+        "rank_difference": float((everywhere - everywhere[0]).abs().max()),
+        "log": log,
+        "before": {k: v for k, v in before.items() if "loss" in k or "agreement" in k},
+        "after": {k: v for k, v in after.items() if "loss" in k or "agreement" in k},
+    }
+    return report, {"start": start, "weights": weights}
+
+
+def run(split: str) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
+    """Reports and weights of every case for a split such as `4x2`."""
+    batch_size, accumulation = map(int, split.split("x"))
+    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    runs = [(f"{case}-{loss}", case, {loss: 1.0}, False) for case in CASES for loss in LOSSES]
+    runs.append(("evaluate-first", "bert", {"ce": 1.0, "kd": 0.5, "hidden": 2.0}, True))
+    reports, tensors = {}, {}
+    for name, case, losses, evaluate_first in runs:
+        key = f"{split}/{name}"
+        reports[key], vectors = step(case, losses, evaluate_first=evaluate_first, **settings)
+        tensors |= {f"{key}.{kind}": value for kind, value in vectors.items()}
+    return reports, tensors
+
+
+def main(out: str, *splits: str) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    reports, tensors = {}, {}
+    for split in splits:
+        more_reports, more_tensors = run(split)
+        reports |= more_reports
+        tensors |= more_tensors
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(f"{out}.json").write_text(json.dumps(reports))
+        save_file(tensors, f"{out}.safetensors")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Interrupted and resumed, exported and reloaded: nothing is lost, nothing is left behind."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_efficient.distillation.hidden import SIDE_FILE, load_projections, save_projections
+from hf_efficient.errors import CheckpointError
+
+from .test_trainer import ALL, make_trainer, weights
+from .tiny import make_pair
+
+SETTINGS = {
+    "losses": ALL,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+}
+
+
+def with_adapters(pair):
+    torch.manual_seed(0)
+    return get_peft_model(pair[0], LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)), pair[1]
+
+
+@pytest.mark.parametrize("wrap", [lambda pair: pair, with_adapters], ids=["plain", "peft"])
+def test_resuming_equals_not_having_stopped(wrap, tmp_path):
+    straight = make_trainer("bert", tmp_path / "run", pair=wrap(make_pair("bert")), **SETTINGS)
+    straight.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    again = make_trainer("bert", tmp_path / "run", pair=wrap(make_pair("bert", seed=0)), **SETTINGS)
+    with torch.no_grad():
+        for parameter in again.pairs.projections.parameters():
+            parameter.zero_()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert torch.equal(weights(again.model), weights(straight.model))
+    assert torch.equal(weights(again.pairs.projections), weights(straight.pairs.projections))
+
+
+def test_a_checkpoint_without_its_projections_is_an_error(tmp_path):
+    trainer = make_trainer("bert", tmp_path, **SETTINGS)
+    trainer.train()
+    (tmp_path / "checkpoint-3" / SIDE_FILE).unlink()
+    with pytest.raises(CheckpointError, match=SIDE_FILE):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_projections_of_other_layers_are_an_error(tmp_path):
+    trainer = make_trainer("bert", tmp_path, losses=ALL)
+    other = make_trainer("bert", tmp_path, losses=ALL, layer_map="last")
+    save_projections(tmp_path, other.pairs.projections.state_dict())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_projections(tmp_path, trainer.pairs.projections)
+    assert not list(Path(tmp_path).glob("*.tmp"))
+
+
+def test_the_checkpoint_and_the_export_are_plain_models(tmp_path):
+    trainer = make_trainer("bert", tmp_path / "run", **SETTINGS)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    trainer.model.save_pretrained(tmp_path / "export")
+    assert (tmp_path / "run" / "checkpoint-6" / SIDE_FILE).is_file()
+    assert not (tmp_path / "final" / SIDE_FILE).exists()
+    for folder in ("run/checkpoint-6", "final", "export"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert not any("projection" in key or "teacher" in key for key in saved)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / folder, output_loading_info=True, dtype=torch.float64
+        )
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(weights(model), weights(trainer.model))
+
+
+def test_the_best_checkpoint_comes_back_with_its_projections(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss_hidden", "greater_is_better": True}
+    trainer = make_trainer("bert", tmp_path, **SETTINGS, **best, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    logs = [log["eval_loss_hidden"] for log in trainer.state.log_history if "eval_loss_hidden" in log]
+    assert trainer.state.best_model_checkpoint.endswith(
+        "checkpoint-3"
+    )  # the loss falls, and the highest was asked for
+    assert trainer.evaluate()["eval_loss_hidden"] == pytest.approx(max(logs))
+    side = load_file(tmp_path / "checkpoint-3" / SIDE_FILE)
+    assert all(torch.equal(side[key], value) for key, value in trainer.pairs.projections.state_dict().items())

@@ -1,0 +1,83 @@
+"""The gradient of one optimizer step must not depend on how its 16 examples are split.
+
+The reference is one batch of 16 in one process; the others are 4 x 4 accumulated, 8 on each of 2 processes, and 4 x 2
+accumulated on each of 2 processes. Everything is in float64, so what remains is the order of additions.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from . import split_driver
+from .tiny import CASES, arguments, collate, examples, make_pair
+
+ROOT = Path(__file__).parents[2]
+NAMES = [*(f"{case}-{loss}" for case in CASES for loss in split_driver.LOSSES), "evaluate-first"]
+SPLITS = {"4x4": 1, "8x1": 2, "4x2": 2}
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return split_driver.run("16x1")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The same cases under all other splits; the two-process ones in one launch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path_factory.mktemp("splits") / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [*launcher, "-m", "tests.distillation.split_driver", str(out), "8x1", "4x2"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports, tensors = split_driver.run("4x4")
+    reports |= json.loads(Path(f"{out}.json").read_text())
+    tensors |= load_file(f"{out}.safetensors")
+    return reports, tensors
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_step_does_not_depend_on_the_split(reference, others, split, name):
+    key, expected_key = f"{split}/{name}", f"16x1/{name}"
+    report, expected = others[0][key], reference[0][expected_key]
+    assert report["processes"] == SPLITS[split]
+    assert report["rank_difference"] == 0
+    assert report["log"] == pytest.approx(expected["log"], rel=1e-6)  # the Trainer logs in float32
+    assert report["before"] == pytest.approx(expected["before"], rel=TOLERANCE)
+    assert report["after"] == pytest.approx(expected["after"], rel=TOLERANCE)
+    weights, expected_weights = others[1][f"{key}.weights"], reference[1][f"{expected_key}.weights"]
+    update = (expected_weights - reference[1][f"{expected_key}.start"]).norm()
+    assert update > 0
+    assert (weights - expected_weights).norm() <= TOLERANCE * update
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_that_of_the_mean_loss(reference, name):
+    """SGD with learning rate 0.1 moves by 0.1 x the gradient whose norm was logged."""
+    _, tensors = reference
+    moved = (tensors[f"16x1/{name}.weights"] - tensors[f"16x1/{name}.start"]).norm().item()
+    assert moved == pytest.approx(0.1 * reference[0][f"16x1/{name}"]["log"]["grad_norm"], rel=1e-5)
+
+
+def test_the_stock_trainer_depends_on_it(tmp_path):
+    """Why the trainer counts for itself: the stock one makes 4 accumulated batches 4 times too large."""
+    norms = {}
+    for batch_size, accumulation in ((16, 1), (4, 4)):
+        student, _ = make_pair("bert")
+        args = arguments(tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        trainer = Trainer(student, args, train_dataset=examples("bert"), data_collator=collate)
+        trainer.train()
+        norms[accumulation] = trainer.state.log_history[0]["grad_norm"]
+    assert norms[4] / norms[1] == pytest.approx(4.0, rel=0.01)

@@ -1,0 +1,27 @@
+"""What several tests share."""
+
+import torch
+from torch import Tensor
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "output") -> None:
+    """Largest absolute difference within `tolerance`; NaN fails. The mean tells one bad entry from a bad formula."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    assert error.max().item() <= tolerance, (
+        f"{what}: max error {error.max().item():.3e}, mean error {error.mean().item():.3e}, tolerance {tolerance:.1e}"
+    )
+
+
+def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Fresh copies that collect gradients; None stays None."""
+    return [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def padding_mask(side: str | None, batch: int, length: int) -> Tensor | None:
+    """[batch, length] bool with row r holding r * length // 3 padded tokens on `side`; None without padding."""
+    if side is None:
+        return None
+    position = torch.arange(length).expand(batch, -1)
+    padded = (torch.arange(batch) * length // 3)[:, None]
+    return position >= padded if side == "left" else position < length - padded

@@ -1,0 +1,68 @@
+"""What the person who receives a checkpoint meets: other processes, with and without the package and their trust."""
+
+import pytest
+
+from hf_efficient import AttentionConfig, convert_attention
+from hf_efficient.families import FAMILIES
+from hf_efficient.models.block import EfficientBlock
+from hf_efficient.models.building import efficient_class
+from hf_efficient.models.configs import with_block
+from hf_efficient.models.saving import LOADER
+
+from ..families import CASES, make_model
+from ..processes import run_fresh, save_with_expectation
+
+pytestmark = pytest.mark.processes
+
+SAVED = {"config.json", "model.safetensors", f"{LOADER}.py"}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plugin")
+    for name in CASES:
+        model = convert_attention(make_model(name), AttentionConfig(kind="local", window=2))
+        save_with_expectation(model, name, folder)
+    home = tmp_path_factory.mktemp("home")
+    return run_fresh(folder, "imported", "untrusted", "missing", "trusted", home=home)
+
+
+def test_after_importing_the_package_every_family_loads_bit_for_bit(answers):
+    for name, case in CASES.items():
+        assert answers["imported"][name] == {
+            "class": f"Efficient{case.head.__name__}",
+            "module": "hf_efficient.models",
+            "equal": True,
+        }
+
+
+def test_trust_alone_loads_every_family_and_saves_the_same_files_again(answers):
+    for name, case in CASES.items():
+        answer = answers["trusted"][name]
+        assert (answer["class"], answer["equal"]) == (f"Efficient{case.head.__name__}", True)
+        for step in ("once", "twice"):
+            assert SAVED <= answer[step].keys() <= SAVED | {"generation_config.json"}
+            assert all(answer[step].values()), answer[step]
+
+
+def test_without_trust_and_without_the_package_imported_it_raises(answers):
+    for name in (*CASES, "asked"):
+        assert answers["untrusted"][name].startswith("ValueError")
+        assert "trust_remote_code=True" in answers["untrusted"][name]
+
+
+def test_without_the_package_the_error_says_how_to_get_it(answers):
+    for name in CASES:
+        assert answers["missing"][name].startswith("ImportError")
+        assert "pip install hf_efficient" in answers["missing"][name]
+
+
+def test_a_portable_checkpoint_loads_where_the_package_is_not_imported(tmp_path):
+    for name, case in CASES.items():
+        trivial = with_block(case.config(), EfficientBlock())
+        model = efficient_class(case.head, FAMILIES[name])(trivial).eval()
+        save_with_expectation(model, name, tmp_path / "portable")
+    answer = run_fresh(tmp_path / "portable", "stock", home=tmp_path / "home")["stock"]
+    assert answer.pop("plugin_imported") is False
+    for name, case in CASES.items():
+        assert (answer[name]["class"], answer[name]["equal"]) == (case.head.__name__, True)

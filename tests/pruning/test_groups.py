@@ -1,0 +1,145 @@
+"""What one layer of each family holds and costs, counted by hand and by torch's flop counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_efficient import AttentionConfig, convert_attention
+from hf_efficient.families import find_stacks
+from hf_efficient.pruning.groups import expand, find_groups, unit_cost, unit_parameters
+from hf_efficient.pruning.prune import total_cost
+
+from .tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, vit
+
+LENGTH = 16
+ROW = HIDDEN * WIDTH  # weights of one head in one projection
+
+# case -> (stack, kind) -> (layers of each group, units, parameters of a unit, MACs of a unit for one token)
+BY_HAND = {
+    "bert": {
+        ("encoder", "heads"): (1, HEADS, 4 * ROW + 3 * WIDTH, 4 * ROW + 2 * LENGTH * WIDTH),
+        ("encoder", "neurons"): (1, NEURONS, 2 * HIDDEN + 1, 2 * HIDDEN),
+    },
+    "vit": {
+        ("encoder", "heads"): (1, HEADS, 4 * ROW + 3 * WIDTH, 4 * ROW + 2 * LENGTH * WIDTH),
+        ("encoder", "neurons"): (1, NEURONS, 2 * HIDDEN + 1, 2 * HIDDEN),
+    },
+    "llama": {  # a unit: 1 key, 1 value, 2 query heads and the columns that read them
+        ("decoder", "heads"): (1, 2, 6 * ROW, 6 * ROW + 2 * 2 * LENGTH * WIDTH),
+        ("decoder", "neurons"): (1, NEURONS, 3 * HIDDEN, 3 * HIDDEN),
+    },
+    "t5": {  # coupled over all layers of the stack; 8 buckets of position bias in the first self-attention
+        ("encoder", "heads"): (3, HEADS, 3 * 4 * ROW + 8, 3 * (4 * ROW + 2 * LENGTH * WIDTH)),
+        ("encoder", "neurons"): (1, NEURONS, 2 * HIDDEN, 2 * HIDDEN),
+        ("decoder", "heads"): (2, HEADS, 2 * 4 * ROW + 8, 2 * (4 * ROW + 2 * LENGTH * WIDTH)),
+        ("decoder", "cross_heads"): (2, HEADS, 2 * 4 * ROW, 2 * (4 * ROW + 2 * LENGTH * WIDTH)),
+        ("decoder", "neurons"): (1, NEURONS, 2 * HIDDEN, 2 * HIDDEN),
+    },
+}
+BY_HAND["gated-t5"] = BY_HAND["t5"] | {
+    ("encoder", "neurons"): (1, NEURONS, 3 * HIDDEN, 3 * HIDDEN),
+    ("decoder", "neurons"): (1, NEURONS, 3 * HIDDEN, 3 * HIDDEN),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_groups_by_hand(case):
+    model = make(case)
+    groups = find_groups(model)
+    found = {}
+    for group in groups:
+        parameters, macs = unit_cost(model, group, "parameters", LENGTH), unit_cost(model, group, "macs", LENGTH)
+        assert macs % LENGTH == 0
+        found.setdefault((group.stack, group.kind), set()).add(
+            (len(group.layers), group.units, parameters, macs // LENGTH)
+        )
+    assert found == {key: {value} for key, value in BY_HAND[case].items()}
+    for stack, layers in find_stacks(model):
+        for kind in {group.kind for group in groups if group.stack == stack.name}:
+            covered = [i for g in groups if (g.stack, g.kind) == (stack.name, kind) for i in g.layers]
+            assert covered == list(range(len(layers)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_units_own_every_weight_of_the_layers_but_the_norms_and_output_biases(case):
+    model = make(case)
+    owned = {id(p) for g in find_groups(model) for m in g.members for p, _, _ in unit_parameters(model, m)}
+    left = [
+        name
+        for stack, layers in find_stacks(model)
+        for name, parameter in layers.named_parameters()
+        if id(parameter) not in owned
+    ]
+    assert left
+    assert all("norm" in name.lower() or name.endswith("bias") for name in left)
+    outside = {id(p) for _, layers in find_stacks(model) for p in layers.parameters()}
+    assert owned <= outside
+
+
+def _measured_macs(model, inputs) -> int:
+    """Multiply-accumulates inside the layers, for one sequence. The eager attention shows its products."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    counts = counter.get_flop_counts()
+    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
+    layers = {id(layer) for _, modules in find_stacks(model) for layer in modules}
+    return sum(sum(counts.get(name, {}).values()) for name, module in names.items() if id(module) in layers) // 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dense_macs_are_what_the_flop_counter_sees(case):
+    """A linear per token, scores and weighted sum per pair of tokens: exactly what runs."""
+    ids = torch.randint(3, 40, (1, LENGTH))
+    if case == "vit":
+        model, inputs, length = vit(image_size=16), {"pixel_values": torch.randn(1, 3, 16, 16)}, 17
+    else:
+        model, inputs, length = make(case), {"input_ids": ids}, LENGTH
+    if case.endswith("t5"):
+        inputs["decoder_input_ids"] = ids
+    assert total_cost(model, "macs", length) == _measured_macs(model.eval(), inputs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_of_all_layers(case):
+    model = make(case)
+    by_hand = sum(p.numel() for _, layers in find_stacks(model) for p in layers.parameters())
+    assert total_cost(model, "parameters", LENGTH) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("case", "attention", "seen"),
+    [
+        ("bert", AttentionConfig("local", window=2, global_tokens=1), 2 * 2 + 1 + 1),
+        ("bert", AttentionConfig("local", window=2), 2 * 2 + 1),
+        ("bert", AttentionConfig("local", window=100), LENGTH),
+        ("vit", AttentionConfig("local", window=2, global_tokens=1), 2 * 2 + 1 + 1),
+        ("llama", AttentionConfig("local", window=3, global_tokens=1), 3 + 1),  # causal: the window looks back
+        ("bert", AttentionConfig("linear"), WIDTH + 1),
+        ("vit", AttentionConfig("linear"), WIDTH + 1),
+        ("llama", AttentionConfig("linear"), WIDTH + 1),
+    ],
+)
+def test_cost_of_efficient_attention(case, attention, seen):
+    """Every query of a head costs 2 x width for each key that it sees, or for each of width + 1 state columns."""
+    dense = make(case)
+    model = convert_attention(dense, attention)
+    heads = [(g, o) for g, o in zip(find_groups(model), find_groups(dense), strict=True) if g.kind == "heads"]
+    per_unit = HEADS // heads[0][0].units
+    for group, other in heads:
+        saved = unit_cost(dense, other, "macs", LENGTH) - unit_cost(model, group, "macs", LENGTH)
+        assert saved == LENGTH * 2 * WIDTH * per_unit * (LENGTH - seen)
+        assert unit_cost(dense, other, "parameters", LENGTH) == unit_cost(model, group, "parameters", LENGTH)
+
+
+def test_t5_decoder_sees_back_and_encoder_sees_both_sides():
+    model = convert_attention(make("t5"), AttentionConfig("local", window=2))
+    cost = {(g.stack, g.kind): unit_cost(model, g, "macs", LENGTH) // LENGTH for g in find_groups(model)}
+    assert cost["encoder", "heads"] == 3 * (4 * ROW + 2 * 5 * WIDTH)
+    assert cost["decoder", "heads"] == 2 * (4 * ROW + 2 * 2 * WIDTH)
+    assert cost["decoder", "cross_heads"] == 2 * (4 * ROW + 2 * LENGTH * WIDTH)  # cross attention stays full
+
+
+def test_expand():
+    assert expand(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert expand(torch.tensor([1, 3]), 1).tolist() == [1, 3]

@@ -1,0 +1,227 @@
+"""The main job on a tiny scale: a recipe goes in, a measured model comes out, whatever happens in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification
+
+from hf_efficient import CheckpointError, ConfigError, DataError, Recipe, UnsupportedModelError, compress, load_report
+from hf_efficient.verify import check_reload
+
+TRAINING = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-3}
+TINY = {
+    "name": "tiny",
+    "task": "image-classification",
+    "model": {
+        "config": {
+            "model_type": "vit",
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 32,
+            "hidden_dropout_prob": 0.1,
+        }
+    },
+    "data": {"name_or_path": "bundled:digits", "limit": 200},
+    "teacher": TRAINING,
+    "stages": [
+        {"attention": {"kind": "local", "window": 4, "global_tokens": 1}},
+        {"prune": {"ratio": 0.4, "calibration_samples": 32}},
+        {"distill": {**TRAINING, "losses": {"kd": 1.0, "ce": 0.5, "hidden": 0.1}}},
+    ],
+    "measure": {"repeats": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run, in a process of its own like all others here, so that all have the same threads."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    _run(folder)
+    return folder
+
+
+def _command(folder: Path) -> list[str]:
+    recipe = folder.parent / "tiny.yaml"
+    recipe.write_text(Recipe.from_dict(TINY).to_yaml())
+    return [sys.executable, "-m", "hf_efficient.cli", "compress", str(recipe), "--output-dir", str(folder)]
+
+
+def _run(folder: Path) -> str:
+    done = subprocess.run(_command(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _kill_when(folder: Path, appears: str) -> None:
+    """Start the run and kill -9 it as soon as a file or folder is there."""
+    process = subprocess.Popen(_command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(folder.glob(appears)):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, f"the run ended before {appears} appeared: {process.stderr.read()}"
+
+
+def test_the_result_is_complete_and_measured(finished):
+    names = {path.name for path in (finished / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "report.json", "modeling_hf_efficient.py"} <= names
+    report = load_report(finished / "model")
+    assert [stage.name for stage in report.stages] == ["teacher", "attention", "prune", "distill"]
+    assert report.comparison.mac_ratio < 0.65 and report.student.size.parameters < report.teacher.size.parameters
+    assert {layer.attention for layer in report.structure} == {"local"}
+    assert any(
+        layer.heads < layer.original_heads or layer.neurons < layer.original_neurons for layer in report.structure
+    )
+    assert report.loads_with == "plugin"
+    assert 0 <= report.student.quality.main.value <= 1 and report.student.quality.samples == 40
+    model = AutoModelForImageClassification.from_pretrained(finished / "model")
+    assert type(model).__name__ == "EfficientViTForImageClassification"
+    assert not list(finished.glob("*.partial"))
+
+
+def test_a_fresh_process_must_give_the_same_output(finished, tmp_path):
+    digest = load_report(finished / "model").stages[-1].facts["output_sha256"]
+    check_reload(finished / "model", "AutoModelForImageClassification", digest)
+    with pytest.raises(CheckpointError, match="another output"):
+        check_reload(finished / "model", "AutoModelForImageClassification", "0" * 64)
+    with pytest.raises(CheckpointError, match="does not load"):
+        check_reload(tmp_path, "AutoModelForImageClassification", digest)
+
+
+@pytest.mark.processes
+def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_result(finished, tmp_path):
+    folder = tmp_path / "out"
+    for appears in (
+        "0-teacher.partial/trainer/checkpoint-*/complete",
+        "1-attention.partial",
+        "2-prune.partial",
+        "3-distill.partial/trainer/checkpoint-*",
+        "3-distill/stage.json",
+    ):
+        _kill_when(folder, appears)
+    _run(folder)
+    for name in ("0-teacher", "1-attention", "2-prune", "3-distill", "model"):
+        expected, got = (load_file(f / name / "model.safetensors") for f in (finished, folder))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected), name
+    first, second = (load_report(f / "model") for f in (finished, folder))
+    assert first.student.quality == second.student.quality
+    assert (finished / "model/config.json").read_bytes() == (folder / "model/config.json").read_bytes()
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*-*/model.safetensors")}
+    output = _run(finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*-*/model.safetensors")}
+    assert "speed-up" in output
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished):
+    with pytest.raises(CheckpointError, match="another recipe"):
+        compress(Recipe.from_dict(TINY), output_dir=finished, **{"prune.ratio": 0.3})
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="not empty"):
+        compress(Recipe.from_dict(TINY), output_dir=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        compress(Recipe.from_dict(TINY), output_dir=tmp_path / "file")
+
+
+def test_a_damaged_manifest_says_what_to_do(finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    (folder / "1-attention/stage.json").write_text('{"schema_version": 1, "na')
+    with pytest.raises(CheckpointError, match="Delete the folder"):
+        compress(Recipe.from_dict(TINY), output_dir=folder)
+
+
+def _bert(folder: Path, **changes) -> Path:
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=40, **fields | changes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return folder
+
+
+def _text_recipe(model: Path, rows: Path, **changes) -> Recipe:
+    recipe = {
+        "name": "text",
+        "task": "text-classification",
+        "model": {"name_or_path": str(model)},
+        "data": {"name_or_path": str(rows), "max_length": 8},
+        "stages": [{"prune": {"ratio": 0.5, "granularity": ["neuron"]}}],
+        "measure": {"repeats": 1},
+    }
+    return Recipe.from_dict(recipe | changes)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    lines = ["text,label", *(f"{'abcd'[i % 4]} {'efgh'[i % 3]} {i % 7},{'xy'[i % 2]}" for i in range(40))]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_model_of_ones_own_and_a_csv_file(tmp_path, rows):
+    report = compress(_text_recipe(_bert(tmp_path / "bert"), rows), output_dir=tmp_path / "out")
+    assert report.loads_with == "portable" and report.comparison.mac_ratio < 1
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["model_type"] == "bert"
+
+
+def test_bad_input_stops_before_any_work(tmp_path, rows):
+    bert, out = _bert(tmp_path / "bert"), tmp_path / "out"
+    three = _bert(tmp_path / "three", num_labels=3)
+    with pytest.raises(DataError, match="3 labels"):
+        compress(_text_recipe(three, rows), output_dir=out)
+    with pytest.raises(DataError, match="topic"):
+        compress(_text_recipe(bert, rows), output_dir=out, **{"data.label_column": "topic"})
+    with pytest.raises(ConfigError, match="ratio"):
+        compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 1.5})
+    with pytest.raises(ConfigError, match="Layer 7"):
+        compress(_text_recipe(bert, rows, stages=[{"attention": {"kind": "linear", "layers": [7]}}]), output_dir=out)
+    with pytest.raises(ConfigError, match="No such recipe"):
+        compress(tmp_path / "missing.yaml", output_dir=out)
+    deberta = tmp_path / "deberta"
+    deberta.mkdir()
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (deberta / name).write_text((bert / name).read_text())
+    (deberta / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
+    with pytest.raises(UnsupportedModelError, match="attention interface"):
+        compress(_text_recipe(deberta, rows), output_dir=out)
+    assert not out.exists()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(Recipe.from_dict(TINY | {"seed": 1}).to_yaml())
+    command = [
+        sys.executable,
+        "-m",
+        "hf_efficient.cli",
+        "compress",
+        str(recipe),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ)
+    name = "model/model.safetensors"
+    assert (finished / name).read_bytes() != (tmp_path / "out" / name).read_bytes()
