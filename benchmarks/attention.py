@@ -3,9 +3,10 @@
     python benchmarks/attention.py --lengths 1024 8192 --repeats 5 --output benchmarks/results/attention_cpu.json
 
 B1 H12 D64 float32 on CPU. Times are medians; the methods take turns within a round, so that a busy machine slows all
-of them alike: read the ratios. Beyond 8192 tokens there is one round and no warm-up (a minute for each dense call).
+of them. It does not slow them alike: a method of many short parallel steps waits at each; with other work on the
+machine read the CPU-time ratio of a run with `--threads 1`. Beyond 8192 tokens there is one round and no warm-up.
 Peak memory is what one call adds to the resident set, measured in a process of its own. transformers' mask is made
-outside the timed X
+outside the timed call (a model makes it once for all layers) but counts as memory; FlexAttention's does not count.
 """
 
 import argparse
@@ -104,11 +105,12 @@ def time_round_robin(length: int, backward: bool, repeats: int, cells: dict[str,
             calls.pop(method, None)
     for _ in range(repeats):
         for method, call in calls.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             step(call, inputs, backward)
-            times.setdefault(method, []).append(time.perf_counter() - start)
-    for method, seconds in times.items():
-        cells[method] = {"seconds": statistics.median(seconds), "repeats": len(seconds)}
+            times.setdefault(method, []).append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    for method, taken in times.items():
+        seconds, cpu_seconds = (statistics.median(column) for column in zip(*taken, strict=True))
+        cells[method] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "repeats": len(taken)}
 
 
 def resident(field: str) -> int:
@@ -197,6 +199,7 @@ def time_cells(length: int, backward: bool, repeats: int) -> list[dict]:
         cell = {"method": method, "length": length, "mode": mode_name(backward), "peak_bytes": None, **times[method]}
         if dense and "seconds" in cell:
             cell["speedup_over_dense"] = dense / cell["seconds"]
+            cell["cpu_speedup_over_dense"] = times["dense"]["cpu_seconds"] / cell["cpu_seconds"]
         cells.append(cell)
     return cells
 
@@ -215,7 +218,10 @@ def format_cell(cell: dict) -> str:
     if "error" in cell:
         return f"{head} {cell['error'][:70]}"
     memory = "-" if cell["peak_bytes"] is None else f"{cell['peak_bytes'] / 2**20:.0f}"
-    return f"{head} {cell['seconds'] * 1e3:>9.1f} ms {memory:>7} MiB {cell['speedup_over_dense']:>7.2f}x"
+    return (
+        f"{head} {cell['seconds'] * 1e3:>9.1f} ms {memory:>7} MiB {cell['speedup_over_dense']:>7.2f}x "
+        f"(CPU time {cell['cpu_speedup_over_dense']:.2f}x)"
+    )
 
 
 def main() -> None:

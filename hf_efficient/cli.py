@@ -62,20 +62,22 @@ def measure(
 
     import transformers
 
-    import hf_efficient
-
     from .bundled import resolve_model
     from .data import TASKS
     from .errors import unknown_name
+    from .measure import measure as run
     from .reporting.tables import measurement_table
 
     _quiet_libraries()
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
     auto = getattr(transformers, TASKS[task].auto_class)
-    models = [None if name is None else auto.from_pretrained(resolve_model(name)) for name in (model, baseline)]
-    measured = hf_efficient.measure(
-        models[0], baseline=models[1], batch_size=batch_size, sequence_length=sequence_length, repeats=repeats
+    measured = run(
+        auto.from_pretrained(resolve_model(model)),
+        baseline=None if baseline is None else auto.from_pretrained(resolve_model(baseline)),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        repeats=repeats,
     )
     typer.echo(json.dumps(asdict(measured), indent=2) if as_json else measurement_table(measured))
 

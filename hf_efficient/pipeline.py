@@ -8,6 +8,7 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .running import Run
 
 MODEL = "model"
+
+# A stage's folder, its settings, and what runs it: (run, settings, source folder, target folder) -> facts.
+Step = tuple[str, Any, Callable[["Run", Any, Path, Path], dict[str, Any]]]
 
 
 def compress(
@@ -51,20 +55,20 @@ def compress(
     from .workspace import Workspace
 
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
+    space = Workspace(folder, recipe)
     run = Run(recipe, folder)
     check(run)
-    space = Workspace(folder, recipe)
-    steps = [(TEACHER, recipe.teacher, run_teacher)]
-    steps += [(f"{i}-{s.name}", s.settings, RUNNERS[s.name]) for i, s in enumerate(recipe.stages, 1)]
-    source, records = None, []
+    space.open()
+
+    steps: list[Step] = [(TEACHER, recipe.teacher, run_teacher)]
+    steps += [(f"{i}-{stage.name}", stage.settings, RUNNERS[stage.name]) for i, stage in enumerate(recipe.stages, 1)]
+    source, records = folder, []
     for name, settings, runner in steps:
         announce(f"{name} ...")
-
-        def work(target: Path, runner=runner, settings=settings, source=source) -> dict[str, Any]:
-            set_seed(recipe.seed)  # so that a stage draws the same whatever ran before it in this process
-            return runner(run, settings, source, target)
-
-        source, record = space.stage(name, settings.to_dict() if settings else {}, work)
+        set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
+        source, record = space.stage(
+            name, settings.to_dict() if settings else {}, partial(runner, run, settings, source)
+        )
         records.append(record)
         announce(f"{name} done in {record.seconds:.0f} s")
     announce("measure ...")
@@ -77,32 +81,19 @@ def compress(
 
 def check(run: "Run") -> None:
     """Everything that can be wrong with data and model, before any long work."""
-    import transformers
-
-    from .attention.convert import _converted
+    from .attention.convert import efficient_config
     from .data import check_labels
     from .families import family_of
     from .stages import AttentionStage
 
-    prepared = run.data()
-    asked = run.recipe.model
-    if asked.config is not None:
-        config = transformers.AutoConfig.for_model(
-            asked.config["model_type"], **{k: v for k, v in asked.config.items() if k != "model_type"}
-        )
-    else:
-        from .bundled import resolve_model
-
-        config = transformers.AutoConfig.from_pretrained(
-            resolve_model(asked.name_or_path), trust_remote_code=asked.trust_remote_code
-        )
+    prepared, config = run.data(), run.config
     if run.recipe.teacher is None:
         check_labels(config, prepared)
     if run.recipe.stages:
         family_of(config)
     for stage in run.recipe.stages:
         if isinstance(stage.settings, AttentionStage):
-            _converted(config, stage.settings.config, stage.settings.layers)
+            efficient_config(config, stage.settings.config, stage.settings.layers)
 
 
 def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> Report:
@@ -148,25 +139,23 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
 
 def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[LayerStructure, ...]:
     """What is left of each layer of the teacher; layers that the student dropped have nothing left."""
-    from .attention.dispatch import ATTACHED
     from .families import family_of, find_stacks
     from .models.configs import block_of
 
-    family, kept_layers = family_of(student.config), block_of(student.config).kept_layers
-    remaining = {stack.name: (stack, layers) for stack, layers in find_stacks(student, family)}
+    family, block = family_of(student.config), block_of(student.config)
+    remaining = {stack.name: layers for stack, layers in find_stacks(student, family)}
     found = []
     for stack, layers in find_stacks(teacher, family):
-        own = remaining[stack.name][1]
-        kept = kept_layers.get(stack.name, tuple(range(len(own))))
+        own, attention = remaining[stack.name], block.stack(stack.name).attention
+        kept = block.kept_layers.get(stack.name, tuple(range(len(own))))
         for index, layer in enumerate(layers):
             heads, neurons = _counts(layer, stack, family, teacher.config)
-            left, attention = (0, 0), "removed"
+            left, kind = (0, 0), "removed"
             if index in kept:
-                mine = own[kept.index(index)]
-                left = _counts(mine, stack, family, student.config)
-                variant = mine.get_submodule(stack.attention.module)._modules.get(ATTACHED)
-                attention = "full" if variant is None else variant.config.kind
-            found.append(LayerStructure(index, left[0], heads, left[1], neurons, attention, stack.name))
+                place = kept.index(index)
+                left = _counts(own[place], stack, family, student.config)
+                kind = attention[place].kind if attention else "full"
+            found.append(LayerStructure(index, left[0], heads, left[1], neurons, kind, stack.name))
     return tuple(found)
 
 

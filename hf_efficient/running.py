@@ -5,6 +5,7 @@
 A new stage is one function and one entry of `RUNNERS`. Stages call the same public functions that a user would.
 """
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .attention.convert import convert_attention
 from .bundled import resolve_model
@@ -59,6 +60,15 @@ class Run:
         auto = transformers.AutoImageProcessor if "image" in self.columns else transformers.AutoTokenizer
         return auto.from_pretrained(resolve_model(model.name_or_path), trust_remote_code=model.trust_remote_code)
 
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config of the model that the recipe names, before any weight is loaded."""
+        model = self.recipe.model
+        if model.config is not None:
+            return transformers.AutoConfig.for_model(**model.config)
+        name = resolve_model(model.name_or_path)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+
     @property
     def columns(self) -> tuple[str, ...]:
         return TASKS[self.recipe.task].columns
@@ -90,7 +100,7 @@ class Run:
         return {"class": type(model).__name__, "output_sha256": output_digest(model)}
 
 
-def run_teacher(run: Run, settings: TrainingSettings | None, source: Path | None, target: Path) -> dict[str, Any]:
+def run_teacher(run: Run, settings: TrainingSettings | None, source: Path, target: Path) -> dict[str, Any]:
     """Load the model of the recipe and fine-tune it, if the recipe says so."""
     prepared = run.data(settings.max_length if settings else None)
     model = load_model(run, prepared)
@@ -110,9 +120,7 @@ def load_model(run: Run, prepared: PreparedData) -> PreTrainedModel:
         labels["label2id"] = {name: index for index, name in enumerate(prepared.label_names)}
     auto = getattr(transformers, TASKS[run.recipe.task].auto_class)
     if asked.config is not None:
-        fields = {key: value for key, value in asked.config.items() if key != "model_type"}
-        config = transformers.AutoConfig.for_model(asked.config["model_type"], **fields, **labels)
-        return auto.from_config(config)
+        return auto.from_config(transformers.AutoConfig.for_model(**asked.config | labels))
     if run.recipe.teacher is None:
         labels = {}  # a finished model keeps its own head
     name = resolve_model(asked.name_or_path)
@@ -219,8 +227,6 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _remove_tree(path: Path) -> None:
-    import shutil
-
     try:
         shutil.rmtree(path)
     except FileNotFoundError:

@@ -2,8 +2,8 @@
 
     python -m hf_efficient.verify out/bbc-news/model AutoModelForSequenceClassification
 
-The digest is that of the output for a fixed random input, computed on one thread, so it is the same on every run of one
-machine.
+The digest is that of the output for a fixed random input, computed on one thread, so it is the same on every run on
+one machine.
 """
 
 import hashlib

@@ -29,7 +29,7 @@ MANIFEST_VERSION = 1
 
 
 class Workspace:
-    """`Workspace(folder, recipe)` opens a new or an unfinished run.
+    """The output folder of a recipe: new, or holding an unfinished run of the same recipe.
 
     Raises:
         CheckpointError: the folder holds something else, or the run of another recipe.
@@ -39,8 +39,11 @@ class Workspace:
         self.folder = Path(folder)
         self.recipe = recipe
         self._check()
+
+    def open(self) -> None:
+        """Make the folder; from here on it belongs to this recipe."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / RECIPE, recipe.to_yaml())
+        write_text(self.folder / RECIPE, self.recipe.to_yaml())
 
     def _check(self) -> None:
         if self.folder.is_file():

@@ -19,7 +19,7 @@ import accelerate  # noqa: F401
 import huggingface_hub  # noqa: F401
 import torch._dynamo
 import torch.distributed.checkpoint
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.tensor
 
 
 def imported(folder: Path) -> dict:

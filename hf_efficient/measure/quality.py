@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
 from ..reporting.schema import Quality, Score

@@ -13,6 +13,7 @@ each layer. `kept_layers` remembers which layers of the original remain; it chan
 read, and bounded by the stock sizes, before any memory is allocated.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,11 +162,11 @@ def _check_heads(name: str, entry: StackBlock, config: PreTrainedConfig, family:
         )
 
 
-def check_stock_sizes(config: PreTrainedConfig, family: Family) -> None:
-    """Refuse sizes that no real model has. For a config whose stock `__post_init__` has not run yet.
+def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
+    """Refuse sizes that no real model has; `fields` are those of a config that has computed nothing from them yet.
 
     Raises:
-        ConfigError: a size of zero or less, or above its limit; key/value heads that do not divide the heads.
+        ConfigError: a size that is no integer from 1 to its limit; key/value heads that do not divide the heads.
     """
     limits = {stack.num_layers: MAX_LAYERS for stack in family.stacks}
     limits |= {family.hidden: MAX_WIDTH, family.heads: MAX_HEADS, family.neurons: MAX_NEURONS}
@@ -173,12 +174,12 @@ def check_stock_sizes(config: PreTrainedConfig, family: Family) -> None:
     limits |= {"image_size": MAX_PIXELS, "patch_size": MAX_PIXELS}
     limits |= {name: limit for name, limit in ((family.kv_heads, MAX_HEADS), (family.head_dim, MAX_WIDTH)) if name}
     for name, limit in limits.items():
-        value = getattr(config, name, None)
+        value = fields.get(name)
         for number in value if isinstance(value, list | tuple) else (value,):
-            if number is not None and not 0 < number <= limit:
-                raise ConfigError(f"config.json has {name}={value}; hf_efficient accepts 1 to {limit}.")
-    kv_heads = getattr(config, family.kv_heads) if family.kv_heads else None
-    if kv_heads and family.num_heads(config) % kv_heads:
+            if number is not None and (type(number) is not int or not 0 < number <= limit):
+                raise ConfigError(f"config.json has {name}={value!r}; hf_efficient accepts 1 to {limit}.")
+    kv_heads = fields.get(family.kv_heads) if family.kv_heads else None
+    if kv_heads and fields[family.heads] % kv_heads:
         raise ConfigError(f"config.json has {family.kv_heads}={kv_heads}, which does not divide {family.heads}.")
 
 

@@ -6,7 +6,9 @@ After the stock `__init__` the mixin (a) narrows the linears that the config say
 attention variant to each layer that the config gives one. No modelling code is copied, and state-dict keys stay the
 stock ones, so a stock checkpoint loads straight into an efficient class.
 
-`rebuild` is the one way to change a model's structure: a new config and a new state dict make a new model.
+`rebuild` is the one way to change a model's structure: a new config and a new state dict make a new model. It refuses a
+state that does not fit; `from_pretrained` does what it does for stock classes: another shape is an error, a missing
+tensor (such as a new head on an old body) is filled at random and listed in a logged table.
 """
 
 import copy

@@ -27,7 +27,7 @@ class EfficientConfigMixin:
     efficient: dict | None
 
     def __post_init__(self, **kwargs):
-        check_stock_sizes(self, family_of(self))
+        check_stock_sizes(vars(self) | kwargs, family_of(self))
         super().__post_init__(**kwargs)
         self.block()
         # A config is the first thing that anything needs of a family: only now are its model classes worth making.

@@ -65,15 +65,14 @@ def allocate_uniform(
     gains = {group: _gains(score) for group, score in scores.items()}
     best, choice = -inf, None
     for heads in counts["head"]:
-        freed = sum((group.units - heads) * costs[group] for group in by_kind["head"])
-        for neurons in counts["neuron"]:  # descending: the first that fits keeps most
-            if freed + sum((group.units - neurons) * costs[group] for group in by_kind["neuron"]) <= remove - ROUNDING:
-                continue
+        for neurons in counts["neuron"]:
             kept = {group: heads if group.kind != "neurons" else neurons for group in scores}
-            gain = float(sum(gains[group][count] for group, count in kept.items()))
-            if gain > best:
-                best, choice = gain, kept
-            break
+            freed = sum((group.units - count) * costs[group] for group, count in kept.items())
+            gain = sum(gains[group][count] for group, count in kept.items())
+            if freed > remove - ROUNDING and gain > -inf:  # -inf would bring back what the callback has removed
+                if gain > best:
+                    best, choice = gain, kept
+                break  # counts fall, so the first that fits keeps most
     if choice is None:
         raise _out_of_reach()
     return {group: _best(scores[group], count) for group, count in choice.items()}
@@ -135,9 +134,9 @@ def _common_counts(groups: list[Group], round_to: int) -> list[int]:
     return _remaining(smallest, round_to)[0 if same or is_round else 1 :]
 
 
-def _gains(score: torch.Tensor) -> torch.Tensor:
-    """`[units + 1]`: the total score of the best 0, 1, 2, ... units."""
-    return torch.cat((torch.zeros(1), score.sort(descending=True).values.cumsum(0)))
+def _gains(score: torch.Tensor) -> list[float]:
+    """The total score of the best 0, 1, 2, ... units."""
+    return [0.0, *score.double().sort(descending=True).values.cumsum(0).tolist()]
 
 
 def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:

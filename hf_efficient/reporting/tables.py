@@ -82,10 +82,11 @@ def describe_machine(report: Report) -> str:
     return f"{machine.cpu}, {machine.cores} core{'s' if machine.cores != 1 else ''}"
 
 
-def comparison_rows(report: Report) -> list[tuple[str, str, str, str]]:
+def comparison_rows(
+    teacher: Measurement | None, student: Measurement, compared: Comparison | None
+) -> list[tuple[str, str, str, str]]:
     """(what, teacher, student, change); empty cells where there is nothing to say."""
-    both = [report.teacher, report.student]
-    compared = report.comparison
+    both = [teacher, student]
     rows = _quality_rows(both, compared)
 
     def add(what, value_of, change=None):
@@ -174,14 +175,24 @@ HEADER = ("", "teacher", "student", "change")
 
 def text_table(report: Report) -> str:
     """The comparison for a terminal, with the workload and machine below it."""
-    return (
-        f"{align(HEADER, comparison_rows(report))}\n\n{describe_workload(report.student)}; {describe_machine(report)}"
-    )
+    table = align(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
+    return f"{table}\n\n{describe_workload(report.student)}; {describe_machine(report)}"
+
+
+def measurement_table(measurement: Measurement) -> str:
+    """What `measure` found, for a terminal: one column, or three with a baseline."""
+    if measurement.baseline is None:
+        alone = [(what, value) for what, _, value, _ in comparison_rows(None, measurement, None)]
+        table = align(("", "model"), alone)
+    else:
+        compared = comparison_rows(measurement.baseline, measurement, measurement.comparison)
+        table = align(("", "baseline", "model", "change"), compared)
+    return f"{table}\n\n{describe_workload(measurement)}"
 
 
 def markdown_table(report: Report) -> str:
     """The comparison as a Markdown table."""
-    return markdown(HEADER, comparison_rows(report))
+    return markdown(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
 
 
 def markdown_structure(report: Report) -> str:

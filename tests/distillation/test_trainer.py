@@ -146,6 +146,22 @@ def test_the_logged_loss_is_the_weighted_sum_of_its_terms(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(sum(losses[name] * metrics[f"eval_loss_{name}"] for name in losses))
 
 
+@pytest.mark.parametrize(
+    "setting", [{"bf16": True}, {"teacher_dtype": "bfloat16"}, {"gradient_checkpointing": True}], ids=str
+)
+def test_other_precisions_and_checkpointing(setting, tmp_path):
+    """The same losses and gradient, up to the rounding of bfloat16."""
+    logs = []
+    for settings in ({}, setting):
+        student, teacher = make_pair("bert")
+        trainer = make_trainer("bert", tmp_path, pair=(student.float(), teacher.float()), losses=ALL, **settings)
+        trainer.train()
+        logs.append({k: v for k, v in trainer.state.log_history[0].items() if "loss" in k or "grad" in k})
+    assert len(logs[0]) == 5
+    assert logs[1] == pytest.approx(logs[0], rel=0.05)
+    assert (logs[1] == logs[0]) is ("gradient_checkpointing" in setting)
+
+
 def test_evaluation_is_a_mean_over_positions_whatever_the_batch_size(tmp_path):
     metrics = []
     for batch_size in (2, 11):

@@ -1,4 +1,4 @@
-"""Every bad `efficient` block and every absurd size is a `ConfigError` that says where, before anything is allocated."""
+"""Every bad `efficient` block and every absurd size is a `ConfigError` that says where, before memory is allocated."""
 
 import json
 
@@ -124,6 +124,8 @@ ABSURD = [
     ("vit", {"image_size": [16, 10**9]}),
     ("vit", {"patch_size": 0}),
     ("vit", {"head_dim": 10**12}),
+    ("vit", {"head_dim": "8"}),
+    ("vit", {"head_dim": 8.0}),
     ("llama", {"num_attention_heads": 0}),
     ("llama", {"num_key_value_heads": 0}),
     ("llama", {"num_key_value_heads": 3}),

@@ -144,10 +144,10 @@ def test_t5_decoder_is_never_made_deeper_than_the_encoder(encoder, decoder, rati
 @pytest.mark.parametrize("granularity", [("layer", "neuron"), ("layer", "head"), ("layer", "head", "neuron")])
 @pytest.mark.parametrize("case", CASES)
 def test_layers_and_units_together(case, granularity):
-    dense = make(case, 6, 6) if case.endswith("t5") else make(case, 6)
-    small = prune(dense, config(ratio=0.35, granularity=granularity), batches(case))
+    dense = make(case, 7, 7) if case.endswith("t5") else make(case, 7)
+    small = prune(dense, config(ratio=0.3, granularity=granularity), batches(case))
     length = average_length(batches(case), dense)
-    assert 0.5 < total_cost(small, "macs", length) / total_cost(dense, "macs", length) <= 0.65
+    assert 0.6 < total_cost(small, "macs", length) / total_cost(dense, "macs", length) <= 0.7
     assert sum(depths(small).values()) < sum(depths(dense).values())
     for kind, names in KINDS.items():
         narrower = any(

@@ -75,7 +75,7 @@ def llama(layers: int = 3, **changes: Any) -> PreTrainedModel:
 
 
 def t5(layers: int = 3, decoder_layers: int = 2, **changes: Any) -> PreTrainedModel:
-    settings = {"dropout_rate": 0.0, "feed_forward_proj": "relu"} | changes
+    settings = {"dropout_rate": 0.0, "feed_forward_proj": "gelu"} | changes
     return T5ForConditionalGeneration(
         T5Config(
             d_model=HIDDEN,
@@ -180,18 +180,19 @@ def sizes(model: PreTrainedModel) -> dict[tuple[str, str, int], int]:
 
 
 def kept_parts(dense: PreTrainedModel, small: PreTrainedModel) -> dict[Group, tuple[int, ...]]:
-    """Which units of `dense` survive in `small`, found by comparing the columns of the output weights."""
+    """Which units of `dense` survive in `small`, found by comparing the weights that make them."""
     found = {}
     for group, other in zip(find_groups(dense), find_groups(small), strict=True):
-        before, after = output_weight(dense, group.members[0]), output_weight(small, other.members[0])
-        width = before.shape[1] // group.units
-        blocks = before.detach().reshape(before.shape[0], group.units, width)
-        mine = after.detach().reshape(after.shape[0], other.units, width)
-        found[group] = tuple(
-            unit for unit in range(group.units) if any(torch.equal(blocks[:, unit], b) for b in mine.unbind(1))
-        )
+        before, after = _first_inputs(dense, group), _first_inputs(small, other)
+        found[group] = tuple(unit for unit in range(group.units) if any(torch.equal(before[unit], b) for b in after))
         assert len(found[group]) == other.units
     return found
+
+
+def _first_inputs(model: PreTrainedModel, group: Group) -> torch.Tensor:
+    """`[units, rows, in]`"""
+    member = group.members[0]
+    return model.get_submodule(f"{member.prefix}.{member.inputs[0][0]}").weight.unflatten(0, (group.units, -1))
 
 
 @torch.no_grad()

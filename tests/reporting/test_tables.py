@@ -30,6 +30,10 @@ def test_counts_have_three_digits(value, text):
     assert format_count(value) == text
 
 
+def _rows(report):
+    return comparison_rows(report.teacher, report.student, report.comparison)
+
+
 def test_other_numbers():
     assert format_bytes(90_859_028) == "90.9 MB" and format_bytes(1500) == "1.50 KB" and format_bytes(12) == "12 B"
     assert [format_ms(x) for x in (123.4, 12.34, 1.234, 0.1234)] == ["123 ms", "12.3 ms", "1.23 ms", "0.123 ms"]
@@ -60,7 +64,7 @@ def test_markdown_cells_are_equally_wide_and_escaped():
 
 
 def test_rows_show_teacher_and_student_apart():
-    rows = {row[0]: row[1:] for row in comparison_rows(sample_report())}
+    rows = {row[0]: row[1:] for row in _rows(sample_report())}
     assert rows["accuracy"] == ("96.7% ± 0.9", "95.5% ± 1.0", "-1.2 ± 0.7 points")
     assert rows["latency, median"] == ("19.4 ms", "10.6 ms", "1.84x speed-up")
     assert rows["MACs"] == ("1.44G", "688M", "0.48x")
@@ -72,20 +76,20 @@ def test_rows_show_teacher_and_student_apart():
 
 def test_zeros_are_shown_when_there_are_many():
     sparse = replace(STUDENT, size=replace(STUDENT.size, nonzero_parameters=8_000_000))
-    rows = {row[0]: row[1:] for row in comparison_rows(sample_report(student=sparse))}
+    rows = {row[0]: row[1:] for row in _rows(sample_report(student=sparse))}
     assert rows["not zero"] == ("22.7M", "8.00M", "")
 
 
 def test_a_student_alone_has_empty_cells_and_no_change():
     report = sample_report(teacher=None, comparison=None)
-    assert all(row[1] == row[3] == "" and row[2] for row in comparison_rows(report))
+    assert all(row[1] == row[3] == "" and row[2] for row in _rows(report))
 
 
 def test_losses_are_not_percent():
     quality = Quality("causal-lm", 20, 900, (Score("loss", 3.2144, 0.0213, False),))
     compared = replace(COMPARISON, quality_score="loss", quality_difference=0.0312, quality_difference_error=0.0081)
     report = sample_report(student=replace(STUDENT, quality=quality), comparison=compared)
-    assert comparison_rows(report)[0][2:] == ("3.214 ± 0.021", "+0.031 ± 0.008")
+    assert _rows(report)[0][2:] == ("3.214 ± 0.021", "+0.031 ± 0.008")
 
 
 def test_images_are_described_in_pixels():

@@ -1,0 +1,141 @@
+"""The one attention function inside real models: padding, dropout, gradients, and what it refuses."""
+
+import pytest
+import torch
+
+from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
+
+from ..families import CASES, LENGTH, PADDED, PADDED_CASES, VOCABULARY, make_inputs, make_model
+from ..helpers import assert_close
+
+NARROW = AttentionConfig(kind="local", window=2)
+GLOBAL = AttentionConfig(kind="local", window=2, global_tokens=2)
+LINEAR = AttentionConfig(kind="linear")
+MIXED = {0: GLOBAL, 1: AttentionConfig(), 2: LINEAR}
+TEXT_CASES = [(name, side) for name, side in PADDED_CASES if side is not None]
+
+
+def convert(name, config, **fields):
+    """T5 has no place for linear attention, so it gets local attention there."""
+    if name == "t5" and config in (LINEAR, MIXED):
+        config = {0: GLOBAL, 1: AttentionConfig(), 2: NARROW}
+    return convert_attention(make_model(name, **fields), config)
+
+
+def positions(model, mask):
+    """Position ids that count real tokens only, for the models that take any."""
+    if model.config.model_type == "efficient_t5":
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize(("name", "side"), TEXT_CASES)
+@pytest.mark.parametrize("config", [NARROW, GLOBAL, LINEAR, MIXED], ids=["local", "global", "linear", "mixed"])
+def test_a_row_alone_gives_what_it_gives_in_a_padded_batch(name, side, config):
+    model, inputs = convert(name, config), make_inputs(name, side)
+    mask = inputs["attention_mask"]
+    real = mask[0].bool()
+    assert real.sum() == LENGTH - PADDED
+    alone = {key: value[:1] for key, value in inputs.items() if key != "attention_mask"}
+    alone["input_ids"] = alone["input_ids"][:, real]
+    batched = model(**inputs, **positions(model, mask))[0][0]
+    expected = model(**alone)[0][0]
+    assert_close(batched if name == "t5" else batched[real], expected, 1e-5)
+    without_mask = model(**inputs | {"attention_mask": torch.ones_like(mask)}, **positions(model, mask))[0][0]
+    if name != "llama" or side == "left":
+        assert (without_mask - batched).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "side"), TEXT_CASES)
+@pytest.mark.parametrize("config", [GLOBAL, LINEAR, MIXED], ids=["global", "linear", "mixed"])
+def test_padded_embeddings_get_no_gradient(name, side, config):
+    model, inputs = convert(name, config), make_inputs(name, side)
+    mask = inputs["attention_mask"].bool()
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    out = model(inputs_embeds=embeddings, **inputs)[0]
+    (out if name == "t5" else out[mask]).square().sum().backward()
+    assert embeddings.grad[~mask].eq(0).all()
+    assert embeddings.grad[mask].abs().amax(-1).gt(0).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("config", [NARROW, LINEAR], ids=["local", "linear"])
+def test_dropout_is_active_in_training_only(name, config):
+    model, inputs = convert(name, config, **dict.fromkeys(CASES[name].dropout, 0.5)), make_inputs(name)
+    assert torch.equal(model(**inputs)[0], model(**inputs)[0])
+    model.train()
+    assert not torch.equal(model(**inputs)[0], model(**inputs)[0])
+    without = convert(name, config).train()
+    assert torch.equal(without(**inputs)[0], without(**inputs)[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_weights_are_refused_however_they_are_asked_for(name):
+    model, inputs = convert_attention(make_model(name), NARROW), make_inputs(name)
+    assert model(**inputs, output_attentions=False)[0] is not None
+    with pytest.raises(UnsupportedModelError, match="has no attention weights to return"):
+        model(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_4d_mask_is_refused_by_a_converted_layer(name):
+    inputs = make_inputs(name)
+    inputs["attention_mask"] = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    for config in (NARROW, {2: NARROW}):
+        with pytest.raises(UnsupportedModelError, match=r"2D attention_mask .*a 4D mask was given"):
+            convert_attention(make_model(name), config)(**inputs)
+
+
+def test_a_layer_left_dense_still_takes_a_4d_mask():
+    model = make_model("llama")
+    converted = convert_attention(model, {2: NARROW})
+    states = torch.randn(2, LENGTH, 16)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(1)[None, None].expand(2, 1, -1, -1)
+    rotary = model.model.rotary_emb(states, torch.arange(LENGTH)[None])
+    outs = [
+        one.model.layers[0](states, attention_mask=given, position_embeddings=rotary)
+        for one, given in ((converted, mask), (model, mask), (model, mask.tril()))
+    ]
+    assert_close(outs[0], outs[1], 1e-6)
+    assert (outs[0] - outs[2]).abs().max() > 1e-3
+
+
+def test_packed_sequences_are_refused():
+    model = convert_attention(make_model("llama"), NARROW)
+    ids = torch.randint(3, VOCABULARY, (2, 6))
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)
+    with pytest.raises(UnsupportedModelError, match=r"Packed sequences .*one sequence in each row"):
+        model(input_ids=ids, position_ids=packed, use_cache=False)
+    assert model(input_ids=ids, position_ids=torch.arange(6)[None], use_cache=False).logits.shape == (2, 6, VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_unknown_attention_arithmetic_is_refused(name):
+    from hf_efficient.attention.dispatch import efficient_attention_forward
+
+    module = convert_attention(make_model("llama"), NARROW).model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 5, 4), torch.randn(1, 2, 5, 4)
+    out, weights = efficient_attention_forward(module, query, key, key, None, **{name: None})
+    assert out.shape == (1, 5, 4, 4) and weights is None
+    with pytest.raises(UnsupportedModelError, match=name):
+        efficient_attention_forward(module, query, key, key, None, **{name: 30.0})
+
+
+def test_a_bert_decoder_keeps_its_cross_attention_and_its_causality():
+    model = make_model("bert", head=None, is_decoder=True, add_cross_attention=True)
+    ids, states = torch.randint(3, VOCABULARY, (2, 7)), torch.randn(2, 11, 16)
+    encoder_mask = torch.ones(2, 11)
+    encoder_mask[0, 6:] = 0
+    inputs = {"encoder_hidden_states": states, "encoder_attention_mask": encoder_mask}
+    wide = convert_attention(model, AttentionConfig(kind="local", window=32)).bert
+    expected = model.bert(input_ids=ids, **inputs)[0]
+    out = wide(input_ids=ids, **inputs)[0]
+    assert_close(out, expected, 1e-5)
+    ids[:, 5:] = 3
+    changed = wide(input_ids=ids, **inputs)[0]
+    assert_close(changed[:, :5], out[:, :5], 1e-6)
+    assert (changed[:, 5:] - out[:, 5:]).abs().max() > 1e-3
+    assert (wide(input_ids=ids, encoder_hidden_states=states)[0] - changed).abs().max() > 1e-3

@@ -1,0 +1,58 @@
+"""One PruningCallback run, on one or two processes.
+
+torchrun --nproc_per_node 2 -m tests.pruning.callback_driver out
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .training import count, make_trainer, pruning
+
+CASES = ("bert", "llama")
+
+
+def run(case: str, batch_size: int) -> tuple[dict, dict[str, torch.Tensor]]:
+    callback = pruning()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(case, folder, [callback], per_device_train_batch_size=batch_size)
+        dense = count(trainer.model)
+        trainer.train()
+        loss = trainer.evaluate()["eval_loss"]
+    removed = torch.cat(list(callback.removed.values())).to(torch.int64)
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    masks = trainer.accelerator.gather(removed[None])
+    sizes = trainer.accelerator.gather(torch.tensor([[count(trainer.model)]]))
+    everywhere = trainer.accelerator.gather(weights[None]) if len(set(sizes.flatten().tolist())) == 1 else None
+    report = {
+        "processes": trainer.accelerator.num_processes,
+        "dense": dense,
+        "sizes": sizes.flatten().tolist(),
+        "removed": masks.sum(1).tolist(),
+        "same_masks": bool((masks == masks[0]).all()),
+        "same_weights": everywhere is not None and bool((everywhere == everywhere[0]).all()),
+        "loss": loss,
+    }
+    return report, {"removed": removed, "weights": weights}
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    reports, tensors = {}, {}
+    for case in CASES:
+        reports[case], found = run(case, batch_size=2)
+        tensors |= {f"{case}.{name}": value for name, value in found.items()}
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(f"{out}.json").write_text(json.dumps(reports))
+        save_file(tensors, f"{out}.safetensors")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

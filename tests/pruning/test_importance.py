@@ -1,0 +1,217 @@
+"""Scores against their definition, and against units that were planted useless or tiny."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_efficient import DataError, PruningConfig, prune
+from hf_efficient.pruning.allocation import KINDS
+from hf_efficient.pruning.groups import Group, Member, expand, find_groups, output_weight, unit_cost, unit_parameters
+from hf_efficient.pruning.importance import calibration_loss, gradient_scores, magnitude, random, taylor
+
+from .tiny import CASES, batch, batches, bert, config, kept_parts, make
+
+
+def gate_gradients(model, inputs, group) -> torch.Tensor:
+    """`[units]` dL/dgate for gates of one on what the output linears of the group read."""
+    gates = torch.ones(group.units, dtype=model.dtype, requires_grad=True)
+    handles = []
+    for member in group.members:
+        linear = model.get_submodule(f"{member.prefix}.{member.output[0]}")
+        width = member.output[1]
+        handles.append(
+            linear.register_forward_pre_hook(lambda _, args, width=width: (args[0] * gates.repeat_interleave(width),))
+        )
+    (gradient,) = torch.autograd.grad(calibration_loss(model, inputs), gates)
+    for handle in handles:
+        handle.remove()
+    return gradient
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_taylor_is_the_gradient_of_gates(case, with_labels):
+    """Summed over batches after the absolute value; one gate for a T5 head in all layers."""
+    model = make(case).double()
+    inputs = [{k: v.double() if v.is_floating_point() else v for k, v in batch(case, seed).items()} for seed in (0, 1)]
+    if not with_labels:
+        start = {"decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)} if case.endswith("t5") else {}
+        inputs = [{k: v for k, v in one.items() if k != "labels"} | start for one in inputs]
+    groups = find_groups(model)
+    scores = taylor(model, groups, batches=inputs)
+    for group in groups:
+        expected = sum(gate_gradients(model, one, group).abs() for one in inputs)
+        assert expected.max() > 0
+        assert torch.allclose(scores[group].double(), expected, rtol=1e-5, atol=1e-7)
+    one_batch = taylor(model, groups, batches=inputs[:1])
+    assert any(not torch.allclose(scores[group], one_batch[group]) for group in groups)
+
+
+class _Ffn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(2, 3), nn.Linear(3, 2, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def test_formulas_by_hand():
+    """A network of 3 neurons whose weights and gradients are written out."""
+    model = _Ffn()
+    group = Group("encoder", "neurons", (0,), 3, (Member("ffn", (("up", 1),), ("down", 1)),))
+    holder = nn.ModuleDict({"ffn": model})
+    with torch.no_grad():
+        model.up.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]))
+        model.up.bias.copy_(torch.tensor([0.5, 0.0, -1.0]))
+        model.down.weight.copy_(torch.tensor([[1.0, -1.0, 2.0], [0.0, 3.0, 1.0]]))
+    assert magnitude(holder, [group])[group].tolist() == [1 + 0.25 + 1, 4 + 1 + 9, 2 + 1 + 4 + 1]
+    # x = (1, 1): neurons (1.5, 2, 1); loss = sum of both outputs, so dL/dw = neuron for every weight of `down`.
+    model(torch.ones(1, 2)).sum().backward()
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    assert gradient_scores(holder, group, gradients).tolist() == [1.5 * 1, 2 * 2, 1 * 3]
+    assert gradient_scores(holder, group, {}).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_magnitude_is_the_sum_of_squares(case):
+    model = make(case)
+    for group, score in magnitude(model, find_groups(model)).items():
+        for unit in (0, group.units - 1):
+            expected = 0.0
+            for member in group.members:
+                for parameter, dim, width in unit_parameters(model, member):
+                    rows = expand(torch.tensor([unit]), width)
+                    expected += float(parameter.detach().index_select(dim, rows).square().sum())
+            assert float(score[unit]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_random_depends_on_the_seed_only():
+    model, other = make("bert", seed=0), make("bert", seed=1)
+    options = {"metric": "macs", "length": 16}
+    first, second, third = (
+        random(m, find_groups(m), seed=seed, **options) for m, seed in ((model, 0), (other, 0), (model, 1))
+    )
+    for group, score in first.items():
+        assert torch.equal(score, second[group])
+        assert not torch.equal(score, third[group])
+        assert score.min() >= 0 and score.max() < unit_cost(model, group, "macs", 16)
+
+
+@torch.no_grad()
+def plant(model, unimportant: str) -> dict[Group, tuple[int, ...]]:
+    """Every second unit is useless ("silent": large weights, no effect) or tiny; returns the good ones."""
+    good = {}
+    for group in find_groups(model):
+        bad = torch.arange(1, group.units, 2)
+        good[group] = tuple(range(0, group.units, 2))
+        for member in group.members:
+            if unimportant == "tiny":
+                for parameter, dim, width in unit_parameters(model, member):
+                    rows = expand(bad, width)
+                    parameter.index_copy_(dim, rows, parameter.index_select(dim, rows) * 1e-3)
+            else:
+                weight = output_weight(model, member)
+                weight[:, expand(bad, weight.shape[1] // group.units)] = 0
+                up = model.get_submodule(f"{member.prefix}.{member.inputs[0][0]}").weight
+                width = member.inputs[0][1]
+                up[expand(bad, width)] *= 10
+    return good
+
+
+@pytest.mark.parametrize("granularity", ["head", "neuron"])
+@pytest.mark.parametrize(
+    ("importance", "unimportant", "finds"),
+    [
+        ("taylor", "silent", True),
+        ("magnitude", "tiny", True),
+        ("random", "tiny", False),
+        ("magnitude", "silent", False),
+    ],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_planted_units_leave_first(case, importance, unimportant, finds, granularity):
+    model = make(case)
+    good = {group: units for group, units in plant(model, unimportant).items() if group.kind in KINDS[granularity]}
+    settings = PruningConfig(
+        ratio=0.15, granularity=granularity, importance=importance, round_to=1, metric="parameters"
+    )
+    kept = kept_parts(model, prune(model, settings, batches(case)))
+    removed_good = sum(unit not in kept[group] for group, units in good.items() for unit in units)
+    assert sum(group.units - len(kept[group]) for group in good) > 0
+    assert (removed_good == 0) == finds
+
+
+def test_frozen_models_are_scored_like_others():
+    """A teacher is often frozen; its weights must not look useless, and must stay frozen."""
+    model = make("bert")
+    groups = find_groups(model)
+    expected = taylor(model, groups, batches=batches("bert"))
+    model.requires_grad_(False)
+    with torch.no_grad():
+        scores = taylor(model, groups, batches=batches("bert"))
+    assert all(torch.equal(scores[group], expected[group]) for group in groups)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_padding_has_no_part_in_pseudo_labels():
+    model = make("llama").double()
+    inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
+    other = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)}
+    seen = inputs | {"input_ids": inputs["input_ids"].masked_fill(torch.arange(9) == 8, 7)}
+    loss = calibration_loss(model, inputs)
+    assert torch.allclose(loss, calibration_loss(model, other), atol=1e-10)
+    assert not torch.allclose(loss, calibration_loss(model, seen), atol=1e-10)
+
+
+def test_a_single_output_is_a_regression():
+    model = make("bert")
+    regression = copy.deepcopy(model)
+    regression.classifier, regression.num_labels, regression.config.num_labels = nn.Linear(32, 1), 1, 1
+    inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
+    loss = calibration_loss(regression, inputs)
+    assert loss.item() == pytest.approx(regression(**inputs).logits.square().mean().item())
+    assert all(score.sum() > 0 for score in taylor(regression, find_groups(regression), batches=[inputs]).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("importance", ["taylor", "magnitude"])
+def test_non_finite_weights(importance, value):
+    model = make("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 3] = value
+    with pytest.raises(DataError, match="not finite"):
+        prune(model, config(importance=importance), batches("bert"))
+
+
+@pytest.mark.parametrize("calibration", [None, [], iter(())])
+def test_missing_calibration(calibration):
+    with pytest.raises(DataError, match="needs calibration batches"):
+        prune(make("bert"), config(importance="taylor"), calibration)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [torch.zeros(2, 3)],
+        [{"input_ids": [[1, 2], [3, 4]]}],
+        [{"pixel_values": torch.zeros(1, 3, 8, 8)}],
+        [{}],
+        ["text"],
+        {"input_ids": torch.zeros(1, 3)},
+    ],
+)
+def test_wrong_batches(wrong):
+    for importance in ("taylor", "magnitude"):
+        with pytest.raises(DataError, match=r"dicts of tensors with 'input_ids', got .*DataLoader"):
+            prune(make("bert"), config(importance=importance), wrong)
+
+
+def test_no_loss_without_a_head():
+    model = bert().bert
+    with pytest.raises(DataError, match="BertModel returned neither loss nor logits"):
+        prune(model, config(importance="taylor"), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+    small = prune(model, config(importance="magnitude"))
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
