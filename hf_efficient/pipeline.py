@@ -84,16 +84,22 @@ def check(run: "Run") -> None:
     from .attention.convert import efficient_config
     from .data import check_labels
     from .families import family_of
-    from .stages import AttentionStage
+    from .pruning.prune import DEFAULT_LENGTH
+    from .pruning.reach import check_reachable
+    from .stages import AttentionStage, PruneStage
 
     prepared, config = run.data(), run.config
     if run.recipe.teacher is None:
         check_labels(config, prepared)
     if run.recipe.stages:
         family_of(config)
+    checked: set[str] = set()
     for stage in run.recipe.stages:
         if isinstance(stage.settings, AttentionStage):
-            efficient_config(config, stage.settings.config, stage.settings.layers)
+            config = efficient_config(config, stage.settings.config, stage.settings.layers)
+        elif isinstance(stage.settings, PruneStage) and "prune" not in checked:
+            check_reachable(run.skeleton(config), stage.settings.config, run.recipe.data.max_length or DEFAULT_LENGTH)
+        checked.add(stage.name)
 
 
 def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> Report:

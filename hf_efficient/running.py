@@ -27,6 +27,7 @@ from .pruning.prune import prune
 from .recipe import Recipe
 from .settings import DistillSettings, TrainingSettings
 from .stages import AttentionStage, PruneStage
+from .training import ExactTrainer
 from .verify import output_digest
 
 COMPLETE = "complete"  # marks a Trainer checkpoint that was written to its end
@@ -69,6 +70,11 @@ class Run:
         name = resolve_model(model.name_or_path)
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
+    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model of the config without memory for its weights."""
+        with torch.device("meta"):
+            return getattr(transformers, TASKS[self.recipe.task].auto_class).from_config(config)
+
     @property
     def columns(self) -> tuple[str, ...]:
         return TASKS[self.recipe.task].columns
@@ -108,7 +114,7 @@ def run_teacher(run: Run, settings: TrainingSettings | None, source: Path, targe
         check_labels(model.config, prepared)
     else:
         arguments = training_arguments(TrainingArguments, run, settings, target)
-        train(Trainer, model, arguments, prepared)
+        train(ExactTrainer, model, arguments, prepared)
     return {"train": len(prepared.train), "parameters": model.num_parameters()} | run.save(model, target)
 
 

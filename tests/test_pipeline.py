@@ -167,7 +167,7 @@ def _text_recipe(model: Path, rows: Path, **changes) -> Recipe:
         "task": "text-classification",
         "model": {"name_or_path": str(model)},
         "data": {"name_or_path": str(rows), "max_length": 8},
-        "stages": [{"prune": {"ratio": 0.5, "granularity": ["neuron"]}}],
+        "stages": [{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}],
         "measure": {"repeats": 1},
     }
     return Recipe.from_dict(recipe | changes)
@@ -196,6 +196,8 @@ def test_bad_input_stops_before_any_work(tmp_path, rows):
         compress(_text_recipe(bert, rows), output_dir=out, **{"data.label_column": "topic"})
     with pytest.raises(ConfigError, match="ratio"):
         compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 1.5})
+    with pytest.raises(ConfigError, match="At most 0"):
+        compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 0.99})
     with pytest.raises(ConfigError, match="Layer 7"):
         compress(_text_recipe(bert, rows, stages=[{"attention": {"kind": "linear", "layers": [7]}}]), output_dir=out)
     with pytest.raises(ConfigError, match="No such recipe"):

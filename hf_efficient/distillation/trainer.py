@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
+from ..training import ExactTrainer
 from . import hidden
 from .arguments import DistillationArguments
 from .batch import Batch, base_of, forward_names
@@ -35,7 +36,7 @@ Counts = dict[str, Tensor]
 AGREEMENT = "teacher_agreement"
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ExactTrainer):
     """Train `model` on hard labels, on a teacher's soft labels and on its hidden states.
 
     Parameters:

@@ -6,18 +6,21 @@ After the stock `__init__` the mixin (a) narrows the linears that the config say
 attention variant to each layer that the config gives one. No modelling code is copied, and state-dict keys stay the
 stock ones, so a stock checkpoint loads straight into an efficient class.
 
-`rebuild` is the one way to change a model's structure: a new config and a new state dict make a new model. It refuses a
-state that does not fit; `from_pretrained` does what it does for stock classes: another shape is an error, a missing
+`rebuild` is the one way to change a model's structure: a new config and a new state dict make a new model. It refuses
+a state that does not fit. `from_pretrained` does what it does for stock classes: another shape is an error, a missing
 tensor (such as a new head on an old body) is filled at random and listed in a logged table.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from ..attention.dispatch import NAME, attach
 from ..errors import CheckpointError, UnsupportedModelError
@@ -207,19 +210,37 @@ def rebuild(
     check_model(model)
     config = stock_config(config) if block_of(config).is_trivial() else config
     state = model.state_dict() if state_dict is None else state_dict
-    made, info = class_for(model, config).from_pretrained(
-        None,
-        config=config,
-        state_dict={key: value.detach().clone() for key, value in state.items()},
-        dtype=model.dtype,
-        output_loading_info=True,
-    )
+    with _no_progress_bar():
+        made, info = class_for(model, config).from_pretrained(
+            None,
+            config=config,
+            state_dict={key: value.detach().clone() for key, value in state.items()},
+            dtype=model.dtype,
+            output_loading_info=True,
+        )
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind != "error_msgs"}
     if wrong:
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
     if isinstance(model, GenerationMixin) and model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
+    if model.is_gradient_checkpointing:
+        made.gradient_checkpointing_enable()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad = name not in frozen
     return made.to(model.device).train(model.training)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Nothing is read from a disk here, so there is nothing to wait for."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def is_portable(model: PreTrainedModel) -> bool:

@@ -159,3 +159,25 @@ def _attention_macs(model: PreTrainedModel, member: Member, group: Group, length
         reach = config.window if module.is_causal else 2 * config.window + 1
         seen = min(length, reach + config.global_tokens)
     return 2 * seen * width * family.group_size(model.config)
+
+
+def layer_costs(model: PreTrainedModel, groups: list[Group], metric: str, length: int) -> dict[tuple[str, int], int]:
+    """What each whole layer costs: all its parameters, or the MACs of all its units."""
+    if metric == "parameters":
+        return {
+            (stack.name, index): sum(p.numel() for p in layer.parameters())
+            for stack, layers in find_stacks(model)
+            for index, layer in enumerate(layers)
+        }
+    costs: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for layer in group.layers:
+            key = (group.stack, layer)
+            share = group.units * unit_cost(model, group, metric, length) // len(group.layers)
+            costs[key] = costs.get(key, 0) + share
+    return costs
+
+
+def total_cost(model: PreTrainedModel, metric: str, length: int) -> int:
+    """The cost of all layers: what `ratio` is a fraction of."""
+    return sum(layer_costs(model, find_groups(model), metric, length).values())

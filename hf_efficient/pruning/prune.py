@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import DataError
-from ..families import family_of, find_stacks
+from ..families import family_of
 from ..models.building import check_model
 from .allocation import KINDS, allocate_global, allocate_uniform, choose_layers
 from .config import PruningConfig
-from .groups import Group, find_groups, unit_cost
+from .groups import Group, find_groups, layer_costs, total_cost, unit_cost
 from .importance import IMPORTANCES, NEEDS_DATA, Batch, Scores
 from .plan import PruningPlan
+from .reach import check_reachable
 from .surgery import apply_plan
 
 # The length at which MACs are counted when there are no calibration batches to take it from.
@@ -46,6 +47,7 @@ def prune(
     check_model(model)
     batches = _check_calibration(model, config, calibration)
     length = average_length(batches, model)
+    check_reachable(model, config, length)
     total = total_cost(model, config.metric, length)
     goal = (1 - config.ratio) * total
     if "layer" in config.granularity:
@@ -101,28 +103,6 @@ def plan_layers(
     family = family_of(model.config)
     deepest = family.stacks[0].name if family.encoder_sizes_cache else None
     return PruningPlan(layers=choose_layers(layer_scores, costs, remove, exact, deepest))
-
-
-def layer_costs(model: PreTrainedModel, groups: list[Group], metric: str, length: int) -> dict[tuple[str, int], int]:
-    """What each whole layer costs: all its parameters, or the MACs of all its units."""
-    if metric == "parameters":
-        return {
-            (stack.name, index): sum(p.numel() for p in layer.parameters())
-            for stack, layers in find_stacks(model)
-            for index, layer in enumerate(layers)
-        }
-    costs: dict[tuple[str, int], int] = {}
-    for group in groups:
-        for layer in group.layers:
-            key = (group.stack, layer)
-            share = group.units * unit_cost(model, group, metric, length) // len(group.layers)
-            costs[key] = costs.get(key, 0) + share
-    return costs
-
-
-def total_cost(model: PreTrainedModel, metric: str, length: int) -> int:
-    """The cost of all layers: what `ratio` is a fraction of."""
-    return sum(layer_costs(model, find_groups(model), metric, length).values())
 
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:

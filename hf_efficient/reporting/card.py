@@ -45,7 +45,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         license=report.licence,
         library_name="transformers",
         pipeline_tag=None if quality is None else _HUB_TASKS.get(quality.task, quality.task),
-        tags=["hf_efficient", *dict.fromkeys(stage.name for stage in report.stages)],
+        tags=["hf_efficient", *dict.fromkeys(stage.name for stage in report.stages if stage.name != "teacher")],
         datasets=[report.dataset.name] if report.dataset and _hub_id(report.dataset.name) else None,
         metrics=None if quality is None else [score.name for score in quality.scores],
         model_name=title,
@@ -110,7 +110,9 @@ def _eval_results(report: Report) -> list["EvalResult"]:
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:
-    settings, facts = _listed(stage.settings), _listed(stage.facts)
+    digests = {name for name in stage.facts if name.endswith("sha256")}  # for machines: they stay in the report
+    settings = _listed(stage.settings)
+    facts = _listed({name: value for name, value in stage.facts.items() if name not in digests})
     return {"name": stage.name, "time": f"{stage.seconds:.1f} s", "settings": settings, "facts": facts}
 
 

@@ -198,3 +198,24 @@ def test_trainer_trains_and_saves(tmp_path):
     loaded = AutoModelForTokenClassification.from_pretrained(tmp_path)
     inputs = make_inputs("bert")
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_lora_finds_the_linears_of_the_stock_model_by_itself(name):
+    stock, efficient = make_model(name), convert_attention(make_model(name), NARROW)
+    adapted = [
+        {key for key, _ in get_peft_model(model, LoraConfig(r=2)).named_parameters() if "lora_" in key}
+        for model in (stock, efficient)
+    ]
+    assert adapted[0] and adapted[0] == adapted[1]
+
+
+def test_frozen_weights_and_checkpointing_outlive_a_conversion():
+    model = make_model("bert")
+    model.base_model.embeddings.requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    converted = convert_attention(model, NARROW)
+    frozen = {name for name, parameter in converted.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if ".embeddings." in name} and frozen
+    assert converted.is_gradient_checkpointing
+    assert not convert_attention(make_model("bert"), NARROW).is_gradient_checkpointing

@@ -136,7 +136,7 @@ def test_state_dict_shapes_of_a_layer():
 
 def test_grouped_queries_leave_with_their_key_and_value():
     dense = make("llama")
-    small = prune(dense, config(ratio=0.2, granularity="head", importance="random"), batches("llama"))
+    small = prune(dense, config(ratio=0.1, granularity="head", importance="random"), batches("llama"))
     queries = small.config.efficient["stacks"]["decoder"]
     assert [heads // kv for heads, kv in zip(queries["heads"], queries["kv_heads"], strict=True)] == [2, 2, 2]
     assert {units for (_, kind, _), units in sizes(small).items() if kind == "heads"} == {1, 2}

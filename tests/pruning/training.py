@@ -23,9 +23,7 @@ def dataset(case: str) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def make_trainer(
-    case: str, folder: Any, callbacks: list, model: PreTrainedModel | None = None, **changes: Any
-) -> Trainer:
+def make_trainer(case: str, folder: Any, callbacks: list, *, model=None, **changes: Any) -> Trainer:
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,

@@ -1,0 +1,44 @@
+"""Can this ratio be reached at all? Answered from shapes alone, before any data is read or any weight is touched."""
+
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError
+from ..families import family_of
+from .allocation import KINDS, choose_layers
+from .config import PruningConfig
+from .groups import find_groups, layer_costs, unit_cost
+
+
+def check_reachable(model: PreTrainedModel, config: PruningConfig, length: int) -> None:
+    """Compare the budget with the least that must stay: one head in each attention, `round_to` neurons in each FFN.
+
+    `model` may be on the meta device.
+
+    Raises:
+        ConfigError: the ratio is too high; the message names the highest that can be reached.
+    """
+    kinds = [kind for name in config.granularity if name in KINDS for kind in KINDS[name]]
+    groups = find_groups(model)
+    whole = layer_costs(model, groups, config.metric, length)
+    least: dict[tuple[str, int], float] = dict(whole)
+    for group in groups:
+        if group.kind in kinds:
+            floor = min(group.units, config.round_to if group.kind == "neurons" else 1)
+            removable = (group.units - floor) * unit_cost(model, group, config.metric, length)
+            for layer in group.layers:
+                least[group.stack, layer] -= removable / len(group.layers)
+    total = sum(whole.values())
+    if "layer" in config.granularity:
+        family, alone = family_of(model.config), not kinds
+        deepest = family.stacks[0].name if family.encoder_sizes_cache else None
+        share = 1.0 if alone else 1 - (1 - config.ratio) ** 0.5
+        kept = choose_layers(whole, whole, share * total, exact=False, deepest=deepest)
+        least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
+    highest = 1 - sum(least.values()) / total
+    if config.ratio > highest:
+        raise ConfigError(
+            f"ratio={config.ratio} cannot be reached with granularity={list(config.granularity)} and "
+            f"round_to={config.round_to}: every layer keeps at least one head and `round_to` neurons, and every stack "
+            f"one layer. At most {highest:.2f} of this model's {config.metric} can be removed. Lower `ratio` or "
+            "`round_to`, or add to `granularity`."
+        )
