@@ -200,7 +200,7 @@ class MeasureSettings(Settings):
 
     batch_size: int = integer(1, 1, MAX_BATCH)
     sequence_length: int | None = integer(None, 1, MAX_TOKENS, optional=True)  # tokens
-    repeats: int = integer(20, 1, 100_000)
+    repeats: int = integer(20, 2, 100_000)
 
 
 def recipe_name(name: Any, path: str) -> None:

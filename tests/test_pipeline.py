@@ -168,7 +168,7 @@ def _text_recipe(model: Path, rows: Path, **changes) -> Recipe:
         "model": {"name_or_path": str(model)},
         "data": {"name_or_path": str(rows), "max_length": 8},
         "stages": [{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}],
-        "measure": {"repeats": 1},
+        "measure": {"repeats": 2},
     }
     return Recipe.from_dict(recipe | changes)
 

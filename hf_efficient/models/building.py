@@ -223,7 +223,7 @@ def rebuild(
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
     if isinstance(model, GenerationMixin) and model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
-    if model.is_gradient_checkpointing:
+    if any(layer.gradient_checkpointing for _, layers in find_stacks(model) for layer in layers):
         made.gradient_checkpointing_enable()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in made.named_parameters():

@@ -11,6 +11,7 @@ All scores are sums over what a unit owns, so they can be added over units and c
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -67,7 +68,7 @@ def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Bat
 
 
 def gradient_scores(
-    model: PreTrainedModel, group: Group, gradients: Mapping[torch.Tensor, torch.Tensor | None]
+    model: PreTrainedModel, group: Group, gradients: Mapping[nn.Parameter, torch.Tensor | None]
 ) -> torch.Tensor:
     """`[units]` |sum of w * dL/dw|; a weight that got no gradient has no effect."""
     total = torch.zeros(group.units)

@@ -37,8 +37,9 @@ def naive_t5(monkeypatch):
     """A stock T5 that computes a band of its full score matrix."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "band_of_test", band_attention)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "band_of_test", eager_mask)
-    model = make_model("t5")
-    model.set_attn_implementation("band_of_test")
+    stock = make_model("t5")
+    model = type(stock)._from_config(stock.config, attn_implementation="band_of_test").train(stock.training)
+    model.load_state_dict(stock.state_dict())
     for block in model.decoder.block:
         block.layer[1].EncDecAttention.is_cross = True
     return model

@@ -217,5 +217,6 @@ def test_frozen_weights_and_checkpointing_outlive_a_conversion():
     converted = convert_attention(model, NARROW)
     frozen = {name for name, parameter in converted.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if ".embeddings." in name} and frozen
-    assert converted.is_gradient_checkpointing
-    assert not convert_attention(make_model("bert"), NARROW).is_gradient_checkpointing
+    assert all(layer.gradient_checkpointing for layer in converted.base_model.encoder.layer)
+    fresh = convert_attention(make_model("bert"), NARROW)
+    assert not any(layer.gradient_checkpointing for layer in fresh.base_model.encoder.layer)
