@@ -223,8 +223,6 @@ def rebuild(
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
     if isinstance(model, GenerationMixin) and model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
-    if any(layer.gradient_checkpointing for _, layers in find_stacks(model) for layer in layers):
-        made.gradient_checkpointing_enable()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in made.named_parameters():
         parameter.requires_grad = name not in frozen

@@ -4,7 +4,7 @@ print(text_table(report))
 print(markdown_table(report))          # README, model card
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .schema import Comparison, LayerStructure, Measurement, Report, Score
 
@@ -200,3 +200,28 @@ def markdown_structure(report: Report) -> str:
     return markdown(("layer", "heads", "neurons", "attention"), structure_rows(report.structure)) * bool(
         report.structure
     )
+
+
+def markdown_results(reports: Mapping[str, Report]) -> str:
+    """One line for each finished recipe, for the README: quality, speed and size, and where they were measured."""
+    header = ("recipe", "teacher", "student", "speed-up", "parameters without embeddings", "MACs", "loads as")
+    rows = [
+        (
+            f"[{name}](model_cards/{name}/README.md)",
+            format_score(report.teacher.quality.main),
+            format_score(report.student.quality.main),
+            f"{report.comparison.speedup:.1f}x",
+            f"{format_count(report.teacher.size.non_embedding_parameters)} → "
+            f"{format_count(report.student.size.non_embedding_parameters)}",
+            f"{format_count(report.teacher.size.macs)} → {format_count(report.student.size.macs)}",
+            report.loads_with,
+        )
+        for name, report in reports.items()
+    ]
+    places = [f"{name}: {_where(report)}" for name, report in reports.items()]
+    return markdown(header, rows) + "\n\n" + "\n".join(places)
+
+
+def _where(report: Report) -> str:
+    commit = f"commit {report.commit[:7]}" if report.commit else "installed package"
+    return f"{describe_workload(report.student)}; {describe_machine(report)}; {commit}, {report.created}."
