@@ -6,6 +6,7 @@ print(markdown_table(report))          # README, model card
 
 from collections.abc import Mapping, Sequence
 
+from ..errors import DataError
 from .schema import Comparison, LayerStructure, Measurement, Report, Score
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -205,21 +206,25 @@ def markdown_structure(report: Report) -> str:
 def markdown_results(reports: Mapping[str, Report]) -> str:
     """One line for each finished recipe, for the README: quality, speed and size, and where they were measured."""
     header = ("recipe", "teacher", "student", "speed-up", "parameters without embeddings", "MACs", "loads as")
-    rows = [
-        (
-            f"[{name}](model_cards/{name}/README.md)",
-            format_score(report.teacher.quality.main),
-            format_score(report.student.quality.main),
-            f"{report.comparison.speedup:.1f}x",
-            f"{format_count(report.teacher.size.non_embedding_parameters)} → "
-            f"{format_count(report.student.size.non_embedding_parameters)}",
-            f"{format_count(report.teacher.size.macs)} → {format_count(report.student.size.macs)}",
-            report.loads_with,
-        )
-        for name, report in reports.items()
-    ]
+    rows = [_result(name, report) for name, report in reports.items()]
     places = [f"{name}: {_where(report)}" for name, report in reports.items()]
     return markdown(header, rows) + "\n\n" + "\n".join(places)
+
+
+def _result(name: str, report: Report) -> tuple[str, ...]:
+    teacher, student, compared = report.teacher, report.student, report.comparison
+    if teacher is None or compared is None or teacher.quality is None or student.quality is None:
+        raise DataError(f"The report of {name} has no teacher or no quality to compare with. Run the recipe again.")
+    small, large = student.size.non_embedding_parameters, teacher.size.non_embedding_parameters
+    return (
+        f"[{name}](model_cards/{name}/README.md)",
+        format_score(teacher.quality.main),
+        format_score(student.quality.main),
+        f"{compared.speedup:.1f}x",
+        f"{format_count(large)} → {format_count(small)}",
+        f"{format_count(teacher.size.macs)} → {format_count(student.size.macs)}",
+        report.loads_with,
+    )
 
 
 def _where(report: Report) -> str:
