@@ -33,7 +33,9 @@ UPSTREAM = {"minilm-l6": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"
 
 def upstream(name_or_path: str) -> tuple[str, str | None]:
     """The Hub id and licence of a bundled model; any other name stands for itself, its licence unknown."""
-    return UPSTREAM.get(name_or_path.removeprefix(PREFIX), (name_or_path, None))
+    if name_or_path.startswith(PREFIX):
+        return UPSTREAM[name_or_path.removeprefix(PREFIX)]
+    return name_or_path, None
 
 
 def resolve_model(name_or_path: str) -> str:

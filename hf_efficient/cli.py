@@ -38,6 +38,8 @@ def compress(
     from .recipe import Recipe
     from .reporting.tables import text_table
 
+    if recipe.startswith("-"):
+        raise ConfigError(f"The recipe comes first: `hf-efficient compress RECIPE {recipe} ...`.")
     _quiet_libraries()
     chosen = Recipe.from_yaml(recipe).with_overrides(parse_overrides(context.args))
     folder = output_dir or Path("out") / chosen.name
@@ -60,21 +62,19 @@ def measure(
     """Measure size, cost and latency of a model, alone or against a baseline in one interleaved run."""
     from dataclasses import asdict
 
-    import transformers
-
-    from .bundled import resolve_model
     from .data import TASKS
     from .errors import unknown_name
+    from .loading import load_model
     from .measure import measure as run
     from .reporting.tables import measurement_table
 
     _quiet_libraries()
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    auto = getattr(transformers, TASKS[task].auto_class)
+    auto = TASKS[task].auto_class
     measured = run(
-        auto.from_pretrained(resolve_model(model)),
-        baseline=None if baseline is None else auto.from_pretrained(resolve_model(baseline)),
+        load_model(auto, model),
+        baseline=None if baseline is None else load_model(auto, baseline),
         batch_size=batch_size,
         sequence_length=sequence_length,
         repeats=repeats,

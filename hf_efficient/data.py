@@ -27,7 +27,16 @@ from .preparing import TASKS, PreparedData, Task, check_labels, find_column, nee
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["TASKS", "PreparedData", "Task", "check_labels", "load_dataset_any", "missing_file", "prepare"]
+__all__ = [
+    "TASKS",
+    "PreparedData",
+    "Task",
+    "check_labels",
+    "load_dataset_any",
+    "missing_file",
+    "prepare",
+    "rows_digest",
+]
 
 # file ending -> the builder of `datasets` that reads it, and its arguments
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -230,6 +239,11 @@ def _row_hashes(rows: Dataset) -> list[bytes]:
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         hashes += [hashlib.blake2b(repr(sorted(row.items())).encode()).digest() for row in batch.to_pylist()]
     return hashes
+
+
+def rows_digest(rows: Dataset) -> str:
+    """sha256 of the content of all rows, in their order."""
+    return hashlib.sha256(b"".join(_row_hashes(rows))).hexdigest()
 
 
 def _without_duplicates(rows: Dataset) -> Dataset:

@@ -7,19 +7,22 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 (and a stage that trains, after its last epoch); the result is that of an uninterrupted run.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import ConfigError
 from .recipe import Recipe
-from .reporting.schema import DatasetFacts, LayerStructure, Report, StageRecord
+from .reporting.schema import DatasetFacts, LayerStructure, Report, StageRecord, load_report
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from .running import Run
+    from .workspace import Workspace
 
 MODEL = "model"
 
@@ -48,39 +51,59 @@ def compress(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     recipe = recipe.with_overrides(overrides) if overrides else recipe
-    from transformers import set_seed
-
-    from .running import RUNNERS, TEACHER, Run, run_teacher
-    from .verify import check_reload
+    from .running import Run
     from .workspace import Workspace
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "compress runs in one process. To distil on several, use `accelerate launch scripts/distill.py`."
+        )
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     space = Workspace(folder, recipe)
+    if (folder / MODEL).is_dir():
+        announce(f"{folder} is finished: nothing to do. Delete {folder / MODEL} to measure again.")
+        return load_report(folder / MODEL)
     run = Run(recipe, folder)
     check(run)
-    space.open()
+    space.open(run.inputs())
+    try:
+        return _carry_out(run, space, announce)
+    finally:
+        space.close()
 
+
+def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:
+    from transformers import set_seed
+
+    from .running import RUNNERS, TEACHER, run_teacher
+    from .verify import check_reload, output_digest
+
+    recipe = run.recipe
     steps: list[Step] = [(TEACHER, recipe.teacher, run_teacher)]
     steps += [(f"{i}-{stage.name}", stage.settings, RUNNERS[stage.name]) for i, stage in enumerate(recipe.stages, 1)]
-    source, records = folder, []
+    source, records = run.folder, []
     for name, settings, runner in steps:
         announce(f"{name} ...")
         set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
-        source, record = space.stage(
-            name, settings.to_dict() if settings else {}, partial(runner, run, settings, source)
-        )
+        work = partial(runner, run, settings, source)
+        source, record = space.stage(name, settings.to_dict() if settings else {}, work)
         records.append(record)
         announce(f"{name} done in {record.seconds:.0f} s")
     announce("measure ...")
     report = _measured(run, source, records)
-    made = space.replace_folder(MODEL, lambda target: _publish(report, source, target))
-    check_reload(made, report.auto_class, records[-1].facts["output_sha256"])
+    expected = output_digest(run.load(source))
+    check_reload(source, report.auto_class, expected, recipe.model.trust_remote_code)
     announce("a fresh process loads the model and gives the same output")
+    space.result(MODEL, lambda target: _publish(report, source, target))
     return report
 
 
 def check(run: "Run") -> None:
-    """Everything that can be wrong with data and model, before any long work."""
+    """Everything that can be wrong with data and model, before any long work.
+
+    Raises:
+        ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
+    """
     from .attention.convert import efficient_config
     from .data import check_labels
     from .families import family_of
@@ -89,17 +112,39 @@ def check(run: "Run") -> None:
     from .stages import AttentionStage, PruneStage
 
     prepared, config = run.data(), run.config
-    if run.recipe.teacher is None:
+    family_of(config)
+    _check_lengths(run.recipe, config)
+    if run.recipe.teacher is None and run.recipe.model.config is None:
         check_labels(config, prepared)
-    if run.recipe.stages:
-        family_of(config)
-    checked: set[str] = set()
+    pruned = False
     for stage in run.recipe.stages:
         if isinstance(stage.settings, AttentionStage):
             config = efficient_config(config, stage.settings.config, stage.settings.layers)
-        elif isinstance(stage.settings, PruneStage) and "prune" not in checked:
+        elif isinstance(stage.settings, PruneStage) and not pruned:  # a second one starts from what is not known yet
             check_reachable(run.skeleton(config), stage.settings.config, run.recipe.data.max_length or DEFAULT_LENGTH)
-        checked.add(stage.name)
+            pruned = True
+
+
+def _check_lengths(recipe: Recipe, config: "PreTrainedConfig") -> None:
+    """No text may be longer than the model has positions."""
+    from .families import family_of
+
+    family = family_of(config)
+    if family.positions is None or family.max_positions is None:
+        return
+    limit = getattr(config, family.max_positions)
+    lengths = {
+        "data.max_length": recipe.data.max_length,
+        "teacher.max_length": recipe.teacher.max_length if recipe.teacher else None,
+        "measure.sequence_length": recipe.measure.sequence_length,
+    }
+    for number, stage in enumerate(recipe.stages):
+        lengths[f"stages[{number}].{stage.name}.max_length"] = getattr(stage.settings, "max_length", None)
+    for key, length in lengths.items():
+        if length is not None and length > limit:
+            raise ConfigError(
+                f"{key} is {length}, but this model has {limit} positions. Lower it, or extend the model."
+            )
 
 
 def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> Report:
@@ -126,7 +171,8 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         folder=student_folder,
         baseline_folder=run.folder / TEACHER,
     )
-    base_model, licence = upstream(recipe.model.name_or_path or f"a fresh {student.config.model_type}")
+    name = recipe.model.name_or_path or f"a fresh {student.config.model_type.removeprefix('efficient_')}"
+    base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
     return Report(
         student=measured.alone(),
         teacher=measured.baseline,
@@ -174,9 +220,9 @@ def _publish(report: Report, source: Path, target: Path) -> None:
     """The result as a receiver gets it: checkpoint, report, plots (where matplotlib is installed) and card."""
     from .reporting.card import save_card
     from .reporting.plots import save_plots
-    from .workspace import link_files
+    from .workspace import copy_checkpoint
 
-    link_files(source, target)
+    copy_checkpoint(source, target)
     report.save(target)
     if find_spec("matplotlib"):
         save_plots(report, target)

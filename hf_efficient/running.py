@@ -5,32 +5,37 @@
 A new stage is one function and one entry of `RUNNERS`. Stages call the same public functions that a user would.
 """
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from .attention.convert import convert_attention
 from .bundled import resolve_model
-from .data import TASKS, PreparedData, check_labels, load_dataset_any, prepare
+from .data import TASKS, PreparedData, check_labels, load_dataset_any, prepare, rows_digest
 from .distillation.arguments import DistillationArguments
 from .distillation.trainer import DistillationTrainer
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError, unknown_name
+from .families import FAMILIES
+from .loading import load_config, load_model, load_processor
+from .models.block import check_stock_sizes
 from .models.building import is_portable
+from .models.configs import block_of
 from .pruning.prune import prune
 from .recipe import Recipe
-from .settings import DistillSettings, TrainingSettings
+from .settings import DistillSettings, TrainingSettings, check_keys
 from .stages import AttentionStage, PruneStage
-from .training import ExactTrainer
+from .training import ExactTrainer, MarkComplete, last_checkpoint
 from .verify import output_digest
 
-COMPLETE = "complete"  # marks a Trainer checkpoint that was written to its end
 TEACHER = "0-teacher"
 
 
@@ -58,22 +63,26 @@ class Run:
         model = self.recipe.model
         if model.name_or_path is None:
             return None
-        auto = transformers.AutoImageProcessor if "image" in self.columns else transformers.AutoTokenizer
-        return auto.from_pretrained(resolve_model(model.name_or_path), trust_remote_code=model.trust_remote_code)
+        return load_processor(
+            model.name_or_path, images="image" in self.columns, trust_remote_code=model.trust_remote_code
+        )
 
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The config of the model that the recipe names, before any weight is loaded."""
         model = self.recipe.model
-        if model.config is not None:
-            return transformers.AutoConfig.for_model(**model.config)
-        name = resolve_model(model.name_or_path)
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        if model.name_or_path is not None:
+            return load_config(model.name_or_path, trust_remote_code=model.trust_remote_code)
+        return fresh_config(model.config)
 
     def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of the config without memory for its weights."""
         with torch.device("meta"):
-            return getattr(transformers, TASKS[self.recipe.task].auto_class).from_config(config)
+            return getattr(transformers, self.auto_class).from_config(config)
+
+    @property
+    def auto_class(self) -> str:
+        return TASKS[self.recipe.task].auto_class
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -95,21 +104,53 @@ class Run:
         return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
 
     def load(self, folder: Path) -> PreTrainedModel:
-        auto = getattr(transformers, TASKS[self.recipe.task].auto_class)
-        return auto.from_pretrained(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        return load_model(self.auto_class, folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def save(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-        """Write a checkpoint; returns the facts by which a reload can be recognised."""
+        """Write a checkpoint and make sure that it holds what was made."""
+        model = model.to("cpu")
         model.save_pretrained(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
-        return {"class": type(model).__name__, "output_sha256": output_digest(model)}
+        if output_digest(self.load(folder)) != output_digest(model):
+            raise CheckpointError(f"The checkpoint in {folder} gives another output than the model that was saved.")
+        return {"class": type(model).__name__}
+
+    def inputs(self) -> dict[str, Any]:
+        """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""
+        asked = self.recipe.model.name_or_path
+        folder = Path(resolve_model(asked)) if asked else Path()
+        files = sorted(folder.iterdir()) if asked and folder.is_dir() else []
+        return {
+            "rows": {name: rows_digest(split) for name, split in self.rows.items()},
+            "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()],
+        }
+
+
+def fresh_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a model that is trained from nothing.
+
+    Raises:
+        ConfigError: an unknown model type or field, or an absurd size.
+    """
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if fields["model_type"] not in known:
+        raise unknown_name("model.config.model_type", fields["model_type"], known.keys())
+    config_class = known[fields["model_type"]]
+    names = {field.name for field in dataclasses.fields(config_class)} | {"model_type", "num_labels", "head_dim"}
+    check_keys(fields, sorted(names), "model.config")
+    if fields["model_type"] in FAMILIES:
+        check_stock_sizes(fields, FAMILIES[fields["model_type"]])
+    try:
+        return transformers.AutoConfig.for_model(**fields)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.config: {error}") from error
 
 
 def run_teacher(run: Run, settings: TrainingSettings | None, source: Path, target: Path) -> dict[str, Any]:
     """Load the model of the recipe and fine-tune it, if the recipe says so."""
     prepared = run.data(settings.max_length if settings else None)
-    model = load_model(run, prepared)
+    model = new_teacher(run, prepared)
     if settings is None:
         check_labels(model.config, prepared)
     else:
@@ -118,19 +159,24 @@ def run_teacher(run: Run, settings: TrainingSettings | None, source: Path, targe
     return {"train": len(prepared.train), "parameters": model.num_parameters()} | run.save(model, target)
 
 
-def load_model(run: Run, prepared: PreparedData) -> PreTrainedModel:
+def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
     """The model that the recipe names, with a head for the labels of the data."""
     asked, labels = run.recipe.model, {}
     if prepared.num_labels is not None:
         labels = {"id2label": dict(enumerate(prepared.label_names)), "num_labels": prepared.num_labels}
         labels["label2id"] = {name: index for index, name in enumerate(prepared.label_names)}
-    auto = getattr(transformers, TASKS[run.recipe.task].auto_class)
     if asked.config is not None:
-        return auto.from_config(transformers.AutoConfig.for_model(**asked.config | labels))
-    if run.recipe.teacher is None:
-        labels = {}  # a finished model keeps its own head
-    name = resolve_model(asked.name_or_path)
-    return auto.from_pretrained(name, trust_remote_code=asked.trust_remote_code, **labels)
+        config = transformers.AutoConfig.for_model(**asked.config | labels)
+        return getattr(transformers, run.auto_class).from_config(config)
+    options = {"trust_remote_code": asked.trust_remote_code}
+    if run.recipe.teacher is not None:  # a model that is taken as it is keeps its own head
+        options |= labels | {"ignore_mismatched_sizes": True}
+    model = load_model(run.auto_class, asked.name_or_path, **options)
+    if model.config.pad_token_id is None and "text" in run.columns:
+        model.config.pad_token_id = run.processor.pad_token_id
+    if block_of(model.config).kept_layers:  # it is the original now, and has all of its layers
+        model.config.efficient = replace(block_of(model.config), kept_layers={}).to_dict()
+    return model
 
 
 def run_attention(run: Run, settings: AttentionStage, source: Path, target: Path) -> dict[str, Any]:
@@ -195,13 +241,6 @@ def training_arguments(
     )
 
 
-class MarkComplete(TrainerCallback):
-    """A killed run may leave half a checkpoint; only marked ones are resumed from."""
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
 def train(
     kind: type[Trainer], model: PreTrainedModel, arguments: TrainingArguments, prepared: PreparedData, **more: Any
 ) -> Trainer:
@@ -216,29 +255,8 @@ def train(
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir)))
-    _remove_tree(Path(arguments.output_dir))
+    shutil.rmtree(arguments.output_dir)
     return trainer
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete Trainer checkpoint; incomplete ones are removed."""
-    complete = []
-    for path in sorted(folder.glob("checkpoint-*")):
-        if (path / COMPLETE).is_file():
-            complete.append(path)
-        else:
-            _remove_tree(path)
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
-
-
-def _remove_tree(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise CheckpointError(f"Cannot remove {path}: {error}") from error
 
 
 def _last_losses(trainer: Trainer) -> dict[str, float]:

@@ -160,7 +160,7 @@ class TrainingSettings(Settings):
     max_steps: int | None = integer(None, 1, MAX_STEPS, optional=True)
     batch_size: int = integer(16, 1, MAX_BATCH)
     learning_rate: float = number(5e-5, 0, 10, above=True)
-    warmup_ratio: float = number(0.1, 0, 1)
+    warmup_ratio: float = number(0.1, 0, 0.99)
     weight_decay: float = number(0.0, 0, 10)
     max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens; null: as data.max_length
 

@@ -1,4 +1,4 @@
-"""A `Trainer` that gets back every weight of a checkpoint.
+"""Checkpoints of a training run: all of one, or none. A `Trainer` that gets back every weight of a checkpoint.
 
 transformers 5 writes some families (ViT) under the parameter names of older versions, and `from_pretrained` translates
 them; but `Trainer` reads a checkpoint back without translating and drops what it does not know. A resumed run, or
@@ -9,9 +9,10 @@ import copy
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 WEIGHTS = "model.safetensors"
+COMPLETE = "complete"  # marks a checkpoint that was written to its end
 
 
 class ExactTrainer(Trainer):
@@ -37,3 +38,18 @@ def restore_renamed(model, checkpoint: str | Path) -> None:
         return
     saved = type(model).from_pretrained(checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype)
     model.load_state_dict(saved.state_dict(), strict=False)  # what is not in the file stays as it is
+
+
+class MarkComplete(TrainerCallback):
+    """A killed run may leave half a checkpoint; only marked ones are resumed from."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint of a run with `MarkComplete`, None if there is none."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)

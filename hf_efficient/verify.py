@@ -29,26 +29,26 @@ def output_digest(model) -> str:
     return hashlib.sha256(output.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def check_reload(folder: str | Path, auto_class: str, expected: str) -> None:
+def check_reload(folder: str | Path, auto_class: str, expected: str, trust_remote_code: bool = False) -> None:
     """Load `folder` in a fresh process and compare its output digest.
 
     Raises:
         CheckpointError: it does not load, or gives another output.
     """
-    command = [sys.executable, "-m", "hf_efficient.verify", str(folder), auto_class]
+    command = [sys.executable, "-m", "hf_efficient.verify", str(folder), auto_class, *["trust"] * trust_remote_code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CheckpointError(f"The model in {folder} does not load in a fresh process: {done.stderr.strip()[-500:]}")
     if done.stdout.split()[-1:] != [expected]:
-        raise CheckpointError(f"The model in {folder} gives another output in a fresh process than when it was saved.")
+        raise CheckpointError(f"The model in {folder} gives another output in a fresh process than in this one.")
 
 
-def main(folder: str, auto_class: str) -> None:
-    import transformers
-
+def main(folder: str, auto_class: str, trust: str = "") -> None:
     import hf_efficient  # noqa: F401  (registers the efficient classes)
 
-    print(output_digest(getattr(transformers, auto_class).from_pretrained(folder)))
+    from .loading import load_model
+
+    print(output_digest(load_model(auto_class, folder, trust_remote_code=trust == "trust")))
 
 
 if __name__ == "__main__":

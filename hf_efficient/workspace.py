@@ -2,6 +2,7 @@
 
     out/
       recipe.yaml            what was asked for; the same recipe continues this run, another one is refused
+      inputs.json            what the recipe only names, as it was when the run began: rows and model files
       0-teacher/             checkpoint + stage.json
       1-attention/ ...
       2-prune.partial/       the stage that was running when the run stopped
@@ -19,12 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .errors import CheckpointError
 from .recipe import Recipe
+from .reporting.codec import decode
 from .reporting.schema import StageRecord
 
 MANIFEST = "stage.json"
 RECIPE = "recipe.yaml"
+INPUTS = "inputs.json"
+LOCK = ".lock"
 MANIFEST_VERSION = 1
 
 
@@ -38,17 +44,13 @@ class Workspace:
     def __init__(self, folder: str | os.PathLike, recipe: Recipe):
         self.folder = Path(folder)
         self.recipe = recipe
+        self._lock = FileLock(self.folder / LOCK)
         self._check()
-
-    def open(self) -> None:
-        """Make the folder; from here on it belongs to this recipe."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / RECIPE, self.recipe.to_yaml())
 
     def _check(self) -> None:
         if self.folder.is_file():
             raise CheckpointError(f"{self.folder} is a file; give a folder for the output.")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        if not self.folder.is_dir() or not any(path.name != LOCK for path in self.folder.iterdir()):
             return
         given = self.folder / RECIPE
         if not given.is_file():
@@ -64,6 +66,25 @@ class Workspace:
                 f"{self.folder} holds the run of another recipe (see {given}). Choose another output folder; to "
                 "continue that run, give exactly its recipe and overrides."
             )
+
+    def open(self, inputs: dict[str, Any]) -> None:
+        """Make the folder, lock it, and note what went in; from here on it belongs to this recipe and these inputs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(f"Another process is running in {self.folder}. Wait for it, or stop it.") from None
+        write_text(self.folder / RECIPE, self.recipe.to_yaml())
+        note, text = self.folder / INPUTS, json.dumps(inputs, indent=2) + "\n"
+        if note.is_file() and note.read_text(encoding="utf-8") != text:
+            raise CheckpointError(
+                f"The data or the model folder changed since the run in {self.folder} began (see {note}). Its stages "
+                "would not fit together: choose another output folder, or empty this one."
+            )
+        write_text(note, text)
+
+    def close(self) -> None:
+        self._lock.release()
 
     def stage(
         self, name: str, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]
@@ -83,13 +104,12 @@ class Workspace:
         os.replace(partial, target)
         return target, record
 
-    def replace_folder(self, name: str, work: Callable[[Path], None]) -> Path:
-        """A folder that is made anew on every run, in one step: `model`."""
+    def result(self, name: str, work: Callable[[Path], None]) -> Path:
+        """A folder that is written once, in one step, and belongs to the user then."""
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         work(partial)
-        shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         return target
 
@@ -101,12 +121,12 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def link_files(source: Path, target: Path) -> None:
-    """The files of a checkpoint again, without using their space twice where the file system can."""
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """The files of a checkpoint again; weights without using their space twice, where the file system can."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name != MANIFEST:
             try:
-                os.link(path, target / path.name)
+                (os.link if path.suffix == ".safetensors" else shutil.copy2)(path, target / path.name)
             except OSError:
                 shutil.copy2(path, target / path.name)
 
@@ -120,8 +140,8 @@ def _read_manifest(path: Path) -> StageRecord:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("schema_version") != MANIFEST_VERSION:
             raise ValueError("another schema_version")
-        return StageRecord(**data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return decode(StageRecord, data, str(path))
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}). Delete the folder {path.parent} to run this stage again."
         ) from error

@@ -50,7 +50,9 @@ def test_the_listed_losses_are_those_there_are():
         (("compress", "digits", "--prune.importance", "tayler"), ("Did you mean 'taylor'",)),
         (("compress", "digits", "extra"), ("not an option",)),
         (("list", "recipe"), ("Did you mean 'recipes'",)),
+        (("compress", "--prune.ratio", "0.5", "digits"), ("recipe comes first",)),
         (("measure", "x", "--task", "clasification"), ("Known:",)),
+        (("measure", "no/such/folder"), ("Cannot load",)),
     ],
 )
 def test_a_users_error_is_one_message_and_exit_code_1(arguments, words):

@@ -40,5 +40,5 @@ def test_named_files_and_commands_exist():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     for path in re.findall(r"\b(?:scripts|benchmarks|tests|hf_efficient)/[\w/]+\.(?:py|json)\b", text):
         assert (ROOT / path).exists(), path
-    for recipe in re.findall(r"hf-efficient compress ([a-z-]+)(?![\w.])", text):
-        assert recipe in shipped_recipes() or recipe == "my-recipe", recipe
+    named = re.findall(r"hf-efficient compress ([a-z][\w.-]*)", text)
+    assert named and all(name in shipped_recipes() or name.endswith(".yaml") for name in named)

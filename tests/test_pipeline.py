@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification
 
 from hf_efficient import CheckpointError, ConfigError, DataError, Recipe, UnsupportedModelError, compress, load_report
-from hf_efficient.verify import check_reload
+from hf_efficient.verify import check_reload, output_digest
+from hf_efficient.workspace import Workspace
 
 TRAINING = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-3}
 TINY = {
@@ -92,7 +94,7 @@ def test_the_result_is_complete_and_measured(finished):
 
 
 def test_a_fresh_process_must_give_the_same_output(finished, tmp_path):
-    digest = load_report(finished / "model").stages[-1].facts["output_sha256"]
+    digest = output_digest(AutoModelForImageClassification.from_pretrained(finished / "model"))
     check_reload(finished / "model", "AutoModelForImageClassification", digest)
     with pytest.raises(CheckpointError, match="another output"):
         check_reload(finished / "model", "AutoModelForImageClassification", "0" * 64)
@@ -123,9 +125,10 @@ def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_result(finis
 
 def test_a_finished_run_is_not_done_again(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*-*/model.safetensors")}
+    (finished / "model/notes.txt").write_text("mine")
     output = _run(finished)
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*-*/model.safetensors")}
-    assert "speed-up" in output
+    assert "speed-up" in output and (finished / "model/notes.txt").read_text() == "mine"
 
 
 def test_another_recipe_in_the_same_folder_is_refused(finished):
@@ -144,10 +147,9 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 
 
 def test_a_damaged_manifest_says_what_to_do(finished, tmp_path):
-    import shutil
-
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "model")
     (folder / "1-attention/stage.json").write_text('{"schema_version": 1, "na')
     with pytest.raises(CheckpointError, match="Delete the folder"):
         compress(Recipe.from_dict(TINY), output_dir=folder)
@@ -187,9 +189,50 @@ def test_a_model_of_ones_own_and_a_csv_file(tmp_path, rows):
     assert json.loads((tmp_path / "out/model/config.json").read_text())["model_type"] == "bert"
 
 
+def test_two_processes_cannot_share_a_folder(tmp_path, rows):
+    recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
+    first = Workspace(out, recipe)
+    first.open({})
+    with pytest.raises(CheckpointError, match="Another process"):
+        compress(recipe, output_dir=out)
+    first.close()
+
+
+def test_changed_data_cannot_continue_a_run(tmp_path, rows):
+    recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
+    compress(recipe, output_dir=out)
+    shutil.rmtree(out / "model")
+    compress(recipe, output_dir=out)  # the same inputs go on
+    shutil.rmtree(out / "model")
+    rows.write_text(rows.read_text() + "\nd h new,x")
+    with pytest.raises(CheckpointError, match="changed"):
+        compress(recipe, output_dir=out)
+
+
+def test_a_compressed_model_may_be_compressed_again(tmp_path, rows):
+    layers = [{"prune": {"ratio": 0.5, "granularity": ["layer"]}}]
+    first = _text_recipe(_bert(tmp_path / "bert", num_hidden_layers=4), rows, stages=layers)
+    compress(first, output_dir=tmp_path / "first")
+    report = compress(_text_recipe(tmp_path / "first/model", rows), output_dir=tmp_path / "second")
+    assert [layer.attention for layer in report.structure] == ["full", "full"]
+
+
 def test_bad_input_stops_before_any_work(tmp_path, rows):
     bert, out = _bert(tmp_path / "bert"), tmp_path / "out"
     three = _bert(tmp_path / "three", num_labels=3)
+    for key, value in (("data.max_length", 600), ("measure.sequence_length", 4096)):
+        with pytest.raises(ConfigError, match="512 positions"):
+            compress(_text_recipe(bert, rows), output_dir=out, **{key: value})
+    broken = _bert(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="Cannot load"):
+        compress(_text_recipe(broken, rows), output_dir=tmp_path / "broken-out")
+    for fields in ({"hiden_size": 8}, {"hidden_size": 2**40}, {"num_labels": 10**12}):
+        config = TINY["model"]["config"] | fields
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            compress(Recipe.from_dict(TINY | {"model": {"config": config}}), output_dir=out)
+    with pytest.raises(ConfigError, match="Did you mean 'vit'"):
+        compress(Recipe.from_dict(TINY | {"model": {"config": {"model_type": "vitt"}}}), output_dir=out)
     with pytest.raises(DataError, match="3 labels"):
         compress(_text_recipe(three, rows), output_dir=out)
     with pytest.raises(DataError, match="topic"):

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from ..bundled import resolve_model
 from ..data import TASKS, PreparedData, check_labels, load_dataset_any, prepare
 from ..errors import CheckpointError, ConfigError, unknown_name
+from ..loading import load_config, load_model, load_processor
 from ..safe_yaml import parse as parse_yaml
+from ..training import MarkComplete, last_checkpoint
 from .arguments import DistillationArguments
 from .student import build_student
 from .trainer import DistillationTrainer
@@ -116,13 +115,14 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
         ConfigError, DataError, UnsupportedModelError: see `prepare` and `DistillationTrainer`.
     """
     resume = _checkpoint(script, args)
-    name = resolve_model(script.teacher)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=script.trust_remote_code)
-    processor = _processor(script, name)
+    trust = {"trust_remote_code": script.trust_remote_code}
+    config = load_config(script.teacher, **trust)
+    processor = load_processor(script.teacher, images=script.task == IMAGES, **trust)
     with args.main_process_first(desc="data"):
-        data = _data(script, processor, seed=args.data_seed or args.seed)
+        data = _data(script, processor, seed=args.seed if args.data_seed is None else args.data_seed)
     check_labels(config, data)
-    teacher = _auto_class(script).from_pretrained(name, trust_remote_code=script.trust_remote_code)
+    set_seed(args.seed)  # for what is new in the student, such as its head
+    teacher = load_model(TASKS[script.task].auto_class, script.teacher, **trust)
     trainer = DistillationTrainer(
         _student(script, teacher),
         args,
@@ -130,6 +130,7 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
         train_dataset=data.train,
         eval_dataset=data.test,
         data_collator=data.collator,
+        callbacks=[MarkComplete()],
         processing_class=processor,
         compute_metrics=_accuracy() if TASKS[script.task].metric == "accuracy" else None,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
@@ -149,7 +150,7 @@ def _checkpoint(script: ScriptArguments, args: DistillationArguments) -> str | N
             raise CheckpointError(f"resume_from_checkpoint: no such folder {resume!r}; `true` means the latest.")
         return resume
     if resume is not None:
-        latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        latest = last_checkpoint(folder)
         if latest is None:
             raise CheckpointError(f"{folder} has no checkpoint to resume from. Leave resume_from_checkpoint out.")
         return latest
@@ -159,20 +160,6 @@ def _checkpoint(script: ScriptArguments, args: DistillationArguments) -> str | N
             "--overwrite."
         )
     return None
-
-
-def _auto_class(script: ScriptArguments) -> Any:
-    return getattr(transformers, TASKS[script.task].auto_class)
-
-
-def _processor(script: ScriptArguments, name: str) -> Any:
-    """The teacher's tokenizer or image processor; images can do without."""
-    if script.task != IMAGES:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=script.trust_remote_code)
-    try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=script.trust_remote_code)
-    except (OSError, ValueError, ImportError):
-        return None
 
 
 def _data(script: ScriptArguments, processor: Any, seed: int) -> PreparedData:
@@ -193,9 +180,8 @@ def _student(script: ScriptArguments, teacher: PreTrainedModel) -> PreTrainedMod
     labels: dict[str, Any] = {}
     if "label" in TASKS[script.task].columns:
         labels = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
-    return _auto_class(script).from_pretrained(
-        resolve_model(str(script.student)), trust_remote_code=script.trust_remote_code, **labels
-    )
+    auto, name = TASKS[script.task].auto_class, str(script.student)
+    return load_model(auto, name, trust_remote_code=script.trust_remote_code, **labels)
 
 
 def _accuracy() -> Callable[[Any], dict[str, float]]:

@@ -171,7 +171,8 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
     limits = {stack.num_layers: MAX_LAYERS for stack in family.stacks}
     limits |= {family.hidden: MAX_WIDTH, family.heads: MAX_HEADS, family.neurons: MAX_NEURONS}
     limits |= {"vocab_size": MAX_ROWS, "max_position_embeddings": MAX_ROWS, "type_vocab_size": MAX_ROWS}
-    limits |= {"image_size": MAX_PIXELS, "patch_size": MAX_PIXELS}
+    limits |= {"image_size": MAX_PIXELS, "patch_size": MAX_PIXELS, "num_channels": MAX_HEADS}
+    limits |= {"num_labels": MAX_ROWS, "relative_attention_num_buckets": MAX_HEADS}
     limits |= {name: limit for name, limit in ((family.kv_heads, MAX_HEADS), (family.head_dim, MAX_WIDTH)) if name}
     for name, limit in limits.items():
         value = fields.get(name)
@@ -179,7 +180,7 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
             if number is not None and (type(number) is not int or not 0 < number <= limit):
                 raise ConfigError(f"config.json has {name}={value!r}; hf_efficient accepts 1 to {limit}.")
     kv_heads = fields.get(family.kv_heads) if family.kv_heads else None
-    if kv_heads and fields[family.heads] % kv_heads:
+    if kv_heads and fields.get(family.heads, 0) % kv_heads:
         raise ConfigError(f"config.json has {family.kv_heads}={kv_heads}, which does not divide {family.heads}.")
 
 

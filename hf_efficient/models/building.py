@@ -210,11 +210,12 @@ def rebuild(
     check_model(model)
     config = stock_config(config) if block_of(config).is_trivial() else config
     state = model.state_dict() if state_dict is None else state_dict
+    passing = model._keys_to_ignore_on_save or ()  # not the model's own, such as projections while it is distilled
     with _no_progress_bar():
         made, info = class_for(model, config).from_pretrained(
             None,
             config=config,
-            state_dict={key: value.detach().clone() for key, value in state.items()},
+            state_dict={key: value.detach().clone() for key, value in state.items() if key not in passing},
             dtype=model.dtype,
             output_loading_info=True,
         )

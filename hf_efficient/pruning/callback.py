@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..models.building import check_model
+from ..training import restore_renamed
 from .allocation import KINDS
 from .config import PruningConfig
 from .groups import Group, expand, find_groups, output_weight, unit_parameters
@@ -100,7 +101,9 @@ class PruningCallback(TrainerCallback):
         # A ratio that is out of reach must be an error now and not in the middle of the run.
         allocate(model, self.scores, self.config, self.length, self.config.ratio * self.total)
         if state.global_step > 0:
-            self._load_state(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            restore_renamed(model, checkpoint)
+            self._load_state(checkpoint / STATE_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         gradients = {parameter: parameter.grad for parameter in model.parameters()}

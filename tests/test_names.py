@@ -1,0 +1,29 @@
+"""A name is one entry: the light lists that configs check against are those of the tables that carry the work."""
+
+from hf_efficient.attention import config as attention
+from hf_efficient.attention.dispatch import ATTENTIONS, WITHOUT_BIAS
+from hf_efficient.attention.linear import FEATURE_MAPS
+from hf_efficient.measure.quality import TASKS as SCORED
+from hf_efficient.preparing import TASKS
+from hf_efficient.pruning import config as pruning
+from hf_efficient.pruning.importance import IMPORTANCES, NEEDS_DATA
+from hf_efficient.pruning.schedule import SCHEDULES
+from hf_efficient.running import RUNNERS
+from hf_efficient.stages import STAGES
+
+
+def test_every_attention_kind_has_a_variant():
+    assert set(attention.KINDS) == {"full", *ATTENTIONS}
+    assert set(attention.FEATURE_MAPS) == set(FEATURE_MAPS)
+    assert set(WITHOUT_BIAS) < set(ATTENTIONS)
+
+
+def test_every_criterion_and_schedule_has_a_function():
+    assert set(pruning.IMPORTANCES) == set(IMPORTANCES) and set(NEEDS_DATA) < set(IMPORTANCES)
+    assert set(pruning.SCHEDULES) == set(SCHEDULES)
+
+
+def test_every_stage_can_run_and_every_task_can_be_scored():
+    assert set(STAGES) == set(RUNNERS)
+    assert set(TASKS) == set(SCORED)
+    assert all(TASKS[name].metric == SCORED[name].main for name in TASKS)
