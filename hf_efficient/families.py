@@ -97,6 +97,11 @@ class Family:
     relative_bias: str | None = None
     encoder_sizes_cache: bool = False
 
+    @property
+    def deepest(self) -> str | None:
+        """The stack that no other may outgrow, if there is one."""
+        return self.stacks[0].name if self.encoder_sizes_cache else None
+
     def up(self, stack: Stack, config: PreTrainedConfig) -> tuple[str, ...]:
         """The linears that widen: one, or two (gate and up) in a gated FFN."""
         return stack.gated_up if self.gated and getattr(config, self.gated) else stack.up

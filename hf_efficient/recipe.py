@@ -59,7 +59,7 @@ class Recipe:
 
     Parameters:
         name: names the output folder and the card.
-        task: one of `hf_efficient.data.TASKS`.
+        task: one of `hf_efficient.preparing.TASKS`.
         model: the model to compress.
         data: the data set and its columns.
         teacher: how the model is fine-tuned first; None: it is already trained.

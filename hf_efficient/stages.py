@@ -2,8 +2,7 @@
 
     STAGES["prune"]({"ratio": 0.75, "importance": "taylor"}, "stages[1].prune")
 
-A new stage is one function and one entry of `STAGES`. The settings of a method are checked by the method's own config
-class, so nothing is said twice.
+A new stage is one function and one entry of `STAGES`. Attention and pruning are checked by their own config classes.
 """
 
 import dataclasses

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..families import Family, family_of, find_stacks
+from ..families import family_of, find_stacks
 from ..models.block import EfficientBlock, StackBlock
 from ..models.building import check_model, rebuild
 from ..models.configs import block_of, with_block
 from .config import AttentionConfig
-from .dispatch import ATTACHED, WITHOUT_BIAS
+from .dispatch import ATTACHED, check_bias
 
 PerLayer = AttentionConfig | dict[int, AttentionConfig]
 
@@ -73,7 +73,8 @@ def _converted(config: PreTrainedConfig, attention: PerLayer, layers: Sequence[i
     family, block = family_of(config), block_of(config)
     counts = {stack.name: getattr(config, stack.num_layers) for stack in family.stacks}
     wanted = _by_layer(attention, layers, max(counts.values()))
-    _check_bias(wanted, family)
+    for one in wanted.values():
+        check_bias(one, family)
     stacks = {}
     for name, count in counts.items():
         entry = block.stack(name)
@@ -97,15 +98,6 @@ def _by_layer(attention: PerLayer, layers: Sequence[int] | None, count: int) -> 
         if not isinstance(one, AttentionConfig):
             raise ConfigError(f"Layer {layer}: expected an AttentionConfig, got {one!r}.")
     return wanted
-
-
-def _check_bias(wanted: dict[int, AttentionConfig], family: Family) -> None:
-    for config in wanted.values():
-        if family.relative_bias and config.kind in WITHOUT_BIAS:
-            raise UnsupportedModelError(
-                f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
-                'Use kind="local", which keeps the part of the bias inside the window.'
-            )
 
 
 def _drop_empty(stacks: dict[str, StackBlock]) -> dict[str, StackBlock]:

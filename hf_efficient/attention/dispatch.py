@@ -56,16 +56,21 @@ ATTENTIONS: dict[str, type[AttentionVariant]] = {"local": LocalAttention, "linea
 WITHOUT_BIAS = ("linear",)
 
 
+def check_bias(config: AttentionConfig, family: Family) -> None:
+    """Refuse a kind that would drop the relative position bias of the family."""
+    if family.relative_bias and config.kind in WITHOUT_BIAS:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
+            'Use kind="local", which keeps the part of the bias inside the window.'
+        )
+
+
 def attach(layers: nn.ModuleList, stack: Stack, attention: tuple[AttentionConfig, ...], family: Family) -> None:
     """Give the layers of a stack their variants. `attention` may be empty: then all stay dense."""
     for layer, config in zip(layers, attention, strict=False):
         if config.kind == "full":
             continue
-        if family.relative_bias and config.kind in WITHOUT_BIAS:
-            raise UnsupportedModelError(
-                f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
-                'Use kind="local", which keeps the part of the bias inside the window.'
-            )
+        check_bias(config, family)
         layer.get_submodule(stack.attention.module).add_module(ATTACHED, ATTENTIONS[config.kind](config))
     if family.relative_bias:
         use_toeplitz_bias(layers[0].get_submodule(stack.attention.module))

@@ -12,12 +12,12 @@ from math import inf
 import torch
 
 from ..errors import ConfigError
+from .config import UNIT_KINDS
 from .groups import Group
 from .importance import Scores
 
 LayerNumbers = Mapping[tuple[str, int], float]
 
-KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
 
 # Costs are whole numbers; an amount that is missing by less than half of one is rounding.
 ROUNDING = 0.5
@@ -58,7 +58,7 @@ def allocate_uniform(
     Raises:
         ConfigError: no pair meets the budget.
     """
-    by_kind = {kind: [g for g in scores if (g.kind == "neurons") == (kind == "neuron")] for kind in KINDS}
+    by_kind = {kind: [g for g in scores if g.kind in UNIT_KINDS[kind]] for kind in UNIT_KINDS}
     counts = {kind: _common_counts(groups, round_to) for kind, groups in by_kind.items()}
     if heads_divide:
         counts["head"] = [count for count in counts["head"] if count == 0 or heads_divide % count == 0]

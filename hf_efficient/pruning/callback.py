@@ -19,7 +19,6 @@ from transformers.utils import logging
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..models.building import check_model
 from ..training import restore_renamed
-from .allocation import KINDS
 from .config import PruningConfig
 from .groups import Group, expand, find_groups, output_weight, unit_parameters
 from .importance import IMPORTANCES, gradient_scores
@@ -92,8 +91,7 @@ class PruningCallback(TrainerCallback):
                 "Use DDP, or prune with `prune(...)` and then distil under FSDP."
             )
         _check_optimizer(model, kwargs.get("optimizer"))
-        wanted = [kind for name in self.config.granularity for kind in KINDS[name]]
-        groups = [group for group in find_groups(model) if group.kind in wanted]
+        groups = [group for group in find_groups(model) if group.kind in self.config.unit_kinds]
         self.removed = {group: torch.zeros(group.units, dtype=torch.bool) for group in groups}
         self.scores = {group: torch.zeros(group.units) for group in groups}
         self.length = self.sequence_length or average_length([], model)

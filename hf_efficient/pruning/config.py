@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, unknown_name
 
+# What each granularity of units removes: the kinds of `groups.Group`.
+UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
+
 METRICS = ("macs", "parameters")
 GRANULARITIES = ("head", "neuron", "layer")
 IMPORTANCES = ("magnitude", "taylor", "random")
@@ -74,3 +77,15 @@ class PruningConfig:
             value, low = getattr(self, field), 0 if field == "seed" else 1
             if type(value) is not int or not low <= value <= high:
                 raise ConfigError(f"{field} must be an integer from {low} to {high}, got {value!r}.")
+
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """The kinds of units that may leave; empty if only whole layers do."""
+        return tuple(kind for name in self.granularity for kind in UNIT_KINDS.get(name, ()))
+
+    @property
+    def layer_share(self) -> float:
+        """The part of the metric that leaves with whole layers: all of `ratio`, or as large a factor as the units'."""
+        if "layer" not in self.granularity:
+            return 0.0
+        return 1 - (1 - self.ratio) ** 0.5 if self.unit_kinds else self.ratio

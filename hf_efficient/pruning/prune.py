@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import DataError
 from ..families import family_of
 from ..models.building import check_model
-from .allocation import KINDS, allocate_global, allocate_uniform, choose_layers
+from .allocation import allocate_global, allocate_uniform, choose_layers
 from .config import PruningConfig
 from .groups import Group, find_groups, layer_costs, total_cost, unit_cost
 from .importance import IMPORTANCES, NEEDS_DATA, Batch, Scores
@@ -51,9 +51,9 @@ def prune(
     total = total_cost(model, config.metric, length)
     goal = (1 - config.ratio) * total
     if "layer" in config.granularity:
-        alone = set(config.granularity) == {"layer"}
-        share = config.ratio if alone else 1 - (1 - config.ratio) ** 0.5
-        model = apply_plan(model, plan_layers(model, config, batches, length, share * total, exact=alone))
+        alone = not config.unit_kinds
+        plan = plan_layers(model, config, batches, length, config.layer_share * total, exact=alone)
+        model = apply_plan(model, plan)
         if alone:
             return model
     start = total_cost(model, config.metric, length)
@@ -69,8 +69,7 @@ def plan_units(
     model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int, remove: float
 ) -> PruningPlan:
     """Which heads and neurons to keep so that `remove` of the metric goes."""
-    kinds = [kind for name in config.granularity if name in KINDS for kind in KINDS[name]]
-    groups = [group for group in find_groups(model) if group.kind in kinds]
+    groups = [group for group in find_groups(model) if group.kind in config.unit_kinds]
     scores = _scores(model, groups, config, batches, length)
     return PruningPlan(units=allocate(model, scores, config, length, remove))
 
@@ -100,8 +99,7 @@ def plan_layers(
             key = (group.stack, layer)
             layer_scores[key] = layer_scores.get(key, 0.0) + float(score.sum()) / len(group.layers)
     costs = layer_costs(model, groups, config.metric, length)
-    family = family_of(model.config)
-    deepest = family.stacks[0].name if family.encoder_sizes_cache else None
+    deepest = family_of(model.config).deepest
     return PruningPlan(layers=choose_layers(layer_scores, costs, remove, exact, deepest))
 
 

@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..families import family_of
-from .allocation import KINDS, choose_layers
+from .allocation import choose_layers
 from .config import PruningConfig
 from .groups import find_groups, layer_costs, unit_cost
 
@@ -17,22 +17,19 @@ def check_reachable(model: PreTrainedModel, config: PruningConfig, length: int) 
     Raises:
         ConfigError: the ratio is too high; the message names the highest that can be reached.
     """
-    kinds = [kind for name in config.granularity if name in KINDS for kind in KINDS[name]]
     groups = find_groups(model)
     whole = layer_costs(model, groups, config.metric, length)
     least: dict[tuple[str, int], float] = dict(whole)
     for group in groups:
-        if group.kind in kinds:
+        if group.kind in config.unit_kinds:
             floor = min(group.units, config.round_to if group.kind == "neurons" else 1)
             removable = (group.units - floor) * unit_cost(model, group, config.metric, length)
             for layer in group.layers:
                 least[group.stack, layer] -= removable / len(group.layers)
     total = sum(whole.values())
     if "layer" in config.granularity:
-        family, alone = family_of(model.config), not kinds
-        deepest = family.stacks[0].name if family.encoder_sizes_cache else None
-        share = 1.0 if alone else 1 - (1 - config.ratio) ** 0.5
-        kept = choose_layers(whole, whole, share * total, exact=False, deepest=deepest)
+        share = config.layer_share if config.unit_kinds else 1.0
+        kept = choose_layers(whole, whole, share * total, exact=False, deepest=family_of(model.config).deepest)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
     highest = 1 - sum(least.values()) / total
     if config.ratio > highest:

@@ -122,27 +122,27 @@ def test_every_setting_reaches_its_ratio(settings, tmp_path):
         assert len({units for (_, kind, _), units in sizes(trainer.model).items() if kind == "heads"}) == 1
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_resumed_run_ends_with_the_same_bits(dropout, tmp_path):
+@pytest.mark.parametrize(("case", "dropout"), [("bert", 0.0), ("bert", 0.3), ("vit", 0.0)])
+def test_a_resumed_run_ends_with_the_same_bits(case, dropout, tmp_path):
     def model():
-        one = make("bert")
+        one = make(case)
         for module in one.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
         return one
 
     settings = {"save_strategy": "steps", "save_steps": 5}
-    whole = make_trainer("bert", tmp_path, [pruning()], model=model(), **settings)
+    whole = make_trainer(case, tmp_path, [pruning()], model=model(), **settings)
     whole.train()
     assert (tmp_path / "checkpoint-5" / STATE_FILE).exists()
     expected = whole.model.state_dict()
     for step in (5, 15):  # while the ratio rises, and after
-        resumed = make_trainer("bert", tmp_path, [pruning()], model=model(), **settings)
+        resumed = make_trainer(case, tmp_path, [pruning()], model=model(), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         found = resumed.model.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
-    other = make_trainer("bert", tmp_path, [pruning()], model=model(), seed=4)
+    other = make_trainer(case, tmp_path, [pruning()], model=model(), seed=4)
     other.train()
     assert any(
         value.shape != expected[key].shape or not value.equal(expected[key])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_efficient import DataError, PruningConfig, prune
-from hf_efficient.pruning.allocation import KINDS
+from hf_efficient.pruning.config import UNIT_KINDS as KINDS
 from hf_efficient.pruning.groups import Group, Member, expand, find_groups, output_weight, unit_cost, unit_parameters
 from hf_efficient.pruning.importance import calibration_loss, gradient_scores, magnitude, random, taylor
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_efficient import AttentionConfig, convert_attention, prune
 from hf_efficient.families import find_stacks
-from hf_efficient.pruning.allocation import KINDS
+from hf_efficient.pruning.config import UNIT_KINDS as KINDS
 from hf_efficient.pruning.groups import find_groups
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.prune import average_length, total_cost
