@@ -218,7 +218,7 @@ def _result(name: str, report: Report) -> tuple[str, ...]:
     small, large = student.size.non_embedding_parameters, teacher.size.non_embedding_parameters
     return (
         f"[{name}](model_cards/{name}/README.md)",
-        format_score(teacher.quality.main),
+        f"{teacher.quality.main.name} {format_score(teacher.quality.main)}",
         format_score(student.quality.main),
         f"{compared.speedup:.1f}x",
         f"{format_count(large)} → {format_count(small)}",
