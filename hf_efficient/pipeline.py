@@ -152,6 +152,7 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
 
     from .bundled import upstream
     from .data import TASKS
+    from .families import family_of
     from .measure import measure
     from .models.building import is_portable
     from .running import TEACHER
@@ -171,7 +172,7 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         folder=student_folder,
         baseline_folder=run.folder / TEACHER,
     )
-    name = recipe.model.name_or_path or f"a fresh {student.config.model_type.removeprefix('efficient_')}"
+    name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
     base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
     return Report(
         student=measured.alone(),
@@ -180,6 +181,7 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         base_model=base_model,
         licence=licence,
         auto_class=TASKS[recipe.task].auto_class,
+        processor_class=run.processor_class,
         loads_with="portable" if is_portable(student) else "plugin",
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),

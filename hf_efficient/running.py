@@ -81,6 +81,13 @@ class Run:
             return getattr(transformers, self.auto_class).from_config(config)
 
     @property
+    def processor_class(self) -> str | None:
+        """The Auto class that loads what `save` writes beside the model, if anything."""
+        if self.processor is None:
+            return None
+        return "AutoImageProcessor" if "image" in self.columns else "AutoTokenizer"
+
+    @property
     def auto_class(self) -> str:
         return TASKS[self.recipe.task].auto_class
 

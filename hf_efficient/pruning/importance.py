@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import DataError
@@ -54,7 +55,7 @@ def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Bat
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        for batch in batches:
+        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
             with torch.enable_grad():
                 found = torch.autograd.grad(calibration_loss(model, batch), weights, allow_unused=True)
             gradients = dict(zip(weights, found, strict=True))

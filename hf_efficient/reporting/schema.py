@@ -180,6 +180,7 @@ class Report:
         base_model: the teacher's id on the Hub; its `licence` is inherited by the card.
         loads_with: `"portable"` (stock class, loads anywhere) or `"plugin"` (needs hf_efficient).
         auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
+        processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
 
     Raises:
         ConfigError: an unknown `loads_with`.
@@ -190,6 +191,7 @@ class Report:
     teacher: Measurement | None = None
     comparison: Comparison | None = None
     auto_class: str = "AutoModel"
+    processor_class: str | None = None
     loads_with: str = "portable"
     licence: str | None = None
     dataset: DatasetFacts | None = None

@@ -66,6 +66,7 @@ def sample_report(**changes) -> Report:
         teacher=TEACHER,
         comparison=COMPARISON,
         auto_class="AutoModelForSequenceClassification",
+        processor_class="AutoTokenizer",
         loads_with="plugin",
         licence="apache-2.0",
         dataset=DatasetFacts("SetFit/bbc-news", {"train": 1702, "test": 427}),

@@ -118,8 +118,11 @@ def test_the_snippet_is_python(kind):
 
 def test_images_get_an_image_processor():
     work = replace(STUDENT.workload, sequence_length=None, input_shape=(1, 3, 32, 32))
-    text = str(model_card(sample_report(student=replace(STUDENT, workload=work))))
+    images = sample_report(student=replace(STUDENT, workload=work), processor_class="AutoImageProcessor")
+    text = str(model_card(images))
     assert "AutoImageProcessor" in text and "AutoTokenizer" not in text and "32x32 pixels" in text
+    alone = str(model_card(replace(images, processor_class=None)))
+    assert "Processor" not in alone and "processor" not in alone
 
 
 def test_saved_card_shows_the_plots_that_are_there(tmp_path):
