@@ -47,3 +47,6 @@ def test_no_weights_are_needed():
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig(**SIZES | {"hidden_size": 4096, "intermediate_size": 16384}))
     check_reachable(model, _config(0.5, ("head", "neuron"), "macs"), 128)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    with pytest.raises(ConfigError, match="At most"):
+        check_reachable(model, _config(0.9999, ("head", "neuron"), "macs"), 128)
