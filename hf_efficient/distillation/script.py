@@ -139,6 +139,8 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # closes the process group, whose threads may else abort the interpreter
     return metrics
 
 

@@ -85,6 +85,9 @@ def main(out: str, *splits: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         Path(f"{out}.json").write_text(json.dumps(reports))
         save_file(tensors, f"{out}.safetensors")
+    if torch.distributed.is_initialized():  # else its threads may abort the interpreter when it ends
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
