@@ -5,31 +5,70 @@
 An `AttentionConfig` is plain data: it is written to config.json as a small dict and read back with the same checks.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError, unknown_name
 
-KINDS = ("full", "local", "linear")
-FEATURE_MAPS = ("elu",)
 MAX_WINDOW = 1 << 20
 MAX_GLOBAL_TOKENS = 4096
+MAX_BLOCK = 4096
+MAX_COUNT = 1 << 16
+MAX_FEATURES = 4096
 
-# The fields that mean something for each kind; the others must keep their default.
-_USED = {"full": (), "local": ("window", "global_tokens"), "linear": ("feature_map",)}
+_SEEDED = ("favor",)  # feature maps with a random projection
+
+# The fields that mean something for each kind; the others must keep their default. Kinds of `register_attention` too.
+KINDS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "local": ("window", "global_tokens"),
+    "strided": ("block_size", "num_blocks", "global_tokens"),
+    "lsh": ("block_size", "num_hashes", "num_buckets", "seed"),
+    "topk": ("block_size", "top_k", "global_tokens"),
+    "linear": ("feature_map", "feature_dim", "seed"),
+    "local_linear": ("window", "feature_map", "feature_dim", "seed"),
+    "additive": (),
+    "kernel": ("kernel", "feature_dim", "seed"),
+}
+FEATURE_MAPS = ("elu", "relu", "favor", "hedgehog")
+KERNELS = ("gaussian",)
+
+_RANGES = {
+    "window": (1, MAX_WINDOW),
+    "global_tokens": (0, MAX_GLOBAL_TOKENS),
+    "block_size": (1, MAX_BLOCK),
+    "num_blocks": (0, MAX_COUNT),
+    "top_k": (1, MAX_COUNT),
+    "num_hashes": (1, 64),
+    "num_buckets": (1, MAX_COUNT),
+    "feature_dim": (0, MAX_FEATURES),
+    "seed": (0, (1 << 31) - 1),
+}
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One layer's attention.
+    """One layer's attention. Which fields a kind uses is said in `KINDS`; see docs/attention.md for each kind.
 
     Parameters:
-        kind: `"full"` (softmax over all keys), `"local"` (softmax over a window, Longformer 2020 / Mistral) or
-            `"linear"` (feature map instead of softmax, Katharopoulos 2020).
-        window: for `local`, in tokens. Bidirectional: keys with |i - j| <= window. Causal: the last `window` keys
-            including the token itself, as transformers' `sliding_window`.
-        global_tokens: for `local`, the number of first tokens (padding not counted) that see all and are seen by all.
-        feature_map: for `linear`, `"elu"`: elu(x) + 1.
+        kind: `"full"`, `"local"`, `"strided"`, `"lsh"`, `"topk"`, `"linear"`, `"local_linear"`, `"additive"`,
+            `"kernel"`, or a name given to `register_attention`.
+        window: `local`, `local_linear`: in tokens. Bidirectional: keys with |i - j| <= window. Causal: the last
+            `window` keys including the token itself, as transformers' `sliding_window`.
+        global_tokens: `local`, `strided`, `topk`: the number of first tokens (padding not counted) that see all and
+            are seen by all.
+        block_size: `strided`, `topk`: tokens in a block. `lsh`: how many keys of its bucket a query sees.
+        num_blocks: `strided`: the other blocks that a block sees, beside itself.
+        top_k: `topk`: the blocks that a block sees, itself included.
+        num_hashes: `lsh`: rounds of hashing.
+        num_buckets: `lsh`: buckets of one round; even, or 1.
+        feature_map: `linear`, `local_linear`: `"elu"`, `"relu"`, `"favor"` or `"hedgehog"` (learned).
+        feature_dim: `favor`: random features, default the head dimension. `kernel`: content features, default 16;
+            0: a kernel of the positions alone.
+        kernel: `kernel`: `"gaussian"`.
+        seed: of what is drawn at random: rotations of `lsh`, projections of `favor` and `kernel`.
+        options: settings of a kind of your own (`register_attention`): a flat mapping to numbers, text or booleans.
 
     Raises:
         ConfigError: a value out of range, an unknown kind, or a field that the kind does not use.
@@ -38,35 +77,65 @@ class AttentionConfig:
     kind: str = "full"
     window: int = 128
     global_tokens: int = 0
+    block_size: int = 64
+    num_blocks: int = 7
+    top_k: int = 8
+    num_hashes: int = 2
+    num_buckets: int = 32
     feature_map: str = "elu"
+    feature_dim: int | None = None
+    kernel: str = "gaussian"
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown_name("attention kind", self.kind, KINDS)
         if self.feature_map not in FEATURE_MAPS:
             raise unknown_name("feature_map", self.feature_map, FEATURE_MAPS)
-        _check_range("window", self.window, 1, MAX_WINDOW)
-        _check_range("global_tokens", self.global_tokens, 0, MAX_GLOBAL_TOKENS)
-        for field in fields(self):
-            unused = field.name != "kind" and field.name not in _USED[self.kind]
-            if unused and getattr(self, field.name) != field.default:
-                allowed = ", ".join(_USED[self.kind]) or "no other field"
+        if self.kernel not in KERNELS:
+            raise unknown_name("kernel", self.kernel, KERNELS)
+        for name, (low, high) in _RANGES.items():
+            if name != "feature_dim" or self.feature_dim is not None:
+                _check_range(name, getattr(self, name), low, high)
+        if self.num_buckets > 1 and self.num_buckets % 2:
+            raise ConfigError(f"num_buckets must be even, or 1, got {self.num_buckets}: a hash has two signs.")
+        if self.feature_dim == 0 and self.kind != "kernel":
+            raise ConfigError(
+                "feature_dim=0 has a meaning for kind='kernel' only. Leave it out for the head dimension."
+            )
+        _check_options(self.options)
+        used = self._used()
+        for entry in fields(self):
+            default = {} if entry.name == "options" else entry.default
+            if entry.name != "kind" and entry.name not in used and getattr(self, entry.name) != default:
+                allowed = ", ".join(used) or "no other field"
                 raise ConfigError(
-                    f"{field.name}={getattr(self, field.name)!r} has no meaning for kind={self.kind!r}, "
+                    f"{entry.name}={getattr(self, entry.name)!r} has no meaning for {self._described()}, "
                     f"which uses {allowed}. Remove it or choose another kind."
                 )
 
+    def _used(self) -> tuple[str, ...]:
+        used = KINDS[self.kind]
+        if "feature_map" in used and self.feature_map not in _SEEDED:
+            used = tuple(name for name in used if name not in ("feature_dim", "seed"))
+        return used
+
+    def _described(self) -> str:
+        with_map = f" with feature_map={self.feature_map!r}" if "feature_map" in KINDS[self.kind] else ""
+        return f"kind={self.kind!r}{with_map}"
+
     def to_dict(self) -> dict[str, Any]:
         """Only what the kind uses: `{"kind": "local", "window": 64, "global_tokens": 1}`."""
-        used = ("kind", *_USED[self.kind])
-        return {name: value for name, value in asdict(self).items() if name in used}
+        used = ("kind", *self._used())
+        return {name: value for name, value in asdict(self).items() if name in used and value not in (None, {})}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AttentionConfig":
         """Read back `to_dict`; an unknown key is an error that names the known ones."""
         if not isinstance(data, dict):
             raise ConfigError(f"An attention setting must be a mapping such as {{'kind': 'local'}}, got {data!r}.")
-        known = [field.name for field in fields(cls)]
+        known = [entry.name for entry in fields(cls)]
         for key in data:
             if key not in known:
                 raise unknown_name("attention setting", key, known)
@@ -76,3 +145,11 @@ class AttentionConfig:
 def _check_range(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+
+
+def _check_options(options: object) -> None:
+    flat = isinstance(options, Mapping) and all(
+        isinstance(key, str) and isinstance(value, int | float | str | bool) for key, value in options.items()
+    )
+    if not flat:
+        raise ConfigError(f"options must be a flat mapping from names to numbers, text or booleans, got {options!r}.")

@@ -7,6 +7,7 @@ The result is an efficient class of the same head (`EfficientBertForSequenceClas
 as it is. `AttentionConfig(kind="full")` converts back.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,43 +16,59 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..families import family_of, find_stacks
-from ..models.block import EfficientBlock, StackBlock
+from ..families import family_of, find_stacks, layers_prefix
+from ..models.block import ATTENTIONS, EfficientBlock, StackBlock
 from ..models.building import check_model, rebuild
 from ..models.configs import block_of, with_block
 from .config import AttentionConfig
-from .dispatch import ATTACHED, check_bias
-
-PerLayer = AttentionConfig | dict[int, AttentionConfig]
+from .dispatch import ATTACHED, check_fit
+from .mixing import CROSS, Mixing, only, spread
 
 
 def convert_attention(
-    model: PreTrainedModel, config: PerLayer, *, layers: Sequence[int] | None = None
+    model: PreTrainedModel, config: Mixing, *, layers: Sequence[int] | str | None = None
 ) -> PreTrainedModel:
-    """A copy of `model` whose self-attention is computed another way.
+    """A copy of `model` whose attention is computed another way.
 
     Parameters:
         model: a stock or efficient model of a family in the table.
-        config: one attention for all layers, or one for each layer index; layers that are not named keep theirs.
-        layers: with a single config, the layers to convert (default: all). In an encoder-decoder both stacks count
-            from 0 and are converted alike. Cross attention stays dense.
+        config: one attention for all layers, or a mapping that says which layer, or which stack, gets which:
+            `{0: full, "1-4": local}`, `{"all": local, "3::4": full}`, `{"encoder": local, "cross_attention": linear}`
+            (see `attention.mixing`). Layers that are not named keep theirs; cross attention too.
+        layers: with a single config, the layers to convert: numbers, or a pattern such as `"3::4"` (default: all). In
+            an encoder-decoder both stacks count from 0.
 
     Raises:
         UnsupportedModelError: the model cannot be converted, or would ignore the conversion.
-        ConfigError: a layer that does not exist.
+        ConfigError: a layer or stack that does not exist.
     """
     check_model(model)
     efficient = with_block(model.config, _converted(model.config, config, layers))
-    converted = rebuild(model, efficient)
+    converted = rebuild(model, efficient, _without_replaced(model, efficient))
     if block_of(converted.config).is_converted():
         check_reached(converted)
     return converted
 
 
+def _without_replaced(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """The weights of `model` without the learned parts of attentions that `config` replaces."""
+    state = model.state_dict()
+    old, new = block_of(model.config), block_of(config)
+    for stack, layers in find_stacks(model):
+        prefix = layers_prefix(model, layers)
+        for key, attention in zip(ATTENTIONS, stack.attentions().values(), strict=False):
+            before, after = (getattr(block.stack(stack.name), key) for block in (old, new))
+            for index in range(len(layers)):
+                if before and before[index] != (after[index] if after else None):
+                    gone = f"{prefix}.{index}.{attention.module}.{ATTACHED}."
+                    state = {name: value for name, value in state.items() if not name.startswith(gone)}
+    return state
+
+
 def efficient_config(
     name_or_path_or_config: str | PreTrainedConfig,
-    attention: PerLayer | None = None,
-    layers: Sequence[int] | None = None,
+    attention: Mixing | None = None,
+    layers: Sequence[int] | str | None = None,
     **kwargs,
 ) -> PreTrainedConfig:
     """The efficient config of a stock checkpoint, for `from_pretrained(stock_checkpoint, config=...)`.
@@ -69,35 +86,26 @@ def efficient_config(
     return with_block(stock, block, **changes)
 
 
-def _converted(config: PreTrainedConfig, attention: PerLayer, layers: Sequence[int] | None) -> EfficientBlock:
+def _converted(config: PreTrainedConfig, asked: Mixing, layers: Sequence[int] | str | None) -> EfficientBlock:
     family, block = family_of(config), block_of(config)
+    if layers is not None:
+        if not isinstance(asked, AttentionConfig):
+            raise ConfigError("Give either one config with `layers`, or a mapping from layers to configs, not both.")
+        asked = only(asked, layers)
     counts = {stack.name: getattr(config, stack.num_layers) for stack in family.stacks}
-    wanted = _by_layer(attention, layers, max(counts.values()))
-    for one in wanted.values():
-        check_bias(one, family)
+    crossed = {stack.name: counts[stack.name] for stack in family.stacks if stack.cross_attention}
     stacks = {}
-    for name, count in counts.items():
+    for name, wanted in spread(asked, counts, crossed).items():
         entry = block.stack(name)
-        old = entry.attention or (AttentionConfig(),) * count
-        stacks[name] = replace(entry, attention=tuple(wanted.get(i, old[i]) for i in range(count)))
+        changed = {}
+        for key in ATTENTIONS:
+            for one in wanted[key].values():
+                check_fit(one, family, cross=key == CROSS)
+            old = getattr(entry, key) or (AttentionConfig(),) * counts[name]
+            new = tuple(wanted[key].get(i, old[i]) for i in range(counts[name]))
+            changed[key] = new if any(one.kind != "full" for one in new) else ()
+        stacks[name] = replace(entry, **changed)
     return replace(block, stacks=_drop_empty(stacks))
-
-
-def _by_layer(attention: PerLayer, layers: Sequence[int] | None, count: int) -> dict[int, AttentionConfig]:
-    if isinstance(attention, dict):
-        if layers is not None:
-            raise ConfigError("Give either one config with `layers`, or a dict from layer to config, not both.")
-        wanted = attention
-    elif isinstance(attention, AttentionConfig):
-        wanted = dict.fromkeys(range(count) if layers is None else layers, attention)
-    else:
-        raise ConfigError(f"Expected an AttentionConfig or a dict from layer to AttentionConfig, got {attention!r}.")
-    for layer, one in wanted.items():
-        if type(layer) is not int or not 0 <= layer < count:
-            raise ConfigError(f"Layer {layer!r} does not exist: this model has layers 0 to {count - 1}.")
-        if not isinstance(one, AttentionConfig):
-            raise ConfigError(f"Layer {layer}: expected an AttentionConfig, got {one!r}.")
-    return wanted
 
 
 def _drop_empty(stacks: dict[str, StackBlock]) -> dict[str, StackBlock]:
@@ -120,7 +128,9 @@ def check_reached(model: PreTrainedModel) -> None:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval().base_model(**_tiny_inputs(model))  # a head may want more of its inputs than attention does
+            model.eval().base_model(
+                **_tiny_inputs(model), **_no_cache(model)
+            )  # a head may want more of its inputs than attention does
     finally:
         for hook in hooks:
             hook.remove()
@@ -131,6 +141,11 @@ def check_reached(model: PreTrainedModel) -> None:
             f"The conversion had no effect on {', '.join(missed) or 'any layer'}: {type(model).__name__} does not "
             "call transformers' attention interface there."
         )
+
+
+def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Decoding from a cache does not call a variant as a module."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.base_model.forward).parameters else {}
 
 
 def _tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:

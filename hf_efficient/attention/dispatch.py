@@ -3,7 +3,7 @@
     AttentionInterface.register("hf_efficient", efficient_attention_forward)
 
 A converted layer carries an `AttentionVariant` as a child of its attention module; that is all the state there is. A
-layer without one, and all cross attention, gets dense softmax attention, so layers can mix freely.
+layer without one, and cross attention unless asked for, gets dense softmax attention, so layers can mix freely.
 """
 
 import torch
@@ -12,68 +12,49 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import UnsupportedModelError
-from ..families import Family, Stack
+from ..families import Family
 from .config import AttentionConfig
-from .full import full_attention
-from .linear import linear_attention
-from .local import local_attention
+from .full import full_attention, full_weights
+from .kinds import ATTENTIONS
 from .masks import key_mask
-from .relative_bias import use_toeplitz_bias
+from .variant import AttentionVariant, HeadShape
 
 NAME = "hf_efficient"
 ATTACHED = "efficient_attention"
 
 
-class AttentionVariant(nn.Module):
-    """The attention of one converted layer: its config, and later its learned parameters.
+def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> None:
+    """Refuse a kind that has no place for what the attention of this family is made of.
 
-    Call: `(query [B,H,T,D], key [B,K,S,D], value [B,K,S,D], key_mask [B,S] or None, causal=, scaling=, dropout=,
-    bias=)` with the Toeplitz carrier `[1, H, S+T-1]` as `bias`; returns `[B, H, T, D]`.
+    Raises:
+        UnsupportedModelError: a relative position bias that would be dropped, or cross attention of a kind that needs
+            queries and keys of one sequence.
     """
-
-    def __init__(self, config: AttentionConfig):
-        super().__init__()
-        self.config = config
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.config.to_dict().items())
-
-
-class LocalAttention(AttentionVariant):
-    def forward(self, query, key, value, key_mask, **kwargs):
-        window, global_tokens = self.config.window, self.config.global_tokens
-        return local_attention(query, key, value, key_mask, window=window, global_tokens=global_tokens, **kwargs)
-
-
-class LinearAttention(AttentionVariant):
-    def forward(self, query, key, value, key_mask, bias=None, **kwargs):
-        return linear_attention(query, key, value, key_mask, feature_map=self.config.feature_map, **kwargs)
-
-
-ATTENTIONS: dict[str, type[AttentionVariant]] = {"local": LocalAttention, "linear": LinearAttention}
-
-# Kinds that have no place for T5's relative position bias.
-WITHOUT_BIAS = ("linear",)
-
-
-def check_bias(config: AttentionConfig, family: Family) -> None:
-    """Refuse a kind that would drop the relative position bias of the family."""
-    if family.relative_bias and config.kind in WITHOUT_BIAS:
+    if config.kind == "full":
+        return
+    variant = ATTENTIONS[config.kind]
+    if cross and not variant.takes_cross:
+        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_cross)
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention needs queries and keys of one sequence, so it cannot serve cross attention. "
+            f"Kinds that can: {allowed}; or leave cross attention full."
+        )
+    if family.relative_bias and not cross and not variant.takes_bias:
         raise UnsupportedModelError(
             f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
             'Use kind="local", which keeps the part of the bias inside the window.'
         )
 
 
-def attach(layers: nn.ModuleList, stack: Stack, attention: tuple[AttentionConfig, ...], family: Family) -> None:
-    """Give the layers of a stack their variants. `attention` may be empty: then all stay dense."""
-    for layer, config in zip(layers, attention, strict=False):
-        if config.kind == "full":
-            continue
-        check_bias(config, family)
-        layer.get_submodule(stack.attention.module).add_module(ATTACHED, ATTENTIONS[config.kind](config))
-    if family.relative_bias:
-        use_toeplitz_bias(layers[0].get_submodule(stack.attention.module))
+def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape) -> None:
+    """Give one attention module its variant; `full` means none."""
+    if config.kind != "full":
+        module.add_module(ATTACHED, ATTENTIONS[config.kind](config, shape))
+
+
+def variant_of(module: nn.Module) -> AttentionVariant | None:
+    """The variant of an attention module, if it has one."""
+    return module._modules.get(ATTACHED)
 
 
 def efficient_attention_forward(
@@ -87,34 +68,69 @@ def efficient_attention_forward(
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query `[B,H,T,D]`, key and value `[B,K,S,D]` -> `([B,T,H,D], None)`.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention interface: query `[B,H,T,D]`, key and value `[B,K,S,D]` -> `([B,T,H,D], weights)`.
+
+    The weights `[B,H,T,S]` come with `output_attentions=True` alone, else None.
 
     Raises:
-        UnsupportedModelError: a 4D mask on a converted layer, or `softcap`, attention sinks, `output_attentions`.
+        UnsupportedModelError: a 4D mask on a converted layer, `softcap` or attention sinks; weights where there are
+            none.
     """
     _refuse(kwargs)
-    variant = module._modules.get(ATTACHED)
+    variant = variant_of(module)
     causal = module.is_causal if is_causal is None else is_causal
+    wanted = bool(kwargs.get("output_attentions"))
     if attention_mask is not None and attention_mask.ndim == 4:
         out = _with_given_mask(variant, query, key, value, attention_mask, dropout, scaling, position_bias)
         return out.transpose(1, 2).contiguous(), None
-    if attention_mask is not None:  # the keys of a static cache are longer than the text
+    if variant is not None and variant.cache is not None:
+        out = _decode(variant, query, key, value, attention_mask, scaling, position_bias, wanted)
+        return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None:
+        # The keys of a static cache are longer than the text, those of a sliding one shorter.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-    common = {"causal": causal, "scaling": scaling, "dropout": dropout}
-    bias = None if position_bias is None else _carrier(position_bias, query, key)
-    if variant is not None:
-        out = variant(query, key, value, attention_mask, bias=bias, **common)
-    elif position_bias is not None and bias is None:  # the zeros that T5 passes to cross attention
-        out = full_attention(query, key, value, attention_mask, **common)
+        attention_mask = attention_mask[:, -key.shape[2] :]
+    common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key)}
+    if variant is None:
+        # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
+        unbiased_zeros = position_bias is not None and common["bias"] is None
+        common["window"] = None if unbiased_zeros else kwargs.get("sliding_window")
+        out = full_attention(query, key, value, attention_mask, dropout=dropout, **common)
+        weights = full_weights(query, key, attention_mask, **common) if wanted else None
     else:
-        window = kwargs.get("sliding_window")
-        out = full_attention(query, key, value, attention_mask, window=window, bias=bias, **common)
-    return out.transpose(1, 2).contiguous(), None
+        out = variant(query, key, value, attention_mask, dropout=dropout, **common)
+        weights = variant.weights(query, key, attention_mask, dropout=0.0, **common) if wanted else None
+    return out.transpose(1, 2).contiguous(), weights
 
 
-def _carrier(position_bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+def _decode(
+    variant: AttentionVariant,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    position_bias: torch.Tensor | None,
+    weights_wanted: bool,
+) -> torch.Tensor:
+    """The new tokens alone, after those that the cache layer sums up."""
+    if weights_wanted:
+        raise UnsupportedModelError(
+            f"{variant.config.kind!r} attention keeps no keys to weigh while it decodes from a cache: ask for "
+            "output_attentions with use_cache=False."
+        )
+    mask = None if mask is None else mask[:, -query.shape[2] :]
+    bias = None if position_bias is None else position_bias[:, :, 0]
+    layer = variant.cache
+    out, layer.state = variant.decode(query, key, value, mask, layer.state, scaling=scaling, bias=bias)
+    return out
+
+
+def _carrier(position_bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """The Toeplitz carrier `[1, H, S+T-1]`, or None for the full-size zeros of a module without a bias table."""
+    if position_bias is None:
+        return None
     length = key.shape[2] + query.shape[2] - 1
     is_carrier = position_bias.shape[2] == 1 and position_bias.shape[3] == length
     return position_bias[:, :, 0] if is_carrier else None
@@ -135,11 +151,6 @@ def _refuse(kwargs: dict) -> None:
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"This model uses {name!r} in its attention, which cannot be converted yet.")
-    if kwargs.get("output_attentions"):
-        raise UnsupportedModelError(
-            "A model with converted attention has no attention weights to return: call it without "
-            "output_attentions=True, or ask the unconverted model."
-        )
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

@@ -22,8 +22,22 @@ from torch import Tensor
 
 from ..errors import unknown_name
 from .full import check_positions, check_shapes, section, zero_padding
+from .variant import AttentionVariant
 
 CHUNK = 128  # causal: the scores inside a chunk cost n * CHUNK, the states n / CHUNK * D * Dv
+
+
+class LinearAttention(AttentionVariant):
+    """`linear_attention` with the feature map of the config."""
+
+    takes_cross = True
+    needs_training = True
+
+    def attend(self, query, key, value, key_mask, *, bias=None, **kwargs):
+        return linear_attention(query, key, value, key_mask, feature_map=self.config.feature_map, **kwargs)
+
+    def macs(self, length, causal):
+        return 2 * self.shape.dim * (self.shape.dim + 1)
 
 
 class _EluPlusOne(torch.autograd.Function):

@@ -33,6 +33,21 @@ from .full import (
     toeplitz,
     zero_padding,
 )
+from .variant import AttentionVariant
+
+
+class LocalAttention(AttentionVariant):
+    """`local_attention` with the window and the global tokens of the config."""
+
+    takes_bias = True
+
+    def attend(self, query, key, value, key_mask, **kwargs):
+        window, global_tokens = self.config.window, self.config.global_tokens
+        return local_attention(query, key, value, key_mask, window=window, global_tokens=global_tokens, **kwargs)
+
+    def macs(self, length, causal):
+        reach = self.config.window if causal else 2 * self.config.window + 1
+        return 2 * min(length, reach + self.config.global_tokens) * self.shape.dim
 
 
 class _Band(NamedTuple):

@@ -24,6 +24,7 @@ from ..errors import ConfigError, unknown_name
 from ..families import Family, Stack
 
 VERSION = 1
+ATTENTIONS = ("attention", "cross_attention")
 SIZES = ("heads", "kv_heads", "cross_heads", "neurons")
 
 # The largest stock sizes that are accepted when an efficient config is read: above any real model, so that a broken or
@@ -38,13 +39,15 @@ MAX_PIXELS = 1 << 14
 
 @dataclass(frozen=True)
 class StackBlock:
-    """One stack: an attention for each layer (empty: all full) and the sizes that differ from the stock config."""
+    """One stack: an attention for each layer (empty: all full), also for cross attention, and the sizes that differ
+    from the stock config."""
 
     attention: tuple[AttentionConfig, ...] = ()
+    cross_attention: tuple[AttentionConfig, ...] = ()
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_converted(self) -> bool:
-        return any(config.kind != "full" for config in self.attention)
+        return any(config.kind != "full" for config in (*self.attention, *self.cross_attention))
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ class EfficientBlock:
     def to_dict(self) -> dict[str, Any]:
         stacks = {}
         for name, stack in self.stacks.items():
-            attention = {"attention": [c.to_dict() for c in stack.attention]} if stack.is_converted() else {}
+            attention = {
+                name: [config.to_dict() for config in getattr(stack, name)]
+                for name in ATTENTIONS
+                if any(config.kind != "full" for config in getattr(stack, name))
+            }
             entry = attention | {size: list(values) for size, values in stack.sizes.items()}
             if entry:
                 stacks[name] = entry
@@ -111,8 +118,9 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
     for name, stack in stacks.items():
         entry, layers = block.stack(name), getattr(config, stack.num_layers)
         lists: dict[str, tuple] = {f"stacks.{name}.{size}": values for size, values in entry.sizes.items()}
-        if entry.attention:
-            lists[f"stacks.{name}.attention"] = entry.attention
+        lists |= {f"stacks.{name}.{key}": getattr(entry, key) for key in ATTENTIONS if getattr(entry, key)}
+        if entry.cross_attention and not stack.cross_attention:
+            raise ConfigError(f"efficient.stacks.{name}.cross_attention: this stack has no cross attention.")
         if name in block.kept_layers:
             lists[f"kept_layers.{name}"] = block.kept_layers[name]
         for where, values in lists.items():
@@ -186,13 +194,16 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
 
 def _read_stack(name: str, data: Any) -> StackBlock:
     entry = _mapping(f"stacks.{name}", data)
-    _known_keys(f"key of efficient.stacks.{name}", entry, ("attention", *SIZES))
-    attention = entry.get("attention", [])
-    if not isinstance(attention, list | tuple) or len(attention) > MAX_LAYERS:
-        raise ConfigError(f"efficient.stacks.{name}.attention must be a list with one entry for each layer.")
+    _known_keys(f"key of efficient.stacks.{name}", entry, (*ATTENTIONS, *SIZES))
     sizes = {size: _integers(f"stacks.{name}.{size}", entry[size], low=1) for size in SIZES if size in entry}
-    variants = tuple(_read_attention(f"stacks.{name}.attention[{i}]", item) for i, item in enumerate(attention))
-    return StackBlock(attention=variants, sizes=sizes)
+    variants = {key: _read_attentions(f"stacks.{name}.{key}", entry.get(key, [])) for key in ATTENTIONS}
+    return StackBlock(**variants, sizes=sizes)
+
+
+def _read_attentions(where: str, data: Any) -> tuple[AttentionConfig, ...]:
+    if not isinstance(data, list | tuple) or len(data) > MAX_LAYERS:
+        raise ConfigError(f"efficient.{where} must be a list with one entry for each layer.")
+    return tuple(_read_attention(f"{where}[{i}]", item) for i, item in enumerate(data))
 
 
 def _read_attention(where: str, data: Any) -> AttentionConfig:

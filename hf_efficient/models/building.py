@@ -22,7 +22,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from ..attention.dispatch import NAME, attach
+from ..attention.dispatch import ATTACHED, NAME, attach, check_fit
+from ..attention.relative_bias import use_toeplitz_bias
+from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import CheckpointError, UnsupportedModelError
 from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks
 from .block import EfficientBlock, StackBlock
@@ -49,6 +51,12 @@ class EfficientMixin:
             )
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AttentionVariant):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers reads the source file of the class for an answer; the stock class has the right file.
@@ -66,8 +74,32 @@ def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
         entry = block.stack(stack.name)
         for index, layer in enumerate(layers):
             _resize_layer(layer, index, stack, entry, family, model.config)
-        if block.is_converted():
-            attach(layers, stack, entry.attention, family)
+            _attach_layer(layer, index, stack, entry, family, model.config)
+        if family.relative_bias and block.is_converted():
+            use_toeplitz_bias(layers[0].get_submodule(stack.attention.module))
+
+
+def _attach_layer(
+    layer: nn.Module, index: int, stack: Stack, entry: StackBlock, family: Family, config: PreTrainedConfig
+) -> None:
+    """The variants of one layer, made for the heads that it has."""
+    dim = family.head_width(config)
+    for (size, attention), configs in zip(
+        stack.attentions().items(), (entry.attention, entry.cross_attention), strict=False
+    ):
+        if configs:
+            check_fit(configs[index], family, cross=size == "cross_heads")
+            heads, kv_heads = _head_counts(size, index, entry, family, config)
+            attach(layer.get_submodule(attention.module), configs[index], HeadShape(heads, kv_heads, dim))
+
+
+def _head_counts(
+    size: str, index: int, entry: StackBlock, family: Family, config: PreTrainedConfig
+) -> tuple[int, int]:
+    """Query heads and key/value heads of an attention module of one layer."""
+    if size not in entry.sizes:
+        return family.num_heads(config), family.num_kv_heads(config)
+    return entry.sizes[size][index], entry.sizes.get("kv_heads", entry.sizes[size])[index]
 
 
 def _resize_layer(
@@ -76,8 +108,7 @@ def _resize_layer(
     width = family.head_width(config)
     for size, attention in stack.attentions().items():
         if size in entry.sizes:
-            heads = entry.sizes[size][index]
-            kv_heads = entry.sizes.get("kv_heads", entry.sizes[size])[index]
+            heads, kv_heads = _head_counts(size, index, entry, family, config)
             _resize_attention(layer, attention, heads, kv_heads, width)
             if family.relative_bias and size == "heads" and index == 0:
                 table = layer.get_submodule(family.relative_bias)
@@ -220,6 +251,8 @@ def rebuild(
             output_loading_info=True,
         )
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind != "error_msgs"}
+    wrong["missing_keys"] = [key for key in wrong.get("missing_keys", []) if not _is_new(key, state)]
+    wrong = {kind: keys for kind, keys in wrong.items() if keys}
     if wrong:
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
     if isinstance(model, GenerationMixin) and model.can_generate():
@@ -228,6 +261,12 @@ def rebuild(
     for name, parameter in made.named_parameters():
         parameter.requires_grad = name not in frozen
     return made.to(model.device).train(model.training)
+
+
+def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:
+    """True for a tensor of a variant of which the state knows nothing yet: it keeps its starting values."""
+    variant, dot, _ = key.partition(f".{ATTACHED}.")
+    return bool(dot) and not any(known.startswith(variant + dot) for known in state)
 
 
 @contextmanager

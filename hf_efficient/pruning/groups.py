@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..attention.config import AttentionConfig
-from ..attention.dispatch import ATTACHED
+from ..attention.dispatch import ATTACHED, variant_of
 from ..families import Attention, Family, Stack, family_of, find_stacks, layers_prefix
 
 Slices = tuple[tuple[str, int], ...]
@@ -27,13 +26,14 @@ class Member:
     """One module of a group: parameter paths relative to `prefix`, each with how many rows or columns a unit has.
 
     `inputs` are linears whose rows (outputs) belong to the unit, `output` is the linear whose columns (inputs) do,
-    `tables` are embeddings with columns of the unit.
+    `tables` are embeddings with columns of the unit, `learned` parameters of an attention variant with rows of it.
     """
 
     prefix: str
     inputs: Slices
     output: tuple[str, int]
     tables: Slices = ()
+    learned: Slices = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def _layer_groups(
         tables = (
             ((family.relative_bias, group_size),) if family.relative_bias and kind == "heads" and index == 0 else ()
         )
-        member = _attention_member(place, attention, group_size, width, tables)
+        learned = _learned(attention.module, layer, units, group_size)
+        member = _attention_member(place, attention, group_size, width, tables, learned)
         groups.append(Group(stack.name, kind, (index,), units, (member,)))
     ups = tuple((up, 1) for up in family.up(stack, config))
     neurons = layer.get_submodule(stack.down).in_features
@@ -82,10 +83,22 @@ def _layer_groups(
     return groups
 
 
-def _attention_member(place: str, attention: Attention, group_size: int, width: int, tables: Slices) -> Member:
+def _learned(path: str, layer: nn.Module, units: int, group_size: int) -> Slices:
+    """The learned parts of a variant: one row for each key/value head, or for each query head."""
+    variant = variant_of(layer.get_submodule(path))
+    if variant is None:
+        return ()
+    rows = {f"{path}.{ATTACHED}.{name}": len(parameter) for name, parameter in variant.named_parameters()}
+    assert set(rows.values()) <= {units, units * group_size}, rows
+    return tuple((name, count // units) for name, count in rows.items())
+
+
+def _attention_member(
+    place: str, attention: Attention, group_size: int, width: int, tables: Slices, learned: Slices
+) -> Member:
     wide = group_size * width
     inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
-    return Member(place, inputs, (attention.output, wide), tables)
+    return Member(place, inputs, (attention.output, wide), tables, learned)
 
 
 def _couple(groups: list[Group], kind: str) -> list[Group]:
@@ -118,6 +131,8 @@ def unit_parameters(model: PreTrainedModel, member: Member) -> list[tuple[nn.Par
     found.append((model.get_submodule(f"{member.prefix}.{path}").weight, 1, width))
     for path, width in member.tables:
         found.append((model.get_submodule(f"{member.prefix}.{path}").weight, 1, width))
+    for path, width in member.learned:
+        found.append((model.get_parameter(f"{member.prefix}.{path}"), 0, width))
     return found
 
 
@@ -137,8 +152,8 @@ def unit_cost(model: PreTrainedModel, group: Group, metric: str, length: int) ->
         return sum(p.numel() // group.units for member in group.members for p, _, _ in unit_parameters(model, member))
     total = 0
     for member in group.members:
-        weights = [p for p, _, _ in unit_parameters(model, member) if p.ndim == 2]
-        weights = weights[: len(weights) - len(member.tables)]
+        linears = [path for path, _ in (*member.inputs, member.output)]
+        weights = [model.get_submodule(f"{member.prefix}.{path}").weight for path in linears]
         total += length * sum(weight.numel() // group.units for weight in weights)
         if group.kind != "neurons":
             total += length * _attention_macs(model, member, group, length)
@@ -150,15 +165,9 @@ def _attention_macs(model: PreTrainedModel, member: Member, group: Group, length
     family, width = family_of(model.config), family_of(model.config).head_width(model.config)
     stack = next(stack for stack in family.stacks if stack.name == group.stack)
     module = model.get_submodule(f"{member.prefix}.{stack.attentions()[group.kind].module}")
-    attached = module._modules.get(ATTACHED)
-    config = attached.config if attached is not None else AttentionConfig()
-    if config.kind == "linear":
-        return 2 * width * (width + 1) * family.group_size(model.config)
-    seen = length
-    if config.kind == "local":
-        reach = config.window if module.is_causal else 2 * config.window + 1
-        seen = min(length, reach + config.global_tokens)
-    return 2 * seen * width * family.group_size(model.config)
+    variant = variant_of(module)
+    macs = 2 * length * width if variant is None else variant.macs(length, module.is_causal)
+    return macs * family.group_size(model.config)
 
 
 def layer_costs(model: PreTrainedModel, groups: list[Group], metric: str, length: int) -> dict[tuple[str, int], int]:

@@ -47,6 +47,8 @@ def slice_units(state: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, 
             _select(state, f"{member.prefix}.{path}.weight", 1, units, width)
             for path, width in member.tables:
                 _select(state, f"{member.prefix}.{path}.weight", 1, units, width)
+            for path, width in member.learned:
+                _select(state, f"{member.prefix}.{path}", 0, units, width)
     return state
 
 
@@ -131,13 +133,15 @@ def _new_block(
             continue
         kept, entry = layers[stack.name], old.stack(stack.name)
         attention = tuple(entry.attention[i] for i in kept) if entry.attention else ()
+        cross_attention = tuple(entry.cross_attention[i] for i in kept) if entry.cross_attention else ()
         own = {
             kind: values
             for kind, values in sizes[stack.name].items()
             if not _as_stock(kind, values, family, fields, model)
         }
-        if own or any(config.kind != "full" for config in attention):
-            stacks[stack.name] = StackBlock(attention=attention, sizes=own)
+        small = StackBlock(attention=attention, cross_attention=cross_attention, sizes=own)
+        if own or small.is_converted():
+            stacks[stack.name] = small
         count = getattr(model.config, stack.num_layers)
         before = old.kept_layers.get(stack.name, tuple(range(count)))
         if len(kept) < count or stack.name in old.kept_layers:

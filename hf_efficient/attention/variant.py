@@ -1,0 +1,118 @@
+"""What the attention of one converted layer is: a module with a config, and learned parts where the kind has any.
+
+    class LocalAttention(AttentionVariant):
+        takes_bias = True
+        def attend(self, query, key, value, key_mask, **kwargs): ...
+
+A new kind is one subclass of `AttentionVariant` and one call of `register_attention` (or one entry of `ATTENTIONS`).
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from .config import AttentionConfig
+from .full import identity_values
+
+
+class HeadShape(NamedTuple):
+    """The heads of one attention module: query heads H, key/value heads K, and the dimension D of one head."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+State = tuple[Tensor, ...]
+
+
+class AttentionVariant(nn.Module):
+    """The attention of one converted layer.
+
+    Learned parts are parameters whose first dimension is the query heads H or the key/value heads K (pruning slices
+    them so); what is drawn once, such as a random projection, is a buffer shared by the heads. `reset_parameters`
+    gives all of them their starting values.
+
+    Class attributes:
+        takes_bias: the kind has a place for T5's relative position bias.
+        takes_cross: queries and keys may come from different sequences, so it can serve cross attention.
+        has_weights: the output is a matrix of weights, one for each pair, times the values.
+        has_state: `decode` carries a state from call to call, so that no key is kept that is not needed.
+        needs_training: as converted, without training, the outputs are not close to softmax attention.
+    """
+
+    takes_bias = False
+    takes_cross = False
+    has_weights = True
+    has_state = False
+    needs_training = False
+
+    def __init__(self, config: AttentionConfig, shape: HeadShape):
+        super().__init__()
+        self.config, self.shape = config, shape
+        self.cache: Any = None  # the layer of the cache that a call decodes from; set and unset by `cache.py`
+
+    def reset_parameters(self) -> None:
+        """Starting values of learned parts and buffers, written with `transformers.initialization`, which leaves
+        alone what came from a checkpoint."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        causal: bool,
+        scaling: float | None,
+        dropout: float,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attention of query `[B,H,T,D]` over key `[B,K,S,D]` and value `[B,K,S,Dv]`; gives `[B,H,T,Dv]`.
+
+        `key_mask` [B,S] is True at real tokens. `bias` is the Toeplitz carrier `[1, H, S+T-1]`; only a kind that
+        `takes_bias` is given one. Query i stands at key position S-T+i.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        state: State | None,
+        *,
+        scaling: float | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """Causal attention of T new tokens after those that `state` sums up; None: there are none before them.
+
+        All inputs hold the new tokens alone (`bias` spans all). The new state is tensors with the batch first. Equal
+        to `attend` over the whole sequence. Only for kinds that have a state.
+        """
+        raise NotImplementedError
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        return self.attend(query, key, value, key_mask, **kwargs)
+
+    def weights(self, query: Tensor, key: Tensor, key_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """The weights `[B, H, T, S]` that `attend` really uses: its output for an identity matrix as the values.
+
+        Raises:
+            UnsupportedModelError: the kind has none, or there are too many keys for a full matrix.
+        """
+        if not self.has_weights:
+            raise UnsupportedModelError(
+                f"{self.config.kind!r} attention has no weight for each pair of tokens to return: call the model "
+                "without output_attentions=True."
+            )
+        return self.attend(query, key, identity_values(key), key_mask, **kwargs)
+
+    def macs(self, length: int, causal: bool) -> int:
+        """Multiply-accumulates of one query head for one token of a sequence of `length`."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config.to_dict().items())
