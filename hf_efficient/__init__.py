@@ -15,6 +15,8 @@ from .version import __version__
 
 _LAZY = {
     "AttentionConfig": "attention.config",
+    "AttentionVariant": "attention.variant",
+    "register_attention": "attention.kinds",
     "convert_attention": "attention.convert",
     "efficient_config": "attention.convert",
     "extend_positions": "attention.positions",
@@ -33,6 +35,7 @@ _LAZY = {
 
 __all__ = [
     "AttentionConfig",
+    "AttentionVariant",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -53,6 +56,7 @@ __all__ = [
     "load_report",
     "measure",
     "prune",
+    "register_attention",
 ]
 
 

@@ -14,6 +14,7 @@ from .processes import run_fresh, save_with_expectation
 
 PUBLIC = [
     "AttentionConfig",
+    "AttentionVariant",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -34,6 +35,7 @@ PUBLIC = [
     "load_report",
     "measure",
     "prune",
+    "register_attention",
 ]
 
 

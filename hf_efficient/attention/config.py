@@ -90,7 +90,8 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise unknown_name("attention kind", self.kind, KINDS)
+            unknown = unknown_name("attention kind", self.kind, KINDS)
+            raise ConfigError(f"{unknown} A kind of your own needs `register_attention` first.")
         if self.feature_map not in FEATURE_MAPS:
             raise unknown_name("feature_map", self.feature_map, FEATURE_MAPS)
         if self.kernel not in KERNELS:

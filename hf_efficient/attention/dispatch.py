@@ -49,7 +49,9 @@ def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> N
 def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape) -> None:
     """Give one attention module its variant; `full` means none."""
     if config.kind != "full":
-        module.add_module(ATTACHED, ATTENTIONS[config.kind](config, shape))
+        variant = ATTENTIONS[config.kind](config, shape)
+        variant.reset_parameters()
+        module.add_module(ATTACHED, variant)
 
 
 def variant_of(module: nn.Module) -> AttentionVariant | None:

@@ -23,8 +23,8 @@ Mixing = ByLayer | Mapping[str, ByLayer]
 CROSS = "cross_attention"
 MAX_LAYERS = 1024
 
-_NUMBER, _RANGE = re.compile(r"\d{1,5}"), re.compile(r"(\d{1,5})-(\d{1,5})")
-_SLICE = re.compile(r"(\d{0,5}):(\d{0,5})(?::([1-9]\d{0,4})?)?")
+_NUMBER, _RANGE = re.compile(r"[0-9]{1,5}"), re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
+_SLICE = re.compile(r"([0-9]{0,5}):([0-9]{0,5})(?::([1-9][0-9]{0,4})?)?")
 
 
 def read_layers(key: LayerKey, count: int) -> tuple[int, range]:

@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
@@ -51,11 +52,13 @@ class EfficientMixin:
             )
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AttentionVariant):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
+    def initialize_weights(self) -> None:
+        """As the stock method; the learned parts of variants too that no checkpoint held."""
+        super().initialize_weights()
+        with guard_torch_init_functions():  # torch.nn.init leaves alone what came from a checkpoint
+            for module in self.modules():
+                if isinstance(module, AttentionVariant):
+                    module.reset_parameters()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -242,7 +245,7 @@ def rebuild(
     config = stock_config(config) if block_of(config).is_trivial() else config
     state = model.state_dict() if state_dict is None else state_dict
     passing = model._keys_to_ignore_on_save or ()  # not the model's own, such as projections while it is distilled
-    with _no_progress_bar():
+    with _quietly():
         made, info = class_for(model, config).from_pretrained(
             None,
             config=config,
@@ -270,13 +273,15 @@ def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Nothing is read from a disk here, so there is nothing to wait for."""
-    shown = logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """Nothing is read from a disk here, so there is nothing to wait for; and what is missing is known."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
