@@ -20,6 +20,7 @@ _LAZY = {
     "convert_attention": "attention.convert",
     "efficient_config": "attention.convert",
     "extend_positions": "attention.positions",
+    "transfer_attention": "attention.transfer",
     "PruningConfig": "pruning.config",
     "prune": "pruning.prune",
     "PruningCallback": "pruning.callback",
@@ -57,6 +58,7 @@ __all__ = [
     "measure",
     "prune",
     "register_attention",
+    "transfer_attention",
 ]
 
 

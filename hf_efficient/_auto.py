@@ -19,7 +19,7 @@ def _register_configs(auto: ModuleType) -> None:
 
     for model_type, name in models.CONFIG_NAMES.items():
         auto.CONFIG_MAPPING._mapping[model_type] = name
-        auto.CONFIG_MAPPING._modules[model_type] = models
+        auto.CONFIG_MAPPING._modules[auto.model_type_to_module_name(model_type)] = models
 
 
 def _register_targets(constants: ModuleType) -> None:

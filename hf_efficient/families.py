@@ -3,7 +3,7 @@
 Everything the package knows about one architecture stands here, and nowhere else. To add a family, write one `Family`
 entry in `FAMILIES` and one parameter in `tests/families.py`.
 
-    family = family_of(model.config)                     # BERT, ViT, Llama, T5
+    family = family_of(model.config)                     # BERT, ViT, Llama, T5, ...
     for stack, layers in find_stacks(model, family):     # ("encoder", ModuleList of 12 layers)
         ...
 
@@ -14,8 +14,11 @@ Paths are relative: a stack's `layers` to the base model, all others to one laye
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from .errors import UnsupportedModelError
 
@@ -28,9 +31,10 @@ if TYPE_CHECKING:
 class Attention:
     """One attention module of a layer.
 
-    `module` is the one that calls transformers' attention interface; the four projections are `nn.Linear`s.
-    `head_attributes` and `width_attributes` are the integers that the module keeps beside its weights: the number of
-    query heads, and heads x head_dim.
+    `module` is the one that calls transformers' attention interface; the four projections are `nn.Linear`s, except in
+    a family that is not prunable, where they may be one module or of another class. `head_attributes` and
+    `width_attributes` are the integers that the module keeps beside its weights: the number of query heads, and
+    heads x head_dim.
     """
 
     module: str
@@ -44,21 +48,73 @@ class Attention:
 
 @dataclass(frozen=True)
 class Stack:
-    """One tower of identical layers: `layers` is its ModuleList, `num_layers` the config field with their number."""
+    """One tower of identical layers, and the config fields with its sizes.
+
+    Fields:
+        layers: its ModuleList.
+        up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated.
+        cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
+            have it, where they may do without.
+        config: the sub-config with the fields below, where a model is made of several (CLIP).
+        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
+        kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
+        head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
+            `None` where it accepts none (then pruned heads need the efficient class).
+    """
 
     name: str
     layers: str
-    num_layers: str
     attention: Attention
     up: tuple[str, ...]
     down: str
     gated_up: tuple[str, ...] = ()
+    gated_down: str | None = None
     cross_attention: Attention | None = None
+    cross_if: str | None = None
+    config: str | None = None
+    num_layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    neurons: str = "intermediate_size"
+    kv_heads: str | None = None
+    head_dim: str | None = None
 
-    def attentions(self) -> dict[str, Attention]:
+    def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that holds the sizes of this stack."""
+        return getattr(config, self.config) if self.config else config
+
+    def depth(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.num_layers)
+
+    def width(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.hidden)
+
+    def num_neurons(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.neurons)
+
+    def num_heads(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.heads)
+
+    def num_kv_heads(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.kv_heads or self.heads)
+
+    def group_size(self, config: PreTrainedConfig) -> int:
+        """Query heads per key/value head: 1 without grouped-query attention."""
+        return self.num_heads(config) // self.num_kv_heads(config)
+
+    def head_width(self, config: PreTrainedConfig) -> int:
+        """The dimension of one head."""
+        own = getattr(self.own_config(config), self.head_dim, None) if self.head_dim else None
+        return own or self.width(config) // self.num_heads(config)
+
+    def cross(self, config: PreTrainedConfig) -> Attention | None:
+        """The cross attention that the layers of this config have, if any."""
+        return self.cross_attention if self.cross_if is None or getattr(config, self.cross_if) else None
+
+    def attentions(self, config: PreTrainedConfig) -> dict[str, Attention]:
         """The attention modules under the names that sizes and plans use: `heads`, and `cross_heads` if any."""
-        cross = {"cross_heads": self.cross_attention} if self.cross_attention else {}
-        return {"heads": self.attention, **cross}
+        cross = self.cross(config)
+        return {"heads": self.attention} | ({"cross_heads": cross} if cross else {})
 
 
 @dataclass(frozen=True)
@@ -68,106 +124,230 @@ class Family:
     Fields:
         config_name: its config class in transformers.
         stacks: its towers, in the order in which data flows.
-        hidden, heads, neurons: config fields with the model width, the query heads and the FFN width.
-        kv_heads: the config field with the key/value heads, `None` where there are as many as query heads.
-        head_dim: the config field through which the stock model accepts a head count that does not fill the hidden
-            size, `None` where it accepts none (then pruned heads need the efficient class).
         heads_divide_hidden: the stock config insists that the head count divides the hidden size.
         gated: the config field that says that the FFN is gated, where it may be either (T5).
-        positions: the learned absolute position table, relative to the base model, with `max_positions` its config
-            field; `None` where positions are rotary, relative or tied to an image size.
+        per_layer: config fields that are lists with one entry for each layer.
+        of_depth: config fields that the stock config makes itself, and anew for another depth.
+        first_stays: the first layer is built unlike the others, so that none of them can take its place.
+        positions: the tables of absolute positions, relative to the base model, with `max_positions` the config field
+            that says how long a text may be; empty where positions are rotary, relative or tied to an image size.
+        position_offset: rows of the tables that stand before the first position and are not counted (BART).
+        positions_after_pad: positions start behind that of the padding token, and its row is counted (RoBERTa).
+        sinusoidal: the tables are a formula, not learned.
         relative_bias: the embedding in the first layer that holds a relative position bias shared by all layers
             of the stack. It ties the heads of all layers: they can only be pruned together.
         encoder_sizes_cache: `generate` makes as many cache layers as the *encoder* has (seen in 5.23: a stock T5 with
             a decoder deeper than its encoder raises IndexError), so the decoder must not become the deeper one.
+        not_prunable: why heads and neurons cannot be removed yet; `None` where they can.
     """
 
     model_type: str
     config_name: str
     stacks: tuple[Stack, ...]
-    hidden: str = "hidden_size"
-    heads: str = "num_attention_heads"
-    neurons: str = "intermediate_size"
-    kv_heads: str | None = None
-    head_dim: str | None = None
     heads_divide_hidden: bool = False
     gated: str | None = None
-    positions: str | None = None
+    per_layer: tuple[str, ...] = ()
+    of_depth: tuple[str, ...] = ()
+    first_stays: bool = False
+    positions: tuple[str, ...] = ()
     max_positions: str | None = None
+    position_offset: int = 0
+    positions_after_pad: bool = False
+    sinusoidal: bool = False
     relative_bias: str | None = None
     encoder_sizes_cache: bool = False
+    not_prunable: str | None = None
 
     @property
     def deepest(self) -> str | None:
         """The stack that no other may outgrow, if there is one."""
         return self.stacks[0].name if self.encoder_sizes_cache else None
 
+    def is_gated(self, config: PreTrainedConfig) -> bool:
+        return self.gated is not None and bool(getattr(config, self.gated))
+
     def up(self, stack: Stack, config: PreTrainedConfig) -> tuple[str, ...]:
         """The linears that widen: one, or two (gate and up) in a gated FFN."""
-        return stack.gated_up if self.gated and getattr(config, self.gated) else stack.up
+        return stack.gated_up if self.is_gated(config) else stack.up
 
-    def num_heads(self, config: PreTrainedConfig) -> int:
-        return getattr(config, self.heads)
+    def down(self, stack: Stack, config: PreTrainedConfig) -> str:
+        """The linear that narrows again."""
+        return stack.gated_down if stack.gated_down and self.is_gated(config) else stack.down
 
-    def num_kv_heads(self, config: PreTrainedConfig) -> int:
-        return getattr(config, self.kv_heads or self.heads)
+    def first_position(self, config: PreTrainedConfig) -> int:
+        """The row of a position table that belongs to the first token of a text."""
+        return config.pad_token_id + 1 if self.positions_after_pad else self.position_offset
 
-    def group_size(self, config: PreTrainedConfig) -> int:
-        """Query heads per key/value head: 1 without grouped-query attention."""
-        return self.num_heads(config) // self.num_kv_heads(config)
+    def longest_text(self, config: PreTrainedConfig) -> int | None:
+        """How many tokens the position tables have a row for; `None` without tables."""
+        if not self.positions or self.max_positions is None:
+            return None
+        uncounted = self.first_position(config) if self.positions_after_pad else 0
+        return getattr(config, self.max_positions) - uncounted
 
-    def head_width(self, config: PreTrainedConfig) -> int:
-        """The dimension of one head."""
-        own = getattr(config, self.head_dim, None) if self.head_dim else None
-        return own or getattr(config, self.hidden) // self.num_heads(config)
+
+def _encoder(layers: str, attention: Attention, up: str, down: str, **fields) -> Stack:
+    return Stack(name="encoder", layers=layers, attention=attention, up=(up,), down=down, **fields)
+
+
+def _bert_attention(path: str) -> Attention:
+    return Attention(
+        module=f"{path}.self",
+        query=f"{path}.self.query",
+        key=f"{path}.self.key",
+        value=f"{path}.self.value",
+        output=f"{path}.output.dense",
+        head_attributes=("num_attention_heads",),
+        width_attributes=("all_head_size",),
+    )
+
+
+def _attention(path: str, output: str, *head_attributes: str) -> Attention:
+    """The usual names: `q_proj`, `k_proj`, `v_proj` inside the attention module."""
+    return Attention(
+        module=path,
+        query=f"{path}.q_proj",
+        key=f"{path}.k_proj",
+        value=f"{path}.v_proj",
+        output=f"{path}.{output}",
+        head_attributes=head_attributes,
+    )
 
 
 _BERT = Family(
     model_type="bert",
     config_name="BertConfig",
     stacks=(
-        Stack(
-            name="encoder",
+        _encoder(
             layers="encoder.layer",
-            num_layers="num_hidden_layers",
-            attention=Attention(
-                module="attention.self",
-                query="attention.self.query",
-                key="attention.self.key",
-                value="attention.self.value",
-                output="attention.output.dense",
-                head_attributes=("num_attention_heads",),
-                width_attributes=("all_head_size",),
-            ),
-            up=("intermediate.dense",),
+            attention=_bert_attention("attention"),
+            cross_attention=_bert_attention("crossattention"),
+            cross_if="add_cross_attention",
+            up="intermediate.dense",
             down="output.dense",
         ),
     ),
-    positions="embeddings.position_embeddings",
+    positions=("embeddings.position_embeddings",),
     max_positions="max_position_embeddings",
+)
+_ELECTRA = replace(_BERT, model_type="electra", config_name="ElectraConfig")
+_ROBERTA = replace(_BERT, model_type="roberta", config_name="RobertaConfig", positions_after_pad=True)
+_XLM_ROBERTA = replace(_ROBERTA, model_type="xlm-roberta", config_name="XLMRobertaConfig")
+
+_DISTILBERT = Family(
+    model_type="distilbert",
+    config_name="DistilBertConfig",
+    stacks=(
+        _encoder(
+            layers="transformer.layer",
+            attention=Attention(
+                module="attention",
+                query="attention.q_lin",
+                key="attention.k_lin",
+                value="attention.v_lin",
+                output="attention.out_lin",
+                head_attributes=("n_heads",),
+            ),
+            up="ffn.lin1",
+            down="ffn.lin2",
+            num_layers="n_layers",
+            hidden="dim",
+            heads="n_heads",
+            neurons="hidden_dim",
+        ),
+    ),
+    positions=("embeddings.position_embeddings",),
+    max_positions="max_position_embeddings",
+)
+
+_MODERNBERT = Family(
+    model_type="modernbert",
+    config_name="ModernBertConfig",
+    stacks=(
+        _encoder(
+            layers="layers",
+            attention=Attention(
+                module="attn", query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv", output="attn.Wo"
+            ),
+            up="mlp.Wi",
+            down="mlp.Wo",
+        ),
+    ),
+    per_layer=("layer_types",),
+    first_stays=True,
+    max_positions="max_position_embeddings",
+    not_prunable="its projections are fused: one linear makes queries, keys and values, one the FFN and its gate",
 )
 
 _VIT = Family(
     model_type="vit",
     config_name="ViTConfig",
     stacks=(
-        Stack(
-            name="encoder",
+        _encoder(
             layers="layers",
-            num_layers="num_hidden_layers",
-            attention=Attention(
-                module="attention",
-                query="attention.q_proj",
-                key="attention.k_proj",
-                value="attention.v_proj",
-                output="attention.o_proj",
-                head_attributes=("num_attention_heads",),
-            ),
-            up=("mlp.fc1",),
+            attention=_attention("attention", "o_proj", "num_attention_heads"),
+            up="mlp.fc1",
             down="mlp.fc2",
+            head_dim="head_dim",
         ),
     ),
-    head_dim="head_dim",
+)
+_DEIT = replace(_VIT, model_type="deit", config_name="DeiTConfig")
+
+# Since 5.18 DINOv2 is built as ViT is.
+_NEW_DINOV2 = Version(version("transformers")).release >= (5, 18)
+_DINOV2 = Family(
+    model_type="dinov2",
+    config_name="Dinov2Config",
+    stacks=(
+        _encoder(
+            layers="encoder.layer",
+            attention=_attention("attention", "o_proj", "num_attention_heads")
+            if _NEW_DINOV2
+            else Attention(
+                module="attention.attention",
+                query="attention.attention.query",
+                key="attention.attention.key",
+                value="attention.attention.value",
+                output="attention.output.dense",
+            ),
+            up="mlp.fc1",
+            down="mlp.fc2",
+            gated_up=("mlp.gate_proj", "mlp.up_proj") if _NEW_DINOV2 else ("mlp.weights_in",),
+            gated_down="mlp.down_proj" if _NEW_DINOV2 else "mlp.weights_out",
+            neurons="mlp_ratio",
+            head_dim="head_dim",
+        ),
+    ),
+    gated="use_swiglu_ffn",
+    of_depth=("stage_names", "out_features", "out_indices"),
+    not_prunable="its config says how wide the FFN is only as a multiple of the hidden size",
+)
+
+_CLIP_TEXT_STACK = Stack(
+    name="text",
+    layers="encoder.layers",
+    attention=_attention("self_attn", "out_proj", "num_heads"),
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+)
+_CLIP_VISION_STACK = replace(_CLIP_TEXT_STACK, name="vision")
+_CLIP_TEXT = Family(
+    model_type="clip_text_model",
+    config_name="CLIPTextConfig",
+    stacks=(_CLIP_TEXT_STACK,),
+    positions=("embeddings.position_embedding",),
+    max_positions="max_position_embeddings",
+)
+_CLIP_VISION = Family(model_type="clip_vision_model", config_name="CLIPVisionConfig", stacks=(_CLIP_VISION_STACK,))
+_CLIP = Family(
+    model_type="clip",
+    config_name="CLIPConfig",
+    stacks=(
+        replace(_CLIP_TEXT_STACK, layers="text_model.encoder.layers", config="text_config"),
+        replace(_CLIP_VISION_STACK, layers="vision_model.encoder.layers", config="vision_config"),
+    ),
+    not_prunable="its two towers have configs of their own. Prune CLIPTextModel and CLIPVisionModel apart",
 )
 
 _LLAMA = Family(
@@ -177,22 +357,49 @@ _LLAMA = Family(
         Stack(
             name="decoder",
             layers="layers",
-            num_layers="num_hidden_layers",
-            attention=Attention(
-                module="self_attn",
-                query="self_attn.q_proj",
-                key="self_attn.k_proj",
-                value="self_attn.v_proj",
-                output="self_attn.o_proj",
-            ),
+            attention=_attention("self_attn", "o_proj"),
             up=("mlp.gate_proj", "mlp.up_proj"),
             down="mlp.down_proj",
+            kv_heads="num_key_value_heads",
+            head_dim="head_dim",
         ),
     ),
-    kv_heads="num_key_value_heads",
-    head_dim="head_dim",
     heads_divide_hidden=True,
     max_positions="max_position_embeddings",
+)
+_MISTRAL = replace(_LLAMA, model_type="mistral", config_name="MistralConfig", heads_divide_hidden=False)
+_QWEN3 = replace(_MISTRAL, model_type="qwen3", config_name="Qwen3Config", per_layer=("layer_types",))
+_GEMMA3 = replace(_LLAMA, model_type="gemma3_text", config_name="Gemma3TextConfig", per_layer=("layer_types",))
+
+_GPT2 = Family(
+    model_type="gpt2",
+    config_name="GPT2Config",
+    stacks=(
+        Stack(
+            name="decoder",
+            layers="h",
+            attention=Attention(
+                module="attn", query="attn.c_attn", key="attn.c_attn", value="attn.c_attn", output="attn.c_proj"
+            ),
+            cross_attention=Attention(
+                module="crossattention",
+                query="crossattention.q_attn",
+                key="crossattention.c_attn",
+                value="crossattention.c_attn",
+                output="crossattention.c_proj",
+            ),
+            cross_if="add_cross_attention",
+            up=("mlp.c_fc",),
+            down="mlp.c_proj",
+            num_layers="n_layer",
+            hidden="n_embd",
+            heads="n_head",
+            neurons="n_inner",
+        ),
+    ),
+    positions=("wpe",),
+    max_positions="n_positions",
+    not_prunable="one Conv1D makes queries, keys and values",
 )
 
 
@@ -208,42 +415,81 @@ def _t5_attention(path: str) -> Attention:
     )
 
 
+def _t5_stack(name: str, num_layers: str, ffn: str, cross_attention: Attention | None = None) -> Stack:
+    return Stack(
+        name=name,
+        layers=f"{name}.block",
+        attention=_t5_attention("layer.0.SelfAttention"),
+        cross_attention=cross_attention,
+        up=(f"{ffn}.wi",),
+        gated_up=(f"{ffn}.wi_0", f"{ffn}.wi_1"),
+        down=f"{ffn}.wo",
+        num_layers=num_layers,
+        hidden="d_model",
+        heads="num_heads",
+        neurons="d_ff",
+        head_dim="d_kv",
+    )
+
+
 _T5 = Family(
     model_type="t5",
     config_name="T5Config",
     stacks=(
-        Stack(
-            name="encoder",
-            layers="encoder.block",
-            num_layers="num_layers",
-            attention=_t5_attention("layer.0.SelfAttention"),
-            up=("layer.1.DenseReluDense.wi",),
-            gated_up=("layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1"),
-            down="layer.1.DenseReluDense.wo",
-        ),
-        Stack(
-            name="decoder",
-            layers="decoder.block",
-            num_layers="num_decoder_layers",
-            attention=_t5_attention("layer.0.SelfAttention"),
-            cross_attention=_t5_attention("layer.1.EncDecAttention"),
-            up=("layer.2.DenseReluDense.wi",),
-            gated_up=("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1"),
-            down="layer.2.DenseReluDense.wo",
-        ),
+        _t5_stack("encoder", "num_layers", "layer.1.DenseReluDense"),
+        _t5_stack("decoder", "num_decoder_layers", "layer.2.DenseReluDense", _t5_attention("layer.1.EncDecAttention")),
     ),
-    hidden="d_model",
-    heads="num_heads",
-    neurons="d_ff",
-    head_dim="d_kv",
     gated="is_gated_act",
     relative_bias="layer.0.SelfAttention.relative_attention_bias",
     encoder_sizes_cache=True,
 )
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (_BERT, _VIT, _LLAMA, _T5)}
+
+def _bart_stack(name: str, cross_attention: Attention | None = None) -> Stack:
+    return Stack(
+        name=name,
+        layers=f"{name}.layers",
+        attention=_attention("self_attn", "out_proj", "num_heads"),
+        cross_attention=cross_attention,
+        up=("fc1",),
+        down="fc2",
+        num_layers=f"{name}_layers",
+        hidden="d_model",
+        heads=f"{name}_attention_heads",
+        neurons=f"{name}_ffn_dim",
+    )
+
+
+_BART = Family(
+    model_type="bart",
+    config_name="BartConfig",
+    stacks=(_bart_stack("encoder"), _bart_stack("decoder", _attention("encoder_attn", "out_proj", "num_heads"))),
+    positions=("encoder.embed_positions", "decoder.embed_positions"),
+    max_positions="max_position_embeddings",
+    position_offset=2,
+)
+_MARIAN = replace(_BART, model_type="marian", config_name="MarianConfig", position_offset=0, sinusoidal=True)
+_WHISPER = replace(
+    _BART,
+    model_type="whisper",
+    config_name="WhisperConfig",
+    positions=("decoder.embed_positions",),  # those of the encoder belong to 30 seconds of sound
+    max_positions="max_target_positions",
+    position_offset=0,
+)
+
+_TEXT = (_BERT, _ROBERTA, _XLM_ROBERTA, _DISTILBERT, _ELECTRA, _MODERNBERT)
+_VISION = (_VIT, _DEIT, _DINOV2, _CLIP, _CLIP_TEXT, _CLIP_VISION)
+_GENERATIVE = (_LLAMA, _MISTRAL, _QWEN3, _GEMMA3, _GPT2, _T5, _BART, _MARIAN, _WHISPER)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_VISION, *_GENERATIVE)}
 
 EFFICIENT_PREFIX = "efficient_"
+
+
+def is_known(config: PreTrainedConfig) -> bool:
+    """True if the family of a stock or efficient config is in the table."""
+    return config.model_type.removeprefix(EFFICIENT_PREFIX) in FAMILIES
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -253,11 +499,12 @@ def family_of(config: PreTrainedConfig) -> Family:
         UnsupportedModelError: the model type is not in the table.
     """
     model_type = config.model_type.removeprefix(EFFICIENT_PREFIX)
-    if model_type not in FAMILIES:
+    if not is_known(config):
         raise UnsupportedModelError(
             f"Models of type {model_type!r} are not in the table of families. Known: {', '.join(sorted(FAMILIES))}. "
             "A family can be added if its attention goes through transformers' attention interface "
-            "(DeBERTa, MPNet, Longformer, Falcon and others do not): see CONTRIBUTING.md."
+            "(DeBERTa, MPNet, Longformer, Falcon and others do not): see CONTRIBUTING.md. A model of any such family "
+            "can be converted in memory: convert_attention(model, config)."
         )
     return FAMILIES[model_type]
 

@@ -8,7 +8,7 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,10 +105,14 @@ def check(run: "Run") -> None:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
     from .attention.convert import efficient_config
+    from .attention.positions import longer_config
+    from .attention.transfer import check_learned, find_attentions
     from .data import check_labels
     from .families import family_of
+    from .models.configs import block_of, with_block
     from .pruning.prune import DEFAULT_LENGTH
     from .pruning.reach import check_reachable
+    from .running import longest_text
     from .stages import AttentionStage, PruneStage
 
     prepared, config = run.data(), run.config
@@ -119,32 +123,63 @@ def check(run: "Run") -> None:
     pruned = False
     for stage in run.recipe.stages:
         if isinstance(stage.settings, AttentionStage):
+            longer = stage.settings.longer
+            if longer.positions is not None:
+                changes = longer_config(config, longer.positions, longer.position_method, longer.rope)
+                config = with_block(config, block_of(config), **changes)
             config = efficient_config(config, stage.settings.config, stage.settings.layers)
+            if stage.settings.transfer is not None:
+                check_learned(find_attentions(run.skeleton(config)))
         elif isinstance(stage.settings, PruneStage) and not pruned:  # a second one starts from what is not known yet
-            check_reachable(run.skeleton(config), stage.settings.config, run.recipe.data.max_length or DEFAULT_LENGTH)
+            length = run.recipe.data.max_length or DEFAULT_LENGTH
+            check_reachable(run.skeleton(config), stage.settings.config, min(length, longest_text(config) or length))
             pruned = True
 
 
 def _check_lengths(recipe: Recipe, config: "PreTrainedConfig") -> None:
-    """No text may be longer than the model has positions."""
-    from .families import family_of
+    """No text may be longer than the model has positions, when it reads it.
 
-    family = family_of(config)
-    if family.positions is None or family.max_positions is None:
+    `data.max_length` is that of the final model: the teacher, and stages before the model was extended, read the
+    beginning.
+    """
+    from .running import longest_text, teacher_cut
+    from .settings import DistillSettings
+    from .stages import AttentionStage
+
+    limit = longest_text(config)
+    if limit is None:
         return
-    limit = getattr(config, family.max_positions)
-    lengths = {
-        "data.max_length": recipe.data.max_length,
-        "teacher.max_length": recipe.teacher.max_length if recipe.teacher else None,
-        "measure.sequence_length": recipe.measure.sequence_length,
-    }
+    _check_length("teacher.max_length", recipe.teacher.max_length if recipe.teacher else None, limit)
     for number, stage in enumerate(recipe.stages):
-        lengths[f"stages[{number}].{stage.name}.max_length"] = getattr(stage.settings, "max_length", None)
-    for key, length in lengths.items():
-        if length is not None and length > limit:
-            raise ConfigError(
-                f"{key} is {length}, but this model has {limit} positions. Lower it, or extend the model."
-            )
+        path, settings = f"stages[{number}].{stage.name}", stage.settings
+        if isinstance(settings, AttentionStage):
+            limit = max(limit, settings.longer.positions or 0)
+            if settings.transfer is not None:
+                _check_length(f"{path}.transfer.max_length", settings.transfer.max_length, limit)
+        elif isinstance(settings, DistillSettings):
+            _check_length(f"{path}.max_length", settings.max_length, limit)
+            _check_cut(path, recipe.task, settings.losses, teacher_cut(recipe, settings, config))
+    _check_length("data.max_length", recipe.data.max_length, limit)
+    _check_length("measure.sequence_length", recipe.measure.sequence_length, limit)
+
+
+def _check_length(key: str, length: int | None, limit: int) -> None:
+    if length is not None and length > limit:
+        raise ConfigError(
+            f"{key} is {length}, but the model has {limit} positions there. Lower it, or extend the model: an "
+            "attention stage with positions."
+        )
+
+
+def _check_cut(path: str, task: str, losses: Mapping[str, float], cut: int | None) -> None:
+    """A teacher that reads only the beginning can answer for a whole text, and for nothing else."""
+    if cut is None or (task == "text-classification" and not losses.get("hidden")):
+        return
+    raise ConfigError(
+        f"{path}: the teacher takes {cut} tokens and the student gets more, so it can answer for a whole text (task "
+        f"text-classification, loss kd), but not token by token. Set {path}.max_length to {cut}, or losses to "
+        "{ce: 1.0}."
+    )
 
 
 def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> Report:
@@ -159,18 +194,21 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
 
     recipe, prepared = run.recipe, run.data()
     teacher, student = run.load(run.folder / TEACHER), run.load(student_folder)
+    length = recipe.measure.sequence_length or recipe.data.max_length or 512
+    baseline, warnings = _comparable(run, teacher, length)
     measured = measure(
         student,
         dataset=prepared.test,
         collator=prepared.collator,
         task=recipe.task,
         batch_size=recipe.measure.batch_size,
-        sequence_length=recipe.measure.sequence_length or recipe.data.max_length or 512,
+        sequence_length=length,
         repeats=recipe.measure.repeats,
         threads=torch.get_num_threads(),
-        baseline=teacher,
+        baseline=baseline,
         folder=student_folder,
         baseline_folder=run.folder / TEACHER,
+        baseline_dataset=run.data(config=teacher.config).test,
     )
     name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
     base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
@@ -186,9 +224,44 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
+        warnings=warnings,
         recipe=recipe.to_dict(),
         seed=recipe.seed,
     )
+
+
+def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["PreTrainedModel", tuple[str, ...]]:
+    """The teacher for the length at which the student is timed, and what a reader of the numbers must know of it.
+
+    A copy with a tiled table of positions answers for texts that fit as the teacher itself does.
+    """
+    import torch
+
+    from .attention.positions import extend_positions
+    from .measure.inputs import dummy_inputs
+    from .measure.latency import compare_latency
+    from .running import longest_text
+
+    limit, settings = longest_text(teacher.config), run.recipe.measure
+    notes = []
+    if limit is not None and (run.recipe.data.max_length or 0) > limit:
+        notes.append(
+            f"The teacher takes {limit} tokens: its quality is that on the first {limit} tokens of each text."
+        )
+    if limit is None or length <= limit:
+        return teacher, tuple(notes)
+    timing = compare_latency(
+        {"teacher": teacher},
+        lambda model: dummy_inputs(model, settings.batch_size, limit),
+        rounds=settings.repeats,
+        threads=torch.get_num_threads(),
+    )
+    notes.append(
+        f"At {length} tokens the latency, MACs and memory of the teacher are those of a copy with more positions (its "
+        f"table tiled). For {settings.batch_size} x {limit} tokens, all that it takes by itself, it needs "
+        f"{timing.latencies['teacher'].median_ms:.3g} ms (median)."
+    )
+    return extend_positions(teacher, length), tuple(notes)
 
 
 def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[LayerStructure, ...]:
@@ -214,8 +287,11 @@ def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[L
 
 
 def _counts(layer, stack, family, config) -> tuple[int, int]:
-    heads = layer.get_submodule(stack.attention.query).out_features // family.head_width(config)
-    return heads, layer.get_submodule(stack.down).in_features
+    width = stack.width(config)
+    neurons = layer.get_submodule(family.down(stack, config)).weight.numel() // width
+    if family.not_prunable:
+        return stack.num_heads(config), neurons
+    return layer.get_submodule(stack.attention.query).weight.numel() // width // stack.head_width(config), neurons
 
 
 def _publish(report: Report, source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@
 A new stage is one function and one entry of `RUNNERS`. Stages call the same public functions that a user would.
 """
 
+import copy
 import dataclasses
 import shutil
 import sys
@@ -19,24 +20,27 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from .attention.convert import convert_attention
+from .attention.positions import extend_positions, token_limit
+from .attention.transfer import TransferTrainer
 from .bundled import resolve_model
 from .data import TASKS, PreparedData, check_labels, load_dataset_any, prepare, rows_digest
 from .distillation.arguments import DistillationArguments
 from .distillation.trainer import DistillationTrainer
 from .errors import CheckpointError, ConfigError, unknown_name
-from .families import FAMILIES
+from .families import FAMILIES, family_of
 from .loading import load_config, load_model, load_processor
 from .models.block import check_stock_sizes
 from .models.building import is_portable
 from .models.configs import block_of
 from .pruning.prune import prune
 from .recipe import Recipe
-from .settings import DistillSettings, TrainingSettings, check_keys
+from .settings import DistillSettings, TrainingSettings, TransferSettings, check_keys
 from .stages import AttentionStage, PruneStage
 from .training import ExactTrainer, MarkComplete, last_checkpoint
 from .verify import output_digest
 
 TEACHER = "0-teacher"
+TRANSFER_ROWS = 128  # on which the error of an attention transfer is reported
 
 
 class Run:
@@ -95,8 +99,15 @@ class Run:
     def columns(self) -> tuple[str, ...]:
         return TASKS[self.recipe.task].columns
 
-    def data(self, max_length: int | None = None) -> PreparedData:
-        """Train and test inputs, cut at `max_length` tokens (default: as the recipe says); prepared once."""
+    def data(self, max_length: int | None = None, *, config: PreTrainedConfig | None = None) -> PreparedData:
+        """Train and test inputs, cut at `max_length` tokens (default: as the recipe says); prepared once.
+
+        `config`: of the model that reads them. It gets no more tokens than its table of positions has rows.
+        """
+        max_length = max_length or self.recipe.data.max_length
+        limit = None if config is None else longest_text(config)
+        if limit is not None and max_length is not None:
+            max_length = min(max_length, limit)
         if max_length not in self._prepared:
             self._prepared[max_length] = self._prepare(max_length)
         return self._prepared[max_length]
@@ -105,7 +116,7 @@ class Run:
         data = self.recipe.data
         options: dict[str, Any] = {"image_size": data.image_size} if "image" in self.columns else {}
         if "text" in self.columns:
-            options["max_length"] = max_length or data.max_length
+            options["max_length"] = max_length
             options["text_pair_column"] = data.text_pair_column
         names = {f"{role}_column": getattr(data, f"{role}_column") for role in self.columns}
         return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
@@ -118,10 +129,19 @@ class Run:
         model = model.to("cpu")
         model.save_pretrained(folder)
         if self.processor is not None:
-            self.processor.save_pretrained(folder)
+            self._processor_for(model).save_pretrained(folder)
         if output_digest(self.load(folder)) != output_digest(model):
             raise CheckpointError(f"The checkpoint in {folder} gives another output than the model that was saved.")
         return {"class": type(model).__name__}
+
+    def _processor_for(self, model: PreTrainedModel) -> Any:
+        """The processor; a tokenizer goes along with a model that was extended to longer inputs."""
+        limit = token_limit(model.config)
+        if "text" not in self.columns or limit == token_limit(self.config):
+            return self.processor
+        tokenizer = copy.deepcopy(self.processor)
+        tokenizer.model_max_length = limit
+        return tokenizer
 
     def inputs(self) -> dict[str, Any]:
         """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""
@@ -132,6 +152,11 @@ class Run:
             "rows": {name: rows_digest(split) for name, split in self.rows.items()},
             "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()],
         }
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """The tokens that a table of positions has rows for; None without one: the model then takes any length."""
+    return family_of(config).longest_text(config)
 
 
 def fresh_config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -156,13 +181,13 @@ def fresh_config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 def run_teacher(run: Run, settings: TrainingSettings | None, source: Path, target: Path) -> dict[str, Any]:
     """Load the model of the recipe and fine-tune it, if the recipe says so."""
-    prepared = run.data(settings.max_length if settings else None)
+    prepared = run.data(settings.max_length if settings else None, config=run.config)
     model = new_teacher(run, prepared)
     if settings is None:
         check_labels(model.config, prepared)
     else:
         arguments = training_arguments(TrainingArguments, run, settings, target)
-        train(ExactTrainer, model, arguments, prepared)
+        fit(make_trainer(ExactTrainer, model, arguments, prepared))
     return {"train": len(prepared.train), "parameters": model.num_parameters()} | run.save(model, target)
 
 
@@ -187,20 +212,37 @@ def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
 
 
 def run_attention(run: Run, settings: AttentionStage, source: Path, target: Path) -> dict[str, Any]:
-    model = convert_attention(run.load(source), settings.config, layers=settings.layers)
-    return run.save(model, target)
+    model, longer = run.load(source), settings.longer
+    if longer.positions is not None:
+        model = extend_positions(model, longer.positions, longer.position_method, longer.rope)
+    model = convert_attention(model, settings.config, layers=settings.layers)
+    facts = {} if settings.transfer is None else transfer(run, model, settings.transfer, target)
+    return facts | run.save(model, target)
+
+
+def transfer(run: Run, model: PreTrainedModel, settings: TransferSettings, target: Path) -> dict[str, Any]:
+    """Fit the learned parts to softmax attention; the errors before and after are those of test rows."""
+    prepared = run.data(settings.max_length, config=model.config)
+    arguments = training_arguments(TrainingArguments, run, settings, target)
+    trainer = make_trainer(TransferTrainer, model, arguments, prepared)
+    rows = prepared.test.select(range(min(TRANSFER_ROWS, len(prepared.test))))
+    before = trainer.evaluate(rows)["eval_transfer_error"]
+    fit(trainer)
+    after = trainer.evaluate(rows)["eval_transfer_error"]
+    model.eval()
+    return {"transfer_error_before": before, "transfer_error_after": after, "steps": trainer.state.global_step}
 
 
 def run_prune(run: Run, settings: PruneStage, source: Path, target: Path) -> dict[str, Any]:
     model = run.load(source)
-    small = prune(model, settings.config, calibration_batches(run, settings))
+    small = prune(model, settings.config, calibration_batches(run, settings, model.config))
     counts = {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
     return counts | {"loads_with": "portable" if is_portable(small) else "plugin"} | run.save(small, target)
 
 
-def calibration_batches(run: Run, settings: PruneStage) -> list[dict[str, torch.Tensor]]:
+def calibration_batches(run: Run, settings: PruneStage, config: PreTrainedConfig) -> list[dict[str, torch.Tensor]]:
     """The first training rows, in batches; the rows were shuffled when they were split."""
-    prepared = run.data()
+    prepared = run.data(config=config)
     count = min(settings.calibration.calibration_samples, len(prepared.train))
     loader = torch.utils.data.DataLoader(
         prepared.train.select(range(count)), batch_size=settings.calibration.batch_size, collate_fn=prepared.collator
@@ -210,11 +252,18 @@ def calibration_batches(run: Run, settings: PruneStage) -> list[dict[str, torch.
 
 def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path) -> dict[str, Any]:
     student, teacher = run.load(source), run.load(run.folder / TEACHER)
-    prepared = run.data(settings.max_length)
+    prepared = run.data(settings.max_length, config=student.config)
     arguments = training_arguments(
-        DistillationArguments, run, settings, target, losses=settings.losses, temperature=settings.temperature
+        DistillationArguments,
+        run,
+        settings,
+        target,
+        losses=settings.losses,
+        temperature=settings.temperature,
+        teacher_max_length=teacher_cut(run.recipe, settings, teacher.config),
     )
-    trainer = train(DistillationTrainer, student, arguments, prepared, teacher=teacher)
+    trainer = make_trainer(DistillationTrainer, student, arguments, prepared, teacher=teacher)
+    fit(trainer)
     return {"train": len(prepared.train)} | _last_losses(trainer) | run.save(student, target)
 
 
@@ -233,6 +282,7 @@ def training_arguments(
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,  # transformers 5: a fraction below 1
         weight_decay=settings.weight_decay,
@@ -248,10 +298,16 @@ def training_arguments(
     )
 
 
-def train(
+def teacher_cut(recipe: Recipe, settings: DistillSettings, teacher: PreTrainedConfig) -> int | None:
+    """Where the teacher's inputs must be cut, since it takes fewer tokens than the student gets; None: nowhere."""
+    length, limit = settings.max_length or recipe.data.max_length, longest_text(teacher)
+    needed = any(weight for name, weight in settings.losses.items() if name != "ce")
+    return limit if needed and limit is not None and length is not None and length > limit else None
+
+
+def make_trainer(
     kind: type[Trainer], model: PreTrainedModel, arguments: TrainingArguments, prepared: PreparedData, **more: Any
-) -> Trainer:
-    """Train from the start, or from the last complete checkpoint of a run that was stopped; then tidy up."""
+) -> Any:
     trainer = kind(
         model=model,
         args=arguments,
@@ -261,9 +317,14 @@ def train(
         **more,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir)))
-    shutil.rmtree(arguments.output_dir)
     return trainer
+
+
+def fit(trainer: Trainer) -> None:
+    """Train from the start, or from the last complete checkpoint of a run that was stopped; then tidy up."""
+    folder = str(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(folder)))
+    shutil.rmtree(folder)
 
 
 def _last_losses(trainer: Trainer) -> dict[str, float]:

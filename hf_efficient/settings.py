@@ -20,6 +20,8 @@ from .safe_yaml import plain, shown
 MAX_TOKENS = 1 << 20
 MAX_BATCH = 1 << 16
 MAX_STEPS = 10**9
+POSITION_METHODS = ("tile", "interpolate")
+ROPE = ("linear", "dynamic", "yarn")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ def number(default: float, low: float, high: float, above: bool = False) -> Any:
 
 def text(default: str | None = None, optional: bool = True) -> Any:
     return _field(default, "text", lambda value: isinstance(value, str) and value.strip() != "", optional)
+
+
+def one_of(default: str | None, names: tuple[str, ...], optional: bool = False) -> Any:
+    return _field(default, f"one of {', '.join(names)}", lambda value: value in names, optional)
 
 
 def flag(default: bool) -> Any:
@@ -163,6 +169,33 @@ class TrainingSettings(Settings):
     warmup_ratio: float = number(0.1, 0, 0.99)
     weight_decay: float = number(0.0, 0, 10)
     max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens; null: as data.max_length
+
+
+@dataclass(frozen=True)
+class TransferSettings(TrainingSettings):
+    """One attention transfer: only the learned parts of the new attention are trained, and take large steps."""
+
+    learning_rate: float = number(1e-2, 0, 10, above=True)
+
+
+@dataclass(frozen=True)
+class LongerSettings(Settings):
+    """Longer inputs than the model was made for: the arguments of `extend_positions`."""
+
+    positions: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens
+    position_method: str = one_of("tile", POSITION_METHODS)  # of a learned table
+    rope: str | None = one_of(None, ROPE, optional=True)  # of rotary positions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions is None and (self.position_method != "tile" or self.rope is not None):
+            raise ConfigError("positions must say how many tokens the model shall take, got null.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing where nothing is asked for."""
+        if self.positions is None:
+            return {}
+        return {name: value for name, value in super().to_dict().items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -7,35 +7,70 @@ A new stage is one function and one entry of `STAGES`. Attention and pruning are
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .attention.config import AttentionConfig
-from .errors import ConfigError
+from .attention.mixing import CROSS, MAX_LAYERS, ByLayer, Mixing, read_layers, spread_layers
+from .errors import ConfigError, unknown_name
+from .families import FAMILIES
 from .pruning.config import PruningConfig
 from .safe_yaml import shown
-from .settings import MAX_BATCH, MAX_STEPS, DistillSettings, Settings, check_keys, integer, read
+from .settings import (
+    MAX_BATCH,
+    MAX_STEPS,
+    DistillSettings,
+    LongerSettings,
+    Settings,
+    TransferSettings,
+    check_keys,
+    integer,
+    read,
+)
 
-MAX_LAYERS = 1024
+ATTENTION_KEYS = [entry.name for entry in dataclasses.fields(AttentionConfig)]
+STACKS = {stack.name for family in FAMILIES.values() for stack in family.stacks} | {CROSS}
 
 
 @dataclass(frozen=True)
 class AttentionStage:
-    """`convert_attention(model, stage.config, layers=stage.layers)`.
+    """`convert_attention(model, stage.config, layers=stage.layers)`, of a model for longer inputs, with transfer.
 
-    In YAML either one variant, in all layers or in some, or a variant for each layer or range of layers:
+    In YAML one variant, in all layers or in some, or a variant for each layer, range, slice or stack (the keys of
+    `attention.mixing`):
 
-        - attention: {kind: local, window: 64, layers: [0, 1, 2]}
-        - attention: {layers: {"0": {kind: full}, "1-4": {kind: local, window: 64}}}
+        - attention: {kind: local, window: 64}
+        - attention: {kind: local, window: 64, layers: [0, 1, 2]}       # or a pattern: layers: "3::4"
+        - attention: {layers: {all: {kind: local, window: 64}, "3::4": {kind: full}}}
+        - attention: {layers: {encoder: {kind: local}, decoder: {all: {kind: local}, 0: {kind: full}}}}
+
+    Beside it, where wanted:
+
+        positions: 2048                # tokens that the model shall take; the tokenizer follows
+        position_method: interpolate   # a learned table is tiled unless told so
+        rope: yarn                     # rotary positions: linear, dynamic or yarn
+        transfer: {max_steps: 100, batch_size: 8, learning_rate: 1e-2}    # fit the learned parts to softmax first
     """
 
-    config: AttentionConfig | dict[int, AttentionConfig]
-    layers: tuple[int, ...] | None = None
+    config: Mixing
+    layers: tuple[int, ...] | str | None = None
+    longer: LongerSettings = field(default_factory=LongerSettings)
+    transfer: TransferSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        if isinstance(self.config, dict):
-            return {"layers": {str(layer): config.to_dict() for layer, config in sorted(self.config.items())}}
-        return self.config.to_dict() | ({} if self.layers is None else {"layers": list(self.layers)})
+        if isinstance(self.config, AttentionConfig):
+            written = self.config.to_dict()
+            if self.layers is not None:
+                written["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
+        else:
+            written = {"layers": _written(self.config)}
+        return written | self.longer.to_dict() | ({"transfer": self.transfer.to_dict()} if self.transfer else {})
+
+
+def _written(config: Any) -> Any:
+    if isinstance(config, AttentionConfig):
+        return config.to_dict()
+    return {str(key): _written(value) for key, value in config.items()}
 
 
 @dataclass(frozen=True)
@@ -59,27 +94,55 @@ class CalibrationSettings(Settings):
 
 
 def read_attention(given: Any, path: str) -> AttentionStage:
-    names = [entry.name for entry in dataclasses.fields(AttentionConfig)]
-    check_keys(given, [*names, "layers"], path)
-    settings = {key: value for key, value in given.items() if key != "layers"}
+    extending = [entry.name for entry in dataclasses.fields(LongerSettings)]
+    check_keys(given, [*ATTENTION_KEYS, "layers", *extending, "transfer"], path)
+    longer = read(LongerSettings, {key: given[key] for key in extending if key in given}, path)
+    asked, transfer = given.get("transfer"), None
+    if asked is not None:
+        transfer = read(TransferSettings, asked, f"{path}.transfer")
+    settings = {key: value for key, value in given.items() if key in ATTENTION_KEYS}
     layers = given.get("layers")
     if not isinstance(layers, dict):
-        chosen = None if layers is None else _layer_list(layers, f"{path}.layers")
-        return AttentionStage(_made(AttentionConfig, settings, path), chosen)
+        chosen = None if layers is None else _some_layers(layers, f"{path}.layers")
+        return AttentionStage(_made(AttentionConfig, settings, path), chosen, longer, transfer)
     if settings:
         raise ConfigError(f"{path}: {', '.join(settings)} beside a mapping of layers; say it inside each layer.")
-    configs: dict[int, AttentionConfig] = {}
-    for key, value in layers.items():
-        at = f"{path}.layers.{key}"
-        check_keys(value, names, at)
-        config = _made(AttentionConfig, value, at)
-        for layer in _layer_range(key, at):
-            if layer in configs:
-                raise ConfigError(f"{at}: layer {layer} is given twice.")
-            configs[layer] = config
-    if not configs:
+    if not layers:
         raise ConfigError(f"{path}.layers is empty: leave it out to convert all layers.")
-    return AttentionStage(configs)
+    return AttentionStage(_read_mixing(layers, f"{path}.layers"), None, longer, transfer)
+
+
+def _read_mixing(given: dict[str, Any], path: str) -> Mixing:
+    """Stack by stack if a key is the name of one, else layer by layer."""
+    if not any(key in STACKS for key in given):
+        return _read_layers(given, path)
+    for key in given:
+        if key not in STACKS:
+            raise ConfigError(f"{path}: {unknown_name('stack', key, STACKS)}")
+    return {key: _read_by_layer(value, f"{path}.{key}") for key, value in given.items()}
+
+
+def _read_by_layer(given: Any, path: str) -> ByLayer:
+    """One attention for a whole stack, or a mapping of its layers."""
+    if isinstance(given, dict) and given and not any(key in ATTENTION_KEYS for key in given):
+        return _read_layers(given, path)
+    return _read_config(given, path)
+
+
+def _read_layers(given: dict[str, Any], path: str) -> dict[int | str, AttentionConfig]:
+    configs: dict[int | str, AttentionConfig] = {
+        key: _read_config(value, f"{path}.{key}") for key, value in given.items()
+    }
+    try:
+        spread_layers(configs, MAX_LAYERS)  # how many layers there are is not known yet; the form of the keys is
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return configs
+
+
+def _read_config(given: Any, path: str) -> AttentionConfig:
+    check_keys(given, ATTENTION_KEYS, path)
+    return _made(AttentionConfig, given, path)
 
 
 def read_prune(given: Any, path: str) -> PruneStage:
@@ -108,21 +171,19 @@ def _made(config: type, settings: dict[str, Any], path: str) -> Any:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _layer_list(layers: Any, path: str) -> tuple[int, ...]:
+def _some_layers(layers: Any, path: str) -> tuple[int, ...] | str:
+    """A list of layer numbers, or a pattern."""
+    if isinstance(layers, str):
+        try:
+            read_layers(layers, MAX_LAYERS)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return layers
     if not isinstance(layers, list) or not layers or not all(type(n) is int and 0 <= n < MAX_LAYERS for n in layers):
         raise ConfigError(
-            f"{path} must be a list of layer numbers from 0 to {MAX_LAYERS - 1}, or a mapping such as "
-            f'{{"0": {{kind: full}}, "1-4": {{kind: local}}}}, got {shown(layers)}.'
+            f"{path} must be a list of layer numbers from 0 to {MAX_LAYERS - 1}, a pattern such as '3::4', or a "
+            f'mapping such as {{"0": {{kind: full}}, "1-4": {{kind: local}}}}, got {shown(layers)}.'
         )
     if len(set(layers)) < len(layers):
         raise ConfigError(f"{path} names a layer twice: {shown(layers)}.")
     return tuple(sorted(layers))
-
-
-def _layer_range(key: str, path: str) -> range:
-    first, dash, last = key.partition("-")
-    last = last if dash else first
-    valid = all(part.isascii() and part.isdigit() and len(part) < 6 for part in (first, last))
-    if not valid or not int(first) <= int(last) < MAX_LAYERS:
-        raise ConfigError(f"{path}: a layer is a number, or a range such as '1-4', from 0 to {MAX_LAYERS - 1}.")
-    return range(int(first), int(last) + 1)

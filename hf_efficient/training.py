@@ -1,15 +1,35 @@
-"""Checkpoints of a training run: all of one, or none. A `Trainer` that gets back every weight of a checkpoint.
+"""What our trainers add to transformers' `Trainer`: exact checkpoints, and a loss that does not depend on the split.
 
-transformers 5 writes some families (ViT) under the parameter names of older versions, and `from_pretrained` translates
-them; but `Trainer` reads a checkpoint back without translating and drops what it does not know. A resumed run, or
-`load_best_model_at_end`, then goes on from other weights, with a warning at most (seen in 5.23).
+    class MyTrainer(StepTrainer): ...        # ExactTrainer + one denominator for each optimizer step
+
+**Checkpoints**: all of one, or none, and every weight of it comes back. transformers 5 writes some families (ViT)
+under the parameter names of older versions, and `from_pretrained` translates them; but `Trainer` reads a checkpoint
+back without translating and drops what it does not know. A resumed run, or `load_best_model_at_end`, then goes on from
+other weights, with a warning at most (seen in 5.23).
+
+**Denominators**: the loss of one optimizer step is sum_k w_k S_k / N_k, where S_k sums term k, and N_k counts its
+positions, over all micro-batches and all processes. So 16 examples give the same gradient as one batch, as 4
+accumulated batches of 4, or on 2 processes. With W processes each rank returns W sum_k w_k S_k / N_k, because DDP
+averages gradients.
 """
 
 import copy
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import TrainOutput
+
+from .distillation.checks import check_run
+from .distillation.meter import Meter
+
+Counts = dict[str, Tensor]
 
 WEIGHTS = "model.safetensors"
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
@@ -25,6 +45,62 @@ class ExactTrainer(Trainer):
     def _load_best_model(self):
         super()._load_best_model()
         restore_renamed(self.model, self.state.best_model_checkpoint)
+
+
+class StepTrainer(ExactTrainer):
+    """A trainer that counts what its loss is divided by over the whole optimizer step (see the module docstring).
+
+    A subclass gives `counts`, and a `compute_loss` whose `num_items_in_batch` are the counts of the step. It adds what
+    it logs to `train_meter` and `eval_meter`.
+
+    Raises:
+        ConfigError: a way of running in which the loss would be wrong.
+    """
+
+    # compute_loss divides by the counts of the whole step (transformers >= 5.19 asks; before, see __init__)
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: PreTrainedModel | nn.Module, args: TrainingArguments, **kwargs: Any):
+        super().__init__(model, args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        check_run(args, fsdp_version=plugin.fsdp_version if plugin else None)
+        self.model_accepts_loss_kwargs = True  # how transformers < 5.19 is told that the loss is scaled
+        self.train_meter, self.eval_meter = Meter(), Meter()
+
+    def counts(self, inputs: dict[str, Any]) -> Counts:
+        """The positions of each part of the loss in one batch."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step and the denominators of all terms, with one collective."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, self._step_counts(batches, device)
+
+    def _step_counts(self, batches: list[dict], device: torch.device) -> Counts | None:
+        counts = [self.counts(inputs) for inputs in batches]
+        if not counts:
+            return None
+        names = list(counts[0])
+        local = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).to(device)
+        return dict(zip(names, self.accelerator.reduce(local, reduction="sum"), strict=True))
+
+    def real_rows(self, inputs: dict[str, Any]) -> int | None:
+        """How many examples of an evaluation batch are not repeats that fill the last batch of all ranks."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        return max(0, state.remainder - self.accelerator.process_index * find_batch_size(inputs))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer.train`."""
+        self._forget_evaluation()
+        self.train_meter.clear()
+        return super().train(*args, **kwargs)
+
+    def _forget_evaluation(self) -> None:
+        """evaluate() before train() marks the model as prepared, and train() would then not wrap it in DDP."""
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
+            vars(self.model)["_is_accelerate_prepared"] = False
 
 
 def restore_renamed(model, checkpoint: str | Path) -> None:

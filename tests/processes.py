@@ -20,7 +20,7 @@ def save_with_expectation(model: PreTrainedModel, name: str, folder: Path) -> No
     path, inputs = folder / name, make_inputs(name)
     model.save_pretrained(path)
     with torch.no_grad():
-        save_file(inputs | {"expected": model(**inputs)[0]}, path / "expected.safetensors")
+        save_file(inputs | {"expected": model(**inputs)[0].contiguous()}, path / "expected.safetensors")
     (path / "auto.txt").write_text(CASES[name].auto)
 
 

@@ -1,8 +1,10 @@
 """A name is one entry: the light lists that configs check against are those of the tables that carry the work."""
 
+from hf_efficient import settings
 from hf_efficient.attention import config as attention
 from hf_efficient.attention.dispatch import ATTENTIONS, WITHOUT_BIAS
 from hf_efficient.attention.linear import FEATURE_MAPS
+from hf_efficient.attention.positions import METHODS, ROPE
 from hf_efficient.measure.quality import TASKS as SCORED
 from hf_efficient.preparing import TASKS
 from hf_efficient.pruning import config as pruning
@@ -21,6 +23,10 @@ def test_every_attention_kind_has_a_variant():
 def test_every_criterion_and_schedule_has_a_function():
     assert set(pruning.IMPORTANCES) == set(IMPORTANCES) and set(NEEDS_DATA) < set(IMPORTANCES)
     assert set(pruning.SCHEDULES) == set(SCHEDULES)
+
+
+def test_every_way_to_more_positions_is_known():
+    assert tuple(METHODS) == settings.POSITION_METHODS and settings.ROPE == ROPE
 
 
 def test_every_stage_can_run_and_every_task_can_be_scored():

@@ -36,6 +36,7 @@ PUBLIC = [
     "measure",
     "prune",
     "register_attention",
+    "transfer_attention",
 ]
 
 

@@ -15,7 +15,7 @@ from hf_efficient.attention.config import AttentionConfig
 from hf_efficient.errors import ConfigError
 from hf_efficient.recipe import STAGES, Recipe, shipped_recipes
 from hf_efficient.safe_yaml import MAX_CHARACTERS, parse, plain
-from hf_efficient.settings import TrainingSettings
+from hf_efficient.settings import LongerSettings, TrainingSettings, TransferSettings
 
 BASE = {
     "name": "demo",
@@ -169,24 +169,112 @@ def test_missing_section_is_named(key):
     assert f"must say its {key}" in refused({name: value for name, value in BASE.items() if name != key})
 
 
+def attention(settings_of):
+    """The attention stage of BASE with other settings, and that it survives being written."""
+    recipe = Recipe.from_dict(changed(["stages", 0, "attention"], settings_of))
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    return recipe.stages[0].settings
+
+
+FULL_ATTENTION, LOCAL = AttentionConfig(), AttentionConfig(kind="local", window=4)
+LOCAL_YAML = {"kind": "local", "window": 4}
+
+
 def test_attention_in_some_layers_and_by_layer():
-    some = Recipe.from_dict(changed(["stages", 0, "attention", "layers"], [3, 1])).stages[0].settings
-    assert some.layers == (1, 3) and some.config.window == 8
-    by_layer = {"layers": {0: {"kind": "full"}, "2-4": {"kind": "local", "window": 4}}}
-    recipe = Recipe.from_dict(changed(["stages", 0, "attention"], by_layer))
-    config = recipe.stages[0].settings.config
-    assert config == {0: AttentionConfig()} | dict.fromkeys((2, 3, 4), AttentionConfig(kind="local", window=4))
-    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    some = attention(LOCAL_YAML | {"layers": [3, 1]})
+    assert some.layers == (1, 3) and some.config == LOCAL
+    assert attention(LOCAL_YAML | {"layers": "3::4"}).layers == "3::4"
+    by_layer = attention({"layers": {0: {"kind": "full"}, "2-4": LOCAL_YAML, "all": {"kind": "linear"}}})
+    assert by_layer.config == {"0": FULL_ATTENTION, "2-4": LOCAL, "all": AttentionConfig("linear")}
+    assert by_layer.layers is None
 
 
-@pytest.mark.parametrize("key", ["4-2", "a", "-1", "1-", "0-999999999", "²", ""])
-def test_layer_ranges_refused(key):
-    assert "a layer is a number" in refused(changed(["stages", 0, "attention"], {"layers": {key: {"kind": "full"}}}))
+def test_attention_by_stack():
+    stacks = {"encoder": LOCAL_YAML, "decoder": {"all": LOCAL_YAML, "0": {}}, "cross_attention": {"kind": "linear"}}
+    stage = attention({"layers": stacks})
+    by_layer = {"all": LOCAL, "0": FULL_ATTENTION}
+    assert stage.config == {"encoder": LOCAL, "decoder": by_layer, "cross_attention": AttentionConfig("linear")}
 
 
-def test_layer_given_twice_is_refused():
-    layers = {"0-2": {"kind": "full"}, "2": {"kind": "local"}}
-    assert "layer 2 is given twice" in refused(changed(["stages", 0, "attention"], {"layers": layers}))
+def test_attention_stages_are_what_mixing_spreads():
+    """What a stage reads goes to `convert_attention` as it is."""
+    from hf_efficient.attention.mixing import spread
+
+    stage = attention({"layers": {"all": LOCAL_YAML, "1::2": {"kind": "full"}, 3: {"kind": "linear"}}})
+    found = spread(stage.config, {"encoder": 5}, {})["encoder"]["attention"]
+    assert [found[layer].kind for layer in range(5)] == ["local", "full", "local", "linear", "local"]
+
+
+@pytest.mark.parametrize("key", ["a", "-1", "1-", "0-999999999", "²", "", "1:2:0"])
+def test_layer_patterns_refused(key):
+    for settings_of in ({"layers": {key: {"kind": "full"}}}, LOCAL_YAML | {"layers": key}):
+        message = refused(changed(["stages", 0, "attention"], settings_of))
+        assert "stages[0].attention.layers" in message and "names no layers" in message
+
+
+@pytest.mark.parametrize("key", ["4-2", "5:5", "99999"])
+def test_layers_that_no_model_has_are_refused(key):
+    message = refused(changed(["stages", 0, "attention"], {"layers": {key: {"kind": "full"}}}))
+    assert f"stages[0].attention.layers: Layer {key!r} does not exist" in message
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"0-2": {}, "1-4": {}}, "Layer 1 is given twice"),
+        ({"encoder": {}, "decodr": {}}, "Did you mean 'decoder'"),
+        ({"encoder": {"0": {"kind": "locla"}}}, r"layers\.encoder\.0: .*Did you mean 'local'"),
+        ({"encoder": {"first": {}}}, r"layers\.encoder: 'first' names no layers"),
+        ({"decoder": 3}, r"layers\.decoder must be a mapping"),
+        ({}, "is empty"),
+    ],
+)
+def test_mixing_refused(layers, words):
+    with pytest.raises(ConfigError, match=words):
+        Recipe.from_dict(changed(["stages", 0, "attention"], {"layers": layers}))
+
+
+def test_longer_inputs_and_transfer():
+    stage = attention(LOCAL_YAML | {"positions": 2048, "transfer": {"max_steps": 50}})
+    assert stage.longer == LongerSettings(positions=2048) and stage.longer.position_method == "tile"
+    assert stage.transfer == TransferSettings(max_steps=50) and stage.transfer.learning_rate == 1e-2
+    other = attention({"positions": 64, "position_method": "interpolate", "layers": {"1-2": LOCAL_YAML}})
+    assert other.longer.position_method == "interpolate" and other.transfer is None
+    assert attention({"positions": 64, "rope": "yarn"}).longer.rope == "yarn"
+    assert set(attention(LOCAL_YAML).to_dict()) == {"kind", "window", "global_tokens"}  # only what was asked for
+
+
+def test_transfer_settings_can_be_overridden():
+    recipe = Recipe.from_dict(BASE).with_overrides({"attention.transfer.max_steps": "50"})
+    assert recipe.stages[0].settings.transfer == TransferSettings(max_steps=50)
+    again = recipe.with_overrides({"attention.transfer.learning_rate": 0.1, "attention.positions": "1024"})
+    assert again.stages[0].settings.transfer == TransferSettings(max_steps=50, learning_rate=0.1)
+    assert again.stages[0].settings.longer.positions == 1024
+    assert again.with_overrides({"attention.transfer": "null"}).stages[0].settings.transfer is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"positions": 1}, r"stages\[0\]\.attention\.positions must be an integer from 2"),
+        ({"positions": "2048"}, "got '2048'"),
+        (
+            {"positions": 64, "position_method": "tiel"},
+            r"position_method must be one of tile, interpolate, got 'tiel'",
+        ),
+        ({"positions": 64, "rope": "ntk"}, r"rope must be one of linear, dynamic, yarn, or null, got 'ntk'"),
+        ({"rope": "yarn"}, r"attention\.positions must say how many tokens"),
+        ({"position_method": "interpolate"}, "positions must say"),
+        ({"transfer": True}, r"stages\[0\]\.attention\.transfer must be a mapping"),
+        ({"transfer": {"epohcs": 1}}, r"attention\.transfer\.epohcs: unknown key\. Did you mean 'epochs'"),
+        ({"transfer": {"max_steps": 0}}, r"attention\.transfer\.max_steps must be an integer from 1"),
+        ({"transfer": {"losses": {"kd": 1}}}, "unknown key"),
+        ({"positons": 64}, "Did you mean 'positions'"),
+    ],
+)
+def test_longer_inputs_and_transfer_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Recipe.from_dict(changed(["stages", 0, "attention"], LOCAL_YAML | settings))
 
 
 def test_overrides_beat_yaml_and_leave_the_original_alone():
@@ -341,6 +429,10 @@ def paths(value, prefix=()):
 
 
 FULL = Recipe.from_yaml("bbc-news").to_dict()
+FULL["stages"].insert(
+    0, {"attention": {"layers": {"encoder": {"all": {}, "1::2": {"kind": "local"}}}, "transfer": {}}}
+)
+FULL["stages"].insert(0, {"attention": {"layers": "0:3", "positions": 1024}})
 PATHS = [list(path) for path in paths(FULL) if path]
 
 

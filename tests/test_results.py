@@ -7,6 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.attention_summary import (
+    BACKWARD,
+    FORWARD,
+    SLOPES,
+    TARGETS,
+    break_even,
+    index,
+    slope,
+    speedup,
+    summarize,
+)
 from hf_efficient import load_report
 from hf_efficient.recipe import shipped_recipes
 
@@ -39,14 +50,89 @@ def test_cards_and_readme_say_what_the_reports_say():
     assert done.returncode == 0, done.stderr
 
 
-def test_attention_is_as_fast_as_promised_and_linear_in_memory():
-    cells = json.loads((RESULTS / "attention_cpu.json").read_text())["cells"]
-    found = {(cell["method"], cell["mode"], cell["length"]): cell for cell in cells}
-    wanted = {("local", "forward"): 20, ("linear", "forward"): 20, ("linear", "forward+backward"): 40}
-    for (method, mode), factor in wanted.items():
-        assert found[method, mode, 8192]["speedup_over_dense"] >= factor
-        growth = found[method, mode, 16384]["peak_bytes"] / found[method, mode, 4096]["peak_bytes"]
-        assert 3 < growth < 6  # 4 times the length, about 4 times the memory
+# Targets of benchmarks/attention_summary.py that the committed run does not reach, with what was measured: the number
+# of times as fast as dense SDPA, or the slope. The docs say the same.
+KNOWN_MISSES: dict[tuple[str, str], float] = {}
+KNOWN_SLOPE_MISSES: dict[str, float] = {}
+SLOWER_THAN_PEER: dict[tuple[str, str], float] = {}  # (peer, mode): times as fast as the peer
+
+ATTENTION = json.loads((RESULTS / "attention_cpu.json").read_text())
+CELLS = index(ATTENTION)
+HAS_ALL_KINDS = "summary" in ATTENTION  # else the results are of before there were more kinds than local and linear
+of_all_kinds = pytest.mark.skipif(not HAS_ALL_KINDS, reason="the committed results are of before the other kinds")
+
+
+def check_target(key, passed: bool, measured: float, misses: dict) -> None:
+    """Met, or a known miss with the number that stands in the results; a known miss that is met is out of date."""
+    if passed:
+        assert key not in misses, f"{key} is met: take it out of the known misses"
+    else:
+        assert misses.get(key) == pytest.approx(measured, abs=0.01), f"{key}: measured {measured:.2f}"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.method}-{target.mode}")
+def test_attention_is_as_fast_as_promised(target):
+    measured = speedup(CELLS, target.method, target.mode)
+    if measured is None and not HAS_ALL_KINDS:
+        pytest.skip("not in the committed results")
+    check_target((target.method, target.mode), measured >= target.factor, measured, KNOWN_MISSES)
+
+
+@pytest.mark.parametrize("method", SLOPES)
+def test_attention_time_grows_as_promised(method):
+    measured = slope(CELLS, method, FORWARD)
+    if measured is None and not HAS_ALL_KINDS:
+        pytest.skip("not in the committed results")
+    check_target(method, measured <= SLOPES[method], measured, KNOWN_SLOPE_MISSES)
+
+
+def test_attention_memory_is_linear():
+    others = ATTENTION.get("peers", {"transformers_window": None, "flex_window": None})
+    measured = {key for key in CELLS if key[2] == 16384 and key[0] not in others}
+    assert ("local", FORWARD, 16384) in measured and ("linear", BACKWARD, 16384) in measured
+    for name, mode, length in measured:
+        growth = CELLS[name, mode, length]["peak_bytes"] / CELLS[name, mode, length // 4]["peak_bytes"]
+        assert 2 < growth < 6, (name, mode)  # 4 times the length, about 4 times the memory
+
+
+@of_all_kinds
+def test_attention_is_faster_than_its_peers():
+    rows = summarize(ATTENTION)["peers"]
+    assert {row["of"].removesuffix("_causal") for row in rows} >= {"local", "strided", "lsh", "linear", "additive"}
+    for row in rows:
+        check_target((row["peer"], row["mode"]), row["passed"], row["times_as_fast"], SLOWER_THAN_PEER)
+
+
+@of_all_kinds
+def test_every_attention_kind_is_measured():
+    from hf_efficient.attention.kinds import ATTENTIONS
+
+    configs = ATTENTION["setting"]["configs"]
+    measured = {configs[base]["kind"] for base in configs if (base, FORWARD, 32768) in CELLS}
+    ours = {kind for kind, variant in ATTENTIONS.items() if variant.__module__.startswith("hf_efficient.")}
+    assert measured == ours
+    assert ("dense", FORWARD, 32768) in CELLS and ("dense", BACKWARD, 16384) in CELLS
+    assert not ATTENTION["not_measured"]
+    assert not [cell for cell in ATTENTION["cells"] if "error" in cell]
+    assert not ATTENTION["machine"]["uncommitted_changes"]
+
+
+@of_all_kinds
+def test_the_summary_is_that_of_the_cells():
+    assert ATTENTION["summary"] == json.loads(json.dumps(summarize(ATTENTION)))
+
+
+def test_break_even_and_slope_of_made_up_times():
+    times = {"dense": lambda n: n**2, "ours": lambda n: 1000 * n, "never": lambda n: 2 * n**2, "always": lambda n: n}
+    cells = {
+        (name, FORWARD, length): {"seconds": float(seconds(length))}
+        for name, seconds in times.items()
+        for length in (64, 512, 2048, 8192, 32768)
+    }
+    assert break_even(cells, "ours", FORWARD) == pytest.approx(1000, rel=0.01)
+    assert break_even(cells, "never", FORWARD) is None and break_even(cells, "always", FORWARD) == 64
+    assert slope(cells, "ours", FORWARD) == pytest.approx(1) and slope(cells, "dense", FORWARD) == pytest.approx(2)
+    assert speedup(cells, "ours", FORWARD) == pytest.approx(8.192)
 
 
 def test_pruned_models_are_as_fast_as_their_macs_say():

@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "kernel": ("kernel", "feature_dim", "seed"),
 }
 FEATURE_MAPS = ("elu", "relu", "favor", "hedgehog")
-KERNELS = ("gaussian",)
+KERNELS = ("gaussian", "exponential", "cauchy")
 
 _RANGES = {
     "window": (1, MAX_WINDOW),
@@ -66,7 +66,7 @@ class AttentionConfig:
         feature_map: `linear`, `local_linear`: `"elu"`, `"relu"`, `"favor"` or `"hedgehog"` (learned).
         feature_dim: `favor`: random features, default the head dimension. `kernel`: content features, default 16;
             0: a kernel of the positions alone.
-        kernel: `kernel`: `"gaussian"`.
+        kernel: `kernel`: `"gaussian"`, `"exponential"` (ALiBi's) or `"cauchy"` (far reach), of a learned width.
         seed: of what is drawn at random: rotations of `lsh`, projections of `favor` and `kernel`.
         options: settings of a kind of your own (`register_attention`): a flat mapping to numbers, text or booleans.
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils.output_capturing import _active_collector
 
 from ..errors import UnsupportedModelError
 from ..families import Family
+from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
 from .full import full_attention, full_weights
 from .kinds import ATTENTIONS
@@ -46,17 +48,25 @@ def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> N
         )
 
 
-def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape) -> None:
-    """Give one attention module its variant; `full` means none."""
+def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape, cross: bool = False) -> None:
+    """Give one attention module its variant; `full` means none. `cross`: its keys are those of another sequence."""
     if config.kind != "full":
         variant = ATTENTIONS[config.kind](config, shape)
         variant.reset_parameters()
         module.add_module(ATTACHED, variant)
+        if not cross:
+            attach_cache(module, config, variant.has_state)
 
 
 def variant_of(module: nn.Module) -> AttentionVariant | None:
     """The variant of an attention module, if it has one."""
     return module._modules.get(ATTACHED)
+
+
+def decodes_from_state(model: nn.Module) -> bool:
+    """True if a layer of the model carries a state from token to token instead of all keys and values."""
+    found = ((module, variant_of(module)) for module in model.modules())
+    return any(variant is not None and variant.has_state and module.is_causal for module, variant in found)
 
 
 def efficient_attention_forward(
@@ -69,6 +79,7 @@ def efficient_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    state_layer: StateLayer | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query `[B,H,T,D]`, key and value `[B,K,S,D]` -> `([B,T,H,D], weights)`.
@@ -81,14 +92,14 @@ def efficient_attention_forward(
     """
     _refuse(kwargs)
     variant = variant_of(module)
-    causal = module.is_causal if is_causal is None else is_causal
-    wanted = bool(kwargs.get("output_attentions"))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # as transformers' own
+    wanted = _weights_wanted(kwargs)
     if attention_mask is not None and attention_mask.ndim == 4:
         out = _with_given_mask(variant, query, key, value, attention_mask, dropout, scaling, position_bias)
         return out.transpose(1, 2).contiguous(), None
-    if variant is not None and variant.cache is not None:
-        out = _decode(variant, query, key, value, attention_mask, scaling, position_bias, wanted)
-        return out.transpose(1, 2).contiguous(), None
+    if variant is not None and variant.transfer is None and state_layer is not None:
+        out, weights = _decode(variant, state_layer, query, key, value, attention_mask, scaling, position_bias, wanted)
+        return out.transpose(1, 2).contiguous(), weights
     if attention_mask is not None:
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
@@ -97,9 +108,12 @@ def efficient_attention_forward(
     if variant is None:
         # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
         unbiased_zeros = position_bias is not None and common["bias"] is None
-        common["window"] = None if unbiased_zeros else kwargs.get("sliding_window")
+        common["window"] = None if unbiased_zeros else _window(kwargs.get("sliding_window"), causal)
         out = full_attention(query, key, value, attention_mask, dropout=dropout, **common)
         weights = full_weights(query, key, attention_mask, **common) if wanted else None
+    elif variant.transfer is not None:
+        window = _window(kwargs.get("sliding_window"), causal)
+        out, weights = variant.transfer(query, key, value, attention_mask, window=window, **common), None
     else:
         out = variant(query, key, value, attention_mask, dropout=dropout, **common)
         weights = variant.weights(query, key, attention_mask, dropout=0.0, **common) if wanted else None
@@ -108,6 +122,7 @@ def efficient_attention_forward(
 
 def _decode(
     variant: AttentionVariant,
+    layer: StateLayer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -115,18 +130,31 @@ def _decode(
     scaling: float | None,
     position_bias: torch.Tensor | None,
     weights_wanted: bool,
-) -> torch.Tensor:
-    """The new tokens alone, after those that the cache layer sums up."""
-    if weights_wanted:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The new tokens alone, after those that the cache layer sums up; weights only if there are none before."""
+    if weights_wanted and layer.state is not None:
         raise UnsupportedModelError(
             f"{variant.config.kind!r} attention keeps no keys to weigh while it decodes from a cache: ask for "
             "output_attentions with use_cache=False."
         )
     mask = None if mask is None else mask[:, -query.shape[2] :]
     bias = None if position_bias is None else position_bias[:, :, 0]
-    layer = variant.cache
-    out, layer.state = variant.decode(query, key, value, mask, layer.state, scaling=scaling, bias=bias)
-    return out
+    common = {"scaling": scaling, "bias": bias}
+    weights = variant.weights(query, key, mask, causal=True, dropout=0.0, **common) if weights_wanted else None
+    out, state = variant.decode(query, key, value, mask, layer.state, **common)
+    layer.advance(state)
+    return out, weights
+
+
+def _weights_wanted(kwargs: dict) -> bool:
+    """`output_attentions=True`, which GPT-2 does not tell its attention; transformers collects what comes anyway."""
+    collected = None if torch.compiler.is_compiling() else _active_collector.get()
+    return bool(kwargs.get("output_attentions")) or "attentions" in (collected or ())
+
+
+def _window(sliding_window: int | None, causal: bool) -> int | None:
+    """A model's `sliding_window` as ours: without causality it says |i - j| < window (ModernBERT), ours <=."""
+    return sliding_window - 1 if sliding_window is not None and not causal else sliding_window
 
 
 def _carrier(position_bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

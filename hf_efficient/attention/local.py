@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .flex import flex_local_attention, use_flex
 from .full import (
     check_positions,
     check_shapes,
@@ -33,17 +34,22 @@ from .full import (
     toeplitz,
     zero_padding,
 )
-from .variant import AttentionVariant
+from .variant import AttentionVariant, State
 
 
 class LocalAttention(AttentionVariant):
     """`local_attention` with the window and the global tokens of the config."""
 
     takes_bias = True
+    has_state = True
 
     def attend(self, query, key, value, key_mask, **kwargs):
         window, global_tokens = self.config.window, self.config.global_tokens
         return local_attention(query, key, value, key_mask, window=window, global_tokens=global_tokens, **kwargs)
+
+    def decode(self, query, key, value, key_mask, state, **kwargs):
+        window, global_tokens = self.config.window, self.config.global_tokens
+        return local_decode(query, key, value, key_mask, state, window=window, global_tokens=global_tokens, **kwargs)
 
     def macs(self, length, causal):
         reach = self.config.window if causal else 2 * self.config.window + 1
@@ -59,11 +65,13 @@ class _Band(NamedTuple):
 
 
 class _Globals(NamedTuple):
-    """The global tokens of each row: `index` [B,g] in the key sequence, `valid` [B,g], `at` [B,S]; bool both."""
+    """The global tokens of each row: `index` [B,g] in the key sequence, `valid` [B,g] bool; key [B,K,g,D], value
+    [B,K,g,Dv], zeros for missing ones."""
 
     index: Tensor
     valid: Tensor
-    at: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class _Blocks(NamedTuple):
@@ -109,21 +117,150 @@ def local_attention(
     check_shapes(query, key, value, key_mask, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
-    block = 64 if window <= 64 else 128  # larger blocks waste more masked pairs, smaller ones run slower per pair
-    band = _Band(window - 1, 0, block) if causal else _Band(window, window, block)
+    band = _find_band(window, causal)
     if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
         if window >= seen or (not global_tokens and seen <= sum(band)):
             dense = {"causal": causal, "window": window, "scaling": scaling, "dropout": dropout, "bias": bias}
             return full_attention(query, key, value, key_mask, **dense)
-        band = band._replace(block=min(block, length))
-    tokens = _find_globals(key, key_mask, global_tokens) if global_tokens else None
+        band = band._replace(block=min(band.block, length))
+    if use_flex(query, key, value, dropout):
+        layout = {"window": window, "global_tokens": global_tokens, "causal": causal}
+        return flex_local_attention(query, key, value, key_mask, scaling=scaling, bias=bias, **layout)
+    tokens, visible = None, _real(key, key_mask)
+    if global_tokens:
+        tokens, visible = _find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
     if length == seen:
         key, value = zero_padding(key, value, key_mask)
-    out = _windowed(query, key, value, key_mask, tokens, band, causal, scaling, dropout, bias)
+    out = _windowed(query, key, value, key_mask, visible, tokens, band, causal, scaling, dropout, bias)
     if tokens is not None and not causal:
         rows = _global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
         out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
     return out
+
+
+def _find_band(window: int, causal: bool) -> _Band:
+    block = 64 if window <= 64 else 128  # larger blocks waste more masked pairs, smaller ones run slower per pair
+    return _Band(window - 1, 0, block) if causal else _Band(window, window, block)
+
+
+def local_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    state: State | None,
+    *,
+    window: int,
+    global_tokens: int = 0,
+    scaling: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Causal `local_attention` of T new tokens after those whose window and global tokens are in `state`.
+
+    Parameters:
+        key, value, key_mask: those of the new tokens alone; `bias` spans all, as in `local_attention`.
+        state: what the call before returned; None: there are no tokens before.
+
+    Returns:
+        [B, H, T, Dv], and the state: key [B,K,m,D], value [B,K,m,Dv] and visible [B,m] of the last m <= window - 1
+        tokens; with global tokens also their key [B,K,g,D], value [B,K,g,Dv] and age [B,g] (see `_meet_globals`).
+    """
+    check_window(window)
+    check_shapes(query, key, value, key_mask, None)
+    length = query.shape[2]
+    visible = _real(key, key_mask).expand(key.shape[0], -1)
+    kept_globals: State = ()
+    if global_tokens:
+        before = state[3:] if state else _no_globals(key, value, global_tokens)
+        kept_globals, visible = _meet_globals(before, key, value, visible)
+    if state is None:
+        options = {"window": window, "global_tokens": global_tokens, "causal": True, "scaling": scaling, "bias": bias}
+        out = local_attention(query, key, value, key_mask, **options)
+    else:
+        old_key, old_value, old_visible = state[:3]
+        key, value = zero_padding(key, value, key_mask)
+        key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+        visible = torch.cat([old_visible, visible], 1)
+        attend = _decode_one if length == 1 else _decode_chunk
+        out = attend(query, key, value, visible, kept_globals, window, scaling, bias)
+    first = max(key.shape[2] - window + 1, 0)
+    key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
+    if state is None or length > 1:  # no view that would keep a whole prompt in memory
+        key, value = zero_padding(key, value, visible)
+        visible = visible.clone()
+    return out, (key, value, visible, *kept_globals)
+
+
+def _no_globals(key: Tensor, value: Tensor, count: int) -> State:
+    """What is known of the global tokens before the first token."""
+    batch, kv_heads, _, dim = key.shape
+    empty = key.new_zeros(batch, kv_heads, count, dim), value.new_zeros(batch, kv_heads, count, value.shape[-1])
+    return *empty, torch.zeros(batch, count, dtype=torch.long, device=key.device)
+
+
+def _meet_globals(before: State, key: Tensor, value: Tensor, real: Tensor) -> tuple[State, Tensor]:
+    """Take the new tokens that are global into the kept ones.
+
+    Returns:
+        key, value and age [B,g] of the global tokens, where age counts the tokens from it to the last one, both
+        included, and 0 means that it is still to come; and which new tokens [B,T] are real and not global.
+    """
+    old_key, old_value, age = before
+    length, count = key.shape[2], age.shape[1]
+    is_known = age > 0
+    rank, index = _rank(real, count, is_known.sum(1, keepdim=True))
+    comes = ~is_known & (index < length)
+    new_key, new_value = (_take(x, index.clamp(max=length - 1)) for x in (key, value))
+    chosen = comes[:, None, :, None]
+    age = torch.where(comes, length - index, torch.where(is_known, age + length, 0))
+    kept = torch.where(chosen, new_key, old_key), torch.where(chosen, new_value, old_value), age
+    return kept, real & (rank > count)
+
+
+def _decode_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    kept_globals: State,
+    window: int,
+    scaling: float | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,1,Dv]: one new token, in whose window all the kept keys are."""
+    scores = None if bias is None else bias[..., -key.shape[2] :].expand(key.shape[0], -1, -1)  # [B, H, m+1]
+    if kept_globals:
+        global_key, global_value, age = kept_globals
+        key, value = torch.cat([global_key, key], 2), torch.cat([global_value, value], 2)
+        visible = torch.cat([age > 0, visible], 1)
+        if bias is not None and scores is not None:
+            to_globals = bias[0][:, (bias.shape[-1] - age).clamp(max=bias.shape[-1] - 1)].transpose(0, 1)  # [B, H, g]
+            scores = torch.cat([to_globals, scores], -1)
+    mask = visible[:, None, None, :]
+    if scores is not None:
+        mask = scores.unsqueeze(2).to(query.dtype).masked_fill(~mask, float("-inf"))
+    key, value = match_heads(query, key, value)
+    return sdpa(query, key, value, mask, scaling=scaling)
+
+
+def _decode_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    kept_globals: State,
+    window: int,
+    scaling: float | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,T,Dv]: new tokens, the last T of the kept and new keys, some of which may be out of their window."""
+    tokens = None
+    if kept_globals:
+        global_key, global_value, age = kept_globals
+        tokens = _Globals(key.shape[2] - age, age > 0, global_key, global_value)  # an old one has an index below 0
+    band = _find_band(window, causal=True)
+    band = band._replace(block=min(band.block, query.shape[2]))
+    return _windowed(query, key, value, None, visible, tokens, band, True, scaling, 0.0, bias)
 
 
 def _windowed(
@@ -131,6 +268,7 @@ def _windowed(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
+    visible: Tensor,
     tokens: _Globals | None,
     band: _Band,
     causal: bool,
@@ -138,10 +276,8 @@ def _windowed(
     dropout: float,
     bias: Tensor | None,
 ) -> Tensor:
-    """[B,H,T,Dv]: every query over its window and the global keys."""
+    """[B,H,T,Dv]: every query over the `visible` keys [B or 1, S] of its window, and the global ones."""
     length, seen = query.shape[2], key.shape[2]
-    visible = _visible(key, key_mask, tokens)
-    global_keys = None if tokens is None else _take_globals(query, key, value, tokens)
     if length != seen:  # decoding: of a long cache, touch only the keys in a window
         first = max(seen - length - band.left, 0)
         key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
@@ -149,38 +285,45 @@ def _windowed(
         key, value = zero_padding(key, value, key_mask)
     key, value = match_heads(query, key, value)
     blocks = _cut(query, key, value, visible, band, seen)
-    mask = _mask(blocks, band, tokens, causal, bias, seen)
-    if global_keys is not None:
-        blocks = blocks._replace(
-            key=_prepend(global_keys[0], blocks.key), value=_prepend(global_keys[1], blocks.value)
-        )
+    center = seen if bias is None else bias.shape[-1] - length + 1  # the keys that bias spans
+    mask = _mask(blocks, band, tokens, causal, bias, center)
+    if tokens is not None:
+        chosen = match_heads(query, tokens.key, tokens.value)
+        blocks = blocks._replace(key=_prepend(chosen[0], blocks.key), value=_prepend(chosen[1], blocks.value))
     out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=scaling, dropout=dropout)
     # [B*N, H, block, Dv] -> [B, H, T, Dv], stored as [B, T, H, Dv], which is what the layers reshape to.
     out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     return section(out, 2, blocks.lead, length)
 
 
-def _find_globals(key: Tensor, key_mask: Tensor | None, count: int) -> _Globals:
-    """The first `count` real tokens of each row, wherever the padding is."""
-    real = _real(key, key_mask).expand(key.shape[0], -1)
-    rank = real.cumsum(-1)  # [B, S], 1 at the first real token
-    wanted = torch.arange(1, count + 1, device=key.device)
-    index = (rank.unsqueeze(1) < wanted.unsqueeze(1)).sum(-1)  # [B, g]; S where a row has fewer real tokens
+def _find_globals(key: Tensor, value: Tensor, real: Tensor, count: int) -> tuple[_Globals, Tensor]:
+    """The first `count` real tokens of each row, wherever the padding is; and which keys [B,S] are real, not global.
+
+    The latter are what a window holds: the global ones come as keys of their own.
+    """
+    rank, index = _rank(real, count)
     valid = index < key.shape[2]
     # A missing token stands for the first one, so that what is written for it is what belongs there.
     index = torch.where(valid, index, index[:, :1]).clamp(max=key.shape[2] - 1)
-    return _Globals(index, valid, real & (rank <= count))
+    chosen = zero_padding(_take(key, index), _take(value, index), valid)
+    return _Globals(index, valid, *chosen), real & (rank > count)
+
+
+def _rank(real: Tensor, count: int, before: Tensor | int = 0) -> tuple[Tensor, Tensor]:
+    """The rank [B,S] of the real tokens, from `before` + 1; the index [B,g] of the first `count`, S where missing."""
+    rank = real.cumsum(-1) + before
+    wanted = torch.arange(1, count + 1, device=real.device)
+    return rank, (rank.unsqueeze(1) < wanted.unsqueeze(1)).sum(-1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """[B,K,S,D] at index [B,g] -> [B,K,g,D]."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
 
 def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
     """[B, S], or [1, S] of True where there is no padding."""
     return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
-
-
-def _visible(key: Tensor, key_mask: Tensor | None, tokens: _Globals | None) -> Tensor:
-    """[B or 1, S]: the keys of the windows; the global ones are left out, they come as keys of their own."""
-    real = _real(key, key_mask)
-    return real if tokens is None else real & ~tokens.at
 
 
 def _cut(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, band: _Band, seen: int) -> _Blocks:
@@ -241,13 +384,6 @@ def _mask(
     return scores.to(blocks.query.dtype).masked_fill(~allowed, float("-inf"))
 
 
-def _take_globals(query: Tensor, key: Tensor, value: Tensor, tokens: _Globals) -> tuple[Tensor, Tensor]:
-    """[B,K,g,D] and [B,K,g,Dv]: the global keys and values, zeros for missing ones."""
-    index = tokens.index[:, None, :, None].expand(-1, key.shape[1], -1, -1)
-    chosen = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
-    return match_heads(query, *zero_padding(*chosen, tokens.valid))
-
-
 def _prepend(chosen: Tensor, windows: Tensor) -> Tensor:
     """[B,K,g,D] and [B*N,K,span,D] -> [B*N,K,g+span,D]: the global keys before each block's own."""
     count = windows.shape[0] // chosen.shape[0]
@@ -265,10 +401,9 @@ def _global_rows(
     bias: Tensor | None,
 ) -> Tensor:
     """[B,H,g,Dv]: the global tokens as queries over all keys."""
-    heads, seen, dim = query.shape[1:]
-    count = tokens.index.shape[1]
+    seen, count = query.shape[2], tokens.index.shape[1]
     key, value = match_heads(query, key, value)
-    rows = query.gather(2, tokens.index[:, None, :, None].expand(-1, heads, -1, dim))
+    rows = _take(query, tokens.index)
     mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, -1, count, -1)
     if bias is not None:
         offset = torch.arange(seen, device=query.device) - tokens.index.unsqueeze(-1) + seen - 1  # [B, g, S]

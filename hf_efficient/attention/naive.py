@@ -8,6 +8,8 @@ Shapes: query [B,H,T,D], key [B,K,S,D], value [B,K,S,Dv], key_mask [B,S] (True =
 Query i stands at key position S-T+i. A query that may see nothing returns zeros.
 """
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,20 +67,107 @@ def naive_linear_attention(
     key_mask: Tensor | None = None,
     *,
     feature_map: str = "elu",
+    map_weights: tuple[Tensor, Tensor] | None = None,
     causal: bool = False,
     scaling: float | None = None,
 ) -> Tensor:
     """Weights phi(q) phi(k)^T, divided by their sum, times v (Katharopoulos 2020)."""
-    phi = {"elu": lambda x: F.elu(x) + 1}[feature_map]
     key, value, real = _prepare(query, key, value, key_mask)
-    if scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)
     allowed = real[:, None, None, :]
     if causal:
         allowed = allowed & (_distance(query, key) <= 0)
-    weights = (phi(query) @ phi(key).transpose(-1, -2)) * allowed  # [B, H, T, S]
+    weights = _linear_weights(query, key, feature_map, map_weights, scaling) * allowed
+    return _normalised(weights) @ value
+
+
+def naive_local_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    window: int,
+    log_mix: Tensor | None = None,
+    feature_map: str = "elu",
+    map_weights: tuple[Tensor, Tensor] | None = None,
+    causal: bool = False,
+    scaling: float | None = None,
+) -> Tensor:
+    """Weights exp(scaling q k^T) in the window and exp(log_mix) phi(q) phi(k)^T beyond, divided by their sum, times v
+    (LoLCATs 2024). In logarithms, since neither kind has a bound."""
+    key, value, real = _prepare(query, key, value, key_mask)
+    distance = _distance(query, key)
+    near = (distance > -window) if causal else (distance.abs() <= window)
+    allowed = real[:, None, None, :] & ((distance <= 0) | (not causal))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    linear = _linear_weights(query, key, feature_map, map_weights, scaling)
+    mix = 0 if log_mix is None else log_mix[:, None, None]
+    logarithms = torch.where(near, scores, linear.log() + mix)  # [B, H, T, S]
+    weights = torch.softmax(logarithms.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)
+    return (weights * allowed) @ value
+
+
+def _linear_weights(
+    query: Tensor,
+    key: Tensor,
+    feature_map: str,
+    map_weights: tuple[Tensor, Tensor] | None,
+    scaling: float | None,
+) -> Tensor:
+    """[B,H,T,S]: phi(q) phi(k)^T, the weights of a map given for queries and for the key/value heads."""
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    of_query, of_key = map_weights or (None, None)
+    if feature_map == "hedgehog":
+        of_key = of_key.repeat_interleave(query.shape[1] // of_key.shape[0], 0)
+    phi_query, phi_key = _features(query, feature_map, of_query), _features(key, feature_map, of_key)
+    return phi_query @ phi_key.transpose(-1, -2)
+
+
+def _features(x: Tensor, feature_map: str, weight: Tensor | None) -> Tensor:
+    """The four maps as their papers write them."""
+    if feature_map == "elu":
+        return F.elu(x) + 1
+    if feature_map == "relu":
+        return F.relu(x) + 0.001
+    if feature_map == "hedgehog":
+        mapped = torch.einsum("hed,bhtd->bhte", weight, x)
+        return torch.cat([torch.softmax(mapped, -1), torch.softmax(-mapped, -1)], -1)
+    x = x / x.shape[-1] ** 0.25  # favor
+    return torch.exp(x @ weight.to(x.dtype).T - (x * x).sum(-1, keepdim=True) / 2) / len(weight) ** 0.5
+
+
+def _normalised(weights: Tensor) -> Tensor:
     total = weights.sum(-1, keepdim=True)
-    return (weights / torch.where(total == 0, 1, total)) @ value
+    return weights / torch.where(total == 0, 1, total)
+
+
+def naive_lsh_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    rotations: Tensor,
+    block_size: int,
+    causal: bool = False,
+    scaling: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the own key and, of each round, the nearest keys of the query's bucket (Reformer 2020)."""
+    key, value, real = _prepare(query, key, value, key_mask)
+    distance = _distance(query, key)
+    allowed = distance == 0
+    for rotation in rotations.to(query.dtype):  # [D, buckets / 2]
+        one = rotation.shape[1] == 0
+        projected = (torch.ones_like(x[..., :1]) if one else x @ rotation for x in (query, key))
+        of_query, of_key = (torch.cat([x, -x], -1).argmax(-1) for x in projected)
+        same = (of_query.unsqueeze(-1) == of_key.unsqueeze(-2)) & real[:, None, None, :]  # [B, H, T, S]
+        before, after = same & (distance <= 0), same & (distance > 0)
+        allowed = allowed | (before & (before.flip(-1).cumsum(-1).flip(-1) <= block_size))
+        if not causal:
+            allowed = allowed | (after & (after.cumsum(-1) <= block_size))
+    return _softmax_attention(query, key, value, allowed & real[:, None, None, :], scaling, bias)
 
 
 def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,3 +195,155 @@ def _softmax_attention(
     allowed = allowed.expand_as(scores)
     weights = torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)
     return (weights * allowed) @ value
+
+
+def naive_additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    parts: tuple[Tensor, ...],
+    causal: bool = False,
+    scaling: float | None = None,
+) -> Tensor:
+    """W_v (g_k * v_i) + r_q * q_i + r_v * sum_j b_j v_j, softmax-pooled g_q and g_k (Fastformer, Wu et al. 2021)."""
+    query_score, key_score, value_map, query_gain, pooled_gain = parts  # [H,D], [H,D], [H,D,D], [H,D], [H,D]
+    key, value, real = _prepare(query, key, value, key_mask)
+    query = query.masked_fill(~real[:, None, :, None], 0)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    allowed = real[:, None, None, :] & (_distance(query, key) <= 0 if causal else True)
+
+    def pool(scores: Tensor) -> Tensor:
+        """[B,H,S] -> the weights [B,H,T,S] of what each position pools."""
+        masked = scores.unsqueeze(2).masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        return torch.softmax(masked.expand(-1, -1, query.shape[2], -1), -1) * allowed
+
+    global_query = pool((query * query_score.unsqueeze(1)).sum(-1) * factor) @ query
+    products = global_query * key
+    weights = pool((products * key_score.unsqueeze(1)).sum(-1) * factor)
+    mapped = (weights @ products * value) @ value_map.transpose(1, 2)
+    return mapped + query_gain.unsqueeze(1) * query + pooled_gain.unsqueeze(1) * (weights @ value)
+
+
+def naive_strided_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    block_size: int,
+    num_blocks: int,
+    global_tokens: int = 0,
+    causal: bool = False,
+    scaling: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the own block and up to `num_blocks` others, from the one before back to the farthest."""
+    key, value, real = _prepare(query, key, value, key_mask)
+    rank = real.cumsum(-1) - 1  # [B, S]
+    sees = []  # [N, N] for each row
+    for tokens in real.sum(-1).tolist():
+        blocks = max(-(-tokens // block_size), 1)
+        table = torch.eye(blocks, dtype=torch.bool)
+        for i in range(blocks):
+            others = i if causal else blocks - 1
+            used = min(num_blocks, others)
+            for m in range(used):
+                table[i, (i - 1 - m * (others - 1) // max(used - 1, 1)) % blocks] = True
+        sees.append(table)
+    allowed = _between_blocks(query, rank // block_size, [table.unsqueeze(0) for table in sees])
+    return _block_softmax(query, key, value, allowed, real, global_tokens, causal, scaling, bias)
+
+
+def naive_topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    global_tokens: int = 0,
+    causal: bool = False,
+    scaling: float | None = None,
+) -> Tensor:
+    """Softmax over the own block and the top_k - 1 whose mean key has the largest product with the block's query."""
+    key, value, real = _prepare(query, key, value, key_mask)
+    rank = real.cumsum(-1) - 1
+    sees = []  # [H, N, N] for each row
+    for q, k, is_real in zip(query.detach(), key.detach(), real, strict=True):
+        q_blocks, k_blocks = (x[:, is_real].split(block_size, 1) for x in (q, k))
+        table = torch.eye(len(k_blocks), dtype=torch.bool).repeat(q.shape[0], 1, 1)
+        for head, i in product(range(q.shape[0]), range(len(k_blocks))):
+            scores = {}
+            for j in range(i if causal else len(k_blocks)):
+                if j != i:
+                    asking = q_blocks[i][head, 0] if causal else q_blocks[i][head].mean(0)
+                    scores[j] = float((asking @ k_blocks[j][head].mean(0)).float())
+            table[head, i, sorted(scores, key=lambda j: (scores[j], j))[::-1][: top_k - 1]] = True
+        sees.append(table)
+    allowed = _between_blocks(query, rank // block_size, sees)
+    return _block_softmax(query, key, value, allowed, real, global_tokens, causal, scaling, None)
+
+
+def _between_blocks(query: Tensor, block: Tensor, sees: list[Tensor]) -> Tensor:
+    """[B,H,T,S] from the block of each token [B,S] and, for each row, which block sees which [H or 1, N, N]."""
+    block = block.clamp(min=0)
+    length = query.shape[2]
+    pairs = [table[:, of[-length:]][:, :, of] for table, of in zip(sees, block, strict=True)]
+    return torch.stack([table.expand(query.shape[1], -1, -1) for table in pairs])
+
+
+def _block_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    real: Tensor,
+    global_tokens: int,
+    causal: bool,
+    scaling: float | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Over the allowed pairs and those of global tokens; zeros for padded queries."""
+    is_global = real & (real.cumsum(-1) <= global_tokens)  # [B, S]
+    asking, length = real[:, None, -query.shape[2] :, None], query.shape[2]
+    allowed = allowed | is_global[:, None, None, :]
+    if causal:
+        allowed = allowed & (_distance(query, key) <= 0)
+    else:
+        allowed = allowed | is_global[:, None, -length:, None]
+    return _softmax_attention(query, key, value, allowed & real[:, None, None, :] & asking, scaling, bias)
+
+
+def naive_kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    kernel: str = "gaussian",
+    log_width: Tensor,
+    log_temperature: Tensor | None = None,
+    projection: Tensor | None = None,
+    causal: bool = False,
+    scaling: float | None = None,
+) -> Tensor:
+    """Weights c(j-i) phi(q_i).phi(k_j), divided by their sum, times v (Luo et al. 2021); nothing at padded queries."""
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value, real = _prepare(query, key, value, key_mask)
+    distance = _distance(query, key)
+    u = distance.abs() / log_width.exp()[:, None, None]  # [H, T, S]
+    weights = {"gaussian": (-u.square() / 2).exp(), "exponential": (-u).exp(), "cauchy": 1 / (1 + u.square())}[kernel]
+    if projection is not None:
+        temperature = log_temperature.exp().repeat_interleave(groups)[:, None, None]
+        unit_query, unit_key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+        phi_query, phi_key = ((temperature * (x @ projection.T)).exp() for x in (unit_query, unit_key))
+        weights = weights * (phi_query @ phi_key.mT)
+    allowed = real[:, None, None, :] & real[:, None, real.shape[1] - length :, None]
+    if causal:
+        allowed = allowed & (distance <= 0)
+    weights = weights * allowed
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total == 0, 1, total)) @ value

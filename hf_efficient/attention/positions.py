@@ -1,40 +1,126 @@
 """Run a model on inputs longer than it was made for.
 
-Learned absolute positions are tiled: position p of the longer table is position p mod n of the old one (Longformer,
-Beltagy 2020, section 5). Rotary and relative positions have no table; only the length in the config is raised, and how
-well the model then extrapolates is its own affair (`rope_parameters`).
+    model = extend_positions(model, 4096)                       # a learned table, tiled
+    model = extend_positions(model, 32768, rope="yarn")         # rotary positions, rescaled
+    tokenizer.model_max_length = 4096                           # the tokenizer truncates too
+
+Learned tables: position p of the longer table is position p mod n of the old one (`tile`: Longformer, Beltagy 2020,
+section 5; inputs that fitted before give the same output), or lies between old positions at p (n - 1) / (length - 1)
+(`interpolate`: the table is stretched, which needs training). Rows that stand before the first position (RoBERTa,
+BART) stay. Rotary positions have no table: `rope` changes the config's `rope_parameters` as transformers spells it,
+`linear` (position interpolation, Chen 2023, arXiv 2306.15595), `dynamic` (NTK-aware, only beyond the old length) or
+`yarn` (Peng 2023, arXiv 2309.00071). Without it only the length in the config is raised.
 """
 
-from transformers import PreTrainedModel
+from collections.abc import Callable
+from typing import Any
 
-from ..errors import ConfigError, UnsupportedModelError
-from ..families import family_of
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import ConfigError, UnsupportedModelError, unknown_name
+from ..families import Family, family_of
 from ..models.building import check_model, rebuild
 from ..models.configs import block_of, with_block
 
 
-def extend_positions(model: PreTrainedModel, length: int) -> PreTrainedModel:
+def extend_positions(
+    model: PreTrainedModel, length: int, method: str = "tile", rope: str | dict[str, Any] | None = None
+) -> PreTrainedModel:
     """A copy of `model` that takes `length` tokens; remember to raise the tokenizer's `model_max_length` too.
+
+    Parameters:
+        length: in tokens.
+        method: for learned positions: `"tile"` or `"interpolate"`.
+        rope: for rotary positions: `"linear"`, `"dynamic"`, `"yarn"`, or a whole `rope_parameters` of transformers.
 
     Raises:
         UnsupportedModelError: the positions of this family are tied to something else (an image size), or need no
-            extension at all.
-        ConfigError: `length` is not longer than what the model takes now.
+            extension at all; rotary positions that are rescaled already, or differ between layers.
+        ConfigError: `length` is not longer than what the model takes now, or an option that its positions have no use
+            for.
     """
     family = family_of(check_model(model).config)
-    if family.max_positions is None:
+    changes = longer_config(model.config, length, method, rope)
+    state = model.state_dict()
+    if family.positions and not family.sinusoidal:
+        first = family.first_position(model.config)
+        for key in _tables(family, state):
+            state[key] = torch.cat([state[key][:first], METHODS[method](state[key][first:], length)])
+    return rebuild(model, with_block(model.config, block_of(model.config), **changes), state)
+
+
+def token_limit(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model of this config takes; None where nothing says so (relative positions, images)."""
+    family = family_of(config)
+    if family.positions or family.max_positions is None:
+        return family.longest_text(config)
+    limit, rope = getattr(config, family.max_positions), config.rope_parameters or {}
+    return int(limit * rope["factor"]) if rope.get("rope_type") == "dynamic" else limit
+
+
+def longer_config(
+    config: PreTrainedConfig, length: int, method: str = "tile", rope: str | dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config fields that `extend_positions` changes, with their new values; it says what is raised."""
+    family, old = family_of(config), token_limit(config)
+    if family.max_positions is None or old is None:
         raise UnsupportedModelError(
             f"{family.model_type} models have no table of text positions to extend: positions are relative, "
             "or belong to the image size."
         )
-    old = getattr(model.config, family.max_positions)
     if type(length) is not int or length <= old:
         raise ConfigError(f"length must be an integer larger than the {old} positions of this model, got {length!r}.")
-    state = model.state_dict()
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
     if family.positions:
-        suffix = f"{family.positions}.weight"
-        key = next(name for name in state if name.endswith(suffix))
-        repeats = -(-length // old)
-        state[key] = state[key].repeat(repeats, 1)[:length]
-    config = with_block(model.config, block_of(model.config), **{family.max_positions: length})
-    return rebuild(model, config, state)
+        if rope is not None:
+            raise ConfigError(f"rope={rope!r} has no use: {family.model_type} has a table of positions. Leave it out.")
+        return {family.max_positions: getattr(config, family.max_positions) + length - old}
+    if method != "tile":
+        raise ConfigError(
+            f"method={method!r} is for tables of positions; {family.model_type} has rotary ones: give rope='linear'."
+        )
+    changes = {} if rope == "dynamic" else {family.max_positions: length}  # where the dynamic scaling sets in
+    return changes if rope is None else changes | {"rope_parameters": _scaled(config, family, length / old, rope)}
+
+
+def _scaled(config: PreTrainedConfig, family: Family, factor: float, rope: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(rope, dict):
+        return rope
+    if rope not in ROPE:
+        raise unknown_name("rope", rope, ROPE)
+    now = config.rope_parameters
+    if now.get("rope_type") != "default":
+        what = (
+            f"are scaled already (rope_type {now['rope_type']!r})" if "rope_type" in now else "differ between layers"
+        )
+        raise UnsupportedModelError(
+            f"The rotary positions of this {family.model_type} model {what}. Give rope as a dict: all of the config's "
+            "rope_parameters, as transformers spells them."
+        )
+    original = {"original_max_position_embeddings": token_limit(config)} if rope == "yarn" else {}
+    return now | {"rope_type": rope, "factor": factor} | original
+
+
+def _tables(family: Family, state: dict[str, Tensor]) -> list[str]:
+    endings = tuple(f"{path}.weight" for path in family.positions)
+    return [name for name in state if name.endswith(endings)]
+
+
+def _tile(table: Tensor, length: int) -> Tensor:
+    """[n, width] -> [length, width]: the table again and again."""
+    return table.repeat(-(-length // len(table)), 1)[:length]
+
+
+def _interpolate(table: Tensor, length: int) -> Tensor:
+    """[n, width] -> [length, width]: straight lines between the rows, the first and the last row kept."""
+    place = torch.linspace(0, len(table) - 1, length, dtype=torch.float64, device=table.device)
+    lower = place.long().clamp(max=max(len(table) - 2, 0))
+    upper = (lower + 1).clamp(max=len(table) - 1)
+    return torch.lerp(table[lower].double(), table[upper].double(), (place - lower)[:, None]).to(table.dtype)
+
+
+METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"tile": _tile, "interpolate": _interpolate}
+ROPE = ("linear", "dynamic", "yarn")

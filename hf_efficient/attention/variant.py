@@ -51,7 +51,7 @@ class AttentionVariant(nn.Module):
     def __init__(self, config: AttentionConfig, shape: HeadShape):
         super().__init__()
         self.config, self.shape = config, shape
-        self.cache: Any = None  # the layer of the cache that a call decodes from; set and unset by `cache.py`
+        self.transfer: Any = None  # what a call goes to while attention is transferred; set and unset by `transfer.py`
 
     def reset_parameters(self) -> None:
         """Starting values of learned parts and buffers, written with `transformers.initialization`, which leaves

@@ -73,6 +73,13 @@ class DistillationArguments(TrainingArguments):
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Cast the teacher to float32, bfloat16 or float16; default: as it was loaded."}
     )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher gets only the first so many tokens of each text, where it takes fewer than the "
+            "student; for tasks with one answer for a whole text. Default: all of them."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.losses = _check_losses(self.losses)
@@ -82,6 +89,10 @@ class DistillationArguments(TrainingArguments):
         _check_name("hidden_loss", self.hidden_loss, HIDDEN_DISTANCES)
         if self.teacher_dtype is not None:
             _check_name("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        if self.teacher_max_length is not None and (
+            type(self.teacher_max_length) is not int or self.teacher_max_length < 1
+        ):
+            raise ConfigError(f"teacher_max_length must be 1 token or more, got {self.teacher_max_length!r}.")
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise ConfigError(
                 f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}; "

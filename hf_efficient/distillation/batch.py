@@ -174,3 +174,16 @@ class Batch:
             mask = mask.clone()
             mask[self.rows :] = False
         return mask
+
+
+def first_tokens(inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    """The inputs with the first `length` real tokens of each row, on whichever side its padding is."""
+    ids = inputs["input_ids"]
+    spare = ids.shape[1] - length
+    if spare <= 0:
+        return inputs
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    start = mask.long().argmax(1, keepdim=True).clamp(max=spare)  # a row that is short enough keeps its padding
+    index = start + torch.arange(length, device=ids.device)
+    by_token = {name: value for name, value in inputs.items() if torch.is_tensor(value) and value.shape == ids.shape}
+    return inputs | {name: value.gather(1, index) for name, value in by_token.items()}

@@ -1,5 +1,6 @@
 """What is wrong with a pair of models, found before the first step rather than in the numbers."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from peft import PeftModel
@@ -39,6 +40,26 @@ def check_models(student: nn.Module, teacher: nn.Module, losses: dict[str, float
         )
     # A fresh config leaves problem_type open until its first labels; the trained teacher's does not.
     return replace(task, problem=task.problem or teacher_task.problem)
+
+
+def check_cut(task: Task, losses: Collection[str], length: int | None) -> None:
+    """Refuse a teacher that reads only the beginning of a text where it has to say something about all of it.
+
+    Raises:
+        ConfigError: a task with an answer for each token, or a loss that compares tokens.
+    """
+    if length is None:
+        return
+    if task.kind != "examples":
+        raise ConfigError(
+            f"teacher_max_length={length} is for tasks with one answer for a whole text. Extend the teacher's "
+            "positions, cut the data at its length, or train without it: losses={'ce': 1.0}."
+        )
+    if "hidden" in losses:
+        raise ConfigError(
+            f"teacher_max_length={length} leaves the teacher without states for the tokens behind it. Leave `hidden` "
+            "out of losses, or cut the data at the teacher's length."
+        )
 
 
 def check_run(args: TrainingArguments, *, fsdp_version: int | None) -> None:

@@ -7,36 +7,31 @@
 
 All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEFT, mixed precision.
 
-The loss of one optimizer step is sum_k w_k S_k / N_k, where S_k sums term k, and N_k counts its positions, over all
-micro-batches and all processes. So 16 examples give the same gradient as one batch, as 4 accumulated batches of 4, or
-on 2 processes. With W processes each rank returns W sum_k w_k S_k / N_k, because DDP averages gradients.
+16 examples give the same gradient as one batch, as 4 accumulated batches of 4, or on 2 processes: see `training`.
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_pt_utils import find_batch_size, nested_detach
+from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
-from ..training import ExactTrainer
+from ..training import Counts, StepTrainer
 from . import hidden
 from .arguments import DistillationArguments
-from .batch import Batch, base_of, forward_names
-from .checks import check_models, check_run
+from .batch import Batch, base_of, first_tokens, forward_names
+from .checks import check_cut, check_models
 from .forward import call_inside
 from .losses import LOSSES, MULTI_LABEL, REGRESSION, LossSettings
-from .meter import Meter
 
-Counts = dict[str, Tensor]
 AGREEMENT = "teacher_agreement"
 
 
-class DistillationTrainer(ExactTrainer):
+class DistillationTrainer(StepTrainer):
     """Train `model` on hard labels, on a teacher's soft labels and on its hidden states.
 
     Parameters:
@@ -51,9 +46,6 @@ class DistillationTrainer(ExactTrainer):
     Raises:
         ConfigError, UnsupportedModelError: the models cannot be compared, or would silently be trained wrongly.
     """
-
-    # compute_loss divides by the counts of the whole window (transformers >= 5.19 asks; before, see __init__)
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -71,10 +63,8 @@ class DistillationTrainer(ExactTrainer):
                     f"{name} cannot be used: DistillationTrainer needs the loaded student and its own loss."
                 )
         self.task = check_models(model, teacher, args.losses)
+        check_cut(self.task, args.losses, args.teacher_max_length)
         super().__init__(model, args, **kwargs)
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        check_run(args, fsdp_version=plugin.fsdp_version if plugin else None)
-        self.model_accepts_loss_kwargs = True  # how transformers < 5.19 is told that the loss is scaled
         self._names = {"student": forward_names(model) - {"labels"}, "teacher": forward_names(teacher) - {"labels"}}
         self._losses = {name: LOSSES[name] for name in args.losses}
         with_hidden = any(loss.needs_hidden_states for loss in self._losses.values())
@@ -93,7 +83,6 @@ class DistillationTrainer(ExactTrainer):
             pairs=self.pairs,
         )
         self.teacher = self._prepare_teacher(teacher)
-        self._train_meter, self._eval_meter = Meter(), Meter()
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Frozen, in eval mode, on the device; never given to accelerate, which would take it for a second student."""
@@ -113,19 +102,12 @@ class DistillationTrainer(ExactTrainer):
             columns += sorted(self._names["teacher"] - set(columns))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step and the denominators of all terms, with one collective."""
-        batches = list(islice(epoch_iterator, num_batches))
         for name in self._losses:
-            self._train_meter.add(name, 0.0, 1.0)
-        return batches, self._window_counts(batches, device)
+            self.train_meter.add(name, 0.0, 1.0)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def _window_counts(self, batches: list[dict], device: torch.device) -> Counts | None:
-        counts = [self._counts(self._batch(inputs)) for inputs in batches]
-        if not counts:
-            return None
-        names = list(counts[0])
-        local = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).to(device)
-        return dict(zip(names, self.accelerator.reduce(local, reduction="sum"), strict=True))
+    def counts(self, inputs: dict[str, Any]) -> Counts:
+        return self._counts(self._batch(inputs))
 
     def _batch(self, inputs: dict[str, Any], rows: int | None = None) -> Batch:
         return Batch(inputs, self.task, soft_positions=self.args.soft_positions, rows=rows)
@@ -156,7 +138,7 @@ class DistillationTrainer(ExactTrainer):
         terms = {name: share * _mean(parts, counts) for name, parts in sums.items()}
         if num_items_in_batch is not None:
             for name, value in terms.items():
-                self._train_meter.add(name, value.detach(), 0.0)
+                self.train_meter.add(name, value.detach(), 0.0)
         loss = self._weighted(terms)
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -176,8 +158,11 @@ class DistillationTrainer(ExactTrainer):
 
     @torch.no_grad()
     def _run_teacher(self, batch: Batch) -> Any:
+        inputs = self._model_inputs("teacher", batch)
+        if self.args.teacher_max_length is not None:
+            inputs = first_tokens(inputs, self.args.teacher_max_length)
         with self.accelerator.autocast():
-            return self.teacher(**self._model_inputs("teacher", batch))
+            return self.teacher(**inputs)
 
     def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
         """What this model's forward takes, never labels: no loss of the model's own, same decoder inputs for both."""
@@ -203,7 +188,7 @@ class DistillationTrainer(ExactTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         """As in `Trainer`, but only the logits are gathered, and only the `ce` loss needs labels."""
         inputs = self._prepare_inputs(inputs)
-        batch = self._batch(inputs, rows=self._real_rows(inputs))
+        batch = self._batch(inputs, rows=self.real_rows(inputs))
         if batch.labels is None and "ce" in self._losses:  # predict() on unlabelled data
             with torch.no_grad():
                 return None, model(**self._model_inputs("student", batch)).logits, None
@@ -212,8 +197,8 @@ class DistillationTrainer(ExactTrainer):
             sums, logits = self._run_student(model, batch, teacher_outputs)
         counts = self._counts(batch)
         for part, total in (item for parts in sums.values() for item in parts.items()):
-            self._eval_meter.add(part, total, counts[part])
-        self._eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher_outputs.logits))
+            self.eval_meter.add(part, total, counts[part])
+        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher_outputs.logits))
         loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
         if prediction_loss_only:
             return loss, None, None
@@ -221,18 +206,11 @@ class DistillationTrainer(ExactTrainer):
         labels = nested_detach(tuple(inputs[name] for name in self.label_names)) if has_labels else None
         return loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels
 
-    def _real_rows(self, inputs: dict[str, Any]) -> int | None:
-        """How many examples of an evaluation batch are not repeats that fill the last batch of all ranks."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        return max(0, state.remainder - self.accelerator.process_index * find_batch_size(inputs))
-
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`; the losses are means over all positions of the data set, not means of batch means."""
-        self._eval_meter.clear()
+        self.eval_meter.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._eval_meter.drain(self.accelerator)
+        means = self.eval_meter.drain(self.accelerator)
         terms: dict[str, float] = {}
         for name, loss in self._losses.items():
             parts = [value for part, value in means.items() if part in loss.parts]
@@ -249,15 +227,13 @@ class DistillationTrainer(ExactTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the unweighted terms to what `Trainer` logs about training; their weighted sum is `loss`."""
         if "loss" in logs:
-            logs.update({f"loss_{name}": value for name, value in self._train_meter.drain(self.accelerator).items()})
+            logs.update({f"loss_{name}": value for name, value in self.train_meter.drain(self.accelerator).items()})
         super().log(logs, start_time)
 
     # ---- training and checkpoints -----------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer.train`. The projections are part of the student only while it trains."""
-        self._forget_evaluation()
-        self._train_meter.clear()
         projections = self.pairs.projections
         if not projections:
             return super().train(*args, **kwargs)
@@ -273,11 +249,6 @@ class DistillationTrainer(ExactTrainer):
         """Take the projections off the student; `train` does it, except under FSDP and DeepSpeed, which own them."""
         if hasattr(self.model, hidden.ATTRIBUTE):
             hidden.detach(self.model, self.pairs.projections)
-
-    def _forget_evaluation(self) -> None:
-        """evaluate() before train() marks the student as prepared, and train() would then not wrap it in DDP."""
-        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
-            vars(self.model)["_is_accelerate_prepared"] = False
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """No weight decay on the projections: decay towards 0 would pull the student's states with it."""

@@ -35,6 +35,7 @@ def measure(
     baseline: "torch.nn.Module | None" = None,
     folder: str | Path | None = None,
     baseline_folder: str | Path | None = None,
+    baseline_dataset: Any = None,
     evaluation_batch_size: int = 32,
 ) -> Measurement:
     """Measure `model`, and `baseline` (the teacher) next to it.
@@ -46,6 +47,7 @@ def measure(
         threads: CPU threads while timing and evaluating; None leaves them as they are.
         baseline: timed in turn with `model`, evaluated on the same samples; fills `.baseline` and `.comparison`.
         folder, baseline_folder: where the checkpoints lie, for bytes on disk.
+        baseline_dataset: the same samples as the baseline gets them, such as cut shorter; default `dataset`.
 
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
@@ -68,7 +70,8 @@ def measure(
         evaluations = {}
         if dataset is not None:
             for name, each in models.items():
-                evaluations[name] = evaluate_quality(each, dataset, collator, task, evaluation_batch_size)
+                rows = baseline_dataset if name == "baseline" and baseline_dataset is not None else dataset
+                evaluations[name] = evaluate_quality(each, rows, collator, task, evaluation_batch_size)
         measured = {
             name: Measurement(
                 model=type(each).__name__,

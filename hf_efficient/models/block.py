@@ -35,6 +35,12 @@ MAX_NEURONS = 1 << 20
 MAX_HEADS = 4096
 MAX_ROWS = 1 << 24
 MAX_PIXELS = 1 << 14
+LIMITS = dict.fromkeys(("vocab_size", "decoder_vocab_size", "type_vocab_size", "num_labels"), MAX_ROWS)
+LIMITS |= dict.fromkeys(("max_position_embeddings", "max_source_positions"), MAX_ROWS)
+LIMITS |= dict.fromkeys(("embedding_size", "projection_dim", "pooler_output_size", "classifier_proj_size"), MAX_WIDTH)
+LIMITS |= dict.fromkeys(("image_size", "patch_size"), MAX_PIXELS)
+LIMITS |= dict.fromkeys(("num_channels", "num_mel_bins", "relative_attention_num_buckets"), MAX_HEADS)
+LIMITS |= dict.fromkeys(("encoder_stride", "mlp_ratio"), MAX_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,10 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
             if name not in stacks:
                 raise unknown_name(f"stack of a {family.model_type} model in efficient.{where}", name, stacks)
     for name, stack in stacks.items():
-        entry, layers = block.stack(name), getattr(config, stack.num_layers)
+        entry, layers = block.stack(name), stack.depth(config)
         lists: dict[str, tuple] = {f"stacks.{name}.{size}": values for size, values in entry.sizes.items()}
         lists |= {f"stacks.{name}.{key}": getattr(entry, key) for key in ATTENTIONS if getattr(entry, key)}
-        if entry.cross_attention and not stack.cross_attention:
+        if entry.cross_attention and not stack.cross(config):
             raise ConfigError(f"efficient.stacks.{name}.cross_attention: this stack has no cross attention.")
         if name in block.kept_layers:
             lists[f"kept_layers.{name}"] = block.kept_layers[name]
@@ -127,17 +133,17 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
             if len(values) != layers:
                 raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
         _check_sizes(name, entry, stack, config, family)
-        _check_heads(name, entry, config, family)
+        _check_heads(name, entry, stack, config, family)
 
 
 def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig, family: Family) -> None:
-    limits = {
-        "heads": family.num_heads(config),
-        "kv_heads": family.num_kv_heads(config),
-        "neurons": getattr(config, family.neurons),
-    }
-    if stack.cross_attention:
-        limits["cross_heads"] = family.num_heads(config)
+    if entry.sizes and family.not_prunable:
+        raise ConfigError(
+            f"efficient.stacks.{name} has {', '.join(entry.sizes)}, but all layers of a {family.model_type} model "
+            "have their stock sizes."
+        )
+    limits = {size: stack.num_heads(config) for size in stack.attentions(config)}
+    limits |= {"kv_heads": stack.num_kv_heads(config), "neurons": stack.num_neurons(config)}
     for size, values in entry.sizes.items():
         if size not in limits:
             raise unknown_name(f"key of efficient.stacks.{name}", size, limits)
@@ -149,8 +155,8 @@ def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedC
                 )
 
 
-def _check_heads(name: str, entry: StackBlock, config: PreTrainedConfig, family: Family) -> None:
-    group = family.group_size(config)
+def _check_heads(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig, family: Family) -> None:
+    group = stack.group_size(config)
     heads, kv_heads = entry.sizes.get("heads"), entry.sizes.get("kv_heads")
     if heads is None and kv_heads is not None:
         raise ConfigError(f"efficient.stacks.{name}.kv_heads needs `heads` beside it, one number for each layer.")
@@ -176,20 +182,29 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
     Raises:
         ConfigError: a size that is no integer from 1 to its limit; key/value heads that do not divide the heads.
     """
-    limits = {stack.num_layers: MAX_LAYERS for stack in family.stacks}
-    limits |= {family.hidden: MAX_WIDTH, family.heads: MAX_HEADS, family.neurons: MAX_NEURONS}
-    limits |= {"vocab_size": MAX_ROWS, "max_position_embeddings": MAX_ROWS, "type_vocab_size": MAX_ROWS}
-    limits |= {"image_size": MAX_PIXELS, "patch_size": MAX_PIXELS, "num_channels": MAX_HEADS}
-    limits |= {"num_labels": MAX_ROWS, "relative_attention_num_buckets": MAX_HEADS}
-    limits |= {name: limit for name, limit in ((family.kv_heads, MAX_HEADS), (family.head_dim, MAX_WIDTH)) if name}
+    _check_limits(fields, LIMITS | ({family.max_positions: MAX_ROWS} if family.max_positions else {}))
+    for stack in family.stacks:
+        own = _fields(fields.get(stack.config)) if stack.config else fields
+        limits = {stack.num_layers: MAX_LAYERS, stack.hidden: MAX_WIDTH, stack.heads: MAX_HEADS}
+        limits |= {stack.neurons: MAX_NEURONS} if stack.neurons not in LIMITS else {}
+        limits |= {name: limit for name, limit in ((stack.kv_heads, MAX_HEADS), (stack.head_dim, MAX_WIDTH)) if name}
+        _check_limits(own, LIMITS | limits)
+        kv_heads = own.get(stack.kv_heads) if stack.kv_heads else None
+        if kv_heads and own.get(stack.heads, 0) % kv_heads:
+            raise ConfigError(f"config.json has {stack.kv_heads}={kv_heads}, which does not divide {stack.heads}.")
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    """Those of a sub-config, which may still be what config.json holds."""
+    return vars(config) if isinstance(config, PreTrainedConfig) else _mapping("a sub-config", config or {})
+
+
+def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
     for name, limit in limits.items():
         value = fields.get(name)
         for number in value if isinstance(value, list | tuple) else (value,):
             if number is not None and (type(number) is not int or not 0 < number <= limit):
                 raise ConfigError(f"config.json has {name}={value!r}; hf_efficient accepts 1 to {limit}.")
-    kv_heads = fields.get(family.kv_heads) if family.kv_heads else None
-    if kv_heads and fields.get(family.heads, 0) % kv_heads:
-        raise ConfigError(f"config.json has {family.kv_heads}={kv_heads}, which does not divide {family.heads}.")
 
 
 def _read_stack(name: str, data: Any) -> StackBlock:

@@ -15,15 +15,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from ..attention.dispatch import ATTACHED, NAME, attach, check_fit
+from ..attention.dispatch import ATTACHED, NAME, attach, check_fit, decodes_from_state
 from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import CheckpointError, UnsupportedModelError
@@ -60,6 +62,10 @@ class EfficientMixin:
                 if isinstance(module, AttentionVariant):
                     module.reset_parameters()
 
+    def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
+        """As the stock method, but not while layers decode from a state: a CUDA graph needs tensors that stay."""
+        return not decodes_from_state(self) and super()._valid_auto_compile_criteria(*args, **kwargs)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers reads the source file of the class for an answer; the stock class has the right file.
@@ -86,32 +92,31 @@ def _attach_layer(
     layer: nn.Module, index: int, stack: Stack, entry: StackBlock, family: Family, config: PreTrainedConfig
 ) -> None:
     """The variants of one layer, made for the heads that it has."""
-    dim = family.head_width(config)
+    dim = stack.head_width(config)
     for (size, attention), configs in zip(
-        stack.attentions().items(), (entry.attention, entry.cross_attention), strict=False
+        stack.attentions(config).items(), (entry.attention, entry.cross_attention), strict=False
     ):
         if configs:
-            check_fit(configs[index], family, cross=size == "cross_heads")
-            heads, kv_heads = _head_counts(size, index, entry, family, config)
-            attach(layer.get_submodule(attention.module), configs[index], HeadShape(heads, kv_heads, dim))
+            cross = size == "cross_heads"
+            check_fit(configs[index], family, cross)
+            heads, kv_heads = _head_counts(size, index, entry, stack, config)
+            attach(layer.get_submodule(attention.module), configs[index], HeadShape(heads, kv_heads, dim), cross)
 
 
-def _head_counts(
-    size: str, index: int, entry: StackBlock, family: Family, config: PreTrainedConfig
-) -> tuple[int, int]:
+def _head_counts(size: str, index: int, entry: StackBlock, stack: Stack, config: PreTrainedConfig) -> tuple[int, int]:
     """Query heads and key/value heads of an attention module of one layer."""
     if size not in entry.sizes:
-        return family.num_heads(config), family.num_kv_heads(config)
+        return stack.num_heads(config), stack.num_kv_heads(config)
     return entry.sizes[size][index], entry.sizes.get("kv_heads", entry.sizes[size])[index]
 
 
 def _resize_layer(
     layer: nn.Module, index: int, stack: Stack, entry: StackBlock, family: Family, config: PreTrainedConfig
 ) -> None:
-    width = family.head_width(config)
-    for size, attention in stack.attentions().items():
+    width = stack.head_width(config)
+    for size, attention in stack.attentions(config).items():
         if size in entry.sizes:
-            heads, kv_heads = _head_counts(size, index, entry, family, config)
+            heads, kv_heads = _head_counts(size, index, entry, stack, config)
             _resize_attention(layer, attention, heads, kv_heads, width)
             if family.relative_bias and size == "heads" and index == 0:
                 table = layer.get_submodule(family.relative_bias)
@@ -121,7 +126,7 @@ def _resize_layer(
         neurons = entry.sizes["neurons"][index]
         for up in family.up(stack, config):
             resize_linear(layer.get_submodule(up), out_features=neurons)
-        resize_linear(layer.get_submodule(stack.down), in_features=neurons)
+        resize_linear(layer.get_submodule(family.down(stack, config)), in_features=neurons)
 
 
 def _resize_attention(layer: nn.Module, attention: Attention, heads: int, kv_heads: int, width: int) -> None:
@@ -149,14 +154,18 @@ def resize_linear(linear: nn.Linear, in_features: int | None = None, out_feature
 @cache
 def auto_classes(family: Family) -> dict[str, tuple[type, type[PreTrainedModel]]]:
     """Every `AutoModel*` that has a class for the family: its name, itself, and the stock class it gives."""
-    stock_config_type = stock_config_class(family)
     found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
-        if name.startswith("AutoModel") and mapping is not None and stock_config_type in mapping:
-            stock = mapping[stock_config_type]
-            found[name] = (auto, stock[0] if isinstance(stock, tuple) else stock)
+        if name.startswith("AutoModel") and mapping is not None and stock_config_class(family) in mapping:
+            found[name] = (auto, stock_classes(auto, family)[0])
     return found
+
+
+def stock_classes(auto: Any, family: Family) -> tuple[type[PreTrainedModel], ...]:
+    """All that an `AutoModel*` may give for the family: of several, the config's `architectures` names one (DeiT)."""
+    stock = auto._model_mapping[stock_config_class(family)]
+    return stock if isinstance(stock, tuple) else (stock,)
 
 
 @cache
@@ -181,30 +190,33 @@ def register_models(family: Family) -> None:
 
     config_class = efficient_config_class(family)
     names = {family.model_type: config_class.model_type}
-    for auto, stock in auto_classes(family).values():
-        efficient = efficient_class(stock, family)
-        auto.register(config_class, efficient, exist_ok=True)
-        names[stock.__name__] = efficient.__name__
+    for auto, _ in auto_classes(family).values():
+        efficient = tuple(efficient_class(stock, family) for stock in stock_classes(auto, family))
+        auto._model_mapping.register(config_class, efficient if len(efficient) > 1 else efficient[0], exist_ok=True)
+        names |= {one._stock_class.__name__: one.__name__ for one in efficient}
     for stock_name, efficient_name in names.items():
         renamings = get_checkpoint_conversion_mapping(stock_name)
         if renamings is not None:
             register_checkpoint_conversion_mapping(efficient_name, renamings, overwrite=True)
 
 
-def auto_map(family: Family) -> dict[str, str]:
+def auto_map(config: PreTrainedConfig) -> dict[str, str]:
     """The `auto_map` of config.json: where `trust_remote_code=True` finds each class."""
-    classes = {name: efficient_class(stock, family).__name__ for name, (_, stock) in auto_classes(family).items()}
-    classes = {"AutoConfig": efficient_config_class(family).__name__} | classes
+    family = family_of(config)
+    classes = {"AutoConfig": efficient_config_class(family).__name__}
+    for name, (auto, _) in auto_classes(family).items():
+        allowed = [efficient_class(stock, family).__name__ for stock in stock_classes(auto, family)]
+        classes[name] = next((one for one in allowed if one in (config.architectures or ())), allowed[0])
     return {auto: f"{LOADER}.{name}" for auto, name in classes.items()}
 
 
 def find_model_class(name: str) -> type[PreTrainedModel]:
     """An efficient model class by its name: what `from hf_efficient.models import Efficient...` calls."""
-    for family in FAMILIES.values():
-        for _, stock in auto_classes(family).values():
-            if name == f"Efficient{stock.__name__}":
-                return efficient_class(stock, family)
-    raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+    stock = getattr(transformers, name.removeprefix("Efficient"), None)
+    is_model = isinstance(stock, type) and issubclass(stock, PreTrainedModel) and stock.config_class is not None
+    if not is_model or stock.config_class.model_type not in FAMILIES:
+        raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+    return efficient_class(stock, FAMILIES[stock.config_class.model_type])
 
 
 def class_for(model: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:

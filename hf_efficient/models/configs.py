@@ -27,7 +27,8 @@ class EfficientConfigMixin:
     efficient: dict | None
 
     def __post_init__(self, **kwargs):
-        check_stock_sizes(vars(self) | kwargs, family_of(self))
+        fields = {self.attribute_map.get(name, name): value for name, value in (vars(self) | kwargs).items()}
+        check_stock_sizes(fields, family_of(self))
         super().__post_init__(**kwargs)
         self.block()
         # A config is the first thing that anything needs of a family: only now are its model classes worth making.
@@ -48,7 +49,7 @@ class EfficientConfigMixin:
             return
         from .building import auto_map
 
-        self.auto_map = auto_map(family_of(self))
+        self.auto_map = auto_map(self)
         write_loader(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -88,7 +89,10 @@ def find_config_class(name: str) -> type[PreTrainedConfig]:
 def with_block(config: PreTrainedConfig, block: EfficientBlock, **changes: Any) -> PreTrainedConfig:
     """A new efficient config: this one with another block and other stock fields."""
     config_class = efficient_config_class(family_of(config))
-    return _make(config_class, config, efficient=block.to_dict(), **changes)
+    made = _make(config_class, config, efficient=block.to_dict(), **changes)
+    if made.architectures:
+        made.architectures = [f"Efficient{name.removeprefix('Efficient')}" for name in made.architectures]
+    return made
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED, variant_of
-from ..families import Attention, Family, Stack, family_of, find_stacks, layers_prefix
+from ..errors import UnsupportedModelError
+from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks, layers_prefix
 
 Slices = tuple[tuple[str, int], ...]
 
@@ -47,9 +48,29 @@ class Group:
     members: tuple[Member, ...]
 
 
-def find_groups(model: PreTrainedModel) -> list[Group]:
-    """All groups of a model, stack by stack and layer by layer."""
+def check_prunable(model: PreTrainedModel) -> Family:
+    """The family of a model whose heads and neurons can be told apart.
+
+    Raises:
+        UnsupportedModelError: this family cannot be pruned yet.
+    """
     family = family_of(model.config)
+    if family.not_prunable:
+        raise UnsupportedModelError(
+            f"{family.model_type} models cannot be pruned yet: {family.not_prunable}. `build_student` drops whole "
+            "layers of them; families that can be pruned: "
+            f"{', '.join(name for name, other in sorted(FAMILIES.items()) if not other.not_prunable)}."
+        )
+    return family
+
+
+def find_groups(model: PreTrainedModel) -> list[Group]:
+    """All groups of a model, stack by stack and layer by layer.
+
+    Raises:
+        UnsupportedModelError: this family cannot be pruned yet.
+    """
+    family = check_prunable(model)
     groups: list[Group] = []
     for stack, layers in find_stacks(model, family):
         prefix = layers_prefix(model, layers)
@@ -57,7 +78,7 @@ def find_groups(model: PreTrainedModel) -> list[Group]:
             group for i, layer in enumerate(layers) for group in _layer_groups(i, layer, stack, family, prefix, model)
         ]
         if family.relative_bias:
-            for kind in stack.attentions():
+            for kind in stack.attentions(model.config):
                 found = _couple(found, kind)
         groups += found
     return groups
@@ -67,9 +88,9 @@ def _layer_groups(
     index: int, layer: nn.Module, stack: Stack, family: Family, prefix: str, model: PreTrainedModel
 ) -> list[Group]:
     config, place = model.config, f"{prefix}.{index}"
-    group_size, width = family.group_size(config), family.head_width(config)
+    group_size, width = stack.group_size(config), stack.head_width(config)
     groups = []
-    for kind, attention in stack.attentions().items():
+    for kind, attention in stack.attentions(config).items():
         units = layer.get_submodule(attention.key).out_features // width
         tables = (
             ((family.relative_bias, group_size),) if family.relative_bias and kind == "heads" and index == 0 else ()
@@ -78,8 +99,9 @@ def _layer_groups(
         member = _attention_member(place, attention, group_size, width, tables, learned)
         groups.append(Group(stack.name, kind, (index,), units, (member,)))
     ups = tuple((up, 1) for up in family.up(stack, config))
-    neurons = layer.get_submodule(stack.down).in_features
-    groups.append(Group(stack.name, "neurons", (index,), neurons, (Member(place, ups, (stack.down, 1)),)))
+    down = family.down(stack, config)
+    neurons = layer.get_submodule(down).in_features
+    groups.append(Group(stack.name, "neurons", (index,), neurons, (Member(place, ups, (down, 1)),)))
     return groups
 
 
@@ -162,12 +184,11 @@ def unit_cost(model: PreTrainedModel, group: Group, metric: str, length: int) ->
 
 def _attention_macs(model: PreTrainedModel, member: Member, group: Group, length: int) -> int:
     """Multiply-accumulates of scores and weighted sum, for one token and one unit."""
-    family, width = family_of(model.config), family_of(model.config).head_width(model.config)
-    stack = next(stack for stack in family.stacks if stack.name == group.stack)
-    module = model.get_submodule(f"{member.prefix}.{stack.attentions()[group.kind].module}")
-    variant = variant_of(module)
+    stack = next(stack for stack in family_of(model.config).stacks if stack.name == group.stack)
+    module = model.get_submodule(f"{member.prefix}.{stack.attentions(model.config)[group.kind].module}")
+    variant, width = variant_of(module), stack.head_width(model.config)
     macs = 2 * length * width if variant is None else variant.macs(length, module.is_causal)
-    return macs * family.group_size(model.config)
+    return macs * stack.group_size(model.config)
 
 
 def layer_costs(model: PreTrainedModel, groups: list[Group], metric: str, length: int) -> dict[tuple[str, int], int]:

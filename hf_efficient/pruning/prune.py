@@ -82,8 +82,8 @@ def allocate(
     if config.allocation == "global":
         return allocate_global(scores, costs, remove, config.round_to)
     family = family_of(model.config)
-    hidden = getattr(model.config, family.hidden)
-    divide = hidden // family.group_size(model.config) if family.heads_divide_hidden else None
+    stack = family.stacks[0]
+    divide = stack.width(model.config) // stack.group_size(model.config) if family.heads_divide_hidden else None
     return allocate_uniform(scores, costs, remove, config.round_to, heads_divide=divide)
 
 
@@ -104,12 +104,15 @@ def plan_layers(
 
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
-    """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches."""
+    """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
+    sound that of frames."""
     if model.main_input_name == "pixel_values":
         size, patch = model.config.image_size, model.config.patch_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
         return (height // rows) * (width // columns) + 1
+    if model.main_input_name == "input_features":
+        return model.config.max_source_positions
     tokens = sequences = 0
     for batch in batches:
         mask = batch.get("attention_mask")

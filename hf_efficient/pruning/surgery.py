@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..families import Family, family_of, find_stacks, layers_prefix
+from ..errors import ConfigError
+from ..families import Family, Stack, family_of, find_stacks, layers_prefix
 from ..models.block import EfficientBlock, StackBlock
 from ..models.building import rebuild
 from ..models.configs import block_of, with_block
@@ -21,15 +22,24 @@ Sizes = dict[str, dict[str, tuple[int, ...]]]  # stack -> heads, kv_heads, cross
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """A smaller copy of `model`: only what the plan keeps."""
+    """A smaller copy of `model`: only what the plan keeps.
+
+    Raises:
+        ConfigError: the plan lets a first layer go that has to stay.
+    """
     family = family_of(model.config)
     state = slice_units(model.state_dict(), plan)
     layers = {stack.name: _kept(stack.name, modules, plan) for stack, modules in find_stacks(model, family)}
+    if family.first_stays and not all(0 in kept for kept in layers.values()):
+        raise ConfigError(
+            f"The first layer of {family.model_type} models is built unlike the others and has to stay. Keep layer 0."
+        )
     for stack, modules in find_stacks(model, family):
         state = _renumber(state, layers_prefix(model, modules), layers[stack.name], family)
-    sizes = _sizes(model, plan, layers)
-    fields, sizes = _stock_fields(sizes, family, model)
-    fields |= {stack.num_layers: len(layers[stack.name]) for stack in family.stacks if stack.name in layers}
+    fields, sizes = _stock_fields(_sizes(model, plan, layers), family, model.config)
+    for stack in family.stacks:
+        if stack.name in layers:
+            fields |= _depth_fields(stack, family, layers[stack.name], model.config)
     block = _new_block(block_of(model.config), layers, sizes, family, fields, model)
     return rebuild(model, with_block(model.config, block, **fields), state)
 
@@ -81,7 +91,10 @@ def _renumber(
 
 def _sizes(model: PreTrainedModel, plan: PruningPlan, layers: dict[str, tuple[int, ...]]) -> Sizes:
     """How many units each kept layer has after the plan."""
-    group_size = family_of(model.config).group_size(model.config)
+    family = family_of(model.config)
+    if family.not_prunable and not plan.units:
+        return {stack: {} for stack in layers}
+    group_sizes = {stack.name: stack.group_size(model.config) for stack in family.stacks}
     counts: dict[tuple[str, str, int], int] = {}
     for group in find_groups(model):
         for layer in group.layers:
@@ -90,38 +103,55 @@ def _sizes(model: PreTrainedModel, plan: PruningPlan, layers: dict[str, tuple[in
     for stack, kept in layers.items():
         kinds = sorted({kind for name, kind, _ in counts if name == stack})
         own = {kind: tuple(counts[stack, kind, layer] for layer in kept) for kind in kinds}
-        if group_size > 1:
-            own |= {"kv_heads": own["heads"], "heads": tuple(n * group_size for n in own["heads"])}
+        if group_sizes[stack] > 1:
+            own |= {"kv_heads": own["heads"], "heads": tuple(n * group_sizes[stack] for n in own["heads"])}
         sizes[stack] = own
     return sizes
 
 
-def _stock_fields(sizes: Sizes, family: Family, model: PreTrainedModel) -> tuple[dict[str, Any], Sizes]:
+def _depth_fields(stack: Stack, family: Family, kept: tuple[int, ...], config: PreTrainedConfig) -> dict[str, Any]:
+    """The config fields that say how many layers a stack has, and those with an entry for each."""
+    own = stack.own_config(config)
+    fields: dict[str, Any] = {stack.num_layers: len(kept)} | dict.fromkeys(family.of_depth)
+    fields |= {name: [getattr(own, name)[layer] for layer in kept] for name in family.per_layer}
+    return {stack.config: own.to_dict() | fields} if stack.config else fields
+
+
+def _stock_fields(sizes: Sizes, family: Family, config: PreTrainedConfig) -> tuple[dict[str, Any], Sizes]:
     """Split the sizes into stock config fields and what only the block can say."""
-    config, fields = model.config, {}
-    neurons = {n for own in sizes.values() for n in own["neurons"]}
-    if len(neurons) == 1:
-        fields[family.neurons] = neurons.pop()
-    heads = {n for own in sizes.values() for kind in ("heads", "cross_heads") for n in own.get(kind, ())}
-    if len(heads) == 1 and _is_legal(count := heads.pop(), family, config):
-        if count != family.num_heads(config):
-            fields |= {family.heads: count, family.head_dim: family.head_width(config)}
-            if family.kv_heads:
-                fields[family.kv_heads] = count // family.group_size(config)
-        heads_said = True
-    else:
-        heads_said = False
-    said = set() if not heads_said else {"heads", "kv_heads", "cross_heads"}
-    said |= {"neurons"} if family.neurons in fields else set()
-    left = {stack: {kind: n for kind, n in own.items() if kind not in said} for stack, own in sizes.items()}
+    fields: dict[str, Any] = {}
+    left = {name: dict(own) for name, own in sizes.items()}
+    for stack in (stack for stack in family.stacks if stack.name in sizes):
+        own = left[stack.name]
+        neurons = {n for other, kind, n in _all(sizes, family) if kind == "neurons" and other.neurons == stack.neurons}
+        if len(neurons) == 1:
+            fields[stack.neurons] = neurons.pop()
+            del own["neurons"]
+        heads = {n for other, kind, n in _all(sizes, family) if kind in _HEADS and other.heads == stack.heads}
+        if len(heads) == 1 and _is_legal(count := heads.pop(), stack, family, config):
+            if count != stack.num_heads(config):
+                fields |= {stack.heads: count, stack.head_dim: stack.head_width(config)}
+                if stack.kv_heads:
+                    fields[stack.kv_heads] = count // stack.group_size(config)
+            for kind in (*_HEADS, "kv_heads"):
+                own.pop(kind, None)
     return fields, left
 
 
-def _is_legal(heads: int, family: Family, config) -> bool:
-    if heads == family.num_heads(config):
+_HEADS = ("heads", "cross_heads")
+
+
+def _all(sizes: Sizes, family: Family) -> list[tuple[Stack, str, int]]:
+    """Every size with its stack and kind: several stacks may have one config field."""
+    stacks = [stack for stack in family.stacks if stack.name in sizes]
+    return [(stack, kind, n) for stack in stacks for kind, values in sizes[stack.name].items() for n in values]
+
+
+def _is_legal(heads: int, stack: Stack, family: Family, config: PreTrainedConfig) -> bool:
+    if heads == stack.num_heads(config):
         return True
-    divides = getattr(config, family.hidden) % heads == 0 or not family.heads_divide_hidden
-    return family.head_dim is not None and divides
+    divides = stack.width(config) % heads == 0 or not family.heads_divide_hidden
+    return stack.head_dim is not None and divides
 
 
 def _new_block(
@@ -137,25 +167,23 @@ def _new_block(
         own = {
             kind: values
             for kind, values in sizes[stack.name].items()
-            if not _as_stock(kind, values, family, fields, model)
+            if not _as_stock(kind, values, stack, fields, model.config)
         }
         small = StackBlock(attention=attention, cross_attention=cross_attention, sizes=own)
         if own or small.is_converted():
             stacks[stack.name] = small
-        count = getattr(model.config, stack.num_layers)
+        count = stack.depth(model.config)
         before = old.kept_layers.get(stack.name, tuple(range(count)))
         if len(kept) < count or stack.name in old.kept_layers:
             kept_layers[stack.name] = tuple(before[i] for i in kept)
     return replace(old, stacks=stacks, kept_layers=kept_layers)
 
 
-def _as_stock(kind: str, values: tuple[int, ...], family: Family, fields: dict, model) -> bool:
+def _as_stock(
+    kind: str, values: tuple[int, ...], stack: Stack, fields: dict[str, Any], config: PreTrainedConfig
+) -> bool:
     """True if these sizes are what the stock config says anyway."""
-    config = model.config
-    stock = {
-        "heads": fields.get(family.heads, family.num_heads(config)),
-        "cross_heads": fields.get(family.heads, family.num_heads(config)),
-        "kv_heads": family.num_kv_heads(config),
-        "neurons": fields.get(family.neurons, getattr(config, family.neurons)),
-    }
+    stock = dict.fromkeys(_HEADS, fields.get(stack.heads, stack.num_heads(config)))
+    stock |= {"kv_heads": stack.num_kv_heads(config)}
+    stock |= {"neurons": fields.get(stack.neurons, stack.num_neurons(config))}
     return all(value == stock[kind] for value in values)

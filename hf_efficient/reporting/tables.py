@@ -177,7 +177,8 @@ HEADER = ("", "teacher", "student", "change")
 def text_table(report: Report) -> str:
     """The comparison for a terminal, with the workload and machine below it."""
     table = align(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
-    return f"{table}\n\n{describe_workload(report.student)}; {describe_machine(report)}"
+    notes = "".join(f"\n{warning}" for warning in report.warnings)
+    return f"{table}\n\n{describe_workload(report.student)}; {describe_machine(report)}{notes}"
 
 
 def measurement_table(measurement: Measurement) -> str:

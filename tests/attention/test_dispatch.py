@@ -1,32 +1,49 @@
 """The one attention function inside real models: padding, dropout, gradients, and what it refuses."""
 
+import copy
+import inspect
+
 import pytest
 import torch
 
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
+from hf_efficient.families import FAMILIES
 
-from ..families import CASES, LENGTH, PADDED, PADDED_CASES, VOCABULARY, make_inputs, make_model
+from ..families import (
+    CASES,
+    CAUSAL,
+    LENGTH,
+    PADDED,
+    PADDED_CASES,
+    TWO_STACKS,
+    VOCABULARY,
+    make_inputs,
+    make_model,
+    position_ids,
+)
 from ..helpers import assert_close
 
 NARROW = AttentionConfig(kind="local", window=2)
 GLOBAL = AttentionConfig(kind="local", window=2, global_tokens=2)
+WIDE = AttentionConfig(kind="local", window=64)
 LINEAR = AttentionConfig(kind="linear")
 MIXED = {0: GLOBAL, 1: AttentionConfig(), 2: LINEAR}
-TEXT_CASES = [(name, side) for name, side in PADDED_CASES if side is not None]
+# CLIP answers with one number for an image and a text; its text tower alone shows every token.
+TEXT_CASES = [(name, side) for name, side in PADDED_CASES if side is not None and CASES[name].hidden]
+EMBEDDED = [
+    (name, side)
+    for name, side in TEXT_CASES
+    if "inputs_embeds" in inspect.signature(CASES[name].head.forward).parameters
+]
+# These count their positions from the left edge, padded or not.
+FROM_THE_EDGE = ("bart", "marian")
 
 
 def convert(name, config, **fields):
     """T5 has no place for linear attention, so it gets local attention there."""
-    if name == "t5" and config in (LINEAR, MIXED):
+    if FAMILIES[name].relative_bias and config in (LINEAR, MIXED):
         config = {0: GLOBAL, 1: AttentionConfig(), 2: NARROW}
     return convert_attention(make_model(name, **fields), config)
-
-
-def positions(model, mask):
-    """Position ids that count real tokens only, for the models that take any."""
-    if model.config.model_type == "efficient_t5":
-        return {}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 @pytest.mark.parametrize(("name", "side"), TEXT_CASES)
@@ -38,22 +55,23 @@ def test_a_row_alone_gives_what_it_gives_in_a_padded_batch(name, side, config):
     assert real.sum() == LENGTH - PADDED
     alone = {key: value[:1] for key, value in inputs.items() if key != "attention_mask"}
     alone["input_ids"] = alone["input_ids"][:, real]
-    batched = model(**inputs, **positions(model, mask))[0][0]
+    batched = model(**inputs, **position_ids(model, mask))[0][0]
     expected = model(**alone)[0][0]
-    assert_close(batched if name == "t5" else batched[real], expected, 1e-5)
-    without_mask = model(**inputs | {"attention_mask": torch.ones_like(mask)}, **positions(model, mask))[0][0]
-    if name != "llama" or side == "left":
+    if name not in FROM_THE_EDGE or side == "right":
+        assert_close(batched if name in TWO_STACKS else batched[real], expected, 1e-5)
+    without_mask = model(**inputs | {"attention_mask": torch.ones_like(mask)}, **position_ids(model, mask))[0][0]
+    if name not in (*CAUSAL, "clip_text_model") or side == "left":
         assert (without_mask - batched).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "side"), TEXT_CASES)
+@pytest.mark.parametrize(("name", "side"), EMBEDDED)
 @pytest.mark.parametrize("config", [GLOBAL, LINEAR, MIXED], ids=["global", "linear", "mixed"])
 def test_padded_embeddings_get_no_gradient(name, side, config):
     model, inputs = convert(name, config), make_inputs(name, side)
     mask = inputs["attention_mask"].bool()
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     out = model(inputs_embeds=embeddings, **inputs)[0]
-    (out if name == "t5" else out[mask]).square().sum().backward()
+    (out if name in TWO_STACKS else out[mask]).square().sum().backward()
     assert embeddings.grad[~mask].eq(0).all()
     assert embeddings.grad[mask].abs().amax(-1).gt(0).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -70,14 +88,25 @@ def test_dropout_is_active_in_training_only(name, config):
     assert torch.equal(without(**inputs)[0], without(**inputs)[0])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_attention_weights_are_refused_however_they_are_asked_for(name):
-    model, inputs = convert_attention(make_model(name), NARROW), make_inputs(name)
-    assert model(**inputs, output_attentions=False)[0] is not None
-    with pytest.raises(UnsupportedModelError, match="has no attention weights to return"):
-        model(**inputs, output_attentions=True)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].hidden])
+def test_attention_weights_are_those_that_are_used(name):
+    model, inputs = make_model(name), make_inputs(name)
+    stock = copy.deepcopy(model)
+    stock.set_attn_implementation("eager")
+    outs = [
+        one(**inputs, output_attentions=True) for one in (stock, convert_attention(model, WIDE), convert(name, NARROW))
+    ]
+    fields = [field.replace("hidden_states", "attentions") for field in CASES[name].hidden]
+    for field in fields:
+        expected, wide, narrow = (out[field] for out in outs)
+        assert len(wide) == len(narrow) == 3
+        for weights, dense, some in zip(expected or wide, wide, narrow, strict=True):  # stock T5 gives none in 5.17
+            assert_close(dense, weights, 1e-5)
+            assert some.shape == weights.shape
+            assert_close(some.sum(-1), torch.ones_like(some.sum(-1)), 1e-5)
+            assert (some.eq(0) & weights.ne(0)).any()
     with pytest.raises(ValueError, match="output_attentions"):
-        model.config.output_attentions = True
+        convert(name, NARROW).config.output_attentions = True
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])

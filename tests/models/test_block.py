@@ -13,11 +13,11 @@ from hf_efficient.families import FAMILIES
 from hf_efficient.models.block import EfficientBlock, StackBlock
 from hf_efficient.models.configs import efficient_config_class
 
-from ..families import CASES
+from ..families import make_config
 
 
 def read(name, block, **fields):
-    config = CASES[name].config().to_dict() | {"efficient": block} | fields
+    config = make_config(name).to_dict() | {"efficient": block} | fields
     return efficient_config_class(FAMILIES[name])(**{k: v for k, v in config.items() if k != "model_type"})
 
 
@@ -81,6 +81,19 @@ BAD_BLOCKS = {
     ),
     "kv_heads alone": ("llama", {"stacks": {"decoder": {"kv_heads": [1] * 3}}}, "kv_heads needs `heads`"),
     "kv_heads without groups": ("bert", encoder(heads=[2] * 3, kv_heads=[1] * 3), r"need kv_heads \(2, 2, 2\)"),
+    "sizes of what cannot be pruned": ("gpt2", {"stacks": {"decoder": {"heads": [2] * 3}}}, "stock sizes"),
+    "cross attention that the config leaves out": (
+        "bert",
+        encoder(cross_attention=[{"kind": "linear"}] * 3),
+        "no cross attention",
+    ),
+    "a tower of another model": ("clip", encoder(), r"'encoder'.* Known: text, vision"),
+    "too few layers of a tower": ("clip", {"stacks": {"vision": {"attention": [{}]}}}, r"vision\.attention has 1"),
+    "heads of one of two stacks": (
+        "bart",
+        {"stacks": {"decoder": {"heads": [4, 5, 4]}}},
+        r"heads\[1\] is 5; .*1 to 4",
+    ),
     "bias ties heads": ("t5", encoder(heads=[2, 1, 2]), r"encoder\.heads is \(2, 1, 2\); all layers .* same number"),
 }
 
@@ -130,6 +143,14 @@ ABSURD = [
     ("llama", {"num_key_value_heads": 0}),
     ("llama", {"num_key_value_heads": 3}),
     ("llama", {"head_dim": 10**12}),
+    ("electra", {"embedding_size": 10**12}),
+    ("dinov2", {"mlp_ratio": 10**9}),
+    ("gpt2", {"n_positions": 10**12}),
+    ("bart", {"decoder_ffn_dim": 10**12}),
+    ("marian", {"decoder_vocab_size": 10**12}),
+    ("whisper", {"max_source_positions": 10**12}),
+    ("clip", {"text_config": {"hidden_size": 10**12}}),
+    ("clip", {"vision_config": {"image_size": 10**9}}),
     ("t5", {"d_model": 10**12}),
     ("t5", {"d_kv": 10**12}),
     ("t5", {"d_ff": 10**12}),
@@ -145,8 +166,17 @@ def test_absurd_stock_sizes_are_refused_when_config_json_is_read(name, field, tm
     path.write_text(json.dumps(good))
     assert AutoConfig.from_pretrained(tmp_path).model_type == f"efficient_{name}"
     path.write_text(json.dumps(good | field))
-    with pytest.raises(ConfigError, match=next(iter(field))):
+    (name, value) = next(iter(field.items()))
+    with pytest.raises(ConfigError, match=next(iter(value)) if isinstance(value, dict) else name):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "said"), [("gpt2", "hidden_size", "n_embd"), ("t5", "hidden_size", "d_model")]
+)
+def test_an_absurd_size_is_found_under_another_name_of_its_field(name, field, said):
+    with pytest.raises(ConfigError, match=f"has {said}=1000000000000"):
+        read(name, None, **{field: 10**12})
 
 
 JSON = st.recursive(

@@ -7,34 +7,31 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForTokenClassification,
-    BertForMaskedLM,
-    Trainer,
-    TrainingArguments,
-)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import AutoModelForTokenClassification, BertForMaskedLM, Trainer, TrainingArguments
 
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
 from hf_efficient.attention.dispatch import NAME
 from hf_efficient.families import FAMILIES
 
-from ..families import CASES, LENGTH, VOCABULARY, make_inputs, make_model
+from ..families import CASES, CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_labels, make_model
 from ..helpers import assert_close
 
 NARROW = AttentionConfig(kind="local", window=2, global_tokens=1)
 WIDE = AttentionConfig(kind="local", window=64)
 
 
-def make_labels(name):
-    shape = {"bert": (2, LENGTH), "vit": (2,), "llama": (2, LENGTH), "t5": (2, 7)}[name]
-    return torch.randint(0, 2, shape)
+# One family of each way to be built: for what does not depend on the names in the table.
+SAMPLE = ["bert", "modernbert", "vit", "clip", "llama", "gpt2", "t5", "bart", "whisper"]
+# The stock models of these differ by 0.05 to 0.2 between the precisions.
+BFLOAT16 = {"clip_vision_model": 0.3, "qwen3": 0.3, "gemma3_text": 0.6}
+WITH_LOSS = [name for name, case in CASES.items() if case.labels]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WITH_LOSS)
 def test_the_loss_is_that_of_the_stock_class(name):
     """transformers picks a loss by the name of the class."""
-    model, inputs = make_model(name), make_inputs(name, CASES[name].paddings[0])
-    inputs["labels"] = make_labels(name)
+    model, inputs = make_model(name), make_inputs(name, CASES[name].paddings[0]) | make_labels(name)
     wide, narrow = convert_attention(model, WIDE), convert_attention(model, NARROW)
     assert wide(**inputs).loss.item() == pytest.approx(model(**inputs).loss.item(), abs=1e-6)
     assert abs(narrow(**inputs).loss.item() - model(**inputs).loss.item()) > 1e-5
@@ -43,8 +40,7 @@ def test_the_loss_is_that_of_the_stock_class(name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_equal_gradients(name, reentrant):
-    model, inputs = convert_attention(make_model(name), NARROW).train(), make_inputs(name)
-    inputs["labels"] = make_labels(name)
+    model, inputs = convert_attention(make_model(name), NARROW).train(), make_inputs(name) | make_labels(name)
     grads, calls = [], []
     variant = next(module for key, module in model.named_modules() if key.endswith("efficient_attention"))
     variant.register_forward_hook(lambda *args: calls.append(1))
@@ -53,9 +49,11 @@ def test_gradient_checkpointing_gives_equal_gradients(name, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.zero_grad()
-        model(**inputs).loss.backward()
-        grads.append({key: parameter.grad.clone() for key, parameter in model.named_parameters()})
+        out = model(**inputs)
+        (out.loss if "labels" in inputs else out[0].square().mean()).backward()
+        grads.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
     assert len(calls) == 3, "once without checkpointing, twice with it"
+    assert grads[0].keys() == grads[1].keys()
     for key, expected in grads[0].items():
         assert_close(grads[1][key], expected, 1e-6, f"gradient of {key}")
     assert max(grad.abs().max() for grad in grads[0].values()) > 1e-3
@@ -75,14 +73,12 @@ def test_the_vocabulary_can_grow(name, tmp_path):
     assert convert_attention(model, WIDE)(**inputs).logits.shape[-1] == VOCABULARY + 9
 
 
-@pytest.mark.parametrize(
-    ("name", "targets"), [("bert", ["query", "value"]), ("llama", ["q_proj"]), ("t5", ["q", "v"])]
-)
-def test_lora_trains_saves_and_merges(name, targets, tmp_path):
-    base, inputs = convert_attention(make_model(name), NARROW), make_inputs(name, CASES[name].paddings[0])
-    inputs["labels"] = make_labels(name)
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gpt2", "t5", "bart"])
+def test_lora_trains_saves_and_merges(name, tmp_path):
+    base = convert_attention(make_model(name), NARROW)
+    inputs = make_inputs(name, CASES[name].paddings[0]) | make_labels(name)
     plain = copy.deepcopy(base)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=CASES[name].lora, init_lora_weights=False))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
@@ -100,10 +96,10 @@ def test_lora_trains_saves_and_merges(name, targets, tmp_path):
     assert type(merged) is type(base)
     assert_close(merged(**inputs).logits, expected, 1e-5)
     full = convert_attention(merged, AttentionConfig(kind="full"))
-    assert type(full) is CASES[name].head and (full(**inputs).logits - expected).abs().max() > 1e-3
+    assert type(full) is CASES[name].head and (full(**inputs).logits - expected).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SAMPLE)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_equal_and_apart(name, duplicate):
     model, inputs = convert_attention(make_model(name), NARROW), make_inputs(name)
@@ -132,7 +128,7 @@ def test_bfloat16(name, tmp_path):
     for one, out in zip(low, outs, strict=True):
         assert {parameter.dtype for parameter in one.parameters()} <= {torch.bfloat16, torch.float32}
         assert out.dtype == torch.bfloat16
-        assert 0 < (out.float() - expected).abs().max() < 0.1
+        assert 0 < (out.float() - expected).abs().max() < BFLOAT16.get(name, 0.1)
     assert torch.equal(outs[0], outs[2])
 
 
@@ -143,13 +139,13 @@ def make_like(model, name):
     return stock
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_compilation_gives_the_same(name):
     torch._dynamo.reset()
     one_layer = {stack.num_layers: 1 for stack in FAMILIES[name].stacks}
     model = convert_attention(make_model(name, **one_layer), NARROW)
     inputs = make_inputs(name, CASES[name].paddings[0])
-    if name in ("llama", "t5"):
+    if name in (*CAUSAL, *TWO_STACKS):
         inputs["use_cache"] = False
     compiled = torch.compile(model, fullgraph=False, backend="eager")
     with torch.no_grad():
@@ -157,19 +153,18 @@ def test_compilation_gives_the_same(name):
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.hidden])
 def test_hidden_states_are_as_many_as_in_the_stock_class(name):
     model, inputs = make_model(name), make_inputs(name)
     stock = model(**inputs, output_hidden_states=True)
     own = convert_attention(model, NARROW)(**inputs, output_hidden_states=True)
-    fields = ("encoder_hidden_states", "decoder_hidden_states") if name == "t5" else ("hidden_states",)
-    for field in fields:
+    for field in CASES[name].hidden:
         assert len(own[field]) == len(stock[field]) == 4
         assert torch.equal(own[field][0], stock[field][0])
         assert not torch.allclose(own[field][1], stock[field][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_the_attention_of_a_converted_model_cannot_be_switched(name, tmp_path):
     model, inputs = convert_attention(make_model(name), NARROW), make_inputs(name)
     expected = model(**inputs)[0]
@@ -200,7 +195,9 @@ def test_trainer_trains_and_saves(tmp_path):
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING]
+)
 def test_lora_finds_the_linears_of_the_stock_model_by_itself(name):
     stock, efficient = make_model(name), convert_attention(make_model(name), NARROW)
     adapted = [

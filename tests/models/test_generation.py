@@ -1,5 +1,7 @@
 """`generate` and `pipeline` on efficient models: they are stock models to everyone who calls them."""
 
+import copy
+import itertools
 import logging
 
 import pytest
@@ -8,27 +10,35 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertForSequenceClassification,
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
     PreTrainedTokenizerFast,
+    StaticCache,
     T5ForConditionalGeneration,
     ViTImageProcessorPil,
     pipeline,
     set_seed,
 )
 
-from hf_efficient import AttentionConfig, convert_attention
+from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
+from hf_efficient.attention.cache import StateLayer
+from hf_efficient.attention.kinds import ATTENTIONS
 
-from ..families import VOCABULARY, make_inputs, make_model
+from ..attention.tiny import TINY, TINY_JOBS
+from ..families import CASES, CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_model, position_ids
+from ..helpers import assert_close
 
 NARROW = AttentionConfig(kind="local", window=2, global_tokens=1)
 LENGTH = {"max_new_tokens": 8, "min_new_tokens": 8}
 
 
 def prompt(name, padding="left"):
-    inputs = make_inputs(name, padding)
-    return {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    return {key: value for key, value in make_inputs(name, padding).items() if key != "decoder_input_ids"}
 
 
-@pytest.fixture(params=["llama", "t5"])
+@pytest.fixture(params=["llama", "gemma3_text", "gpt2", "t5", "bart", "marian", "whisper"])
 def generator(request, tmp_path):
     """A converted model, and itself saved and loaded again."""
     model = convert_attention(make_model(request.param), NARROW)
@@ -43,7 +53,7 @@ def generator(request, tmp_path):
         {"do_sample": False},
         {"do_sample": False, "num_beams": 3},
         {"do_sample": False, "cache_implementation": "static"},
-        {"do_sample": True, "top_k": 10},
+        {"do_sample": True, "top_k": 10, "temperature": 3.0},
     ],
     ids=["greedy", "beams", "static cache", "sampling"],
 )
@@ -80,6 +90,217 @@ def test_a_left_padded_prompt_continues_as_it_does_alone():
     assert torch.equal(batched, alone)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     assert not torch.equal(model.generate(**inputs, **LENGTH, do_sample=False)[0, -8:], alone)
+
+
+# Two families with every kind, and every family that generates with one.
+JOBS = [job for job in TINY_JOBS if job[0] in ("llama", "t5")]
+JOBS += [(family, "local-global") for family in [*CAUSAL, *TWO_STACKS] if family not in ("llama", "t5", "whisper")]
+JOBS += [("gpt2", "linear-elu"), ("bart", "linear-elu")]
+EXACT = ("gpt2", "bart", "marian", "whisper")  # the norms of the others compute in float32, whatever the dtype
+
+LINEAR, LOCAL = AttentionConfig("linear"), AttentionConfig("local", window=4)
+KERNEL = AttentionConfig("kernel", feature_dim=4)
+MIXED = {
+    "state first": {0: LINEAR, 2: LOCAL},
+    "full first": {1: LINEAR},
+    "state last": {2: AttentionConfig("local", window=4, global_tokens=2)},
+    "without a state first": {0: KERNEL, 2: LOCAL},
+    "without a state last": {2: KERNEL},
+}
+
+
+def make(family, name, **fields):
+    """A converted model whose learned parts have left their starting values."""
+    config = TINY[name] if isinstance(name, str) else name
+    model = convert_attention(make_model(family, **fields), {"decoder": config} if family in TWO_STACKS else config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "efficient_attention" in key:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def generate(model, inputs, **options):
+    set_seed(7)
+    return model.generate(**inputs, **{"do_sample": False} | LENGTH | options)
+
+
+def steps(model, inputs, cuts, cache):
+    """The logits of the pieces of the last stack's tokens, each fed with the cache of those before."""
+    mask = inputs["attention_mask"]
+    if model.config.is_encoder_decoder:
+        tokens = inputs["decoder_input_ids"]
+        given = {"encoder_outputs": model.get_encoder()(inputs["input_ids"], mask), "attention_mask": mask}
+        pieces = [{"decoder_input_ids": tokens[:, a:b]} | given for a, b in cuts]
+    else:
+        places = position_ids(model, mask).get("position_ids")
+        pieces = [
+            {"input_ids": inputs["input_ids"][:, a:b], "attention_mask": mask[:, :b], "position_ids": places[:, a:b]}
+            for a, b in cuts
+        ]
+    options = {"past_key_values": cache, "use_cache": cache is not None}
+    return torch.cat([model(**piece, **options).logits for piece in pieces], 1)
+
+
+def real(model, inputs, logits):
+    return logits if model.config.is_encoder_decoder else logits[inputs["attention_mask"].bool()]
+
+
+def assert_same(logits, expected, what):
+    """To 1e-5 of the largest logit: those of Gemma go up to 6."""
+    scale = expected.abs().max()
+    assert_close(logits / scale, expected / scale, 1e-5, what)
+
+
+def new_cache(model, make=lambda model: DynamicCache(config=model.config)):
+    cache = make(model)
+    return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+@pytest.mark.parametrize(("family", "name"), JOBS)
+@torch.no_grad()
+def test_token_by_token_equals_the_whole(family, name):
+    model, inputs = make(family, name).double(), make_inputs(family, "left")
+    length = inputs["decoder_input_ids" if family in TWO_STACKS else "input_ids"].shape[1]
+    whole = real(model, inputs, steps(model, inputs, [(0, length)], None))
+    tolerance = 1e-10 if family in EXACT else 1e-5
+    for edges in (range(length + 1), (0, 5, 6, length), (0, 2, 4, length - 1, length)):
+        cuts = list(itertools.pairwise(edges))
+        out = real(model, inputs, steps(model, inputs, cuts, new_cache(model)))
+        assert_close(out, whole, tolerance)
+    forgetful = real(model, inputs, torch.cat([steps(model, inputs, [cut], None) for cut in cuts], 1))
+    assert (forgetful - whole).abs().max() > 1e-3
+
+
+WAYS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "top_k": 20},
+    "several answers": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize(("family", "name"), JOBS)
+@torch.no_grad()
+def test_generation_is_the_same_without_a_cache(family, name):
+    model, inputs = make(family, name), prompt(family)
+    found = {way: generate(model, inputs, **options) for way, options in WAYS.items()}
+    for way, options in WAYS.items():
+        assert torch.equal(generate(model, inputs, **options, use_cache=False), found[way]), way
+    assert not torch.equal(found["greedy"], found["sampling"])
+    assert torch.equal(generate(model, inputs, cache_implementation="static"), found["greedy"])
+    if family in CAUSAL:
+        for size in (1, 3):
+            assert torch.equal(generate(model, inputs, prefill_chunk_size=size), found["greedy"]), size
+
+
+@pytest.mark.parametrize(("family", "name"), [job for job in JOBS if job[0] in CAUSAL])
+@torch.no_grad()
+def test_rows_of_a_left_padded_batch_continue_as_they_do_alone(family, name):
+    model, inputs = make(family, name), prompt(family)
+    for chunked in ({}, {"prefill_chunk_size": 3}):
+        batched = generate(model, inputs, **chunked)
+        for row, mask in enumerate(inputs["attention_mask"].bool()):
+            alone = generate(model, {"input_ids": inputs["input_ids"][row : row + 1, mask]})
+            assert torch.equal(batched[row, -8:], alone[0, -8:])
+
+
+@pytest.mark.parametrize(("family", "name"), [job for job in JOBS if job[0] in CAUSAL])
+@torch.no_grad()
+def test_generation_goes_on_from_a_returned_cache(family, name):
+    model, inputs = make(family, name), prompt(family)
+    whole = generate(model, inputs, return_dict_in_generate=True, output_logits=True)
+    half = {"max_new_tokens": 4, "min_new_tokens": 4}
+    first = generate(model, inputs, **half, return_dict_in_generate=True)
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
+    kept = copy.deepcopy(first.past_key_values)
+    for cache in (kept, first.past_key_values):
+        given = {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": cache}
+        second = generate(model, given, **half, return_dict_in_generate=True, output_logits=True)
+        assert torch.equal(second.sequences, whole.sequences)
+        assert_close(torch.stack(second.logits), torch.stack(whole.logits[4:]), 1e-5)
+
+
+def held(cache):
+    """Bytes of the keys, values and states of every layer of self-attention."""
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    return sum(one.nbytes if isinstance(one, StateLayer) else one.keys.nbytes + one.values.nbytes for one in layers)
+
+
+@pytest.mark.parametrize(("family", "name"), JOBS)
+@torch.no_grad()
+def test_a_state_does_not_grow_with_the_text(family, name):
+    model, inputs = make(family, name), prompt(family)
+    options = {"return_dict_in_generate": True, "use_cache": True}
+    sizes = []
+    for count in (6, 16):
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        sizes.append(held(generate(model, inputs, **options, **length).past_key_values))
+    has_state, grows = ATTENTIONS[TINY[name].kind].has_state, TINY[name].kind == "topk"
+    assert (sizes[1] == sizes[0]) == (has_state and not grows)
+    if has_state and not grows:
+        full = generate(make_model(family), inputs, **options, **length).past_key_values
+        assert held(full) > sizes[1]
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_decoding_that_takes_tokens_back_is_refused_or_right(name):
+    model, inputs = make("llama", name), prompt("llama")
+    inputs = {"input_ids": inputs["input_ids"][1:].repeat(1, 2)}
+    for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model("llama")}):
+        if ATTENTIONS[TINY[name].kind].has_state:
+            with pytest.raises(UnsupportedModelError, match="without assistant_model, prompt_lookup_num_tokens"):
+                generate(model, inputs, **options)
+        else:
+            assert torch.equal(generate(model, inputs, **options), generate(model, inputs))
+    with pytest.raises(UnsupportedModelError, match="without assistant_model"):
+        generate(make_model("llama"), inputs, assistant_model=make("llama", "local"))
+
+
+CACHES = {
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "growing": lambda model: DynamicCache(),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=20),
+}
+SHARING = [(name, False, mixing) for name in (*CAUSAL, "bart", "marian") for mixing in MIXED]
+SHARING += [(name, True, mixing) for name in CAUSAL if CASES[name].own_window for mixing in MIXED]
+SHARING += [("t5", False, "state last")]
+
+
+@pytest.mark.parametrize(("family", "own_window", "mixing"), SHARING)
+@torch.no_grad()
+def test_layers_of_all_sorts_share_a_cache(family, own_window, mixing):
+    """Full layers take their mask from the first layer of their sort, whatever that is; sliding ones have few keys."""
+    model = make(family, MIXED[mixing], **(CASES[family].own_window[0] if own_window else {}))
+    inputs = make_inputs(family, "left")
+    length = inputs["decoder_input_ids" if family in TWO_STACKS else "input_ids"].shape[1]
+    unpadded = inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+    cuts = [(0, 3), *((i, i + 1) for i in range(3, length - 2)), (length - 2, length)]
+    for given in (inputs, unpadded):
+        whole = real(model, given, steps(model, given, [(0, length)], None))
+        for sort, make_cache in CACHES.items():
+            if sort == "growing" and own_window:
+                continue  # a DynamicCache that knows no config keeps what a sliding layer would forget
+            out = steps(model, given, cuts, new_cache(model, make_cache))
+            assert_same(real(model, given, out), whole, sort)
+    if family in CAUSAL:
+        for sort, make_cache in CACHES.items():
+            cache, tokens = make_cache(model), inputs["input_ids"]
+            outs = [model(tokens[:, a:b], past_key_values=cache).logits for a, b in cuts]
+            assert_same(torch.cat(outs, 1), model(tokens, use_cache=False).logits, f"{sort}, without a mask")
+
+
+@torch.no_grad()
+def test_generate_compiles_nothing_that_decodes_from_a_state():
+    compiling = GenerationConfig(compile_config=CompileConfig())
+    compiling.compile_config._compile_all_devices = True
+    for name, expected in (("local", False), ("kernel", True)):
+        model = make("llama", name)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        assert model._valid_auto_compile_criteria({"past_key_values": cache}, compiling) is expected
 
 
 def tokenizer(folder):

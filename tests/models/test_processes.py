@@ -9,7 +9,7 @@ from hf_efficient.models.building import efficient_class
 from hf_efficient.models.configs import with_block
 from hf_efficient.models.saving import LOADER
 
-from ..families import CASES, make_model
+from ..families import CASES, make_config, make_model
 from ..processes import run_fresh, save_with_expectation
 
 pytestmark = pytest.mark.processes
@@ -59,7 +59,7 @@ def test_without_the_package_the_error_says_how_to_get_it(answers):
 
 def test_a_portable_checkpoint_loads_where_the_package_is_not_imported(tmp_path):
     for name, case in CASES.items():
-        trivial = with_block(case.config(), EfficientBlock())
+        trivial = with_block(make_config(name), EfficientBlock())
         model = efficient_class(case.head, FAMILIES[name])(trivial).eval()
         save_with_expectation(model, name, tmp_path / "portable")
     answer = run_fresh(tmp_path / "portable", "stock", home=tmp_path / "home")["stock"]

@@ -210,4 +210,4 @@ def config(**changes: Any) -> PruningConfig:
 
 
 def query_heads(model: PreTrainedModel) -> int:
-    return family_of(model.config).num_heads(model.config)
+    return family_of(model.config).stacks[0].num_heads(model.config)

@@ -1,0 +1,245 @@
+"""The cache of a layer that decodes from a state: a window of keys, or sums, in place of all keys and values.
+
+    model = convert_attention(llama, AttentionConfig(kind="linear"))
+    model.generate(**inputs, max_new_tokens=1000)      # the cache of each layer is as large at the end as at the start
+
+transformers makes the cache, a list of layers, before it knows of any attention. Each converted causal self-attention
+module looks for its layer when it is called: an empty stock layer gives way to a `StateLayer`, which goes on to the
+attention function as the keyword argument `state_layer`. A layer that holds keys already is left as it is.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from ..errors import UnsupportedModelError
+from .config import AttentionConfig
+from .variant import State
+
+_STOCK = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the former since 5.23
+
+
+class StateLayer(CacheLayerMixin):
+    """What `AttentionVariant.decode` carries from call to call, in the place of a stock cache layer.
+
+    It stays on its device and in its precision when the rest of the cache is offloaded or quantised: it is small.
+
+    Attributes:
+        state: tensors with the batch first; None before the first token.
+        tokens: how many tokens the layer was given.
+        config: the attention that the state belongs to.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, config: AttentionConfig, is_sliding: bool = False, max_length: int = -1):
+        super().__init__()
+        self.config, self.is_sliding, self.max_length = config, is_sliding, max_length
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: State | None = None
+        self.tokens = self.decoded = 0
+        self.expected = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the state comes with the first tokens."""
+
+    def expect(self, config: AttentionConfig) -> None:
+        """Get ready for one call of the attention that the state belongs to.
+
+        Raises:
+            UnsupportedModelError: the state is of another attention, or lacks tokens of a call that failed.
+        """
+        if not self.tokens:
+            self.config = config
+        if self.config is not config and self.config != config:
+            raise UnsupportedModelError(
+                f"This cache holds the state of {self.config}, and cannot be continued with {config}. Start with a "
+                "new cache."
+            )
+        if self.tokens != self.decoded:
+            raise UnsupportedModelError(
+                f"This cache saw {self.tokens} tokens, of which only {self.decoded} reached its state: an earlier "
+                "call failed, or the model does not pass `state_layer` on to its attention. Start with a new cache."
+            )
+        self.expected = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new tokens, and give back their keys and values alone.
+
+        Raises:
+            UnsupportedModelError: the layer was not made ready: the caller would take these for all keys.
+        """
+        if not self.expected:
+            raise UnsupportedModelError(
+                f"This cache holds a state of {self.config.kind!r} attention, no keys. Only the model that filled it "
+                "can go on from it."
+            )
+        self.expected = False
+        self.tokens += key_states.shape[-2]
+        return key_states, value_states
+
+    def advance(self, state: State) -> None:
+        """The state after all tokens so far."""
+        self.state, self.decoded = state, self.tokens
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.state or ())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return _mask_sizes(self, query_length)
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = tuple(tensor[indices.to(tensor.device)] for tensor in self.state)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state = tuple(tensor.repeat_interleave(repeats, 0) for tensor in self.state)
+
+    def offload(self) -> None:
+        """Nothing: `Cache.update` offloads a layer before the state is read."""
+
+    def prefetch(self) -> None:
+        """Nothing: the state was not offloaded."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: no token can be taken out of a state.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"Assisted and contrastive decoding take tokens back from the cache, but {self.config.kind!r} attention "
+            "keeps a state out of which none can be taken. Generate without assistant_model, prompt_lookup_num_tokens "
+            "or penalty_alpha."
+        )
+
+
+class AllKeysLayer(DynamicLayer):
+    """Takes the place of a sliding stock layer, which forgets the keys outside of the model's own window.
+
+    A converted layer goes by its own setting, and a kind without a state needs all keys for it.
+    """
+
+    is_sliding = True
+
+    def __init__(self, max_length: int = -1):
+        super().__init__()
+        self.max_length = max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return _mask_sizes(self, query_length)
+
+
+def _mask_sizes(layer: StateLayer | AllKeysLayer, query_length: int) -> tuple[int, int]:
+    """Number of keys and offset, as of the stock layer that was there: all keys, or room for `max_length` of them.
+
+    Stock layers take their mask from this one if it is the first of its sort, so it must be as wide as theirs.
+    """
+    return (layer.get_seq_length() + query_length if layer.max_length < 0 else layer.max_length), 0
+
+
+def attach_cache(module: nn.Module, config: AttentionConfig, has_state: bool) -> None:
+    """Make a self-attention module that is called with a cache see to its layer there.
+
+    One that takes no further keywords could not pass a state on to its attention: it keeps its ordinary cache.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    passes_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    if "past_key_values" in parameters and passes_on:
+        hook = partial(_find_state, config, has_state, list(parameters).index("past_key_values"))
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _find_state(
+    config: AttentionConfig, has_state: bool, place: int, module: Any, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
+    """The forward pre-hook: adds `state_layer` to the arguments if this call decodes from a state.
+
+    Otherwise attention is that over all keys: in training, when exporting, and where a static cache is compiled, whose
+    tensors must stay the same ones.
+    """
+    cache = kwargs["past_key_values"] if "past_key_values" in kwargs else args[place] if len(args) > place else None
+    if cache is None or not module.is_causal:
+        return None
+    index, layers = module.layer_idx, _layers_of(cache, module.layer_idx)
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    fixed = isinstance(layer, StaticLayer) and torch.compiler.is_compiling()
+    keeps_state = has_state and not (module.training or fixed or torch.compiler.is_exporting())
+    if _is_stock(layer) and (keeps_state or layer.is_sliding):
+        layer = layers[index] = _in_place_of(layer, config, keeps_state)
+    if not isinstance(layer, StateLayer):
+        return None
+    if module.training:
+        raise UnsupportedModelError(
+            "This cache was filled in eval mode, and a state cannot be continued in training mode. Call model.eval(), "
+            "or train without a cache."
+        )
+    layer.expect(config)
+    return args, {**kwargs, "state_layer": layer}
+
+
+def _layers_of(cache: Cache, index: int) -> list:
+    """The layers of self-attention, up to `index` if they are made on demand."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers
+
+
+def _is_stock(layer: Any) -> bool:
+    return type(layer) in _STOCK or isinstance(layer, _QUANTIZED)
+
+
+def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool) -> CacheLayerMixin:
+    """What serves a converted layer instead of a stock layer.
+
+    Raises:
+        UnsupportedModelError: the stock layer has forgotten tokens.
+    """
+    tokens = int(layer.get_seq_length())
+    max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else -1
+    if keeps_state and not tokens:
+        return StateLayer(config, layer.is_sliding, max_length)
+    if not layer.is_sliding:
+        return layer
+    if tokens > (layer.keys.shape[2] if tokens else 0):
+        raise UnsupportedModelError(
+            f"This cache holds the last {layer.keys.shape[2]} of {tokens} tokens, too few for {config.kind!r} "
+            "attention. Start with a new cache."
+        )
+    keeping = AllKeysLayer(max_length)
+    if tokens:
+        keeping.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens])
+    return keeping

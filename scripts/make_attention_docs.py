@@ -1,0 +1,150 @@
+"""Bring `benchmarks/results` into the tables of the attention pages and of the README, from the JSON alone.
+
+python scripts/make_attention_docs.py             # what lies between `<!-- measured: ... -->` and `<!-- end -->`
+python scripts/make_attention_docs.py --check     # fail if a table is not what the results say
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import attention_summary as summary  # noqa: E402
+from attention_methods import CONFIGS  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NEEDS_TRAINING = {"linear", "local_linear", "additive", "kernel"}
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def where(report: dict) -> str:
+    """On what the numbers were taken."""
+    machine = report["machine"]
+    return (
+        f"Batch 1, {report['setting']['heads']} heads of {report['setting']['head_dim']}, float32, "
+        f"{machine['cpu'].split(' 64')[0]}, {machine['threads']} threads, torch {machine['torch']}, commit "
+        f"{machine['commit'][:7]}, {machine['date'][:10]}."
+    )
+
+
+def methods_of(kind: str, report: dict) -> list[str]:
+    measured = {cell["method"] for cell in report["cells"]}
+    names = [name for name, config in CONFIGS.items() if config["kind"] == kind]
+    return [name for base in names for name in (base, base + summary.CAUSAL) if name in measured]
+
+
+def table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [headers, ("---",) * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return (f"{value:,.0f}" if value >= 100 else f"{value:.1f}") + unit
+
+
+def cost_row(name: str, report: dict) -> tuple[str, ...]:
+    """Times, speed-ups and memory of one method at the target length, its slope and its break-even length."""
+    cells = summary.index(report)
+    row = [f"`{name}`"]
+    for mode in (summary.FORWARD, summary.BACKWARD):
+        cell = cells.get((name, mode, summary.LENGTH), {})
+        peak = cell.get("peak_bytes")
+        row += [
+            number(cell["seconds"] * 1e3 if cell else None),
+            number(summary.speedup(cells, name, mode), "x"),
+            number(peak / 2**20 if peak else None),
+        ]
+    slope = summary.slope(cells, name, summary.FORWARD)
+    row += ["-" if slope is None else f"{slope:.2f}", number(summary.break_even(cells, name, summary.FORWARD))]
+    return tuple(row)
+
+
+COST: tuple[str, ...] = ("8,192 tokens", "forward, ms", "dense / this", "MiB")
+COST += ("with backward, ms", "dense / this", "MiB")
+COST += ("slope 2k-32k", "faster from, tokens")
+
+
+def cost_table(kind: str, report: dict) -> str:
+    return table(COST, [cost_row(name, report) for name in methods_of(kind, report)]) + f"\n{where(report)}\n"
+
+
+def chooser(report: dict) -> str:
+    """One row for each kind: what it costs and from which length it pays."""
+    cells = summary.index(report)
+    rows = []
+    for kind, (sees, decoding) in KINDS.items():
+        name = methods_of(kind, report)[0]
+        rows.append(
+            (
+                f"[`{kind}`](LINK/{kind}.md)",
+                sees,
+                number(summary.speedup(cells, name, summary.FORWARD), "x"),
+                number(summary.speedup(cells, name, summary.BACKWARD), "x"),
+                number(summary.break_even(cells, name, summary.FORWARD)),
+                decoding,
+                "yes" if kind in NEEDS_TRAINING else "little or none",
+            )
+        )
+    headers = (
+        "kind",
+        "a token sees",
+        "forward at 8k",
+        "with backward",
+        "faster from, tokens",
+        "while decoding, keeps",
+    )
+    return table((*headers, "needs training"), rows) + f"\nTimes as fast as dense SDPA. {where(report)}\n"
+
+
+KINDS = {
+    "local": ("a window, and a few global tokens", "the window"),
+    "strided": ("blocks spread over the text", "all keys"),
+    "topk": ("the blocks that fit its content", "all keys"),
+    "lsh": ("keys that hash alike", "all keys"),
+    "linear": ("everything, through a feature map", "a fixed state"),
+    "local_linear": ("a window exactly, the rest through a feature map", "window and state"),
+    "additive": ("a learned summary of everything", "a fixed state"),
+    "kernel": ("everything, weighted by distance", "all keys"),
+}
+
+
+def filled(path: Path) -> str:
+    """The page with its tables as the results say."""
+    report = load("attention_cpu")
+    makers = {"chooser": chooser} | {kind: (lambda r, k=kind: cost_table(k, r)) for kind in KINDS}
+    link = "docs/attention" if path.name == "README.md" else "attention"
+
+    def fill(match: re.Match) -> str:
+        return match[1] + makers[match[2]](report).replace("LINK", link) + match[3]
+
+    return MARKED.sub(fill, path.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something has drifted")
+    options = parser.parse_args()
+    drifted = [path for path in PAGES if filled(path) != path.read_text(encoding="utf-8")]
+    if options.check and drifted:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in drifted)
+        print(f"Not what the results say, run `make cards`: {names}", file=sys.stderr)
+        return 1
+    for path in drifted:
+        path.write_text(filled(path), encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
