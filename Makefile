@@ -26,12 +26,14 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python scripts/make_model_cards.py --check
+	$(BIN)/python scripts/make_attention_docs.py --check
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 cards: $(VENV)/ready
 	$(BIN)/python scripts/make_model_cards.py
+	$(BIN)/python scripts/make_attention_docs.py
 
 clean:
 	rm -rf $(VENV) out

@@ -514,8 +514,11 @@ def find_stacks(model: PreTrainedModel, family: Family | None = None) -> Iterato
     family = family or family_of(model.config)
     modules = dict(model.base_model.named_modules())
     for stack in family.stacks:
-        if stack.layers in modules:
-            yield stack, modules[stack.layers]
+        # CLIPTextModelWithProjection did not say which of its modules is the base model before transformers 5.23.
+        inside = (name for name in modules if name.endswith(f".{stack.layers}"))
+        path = stack.layers if stack.layers in modules else next(inside, None)
+        if path is not None:
+            yield stack, modules[path]
 
 
 def layers_prefix(model: PreTrainedModel, layers: nn.ModuleList) -> str:

@@ -96,6 +96,8 @@ def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> 
         rank = past.unsqueeze(-1)
         return Layout(block, count, rank, rank < count.unsqueeze(-1), order)
     blocks = count_blocks(length, block) if length == seen else (length + block - 2) // block + 1
+    if torch.compiler.is_exporting():
+        blocks = blocks + 1  # at least two: a program made with many blocks would refuse a single one
     first = past // block * block
     rank = (first + torch.arange(blocks * block, device=key.device)).unflatten(1, (blocks, block))
     filled = (rank >= past.unsqueeze(-1)) & (rank < count.unsqueeze(-1))
@@ -187,7 +189,7 @@ def _query_blocks(query: Tensor, layout: Layout) -> Tensor:
     blocks, size = layout.rank.shape[1:]
     if layout.source is not None:
         query = take(query, layout.source)
-    elif torch.compiler.is_exporting() or query.shape[2] != blocks * size:
+    elif torch.compiler.is_compiling() or query.shape[2] != blocks * size:
         query = F.pad(query, (0, 0, 0, blocks * size - query.shape[2]))
     return query.unflatten(2, (blocks, size))
 

@@ -113,13 +113,18 @@ def bucketed_attention(
         reach: the longest range.
     """
     batch, heads, length, dim = query.shape
-    kv_heads = key.shape[1]
     if bias is not None:
-        bias = bias.reshape(1, kv_heads, -1).expand(batch, -1, -1).flatten(0, 1)
+        bias = by_kv_head(bias.unsqueeze(-1).expand(batch, -1, -1, -1), key).squeeze(-1)
     settings = _Settings(length, reach, dim**-0.5 if scaling is None else scaling, dropout)
-    rows = (x.reshape(batch * kv_heads, -1, x.shape[-1]) for x in (query, key, value))
+    rows = by_kv_head(query, key), key.flatten(0, 1), value.flatten(0, 1)
     out = _Bucketed.apply(*rows, bias, own, settings, *_make_plan(order))
-    return out.view(batch, heads, length, -1)
+    return out.view(batch, heads, length, value.shape[3])
+
+
+def by_kv_head(x: Tensor, key: Tensor) -> Tensor:
+    """[B,H,n,E] -> [B*K,G*n,E], a row for each key/value head with its G query heads one after the other."""
+    kv_heads = key.shape[1]
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).flatten(2, 3).flatten(0, 1)
 
 
 def _make_plan(order: BucketOrder) -> _Plan:
@@ -187,11 +192,7 @@ def _parts(
 ) -> Iterator[_Rows]:
     """All rows, as many at a time as their scores are few; in fp32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    at_once = query.shape[0]
-    if in_parts(query):
-        at_once = max(1, PAIRS // (plan.query.shape[2] * (KEYS + settings.reach)))
-    for start in range(0, query.shape[0], at_once):
-        rows = slice(start, start + at_once)
+    for rows in _cut(query, query.shape[0], plan.query.shape[2] * (KEYS + settings.reach)):
         both = torch.cat([key[rows], value[rows]], -1).to(dtype)
         of_bias = None if bias is None else bias[rows].to(dtype) * LOG2_E
         yield _Rows(query[rows].to(dtype), both, of_bias, own[rows], _Plan(*(x[:, rows] for x in plan)))
@@ -212,7 +213,8 @@ def _forward(rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor, list[Ten
             weights = scores.sub_(peak).exp2_()
             kept.append(_draw(weights, settings))
             sums = _drop(weights, kept[-1], settings) @ both[..., dim:]
-            found.append(torch.cat([sums, weights.sum(-1, keepdim=True), peak], -1).view(*top.shape[:1], -1, sum(sizes)))
+            new = torch.cat([sums, weights.sum(-1, keepdim=True), peak], -1)
+            found.append(new.view(top.shape[0], -1, sum(sizes)))
         sums, weight, peak = _take(torch.cat(found, 1), rows.plan.slot[index]).split(sizes, -1)
         higher = torch.maximum(top, peak)
         before, added = (top - higher).exp2_(), (peak - higher).exp2_()
@@ -241,7 +243,7 @@ def _backward(
             of_weights = _drop(row_grad @ both[..., dim:].transpose(1, 2), keep, settings)
             of_scores = of_weights.sub_(row_drift).mul_(weights)
             to_key = (of_scores.transpose(1, 2) @ query).mul_(settings.scaling)
-            to_query.append((of_scores @ both[..., :dim]).view(*grad.shape[:1], -1, dim))
+            to_query.append((of_scores @ both[..., :dim]).view(grad.shape[0], -1, dim))
             to_both.add(torch.cat([to_key, to_value], -1), block)
             if grad_bias is not None:
                 grad_bias.scatter_add_(1, pairs, of_scores.view(pairs.shape))
@@ -298,7 +300,7 @@ def _own_backward(
     grad_both = F.pad(to_both, (0, 0, seen - length, 0))
     if rows.bias is None:
         return scaled * key, grad_both, None
-    to_bias = of_score.view(*score.shape[:1], -1, length).sum(-1, keepdim=True)  # [N, G, 1]
+    to_bias = of_score.unflatten(1, (-1, length)).sum(-1, keepdim=True)  # [N, G, 1]
     return scaled * key, grad_both, F.pad(to_bias, (seen - 1, length - 1)).flatten(1)
 
 
@@ -309,48 +311,53 @@ def _scores(rows: _Rows, index: int, of_queries: Tensor, settings: _Settings) ->
     """
     plan, dim, seen, length = rows.plan, rows.query.shape[2], rows.both.shape[1], settings.length
     span = KEYS + settings.reach
-    windows = at_once = plan.window.shape[2]
-    if in_parts(rows.query):
-        at_once = max(1, PAIRS // (QUERIES * span))
-    for start in range(0, windows, at_once):
-        stop = min(start + at_once, windows)
-        window, query = plan.window[index, :, start:stop], plan.query[index, :, start * QUERIES : stop * QUERIES]
+    for part in _cut(rows.query, plan.window.shape[2], QUERIES * span):
+        slots = slice(part.start * QUERIES, part.stop * QUERIES)
+        window, query = plan.window[index, :, part], plan.query[index, :, slots]
         place = window.unsqueeze(-1) + torch.arange(span, device=window.device)  # [N, P, W]
         position = plan.position[index].gather(1, place.clamp(max=seen - 1).flatten(1))  # [N, P*W]
-        both = _take(rows.both, position).view(-1, span, rows.both.shape[2])
-        queries = _take(of_queries, query).view(-1, QUERIES, of_queries.shape[2])
-        hidden = _hidden(plan, index, start * QUERIES, query, place, position, rows.query.dtype)
-        scores = torch.baddbmm(
-            hidden.flatten(0, 1), queries[..., :dim], both[..., :dim].transpose(1, 2), beta=HIDDEN, alpha=settings.scaling * LOG2_E
-        )
+        both = _take(rows.both, position).unflatten(1, place.shape[1:]).flatten(0, 1)
+        queries = _take(of_queries, query).unflatten(1, (place.shape[1], QUERIES)).flatten(0, 1)
+        hidden = _hidden(plan, index, slots, place, position, rows.query.dtype).flatten(0, 1)
+        key = both[..., :dim].transpose(1, 2)
+        scores = torch.baddbmm(hidden, queries[..., :dim], key, beta=HIDDEN, alpha=settings.scaling * LOG2_E)
         pairs = None
         if rows.bias is not None:
             # In `bias` head g's offset j - p lies at g (S+T-1) + j - p + S-1; query p of T stands at position S-T+p.
             of_query = query // length * (seen + length - 1) + length - 1 - query % length
-            pairs = (of_query.view(*window.shape, QUERIES, 1) + position.view(*window.shape, 1, span)).flatten(1)
+            pairs = of_query.unflatten(1, (-1, QUERIES, 1)) + position.unflatten(1, (-1, 1, span))
+            pairs = pairs.flatten(1)
             scores.add_(rows.bias.gather(1, pairs).view(scores.shape))
         yield _Scores(scores, queries, both, window // KEYS, pairs)
 
 
-def _hidden(
-    plan: _Plan, index: int, first_slot: int, query: Tensor, place: Tensor, position: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """[N,P,C,W]: 0 where the query sees the key in round `index` and in no round before it, else 1 or more.
+def _cut(like: Tensor, total: int, pairs: int) -> list[slice]:
+    """Cut `total` things of so many pairs each into parts of about `PAIRS`, or not at all."""
+    if not in_parts(like):
+        return [slice(0, total)]
+    at_once = max(1, PAIRS // pairs)
+    return [slice(start, min(start + at_once, total)) for start in range(0, total, at_once)]
 
-    By arithmetic, which is many times faster than comparisons that give bool.
-    """
+
+def _hidden(
+    plan: _Plan, index: int, slots: slice, place: Tensor, position: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[N,P,C,W]: 0 where the query sees the key in round `index` and in no round before it, else 1 or more."""
     shape = (*place.shape[:2], QUERIES)
-    ranges = (x[index, :, first_slot : first_slot + query.shape[1]].view(shape) for x in (plan.slot_low, plan.slot_high))
-    hidden = excess(place, *ranges, dtype).clamp_(min=0)
+    low, high = (x[index, :, slots].reshape(shape) for x in (plan.slot_low, plan.slot_high))
+    hidden = excess(place, low, high, dtype).clamp_(min=0)
     for earlier in range(index):
-        ranges = (x[earlier].gather(1, query).view(shape) for x in (plan.low, plan.high))
+        low, high = (x[earlier].gather(1, plan.query[index, :, slots]).view(shape) for x in (plan.low, plan.high))
         rank = plan.rank[earlier].gather(1, position).view(place.shape)
-        hidden.add_(excess(rank, *ranges, dtype).neg_().add_(1).clamp_(min=0))
+        hidden.add_(excess(rank, low, high, dtype).neg_().add_(1).clamp_(min=0))
     return hidden
 
 
 def excess(rank: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N,P,C,W]: at most 0 where low <= rank < high, else 1 or more; rank [N,P,W], low and high [N,P,C]."""
+    """[N,P,C,W]: at most 0 where low <= rank < high, else 1 or more; rank [N,P,W], low and high [N,P,C].
+
+    By arithmetic, which is many times faster than comparisons that give bool.
+    """
     twice, middle, width = (x.to(dtype) for x in (2 * rank, low + high - 1, high - low - 1))
     return (twice.unsqueeze(2) - middle.unsqueeze(3)).abs_().sub_(width.unsqueeze(3))
 

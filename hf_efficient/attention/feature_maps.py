@@ -189,8 +189,8 @@ def _relu(x: Tensor, _: None) -> Tensor:
 def _favor(x: Tensor, projection: Tensor) -> Tensor:
     """phi(q) . phi(k) is exp(q . k / sqrt(D)) in the mean over projections (Performer, lemma 1).
 
-    The exponent is bounded by |w_m|^2 / 2 from above, but falls without end as |x| grows; the limit keeps every feature
-    a normal number. That is no maximum over keys, which would look ahead: a feature depends on its own x alone.
+    The exponent is at most |w_m|^2 / 2, but falls without end as |x| grows. The limit keeps every feature a normal
+    number, without a maximum over keys, which would look ahead: a feature depends on its own x alone.
     """
     projected, half_square = _project(x, projection)
     half_square = half_square + math.log(projection.shape[0]) / 2

@@ -15,6 +15,7 @@ formula, and a model that uses another one (T5: 1.0) keeps the ratio to it that 
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +210,7 @@ class _Bidirectional(torch.autograd.Function):
 
 
 def _causal(phi_query: Tensor, phi_key: Tensor, value: Tensor, sums: Tensor | None) -> Tensor:
-    """As `_Bidirectional` over j <= i, for queries [B,K,G,T,M] at the last T of S positions, after `sums` of others."""
+    """As `_Bidirectional` over j <= i: queries [B,K,G,T,M] at the last T of S positions, after `sums` of others."""
     length, seen = phi_query.shape[3], phi_key.shape[2]
     past = seen - length
     size = CHUNK if torch.compiler.is_exporting() else min(CHUNK, length)
@@ -289,7 +290,7 @@ def running_sums(first: Tensor, terms: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return sums.cumsum(2)
     parts = sums.unbind(2)  # several times as fast as cumsum, for a few large terms
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         after += before
     return sums
 

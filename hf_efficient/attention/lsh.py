@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import initialization as init
 
 from ..errors import ConfigError, UnsupportedModelError
-from .bucketed import BucketOrder, bucketed_attention, excess, in_parts
+from .bucketed import BucketOrder, bucketed_attention, by_kv_head, excess, in_parts
 from .config import AttentionConfig
 from .full import check_positions, check_shapes, full_attention, match_heads, sdpa, toeplitz, zero_padding
 from .linear import without_autocast
@@ -120,12 +120,11 @@ def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
     rounds, _, half = rotations.shape
     if half == 0:
         return x.new_zeros(1, *x.shape[:3], dtype=torch.long)  # one bucket needs one round
-    heads = x.shape[1]
-    if in_parts(x):
-        heads = max(1, PROJECTIONS // (x.shape[0] * x.shape[2] * rounds * half))
     with without_autocast(x.device.type):
-        parts = [_hash(part, rotations) for part in x.split(heads, 1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        if not in_parts(x):
+            return _hash(x, rotations)
+        heads = max(1, PROJECTIONS // (x.shape[0] * x.shape[2] * rounds * half))
+        return torch.cat([_hash(part, rotations) for part in x.split(heads, 1)], 2)
 
 
 def _hash(x: Tensor, rotations: Tensor) -> Tensor:
@@ -145,42 +144,38 @@ def _bucket_order(
     query: Tensor, key: Tensor, key_mask: Tensor | None, rotations: Tensor, block_size: int, causal: bool
 ) -> BucketOrder:
     """Sort keys and queries together by (bucket, position), a key before a query; padded keys go to the end."""
-    batch, kv_heads, seen, _ = key.shape
-    length, buckets = query.shape[2], max(2 * rotations.shape[2], 1)
+    seen, length, buckets = key.shape[2], query.shape[2], max(2 * rotations.shape[2], 1)
     of_key, of_query = hash_buckets(key, rotations), hash_buckets(query, rotations)
     if key_mask is not None:
         of_key = of_key.masked_fill(~key_mask[:, None, :], buckets)
+    of_key, of_query = of_key.flatten(1, 2), by_kv_head(of_query.movedim(0, -1), key).movedim(-1, 0)
     position = torch.arange(seen, device=key.device)
-    row = torch.arange(of_key.shape[0] * batch * kv_heads, device=key.device)[:, None]  # a round, a batch row, a head
-    key_code = (of_key * seen + position) * 2
-    query_code = (of_query * seen + position[seen - length :]) * 2 + 1
-    codes = torch.cat([key_code.reshape(row.shape[0], -1), query_code.reshape(row.shape[0], -1)], 1)
-    items = codes.shape[1]
+    query_position = position[seen - length :].repeat(query.shape[1] // key.shape[1])
+    codes = torch.cat([(of_key * seen + position) * 2, (of_query * seen + query_position) * 2 + 1], -1)
+    row = torch.arange(codes.shape[0] * codes.shape[1], device=key.device).view(*codes.shape[:2], 1)
     # One flat sort of all rows: integers of one dimension have a radix sort.
     codes, index = (codes + row * (2 * seen * (buckets + 1))).flatten().sort(stable=True)
     place = torch.empty_like(index).scatter_(0, index, torch.arange(index.shape[0], device=key.device))
-    keys_up_to = (1 - codes % 2).cumsum(0).index_select(0, place).view(-1, items) - row * seen
-    shape = (of_key.shape[0], batch * kv_heads, -1)
-    rank, insertion = (keys_up_to[:, :seen] - 1).view(shape), keys_up_to[:, seen:].reshape(shape)
-    line = (place.view(-1, items) - row * items)[:, seen:].reshape(shape) - insertion
-    of_key, of_query = of_key.reshape(shape), of_query.reshape(shape)
-    count = of_key.new_zeros(*shape[:2], buckets + 1).scatter_add_(2, of_key, torch.ones_like(of_key))
+    sizes = [seen, of_query.shape[2]]
+    keys_up_to = (1 - codes % 2).cumsum(0).index_select(0, place).view(*row.shape[:2], sum(sizes)) - row * seen
+    rank, insertion = keys_up_to.split(sizes, -1)
+    line = place.view_as(keys_up_to)[..., seen:] - row * sum(sizes) - insertion
+    count = of_key.new_zeros(*row.shape[:2], buckets + 1).scatter_add_(2, of_key, torch.ones_like(of_key))
     end = count.cumsum(-1)
     low = torch.maximum(insertion - block_size, (end - count).gather(-1, of_query))
     high = insertion if causal else torch.minimum(insertion + block_size, end.gather(-1, of_query))
-    return BucketOrder(rank, low, high, line)
+    return BucketOrder(rank - 1, low, high, line)
 
 
 def _own_key(order: BucketOrder, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
-    """[N, M] bool: queries that must be given the key at their own position, since it is in their bucket never."""
+    """[N, M] bool: queries to be given the key at their own position, since no round finds it for them."""
     length, seen = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     rank = order.rank[..., seen - length :].repeat(1, 1, groups)
     own = ~((order.low <= rank) & (rank < order.high)).any(0)
     if key_mask is None:
         return own
-    real = key_mask[:, None, None, seen - length :].expand(-1, key.shape[1], groups, -1)
-    return own & real.reshape(own.shape)
+    return own & key_mask[:, None, seen - length :].expand(-1, key.shape[1], -1).flatten(0, 1).repeat(1, groups)
 
 
 def _dense(

@@ -108,7 +108,7 @@ def topk_attention(
         return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)
     with torch.no_grad(), without_autocast(query.device.type):
-        blocks, owner = count_blocks(seen, block_size), _owners(key, key_mask, block_size)
+        blocks, owner = layout.rank.shape[1], _owners(key, key_mask, block_size)
         sums = _sums(key, owner, blocks)
         asking = _first_queries(query, layout) if causal else _sums(query, owner, blocks)
         chosen = _choose(asking, sums, layout, top_k, causal, seen)

@@ -29,9 +29,8 @@ def main(out: str, batch_size: str) -> None:
     weights = torch.cat([value.flatten() for value in learned(trainer.model).values()])
     everywhere = trainer.accelerator.gather(weights[None])
     if int(os.environ.get("RANK", 0)) == 0:
-        logged = trainer.state.log_history[0]
-        loss = torch.tensor([before, after, logged["eval_loss"]], dtype=torch.float64)
-        save_file({"weights": weights, "losses": loss, "ranks": everywhere.contiguous()}, out)
+        losses = torch.tensor([before, after], dtype=torch.float64)
+        save_file({"weights": weights, "losses": losses, "ranks": everywhere.contiguous()}, out)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
