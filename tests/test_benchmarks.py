@@ -61,3 +61,31 @@ def test_attention_benchmark_runs_and_resumes(tmp_path):
     second = run("--kinds", "local", "linear", "--lengths", "128", "--resume", "--skip-memory")
     assert second["local", "forward", 128] == first["local", "forward", 128]  # kept, not measured again
     assert ("linear", "forward", 128) in second and ("linear", "forward", 64) not in second
+
+
+@pytest.mark.processes
+def test_quality_benchmark_runs_and_resumes(tmp_path):
+    output = tmp_path / "quality.json"
+    steps = ["--teacher-steps", "1", "--steps", "1", "--transfer-steps", "1"]
+    files = ["--work", str(tmp_path / "work"), "--output", str(output)]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "benchmarks/quality.py"), "--jobs", "language", "--threads", "1"]
+        return subprocess.run([*command, *steps, *files, *arguments], capture_output=True, text=True, check=False)
+
+    def cells() -> dict:
+        return {(cell["kind"], cell["stage"]): cell for cell in json.loads(output.read_text())["cells"]}
+
+    done = run("--kinds", "local", "hedgehog", "--limit", "30")
+    assert done.returncode == 0, done.stderr
+    assert "Need training after conversion: hedgehog. Usable as converted" in done.stdout
+    first = cells()
+    stages = ("converted", "transferred", "distilled")
+    assert set(first) == {("local", "converted"), ("local", "distilled"), *(("hedgehog", stage) for stage in stages)}
+    assert all(cell["score"] == "perplexity" and cell["standard_error"] > 0 for cell in first.values())
+    assert run("--kinds", "local", "dense", "--limit", "30").returncode == 0
+    second = cells()
+    assert all(second[key] == cell for key, cell in first.items())  # kept, not measured again
+    assert second["dense", "converted"]["difference_from_teacher"] == 0
+    refused = run("--kinds", "local", "--limit", "40")
+    assert refused.returncode != 0 and "other settings" in refused.stderr

@@ -2,8 +2,8 @@
 
 from hf_efficient import settings
 from hf_efficient.attention import config as attention
-from hf_efficient.attention.dispatch import ATTENTIONS, WITHOUT_BIAS
-from hf_efficient.attention.linear import FEATURE_MAPS
+from hf_efficient.attention.feature_maps import FEATURE_MAPS
+from hf_efficient.attention.kinds import ATTENTIONS
 from hf_efficient.attention.positions import METHODS, ROPE
 from hf_efficient.measure.quality import TASKS as SCORED
 from hf_efficient.preparing import TASKS
@@ -17,7 +17,6 @@ from hf_efficient.stages import STAGES
 def test_every_attention_kind_has_a_variant():
     assert set(attention.KINDS) == {"full", *ATTENTIONS}
     assert set(attention.FEATURE_MAPS) == set(FEATURE_MAPS)
-    assert set(WITHOUT_BIAS) < set(ATTENTIONS)
 
 
 def test_every_criterion_and_schedule_has_a_function():

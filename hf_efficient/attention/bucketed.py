@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .linear import without_autocast
 
 KEYS, QUERIES = 64, 32  # in a block: larger blocks see more masked pairs, smaller ones gather more
-PAIRS = 1 << 19  # scores at a time on a CPU, so that they and their keys stay in its cache
+GATHERED = 1 << 21  # numbers of keys and values gathered at a time on a CPU, so that they stay in its cache
 
 HIDDEN, FLOOR = -1e30, -1e29  # added to a hidden score; a row whose scores are all below FLOOR has no key
 LOG2_E = math.log2(math.e)  # scores are kept in units of log 2: exp2 is much faster than exp, most so at hidden scores
@@ -163,39 +163,52 @@ class _Bucketed(torch.autograd.Function):
     def forward(ctx, query, key, value, bias, own, settings, *plan):
         parts = []
         with without_autocast(query.device.type):
-            for rows in _parts(query, key, value, bias, own, _Plan(*plan), settings):
-                parts.append(_forward(rows, settings))
+            for part in _cut(query, query.shape[0], _gathered(plan[-1].shape[2], key, value, settings)):
+                parts.append(_forward(_rows(part, query, key, value, bias, own, _Plan(*plan)), settings))
         out, log_sum, kept = zip(*parts, strict=True)
         out, log_sum = torch.cat(out), torch.cat(log_sum)
-        ctx.save_for_backward(query, key, value, bias, own, out, log_sum, *plan)
-        ctx.settings, ctx.kept = settings, kept
+        ctx.save_for_backward(query, key, value, bias, own, out, log_sum, *plan, *(x for part in kept for x in part))
+        ctx.settings = settings
         return out.to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, bias, own, out, log_sum, *plan = ctx.saved_tensors
-        grads, done = [], 0
+        query, key, value, bias, own, out, log_sum, *others = ctx.saved_tensors
+        plan, kept = _Plan(*others[: len(_Plan._fields)]), iter(others[len(_Plan._fields) :])
+        grads = []
         with without_autocast(query.device.type):
-            parts = _parts(query, key, value, bias, own, _Plan(*plan), ctx.settings)
-            for rows, kept in zip(parts, ctx.kept, strict=True):
-                part = slice(done, done + rows.own.shape[0])
+            for part in _cut(query, query.shape[0], _gathered(plan.window.shape[2], key, value, ctx.settings)):
+                rows = _rows(part, query, key, value, bias, own, plan)
                 grads.append(_backward(rows, grad[part], out[part], log_sum[part], kept, ctx.settings))
-                done = part.stop
         grad_query, grad_both, grad_bias = (None if x[0] is None else torch.cat(x) for x in zip(*grads, strict=True))
         grad_key, grad_value = grad_both.to(key.dtype).split([key.shape[2], value.shape[2]], -1)
+        if bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
         return grad_query.to(query.dtype), grad_key, grad_value, grad_bias, None, None, *[None] * len(plan)
 
 
-def _parts(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, own: Tensor, plan: _Plan, settings: _Settings
-) -> Iterator[_Rows]:
-    """All rows, as many at a time as their scores are few; in fp32 at least."""
+def _gathered(blocks: int, key: Tensor, value: Tensor, settings: _Settings) -> int:
+    """How many numbers of keys and values the windows of so many query blocks hold."""
+    return blocks * (KEYS + settings.reach) * (key.shape[2] + value.shape[2])
+
+
+def _cut(like: Tensor, total: int, gathered: int) -> list[slice]:
+    """Cut `total` things that gather so many numbers each into parts of about `GATHERED`, or not at all."""
+    if not in_parts(like):
+        return [slice(0, total)]
+    at_once = max(1, GATHERED // gathered)
+    return [slice(start, min(start + at_once, total)) for start in range(0, total, at_once)]
+
+
+def _rows(
+    part: slice, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, own: Tensor, plan: _Plan
+) -> _Rows:
+    """Some of the rows, in fp32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    for rows in _cut(query, query.shape[0], plan.query.shape[2] * (KEYS + settings.reach)):
-        both = torch.cat([key[rows], value[rows]], -1).to(dtype)
-        of_bias = None if bias is None else bias[rows].to(dtype) * LOG2_E
-        yield _Rows(query[rows].to(dtype), both, of_bias, own[rows], _Plan(*(x[:, rows] for x in plan)))
+    both = torch.cat([key[part], value[part]], -1).to(dtype)
+    of_bias = None if bias is None else bias[part].to(dtype) * LOG2_E
+    return _Rows(query[part].to(dtype), both, of_bias, own[part], _Plan(*(x[:, part] for x in plan)))
 
 
 def _forward(rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -225,13 +238,12 @@ def _forward(rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor, list[Ten
 
 
 def _backward(
-    rows: _Rows, grad: Tensor, out: Tensor, log_sum: Tensor, kept: list[Tensor | None], settings: _Settings
+    rows: _Rows, grad: Tensor, out: Tensor, log_sum: Tensor, kept: Iterator[Tensor | None], settings: _Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of query, both and bias. A score's is p (grad . value - grad . out), p = exp2(score - log_sum)."""
     dim, plan = rows.query.shape[2], rows.plan
     grad = grad.to(rows.query.dtype)
     drift = (grad * out).sum(-1, keepdim=True)
-    kept = iter(kept)
     grad_query, grad_both, grad_bias = _own_backward(rows, grad, log_sum, drift, next(kept), settings)
     of_queries = torch.cat([rows.query, grad, log_sum, drift], -1)
     for index in range(plan.rank.shape[0]):
@@ -300,7 +312,7 @@ def _own_backward(
     grad_both = F.pad(to_both, (0, 0, seen - length, 0))
     if rows.bias is None:
         return scaled * key, grad_both, None
-    to_bias = of_score.unflatten(1, (-1, length)).sum(-1, keepdim=True)  # [N, G, 1]
+    to_bias = of_score.unflatten(1, (-1, length)).sum(2)  # [N, G, 1]
     return scaled * key, grad_both, F.pad(to_bias, (seen - 1, length - 1)).flatten(1)
 
 
@@ -311,7 +323,7 @@ def _scores(rows: _Rows, index: int, of_queries: Tensor, settings: _Settings) ->
     """
     plan, dim, seen, length = rows.plan, rows.query.shape[2], rows.both.shape[1], settings.length
     span = KEYS + settings.reach
-    for part in _cut(rows.query, plan.window.shape[2], QUERIES * span):
+    for part in _cut(rows.query, plan.window.shape[2], span * rows.both.shape[2]):
         slots = slice(part.start * QUERIES, part.stop * QUERIES)
         window, query = plan.window[index, :, part], plan.query[index, :, slots]
         place = window.unsqueeze(-1) + torch.arange(span, device=window.device)  # [N, P, W]
@@ -331,17 +343,7 @@ def _scores(rows: _Rows, index: int, of_queries: Tensor, settings: _Settings) ->
         yield _Scores(scores, queries, both, window // KEYS, pairs)
 
 
-def _cut(like: Tensor, total: int, pairs: int) -> list[slice]:
-    """Cut `total` things of so many pairs each into parts of about `PAIRS`, or not at all."""
-    if not in_parts(like):
-        return [slice(0, total)]
-    at_once = max(1, PAIRS // pairs)
-    return [slice(start, min(start + at_once, total)) for start in range(0, total, at_once)]
-
-
-def _hidden(
-    plan: _Plan, index: int, slots: slice, place: Tensor, position: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _hidden(plan: _Plan, index: int, slots: slice, place: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     """[N,P,C,W]: 0 where the query sees the key in round `index` and in no round before it, else 1 or more."""
     shape = (*place.shape[:2], QUERIES)
     low, high = (x[index, :, slots].reshape(shape) for x in (plan.slot_low, plan.slot_high))

@@ -29,6 +29,7 @@ from ..errors import UnsupportedModelError
 from .config import AttentionConfig
 from .variant import State
 
+_ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call the cache; the latter GPT-NeoX
 _STOCK = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the former since 5.23
 
@@ -173,21 +174,21 @@ def attach_cache(module: nn.Module, config: AttentionConfig, has_state: bool) ->
     One that takes no further keywords could not pass a state on to its attention: it keeps its ordinary cache.
     """
     parameters = inspect.signature(module.forward).parameters
-    passes_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    if "past_key_values" in parameters and passes_on:
-        hook = partial(_find_state, config, has_state, list(parameters).index("past_key_values"))
+    names = [name for name in _ARGUMENTS if name in parameters]
+    if names and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        hook = partial(_find_state, config, has_state, names[0], list(parameters).index(names[0]))
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _find_state(
-    config: AttentionConfig, has_state: bool, place: int, module: Any, args: tuple, kwargs: dict
+    config: AttentionConfig, has_state: bool, name: str, place: int, module: Any, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     """The forward pre-hook: adds `state_layer` to the arguments if this call decodes from a state.
 
     Otherwise attention is that over all keys: in training, when exporting, and where a static cache is compiled, whose
     tensors must stay the same ones.
     """
-    cache = kwargs["past_key_values"] if "past_key_values" in kwargs else args[place] if len(args) > place else None
+    cache = args[place] if len(args) > place else kwargs.get(name)
     if cache is None or not module.is_causal:
         return None
     index, layers = module.layer_idx, _layers_of(cache, module.layer_idx)

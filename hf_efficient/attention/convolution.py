@@ -29,7 +29,7 @@ from .linear import without_autocast
 BLOCK = 64
 NODES = {torch.float32: 10, torch.float64: 22}  # the error of a weight is below 5e-7, 1e-14 of the largest
 TOP = 8  # blocks among which all pairs are dense
-TRACED_LEVELS = 2  # compiled, the number of levels must not depend on the length
+TRACED_LEVELS = 2  # of blocks, when compiled or exported
 TOKENS = 1 << 18  # of all heads in one turn; on CPU a single head, whose moments stay in the cache
 
 Kernel = Callable[[Tensor], Tensor]
@@ -71,7 +71,8 @@ def make_tables(kernel: Kernel, length: int, causal: bool, dtype: torch.dtype, d
     near = toeplitz(near, BLOCK, 2 * BLOCK if causal else 3 * BLOCK)
 
     nodes = _nodes(dtype).to(device, dtype)
-    levels, blocks = _levels(length)
+    blocks, pairs = _cut(length)
+    levels, blocks = len(pairs), pairs[-1] if pairs else blocks
     pair = _in_halves(nodes)  # in blocks, around the middle of a pair
     apart = pair[:, None] - (pair - 2)  # [2r, 2r]: from the pair before it
     second = torch.arange(len(pair), device=device) >= len(nodes)
@@ -154,28 +155,25 @@ def _take(inputs, turn: tuple[slice, slice]) -> list:
 
 def _convolve(query: Tensor | None, key: Tensor | None, x: Tensor, tables: Tables) -> Tensor:
     length = x.shape[2]
-    levels, _ = _levels(length)
-    blocks = (length + BLOCK - 1) // BLOCK
-    if levels:
-        blocks = (blocks + 1) // 2 * 2
+    blocks, pairs = _cut(length)
     extra = blocks * BLOCK - length
     grid = _make_grid(x)
     # A pair of blocks of zeros before and after: partners of the first and the last pair.
     x = F.pad(x, (0, 0, 2 * BLOCK, 2 * BLOCK + extra))
-    moments = x.unflatten(2, (-1, BLOCK))  # [B, K, 2+N+2, C, E]
+    moments = x.unflatten(2, (blocks + 4, BLOCK))  # [B, K, 2+N+2, C, E]
     if key is None:
         moments = grid.basis.mT @ moments  # [B, K, 2+N+2, r, E]
     else:
         key = F.pad(key, (0, 0, 2 * BLOCK, 2 * BLOCK + extra))
-        moments = _features(key.unflatten(2, (-1, BLOCK)), grid.basis).mT @ moments  # [B, K, 2+N+2, r M, E]
+        moments = _features(key.unflatten(2, (blocks + 4, BLOCK)), grid.basis).mT @ moments  # [B, K, 2+N+2, r M, E]
         moments = moments.unflatten(3, (len(grid.nodes), -1)).flatten(4)
     if query is not None:
-        query = F.pad(query, (0, 0, 0, extra)).unflatten(3, (-1, BLOCK))  # [B, K, G, N, C, M]
+        query = F.pad(query, (0, 0, 0, extra)).unflatten(3, (blocks, BLOCK))  # [B, K, G, N, C, M]
     out = []
     for group in range(tables.near.shape[1]):
         own, rows = tables.of_group(group), None if query is None else query[:, :, group]
         y = _near(rows, key, x, own.near, blocks)  # [B, K, N, C, E]
-        field = _far(moments, own, levels, grid)
+        field = _far(moments, own, pairs, grid)
         if rows is None:
             y = _add_product(y, grid.basis, field)
         else:
@@ -192,20 +190,19 @@ def _near(query: Tensor | None, key: Tensor | None, x: Tensor, near: Tensor, blo
     return weights @ x.unfold(2, span, BLOCK)[:, :, 1 : 1 + blocks].mT
 
 
-def _far(moments: Tensor, tables: Tables, levels: int, grid: _Grid) -> Tensor:
+def _far(moments: Tensor, tables: Tables, pairs: tuple[int, ...], grid: _Grid) -> Tensor:
     """Moments [B,K,2+N+2,r,F] -> the field [B,K,N,r,F] at the nodes of each block, from all but adjacent blocks."""
-    if not levels:
+    if not pairs:
         inner = moments[:, :, 2:-2]
         return (tables.top @ inner.flatten(2, 3)).view(inner.shape)
-    level = tables.left.shape[1] - levels
-    pairs = moments.unflatten(2, (-1, 2)).flatten(3, 4)  # [B, K, 1+N/2+1, 2r, F]
-    field = tables.left[:, None, level] @ pairs[:, :, :-2]
+    count, level = pairs[0], tables.left.shape[1] - len(pairs)
+    paired = moments.unflatten(2, (count + 2, 2)).flatten(3, 4)  # [B, K, 1+N/2+1, 2r, F]
+    field = tables.left[:, None, level] @ paired[:, :, :-2]
     if tables.right is not None:
-        field = _add_product(field, tables.right[:, None, level], pairs[:, :, 2:])
-    parents = grid.halves.mT @ pairs[:, :, 1:-1]
-    count = parents.shape[2]
-    odd = count % 2 if levels > 1 else 0
-    coarse = _far(F.pad(parents, (0, 0, 0, 0, 2, 2 + odd)), tables, levels - 1, grid)
+        field = _add_product(field, tables.right[:, None, level], paired[:, :, 2:])
+    parents = grid.halves.mT @ paired[:, :, 1:-1]
+    missing = 2 * pairs[1] - count if len(pairs) > 1 else 0
+    coarse = _far(F.pad(parents, (0, 0, 0, 0, 2, 2 + missing)), tables, pairs[1:], grid)
     field = _add_product(field, grid.halves, coarse[:, :, :count])
     return field.unflatten(3, (2, -1)).flatten(2, 3)
 
@@ -221,13 +218,21 @@ def _features(phi: Tensor, basis: Tensor) -> Tensor:
     return (phi.unsqueeze(-2) * basis.unsqueeze(-1)).flatten(-2)
 
 
-def _levels(length: int) -> tuple[int, int]:
-    """How often blocks are joined in pairs, and how many there are in the end."""
-    blocks, levels = (length + BLOCK - 1) // BLOCK, 0
-    compiling = torch.compiler.is_compiling()
-    while levels < TRACED_LEVELS if compiling else blocks > TOP:
-        blocks, levels = (blocks + 1) // 2, levels + 1
-    return levels, blocks
+def _cut(length: int) -> tuple[int, tuple[int, ...]]:
+    """The blocks of a sequence, and how many pairs they make on each level, those of the level above being its blocks.
+
+    Compiled, the number of levels must not depend on the length; exported, nothing may depend on there being one pair.
+    """
+    if torch.compiler.is_compiling():
+        top = (length + BLOCK * 2**TRACED_LEVELS - 1) // (BLOCK * 2**TRACED_LEVELS)
+        top = top + 1 if torch.compiler.is_exporting() else top
+        return top * 2**TRACED_LEVELS, tuple(top * 2**level for level in reversed(range(TRACED_LEVELS)))
+    blocks, pairs = (length + BLOCK - 1) // BLOCK, []
+    count = blocks
+    while count > TOP:
+        count = (count + 1) // 2
+        pairs.append(count)
+    return 2 * pairs[0] if pairs else blocks, tuple(pairs)
 
 
 def _make_grid(x: Tensor) -> _Grid:

@@ -52,8 +52,8 @@ class FeatureMap(NamedTuple):
 class FeatureMapAttention(AttentionVariant):
     """A variant with the feature map of its config: a learned matrix for each head, a fixed projection, or neither."""
 
-    takes_bias = False
     needs_training = True
+    projection: Tensor
 
     def __init__(self, config: AttentionConfig, shape: HeadShape):
         super().__init__(config, shape)
@@ -66,7 +66,7 @@ class FeatureMapAttention(AttentionVariant):
 
     def reset_parameters(self) -> None:
         if self.config.feature_map == "favor":
-            init.copy_(self.projection, draw_projection(*self.projection.shape, seed=self.config.seed))
+            init.copy_(self.projection, self._draw(self.config.seed))
         if self.config.feature_map == "hedgehog":
             for weight in (self.query_map, self.key_map):
                 init.copy_(weight, torch.eye(self.shape.dim).expand_as(weight))
@@ -80,7 +80,11 @@ class FeatureMapAttention(AttentionVariant):
         if self.config.feature_map != "favor":
             raise ConfigError(f"feature_map={self.config.feature_map!r} has no random projection; 'favor' has one.")
         with torch.no_grad():
-            self.projection.copy_(draw_projection(*self.projection.shape, seed=seed))
+            self.projection.copy_(self._draw(seed))
+
+    def _draw(self, seed: int) -> Tensor:
+        features, dim = self.projection.shape
+        return draw_projection(features, dim, seed)
 
     @property
     def map_options(self) -> dict[str, Any]:

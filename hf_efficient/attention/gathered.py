@@ -73,13 +73,13 @@ def positions(order: Tensor | None, batch: Tensor, count: Tensor, rank: Tensor) 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """[B,h,S,D] at positions [B or 1, L]: [B,h,L,D], stored as [B,L,h,D]."""
-    rows, batch_step, head_step, token_step = _token_rows(x, _is_by_token(x))
+    rows, batch_step, head_step, token_step = _token_rows(x, is_by_token(x))
     batch, head = torch.arange(x.shape[0], device=x.device), torch.arange(x.shape[1], device=x.device)
     at = index.unsqueeze(-1) * token_step + (batch * batch_step)[:, None, None] + head * head_step  # [B, L, h]
     return rows.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
 
 
-def _is_by_token(x: Tensor) -> bool:
+def is_by_token(x: Tensor) -> bool:
     """Whether [B,h,S,D] lies in memory as [B,S,h,D], as a projection gives it."""
     return not torch.compiler.is_compiling() and x.transpose(1, 2).is_contiguous()
 
@@ -98,7 +98,7 @@ def gathered_attention(
 
     `bias` is that of `full_attention`. The output is stored as [B,N*s,H,Dv], which is what the layers reshape to.
     """
-    by_token = _is_by_token(value)
+    by_token = is_by_token(value)
     key_rows, *steps = _token_rows(key, by_token)
     source = _Source(key_rows, _token_rows(value, by_token)[0], key.shape[1], *steps)
     table = None if bias is None else bias[0].t().contiguous()  # [S+T-1, H]

@@ -80,8 +80,10 @@ def linear_attention(
     check_shapes(query, key, value, key_mask, None)
     if causal:
         check_positions(query.shape[2], key.shape[2], causal)
+    dtype = sum_dtype(query)
+    key, value = zero_padding(key, value, key_mask)
     with without_autocast(query.device.type):
-        rows, keys, values = prepare(query, key, value, key_mask)
+        rows, keys, values = query.to(dtype), key.to(dtype), value.to(dtype)
         phi_query, phi_key = features(rows, keys, key_mask, FEATURE_MAPS[feature_map], map_weights, scaling)
         if dropout:
             values = drop_keys(values, dropout)
@@ -118,8 +120,10 @@ def linear_decode(
     """
     check_map(feature_map, map_weights, query, key)
     check_shapes(query, key, value, key_mask, None)
+    dtype = sum_dtype(query)
+    key, value = zero_padding(key, value, key_mask)
     with without_autocast(query.device.type):
-        rows, keys, values = prepare(query, key, value, key_mask)
+        rows, keys, values = query.to(dtype), key.to(dtype), value.to(dtype)
         phi_query, phi_key = features(rows, keys, key_mask, FEATURE_MAPS[feature_map], map_weights, scaling)
         before = None if state is None else state[0]
         after = add_to_sums(before, phi_key, values)
@@ -148,11 +152,9 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
-def prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype of the sums, keys and values zero at padding."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    key, value = zero_padding(key, value, key_mask)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """fp16 and bf16 are summed in fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def features(
@@ -307,4 +309,4 @@ def _groups(rows: Tensor, piece: Piece) -> list[tuple]:
 
 def inverse_of(total: Tensor) -> Tensor:
     """1 / total; 1 where no key is visible and the total is 0, for zeros and finite gradients there."""
-    return torch.where(total == 0, 1, total).reciprocal_()
+    return total.masked_fill(total == 0, 1).reciprocal_()

@@ -25,8 +25,8 @@ from transformers import initialization as init
 from ..errors import ConfigError
 from .config import AttentionConfig
 from .feature_maps import FEATURE_MAPS, FeatureMapAttention, MapWeights, check_map
-from .full import check_positions, check_shapes, check_window, full_attention, section
-from .linear import add_to_sums, drop_keys, features, fill_up, inverse_of, prepare, without_autocast
+from .full import check_positions, check_shapes, check_window, full_attention, section, zero_padding
+from .linear import add_to_sums, drop_keys, features, fill_up, group_heads, inverse_of, sum_dtype, without_autocast
 from .near_far import NearAndFar, common_scale, cut_queries, lay_out, make_masks
 from .variant import HeadShape, State
 
@@ -114,6 +114,7 @@ def local_linear_attention(
     # With gradients, learned parts must take part, be it with gradients of 0.
     if not torch.compiler.is_exporting() and window >= seen and not torch.is_grad_enabled():
         return full_attention(query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout)
+    key, value = zero_padding(key, value, key_mask)
     with without_autocast(query.device.type):
         inputs = _prepare(query, key, value, key_mask, feature_map, map_weights, log_mix, scaling, seen)
         if dropout:
@@ -144,17 +145,21 @@ def local_linear_decode(
     """
     _check(query, key, value, key_mask, window, log_mix, feature_map, map_weights)
     mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+    key, value = zero_padding(key, value, key_mask)
     sums = None
     if state is not None:
         sums, *kept = state
-        key, value = (torch.cat(pair, 2) for pair in zip(kept[:2], (key, value), strict=True))
+        key, value = torch.cat([kept[0], key], 2), torch.cat([kept[1], value], 2)
         mask = torch.cat([kept[2], mask], 1)
     leaving = max(key.shape[2] - (window - 1), 0)  # keys that the next token does not see
-    one = sums is not None and query.shape[2] == 1
+    options = feature_map, map_weights, log_mix, scaling
     with without_autocast(query.device.type):
-        mapped = leaving if one else key.shape[2]
-        inputs = _prepare(query, key, value, mask, feature_map, map_weights, log_mix, scaling, mapped)
-        out = _one_token(inputs, sums) if one else _near_and_far(inputs, window, True, sums)
+        if sums is not None and query.shape[2] == 1:
+            inputs = _prepare(query, key, value, mask, *options, mapped=leaving)
+            out = _one_token(inputs, sums)
+        else:
+            inputs = _prepare(query, key, value, mask, *options, mapped=key.shape[2])
+            out = _near_and_far(inputs, min(window, key.shape[2]), True, sums)
         if leaving or sums is None:
             sums = add_to_sums(sums, inputs.phi_key[:, :, :leaving], inputs.value[:, :, :leaving])
     return out.to(query.dtype), (sums, key[:, :, leaving:], value[:, :, leaving:], mask[:, leaving:])
@@ -162,16 +167,15 @@ def local_linear_decode(
 
 def _one_token(inputs: _Inputs, sums: Tensor) -> Tensor:
     """[B,H,1,Dv]: a query that has all given keys in its window, after those that `sums` holds."""
-    kv_heads = inputs.key.shape[1]
-    query, phi_query = (x[:, :, 0].unflatten(1, (kv_heads, -1)) for x in (inputs.query, inputs.phi_query))
+    query, phi_query = (group_heads(x, inputs.key)[..., 0, :] for x in (inputs.query, inputs.phi_query))
     near = query.mul(inputs.scaling / math.log(2)) @ inputs.key.mT  # [B, K, G, keys]
-    near = near.masked_fill_(~inputs.real[:, None, None, :], float("-inf"))
+    near.masked_fill_(~inputs.real[:, None, None, :], float("-inf"))
     outside = phi_query @ sums
-    top, factor = common_scale(near, outside[..., -1:], inputs.mix.view(kv_heads, -1, 1))
+    top, factor = common_scale(near, outside[..., -1:], inputs.mix.view(*query.shape[1:3], 1))
     near = near.sub_(top).exp2_()
     outside = outside * factor
-    total = near.sum(-1, keepdim=True) + outside[..., -1:]
-    out = (near @ inputs.value + outside[..., :-1]) * inverse_of(total)
+    total = outside[..., -1:] + near.sum(-1, keepdim=True)
+    out = (near @ inputs.value).add_(outside[..., :-1]).mul_(inverse_of(total))
     return out.flatten(1, 2).unsqueeze(2)
 
 
@@ -203,8 +207,9 @@ def _prepare(
     scaling: float | None,
     mapped: int,
 ) -> _Inputs:
-    """phi of the first `mapped` keys alone."""
-    query, key, value = prepare(query, key, value, key_mask)
+    """phi is made of the first `mapped` keys alone."""
+    dtype = sum_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     phi = FEATURE_MAPS[feature_map]
     absolute = phi._replace(of_query=phi.phi)  # beside exp(q . k) it is not only ratios that count
     mapped_mask = None if key_mask is None else key_mask[:, :mapped]
@@ -226,7 +231,7 @@ def _near_and_far(inputs: _Inputs, window: int, causal: bool, sums: Tensor | Non
     values = F.pad(inputs.value, (0, 1), value=1.0)
     if sums is None:
         sums = values.new_zeros(*values.shape[:2], inputs.phi_key.shape[-1], values.shape[-1])
-    lead, fill = layout.left * layout.size - layout.kept, layout.count * layout.size - length
+    lead, fill = layout.left * layout.size - layout.kept, layout.blocks * layout.size - length
     trail = fill + layout.right * layout.size
     query, phi_query = (cut_queries(x, fill, layout, kv_heads) for x in (inputs.query, inputs.phi_query))
     key, value, phi_key = (fill_up(x[:, :, first:], lead, trail) for x in (inputs.key, values, inputs.phi_key))

@@ -102,17 +102,20 @@ def lsh_attention(
         raise UnsupportedModelError(
             f"rotations must be [rounds, {query.shape[-1]}, buckets / 2], got {tuple(rotations.shape)}."
         )
+    key, value = key.to(query.dtype), value.to(query.dtype)
     exporting = torch.compiler.is_exporting()  # an exported program keeps one path for all lengths
-    options = {"scaling": scaling, "dropout": dropout}
-    if rotations.shape[2] == 0 and block_size >= seen and not exporting:
-        return full_attention(query, key, value, key_mask, causal=causal, bias=bias, **options)
-    key, value = zero_padding(key, value, key_mask)
-    order = _bucket_order(query.detach(), key.detach(), key_mask, rotations, block_size, causal)
-    own = _own_key(order, query, key, key_mask)
-    if length == 1 or (not exporting and length * seen <= DENSE):
-        return _dense(query, key, value, order, own, bias, **options)
-    span = block_size if causal else 2 * block_size
-    return bucketed_attention(query, key, value, order, own, span, bias=bias, **options)
+    with without_autocast(query.device.type):
+        if rotations.shape[2] == 0 and block_size >= seen and not exporting:
+            return full_attention(
+                query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout, bias=bias
+            )
+        key, value = zero_padding(key, value, key_mask)
+        order = _bucket_order(query.detach(), key.detach(), key_mask, rotations, block_size, causal)
+        own = _own_key(order, query, key, key_mask)
+        if length == 1 or (not exporting and length * seen <= DENSE):
+            return _dense(query, key, value, order, own, bias, scaling, dropout)
+        reach = block_size if causal else 2 * block_size
+        return bucketed_attention(query, key, value, order, own, reach, bias=bias, scaling=scaling, dropout=dropout)
 
 
 def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
@@ -120,11 +123,10 @@ def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
     rounds, _, half = rotations.shape
     if half == 0:
         return x.new_zeros(1, *x.shape[:3], dtype=torch.long)  # one bucket needs one round
-    with without_autocast(x.device.type):
-        if not in_parts(x):
-            return _hash(x, rotations)
-        heads = max(1, PROJECTIONS // (x.shape[0] * x.shape[2] * rounds * half))
-        return torch.cat([_hash(part, rotations) for part in x.split(heads, 1)], 2)
+    if not in_parts(x):
+        return _hash(x, rotations)
+    heads = max(1, PROJECTIONS // (x.shape[0] * x.shape[2] * rounds * half))
+    return torch.cat([_hash(part, rotations) for part in x.split(heads, 1)], 2)
 
 
 def _hash(x: Tensor, rotations: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ def _linear_weights(
         query = query * (scaling * query.shape[-1] ** 0.5)
     of_query, of_key = map_weights or (None, None)
     if feature_map == "hedgehog":
+        assert of_key is not None
         of_key = of_key.repeat_interleave(query.shape[1] // of_key.shape[0], 0)
     phi_query, phi_key = _features(query, feature_map, of_query), _features(key, feature_map, of_key)
     return phi_query @ phi_key.transpose(-1, -2)
@@ -133,7 +134,8 @@ def _features(x: Tensor, feature_map: str, weight: Tensor | None) -> Tensor:
     if feature_map == "hedgehog":
         mapped = torch.einsum("hed,bhtd->bhte", weight, x)
         return torch.cat([torch.softmax(mapped, -1), torch.softmax(-mapped, -1)], -1)
-    x = x / x.shape[-1] ** 0.25  # favor
+    assert feature_map == "favor" and weight is not None
+    x = x / x.shape[-1] ** 0.25
     return torch.exp(x @ weight.to(x.dtype).T - (x * x).sum(-1, keepdim=True) / 2) / len(weight) ** 0.5
 
 

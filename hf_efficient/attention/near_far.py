@@ -16,14 +16,14 @@ from .pieces import Piece, pieces
 
 
 class Layout(NamedTuple):
-    """How queries and keys are cut: `count` blocks of queries of `size` positions. A block's span reaches `left`
+    """How queries and keys are cut: `blocks` blocks of queries of `size` positions. A block's span reaches `left`
     blocks back and `right` blocks ahead; `kept` keys lie before the first query. `far` are the parts of a span with
     keys out of the window of some query of the block; `scaling` is that of the scores."""
 
     size: int
     left: int
     right: int
-    count: int
+    blocks: int
     kept: int
     far: tuple[slice, ...]
     scaling: float
@@ -63,7 +63,7 @@ def _far_parts(size: int, left: int, right: int, reach: int) -> tuple[slice, ...
 
 def cut_queries(x: Tensor, fill: int, layout: Layout, kv_heads: int) -> Tensor:
     """[B,H,T,D] -> [B,K,N,G*size,D]: the rows of all query heads that share a key/value head side by side."""
-    blocks = fill_up(x, 0, fill).unflatten(2, (layout.count, layout.size))
+    blocks = fill_up(x, 0, fill).unflatten(2, (layout.blocks, layout.size))
     return blocks.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).transpose(2, 3).flatten(3, 4)
 
 
@@ -87,8 +87,8 @@ def common_scale(near: Tensor, mass: Tensor, mix: Tensor) -> tuple[Tensor, Tenso
     """What to subtract from the near scores (powers of 2), and the factor on linear weights, whose sum is `mass`: so
     both are on one scale, on which the largest near weight, or the linear ones together, are 1."""
     top = torch.maximum(near.amax(-1, keepdim=True), (mass * mix).log2())
-    top = torch.where(top == -torch.inf, 0, top)  # no key at all
-    return top, torch.where(mass == 0, 0, top.neg().exp2() * mix)
+    top.masked_fill_(top == -torch.inf, 0)  # no key at all
+    return top, top.neg().exp2_().mul(mix).masked_fill_(mass == 0, 0)
 
 
 class NearAndFar(torch.autograd.Function):
@@ -163,7 +163,7 @@ class NearAndFar(torch.autograd.Function):
 def _places(query: Tensor, layout: Layout) -> Iterator[tuple[Piece, list[Piece]]]:
     """Pieces of the first two dimensions, with those of the first three inside each."""
     numbers = query.shape[3] * layout.span
-    for place in pieces(query.shape[:2], numbers * layout.count, query):
+    for place in pieces(query.shape[:2], numbers * layout.blocks, query):
         yield place, [(*place, *block) for block in pieces(query.shape[2:3], numbers, query)]
 
 
@@ -204,11 +204,11 @@ def _sum_outside(phi_key: Tensor, value: Tensor, sums: Tensor, layout: Layout) -
     """[b,k,N,M,Dv+1]: sum_j phi(k_j)^T (v_j, 1) over the keys before and after the span of each block."""
     phi_key, value = (x.unflatten(2, (-1, layout.size)) for x in (phi_key, value))
     if not layout.right:
-        terms = phi_key[:, :, : layout.count].mT @ value[:, :, : layout.count]
-        return running_sums(sums, terms)[:, :, : layout.count]
+        terms = phi_key[:, :, : layout.blocks].mT @ value[:, :, : layout.blocks]
+        return running_sums(sums, terms)[:, :, : layout.blocks]
     terms = phi_key.mT @ value
-    before = running_sums(sums, terms[:, :, : layout.count])[:, :, : layout.count]
-    after = running_sums(torch.zeros_like(sums), terms[:, :, -layout.count :].flip(2))[:, :, : layout.count]
+    before = running_sums(sums, terms[:, :, : layout.blocks])[:, :, : layout.blocks]
+    after = running_sums(torch.zeros_like(sums), terms[:, :, -layout.blocks :].flip(2))[:, :, : layout.blocks]
     return before + after.flip(2)
 
 
@@ -221,7 +221,7 @@ def _sum_outside_backward(
     )
     nothing = torch.zeros_like(grad[:, :, 0])
     later = running_sums(nothing, grad.flip(2)).flip(2)
-    terms = [(slice(0, layout.count - 1), later[:, :, 1:-1])]
+    terms = [(slice(0, layout.blocks - 1), later[:, :, 1:-1])]
     if layout.right:
         terms.append((slice(layout.span // layout.size, None), running_sums(nothing, grad)[:, :, 1:-1]))
     for some, grad_terms in terms:

@@ -34,6 +34,7 @@ from .blocks import (
     sees_all,
 )
 from .full import check_positions, check_shapes
+from .gathered import is_by_token, take
 from .linear import without_autocast
 from .variant import AttentionVariant, State
 
@@ -111,7 +112,7 @@ def topk_attention(
         blocks, owner = layout.rank.shape[1], _owners(key, key_mask, block_size)
         sums = _sums(key, owner, blocks)
         asking = _first_queries(query, layout) if causal else _sums(query, owner, blocks)
-        chosen = _choose(asking, sums, layout, top_k, causal, seen)
+    chosen = _choose(asking, sums, layout, top_k, causal, seen)
     return block_attention(query, key, value, key_mask, layout, chosen, options)
 
 
@@ -146,23 +147,23 @@ def topk_decode(
     check_shapes(query, key, value, key_mask, None)
     before = _no_tokens(query, key, value) if state is None else _State(*state)
     real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
-    owner = _owners(key, real, block_size, before.mask.sum(-1, keepdim=True))
     mask = torch.cat([before.mask, real], 1)
-    blocks = count_blocks(mask.shape[1], block_size)
-    sums = F.pad(before.sums, (0, 0, 0, blocks - before.sums.shape[2])) + _sums(key, owner, blocks)
-    key, value = torch.cat([before.key, key], 2), torch.cat([before.value, value], 2)
-    known, options = known_mask(mask), Options(global_tokens, True, scaling, 0.0)
-    layout = lay_out(query, key, known, block_size)
-    first = _first_queries(query, layout, before.first)
-    if sees_all(key.shape[2], block_size, top_k, global_tokens):
-        out = dense_attention(query, key, value, known, options)
+    whole_key, whole_value = torch.cat([before.key, key], 2), torch.cat([before.value, value], 2)
+    seen, known = mask.shape[1], known_mask(mask)
+    layout, options = lay_out(query, whole_key, known, block_size), Options(global_tokens, True, scaling)
+    with torch.no_grad(), without_autocast(query.device.type):
+        owner = _owners(key, real, block_size, before.mask.sum(-1, keepdim=True))
+        blocks = count_blocks(seen, block_size)
+        sums = F.pad(before.sums, (0, 0, 0, blocks - before.sums.shape[2])) + _sums(key, owner, blocks)
+        first = _first_queries(query, layout, before.first)
+    if sees_all(seen, block_size, top_k, global_tokens):
+        out = dense_attention(query, whole_key, whole_value, known, options)
     else:
-        with torch.no_grad(), without_autocast(query.device.type):
-            chosen = _choose(first, sums, layout, top_k, True, key.shape[2])
-        out = block_attention(query, key, value, known, layout, chosen, options)
+        chosen = _choose(first, sums, layout, top_k, True, seen)
+        out = block_attention(query, whole_key, whole_value, known, layout, chosen, options)
     last = ((layout.count - 1) // block_size - layout.own[:, :1]).clamp(min=0)[:, None, :, None]
     first = first.gather(2, last.expand(*first.shape[:2], -1, first.shape[-1])).squeeze(2)
-    return out, (key, value, mask, sums, first)
+    return out, (whole_key, whole_value, mask, sums, first)
 
 
 def _no_tokens(query: Tensor, key: Tensor, value: Tensor) -> _State:
@@ -183,6 +184,8 @@ def _sums(x: Tensor, owner: Tensor, blocks: int) -> Tensor:
     batch, heads, _, dim = x.shape
     row = torch.arange(batch, device=x.device)[:, None, None] * heads + torch.arange(heads, device=x.device)[:, None]
     at = row * (blocks + 1) + owner.unsqueeze(1) + 1  # [B, h, S]; the first of blocks + 1 sums takes the padding
+    if is_by_token(x):
+        x, at = x.transpose(1, 2), at.transpose(1, 2)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     sums = x.new_zeros(batch * heads * (blocks + 1), dim).index_add(0, at.flatten(), x.flatten(0, 2))
     return sums.unflatten(0, (batch, heads, blocks + 1))[:, :, 1:]
@@ -190,14 +193,12 @@ def _sums(x: Tensor, owner: Tensor, blocks: int) -> Tensor:
 
 def _first_queries(query: Tensor, layout: Layout, begun: Tensor | None = None) -> Tensor:
     """[B,H,N,D]: the first query of each block; `begun` [B,H,D] that of a block which began before these queries."""
-    batch, heads, _, dim = query.shape
     blocks, size = layout.rank.shape[1:]
     if layout.source is None:
-        index = torch.arange(blocks, device=query.device) * size
-        first = query.index_select(2, index)
+        index = (torch.arange(blocks, device=query.device) * size).clamp(max=query.shape[2] - 1).unsqueeze(0)
     else:
-        index = layout.source.unflatten(1, (blocks, size))[:, None, :, :1]
-        first = query.gather(2, index.expand(batch, heads, -1, dim))
+        index = layout.source.unflatten(1, (blocks, size))[..., 0]
+    first = take(query, index)
     if begun is None:
         return first
     is_new = layout.rank[..., 0] % layout.block == 0
@@ -211,20 +212,26 @@ def _choose(asking: Tensor, sums: Tensor, layout: Layout, top_k: int, causal: bo
 
     asking [B,H,N,D], at any scale; sums [B,K,M,D].
     """
+    with torch.no_grad(), without_autocast(sums.device.type):
+        ranked = _rank(asking, sums, layout, causal)
+    if torch.compiler.is_exporting():  # an exported program may meet fewer blocks
+        ranked = F.pad(ranked, (0, top_k - 1), value=float("-inf"))
+    best = ranked.topk(top_k - 1)
+    others = torch.where(best.values == float("-inf"), missing, best.indices)
+    own = layout.own[:, None, :, None].expand(*others.shape[:3], -1)
+    return torch.cat([own, others], -1).transpose(1, 2)
+
+
+def _rank(asking: Tensor, sums: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """[B,H,N,M]: how well key block M fits; -inf where it is the own one, has no tokens or, causal, is a later one."""
     block, own = layout.block, layout.own.unsqueeze(-1)  # [B or 1, N, 1]
     number = torch.arange(sums.shape[2], device=sums.device)
     tokens = (layout.count - number * block).clamp(1, block)  # [B or 1, M]
     means = sums / tokens[:, None, :, None]
     grouped = asking.to(sums.dtype).unflatten(1, (sums.shape[1], -1))  # [B, K, H/K, N, D]
-    scores = (grouped @ means.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)  # [B, H, N, M]
+    scores = (grouped @ means.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     candidate = number < own if causal else (number * block < layout.count.unsqueeze(-1)) & (number != own)
-    ranked = _distinct(scores).masked_fill_(~candidate.unsqueeze(1), float("-inf"))
-    if torch.compiler.is_exporting():  # an exported program may meet fewer blocks
-        ranked = F.pad(ranked, (0, top_k - 1), value=float("-inf"))
-    best = ranked.topk(top_k - 1)
-    others = torch.where(best.values == float("-inf"), missing, best.indices)
-    own = own.unsqueeze(1).expand(*others.shape[:3], -1)
-    return torch.cat([own, others], -1).transpose(1, 2)
+    return _distinct(scores).masked_fill_(~candidate.unsqueeze(1), float("-inf"))
 
 
 def _distinct(scores: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..distillation.batch import Batch, Task, forward_names
+from ..distillation.checks import NEEDS_DECODER_INPUTS
 from ..distillation.forward import call_inside
 from ..distillation.losses import SINGLE_LABEL, hidden_loss
 from ..errors import ConfigError, UnsupportedModelError
@@ -121,7 +122,8 @@ class TransferTrainer(StepTrainer):
         check_learned(self.attentions)
         super().__init__(model, args, **kwargs)
         self._names = forward_names(model)
-        self._stacks = {attention.stack for attention in self.attentions.values()}
+        self._stacks = list(dict.fromkeys(attention.stack for attention in self.attentions.values()))
+        self._shift = getattr(model, NEEDS_DECODER_INPUTS, None)  # where labels make the decoder's inputs
         two = "decoder_input_ids" in self._names
         self.task = Task("tokens" if two else "examples", SINGLE_LABEL, 0, ("encoder", "decoder")[: 1 + two])
 
@@ -180,13 +182,14 @@ class TransferTrainer(StepTrainer):
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the forward takes, never labels: no loss of the model's own, and no more logits than it must make."""
         given = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
-        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is not None and inputs.get("labels") is not None and inputs.get("decoder_input_ids") is None:
-            given["decoder_input_ids"] = shift(labels=inputs["labels"])
+        if self._shift is not None and inputs.get("labels") is not None and inputs.get("decoder_input_ids") is None:
+            given["decoder_input_ids"] = self._shift(labels=inputs["labels"])
         return given | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
 
     def _masks(self, inputs: dict[str, Any], rows: int | None = None) -> dict[str, Tensor]:
         """The real queries of each stack, `[B, T]`; `[B]` for images."""
+        if self._shift is None:  # labels that say nothing about positions
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
         masks = Batch(inputs, self.task, rows=rows).token_masks()
         if "vision" in self._stacks:
             images = {"pixel_values": inputs["pixel_values"]}

@@ -18,7 +18,8 @@ def kinds(model):
     """{stack: [self-attention kinds], stack.cross_attention: [...]} as the modules have it."""
     found = {}
     for stack, layers in find_stacks(model):
-        for name, attention in zip((stack.name, f"{stack.name}.{CROSS}"), stack.attentions().values(), strict=False):
+        names = (stack.name, f"{stack.name}.{CROSS}")
+        for name, attention in zip(names, stack.attentions(model.config).values(), strict=False):
             variants = [variant_of(layer.get_submodule(attention.module)) for layer in layers]
             found[name] = ["full" if variant is None else variant.config.kind for variant in variants]
     return found

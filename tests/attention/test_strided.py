@@ -274,15 +274,18 @@ def test_compiles_whole(causal, global_tokens):
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(causal, global_tokens):
     class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask):
+        def forward(self, query, key, value, mask=None):
             return strided_attention(query, key, value, mask, **SMALL, global_tokens=global_tokens, causal=causal)
 
     auto = torch.export.Dim.AUTO
-    example = (*make_inputs(200), padding_mask("right", 2, 200))
-    program = torch.export.export(Module(), example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
-    for batch, seen in ((1, 70), (3, 301), (2, 192), (2, 3), (1, 1)):
-        inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
-        assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    for side in ("right", None) if global_tokens else ("right",):
+        masked = () if side is None else (padding_mask(side, 2, 200),)
+        shapes = [{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}] * len(masked)
+        program = torch.export.export(Module(), (*make_inputs(200), *masked), dynamic_shapes=shapes)
+        for batch, seen in ((1, 70), (3, 301), (2, 192), (2, 3), (1, 1)):
+            masked = () if side is None else (padding_mask("left", batch, seen),)
+            inputs = (*make_inputs(seen, batch=batch), *masked)
+            assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
 
 
 def test_the_layout_in_memory_changes_nothing(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import BartForSequenceClassification, OPTConfig, OPTForCausalLM, TrainingArguments
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention
 from hf_efficient.attention import kinds
@@ -245,6 +245,23 @@ def test_padding_does_not_count(tmp_path):
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)
     assert losses[2] != pytest.approx(losses[0], rel=1e-2)
+
+
+def test_labels_of_whole_texts_say_nothing_about_positions(tmp_path):
+    torch.manual_seed(1)
+    config = make_model("bart").config
+    model = convert_attention(BartForSequenceClassification(config).double(), AttentionConfig(KIND))
+    texts = [{"input_ids": torch.tensor([*row["input_ids"], config.eos_token_id])} for row in rows()]
+
+    def labelled(examples):
+        return collate(examples) | {"labels": torch.arange(len(examples)) % 2}
+
+    losses = []
+    for collator in (collate, labelled):
+        trainer = make_trainer("bart", tmp_path, model, texts)
+        trainer.data_collator = collator
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1] > 0
 
 
 def test_dropout_is_off_and_the_mode_comes_back(tmp_path):
