@@ -119,6 +119,39 @@ KINDS = {
 }
 
 
+def quality(report: dict) -> str:
+    """What each kind costs in quality: kinds down, jobs and stages across."""
+    cells = {(cell["job"], cell["kind"], cell["stage"]): cell for cell in report["cells"]}
+    jobs = list(dict.fromkeys(job for job, _, _ in cells))
+    columns = [(job, stage) for job in jobs for stage in ("converted", "transferred", "distilled")]
+    rows = []
+    for kind in dict.fromkeys(kind for _, kind, _ in cells):
+        found = [cells.get((job, kind, stage)) for job, stage in columns]
+        rows.append((f"`{kind}`", *(_score(cell) for cell in found)))
+    headers = ("", *(f"{job}: {SCORES[cells_of(report, job)[0]['score']]}, {stage}" for job, stage in columns))
+    settings = report["settings"]
+    note = (
+        f"\n{settings['transfer_steps']} steps of transfer (kinds with learned parts), {settings['steps']} of "
+        "distillation; ± one standard error, one seed: differences within two of them may be chance.\n"
+    )
+    return table(headers, rows) + note
+
+
+SCORES = {"accuracy": "accuracy", "perplexity": "perplexity"}
+
+
+def cells_of(report: dict, job: str) -> list[dict]:
+    return [cell for cell in report["cells"] if cell["job"] == job]
+
+
+def _score(cell: dict | None) -> str:
+    if cell is None:
+        return ""
+    if cell["score"] == "accuracy":
+        return f"{cell['value']:.1%} ± {cell['standard_error'] * 100:.1f}"
+    return f"{cell['value']:.1f}"
+
+
 def filled(path: Path) -> str:
     """The page with its tables as the results say."""
     report = load("attention_cpu")
@@ -126,6 +159,8 @@ def filled(path: Path) -> str:
     link = "docs/attention" if path.name == "README.md" else "attention"
 
     def fill(match: re.Match) -> str:
+        if match[2] == "quality":
+            return match[1] + quality(load("quality_cpu")) + match[3]
         return match[1] + makers[match[2]](report).replace("LINK", link) + match[3]
 
     return MARKED.sub(fill, path.read_text(encoding="utf-8"))

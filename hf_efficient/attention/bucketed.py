@@ -257,7 +257,7 @@ def _backward(
             to_key = (of_scores.transpose(1, 2) @ query).mul_(settings.scaling)
             to_query.append((of_scores @ both[..., :dim]).view(grad.shape[0], -1, dim))
             to_both.add(torch.cat([to_key, to_value], -1), block)
-            if grad_bias is not None:
+            if grad_bias is not None and pairs is not None:
                 grad_bias.scatter_add_(1, pairs, of_scores.view(pairs.shape))
         grad_query.add_(_take(torch.cat(to_query, 1), plan.slot[index]), alpha=settings.scaling)
         grad_both.add_(_take(to_both.by_rank(), plan.rank[index]))

@@ -101,7 +101,8 @@ class TransferTrainer(StepTrainer):
 
     Logs `transfer_loss/encoder.0` for each attention (cross attention: `transfer_loss/decoder.0.cross`), whose sum is
     `loss`, and `transfer_error`: the squared error as a part of the squared softmax output, averaged over attentions
-    (0: equal; 1: no better than an output of zeros). `evaluate` gives the same as `eval_...`.
+    (0: equal; 1: no better than an output of zeros). `evaluate` gives the same as `eval_...`; less is better, which
+    `metric_for_best_model` must be told (`greater_is_better=False`).
 
     Raises:
         ConfigError, UnsupportedModelError: as `transfer_attention`.
@@ -173,7 +174,7 @@ class TransferTrainer(StepTrainer):
         masks, given = self._masks(inputs, rows), self._model_inputs(inputs)
 
         def body(forward: Callable) -> dict[str, tuple[Tensor, Tensor]]:
-            with _transferring(self.attentions, masks) as errors:
+            with transferring(self.attentions, masks) as errors:
                 forward(**given)
             return errors
 
@@ -305,7 +306,7 @@ def _is_learned(config: AttentionConfig) -> bool:
 
 
 @contextmanager
-def _transferring(
+def transferring(
     attentions: dict[str, _Attention], masks: dict[str, Tensor]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Within it every converted attention hands on the softmax output, and the learned ones note their errors."""

@@ -264,29 +264,30 @@ def test_what_the_backward_pass_computes_again_is_not_rounded_by_autocast():
 
 
 class _Module(nn.Module):
-    def __init__(self, function, causal: bool):
+    def __init__(self, causal: bool, features: bool):
         super().__init__()
-        self.function, self.causal = function, causal
+        self.causal, self.parts = causal, make_options(features=features)
 
     def forward(self, query, key, value, mask):
-        return self.function(query, key, value, mask, causal=self.causal)
+        return kernel_attention(query, key, value, mask, causal=self.causal, **self.parts)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("function", [attend, by_position])
-def test_compiles_whole(causal, function):
-    whole = compiled(function, causal=causal)
-    for seen in (150, 301, 700):
-        inputs, mask = make_inputs(seen), padding_mask("left", 2, seen)
-        assert_close(whole(*inputs, mask), function(*inputs, mask, causal=causal), 1e-12)
+@pytest.mark.parametrize("features", [False, True])
+def test_compiles_whole(causal, features):
+    module = _Module(causal, features)
+    whole = compiled(module)
+    for seen in (300, 150, 701):
+        inputs = (*make_inputs(seen), padding_mask("left", 2, seen))
+        assert_close(whole(*inputs), module(*inputs), 1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("function", [attend, by_position])
-def test_exports_with_any_length(causal, function):
+@pytest.mark.parametrize("features", [False, True])
+def test_exports_with_any_length(causal, features):
     auto = torch.export.Dim.AUTO
     example = (*make_inputs(200), padding_mask("right", 2, 200))
-    module = _Module(function, causal)
+    module = _Module(causal, features)
     program = torch.export.export(module, example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
     for batch, seen in ((1, 20), (3, 301), (2, 256), (1, 1500)):
         inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))

@@ -19,10 +19,17 @@ from hf_efficient.attention import kinds
 from hf_efficient.attention.config import KINDS
 from hf_efficient.attention.dispatch import ATTACHED
 from hf_efficient.attention.full import full_attention
-from hf_efficient.attention.transfer import TransferTrainer, find_attentions, learned_kinds, transfer_attention
+from hf_efficient.attention.transfer import (
+    TransferTrainer,
+    find_attentions,
+    learned_kinds,
+    transfer_attention,
+    transferring,
+)
 from hf_efficient.attention.variant import AttentionVariant
+from hf_efficient.families import find_stacks
 
-from ..families import CASES, TWO_STACKS, make_inputs, make_model
+from ..families import CASES, TWO_STACKS, make_inputs, make_model, real_logits
 from ..helpers import assert_close
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +149,22 @@ def test_only_the_learned_parts_move(name, tmp_path):
     moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, start[key])}
     assert moved == set(learned(trainer.model))
     assert {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_meanwhile_the_model_computes_what_the_original_does(name):
+    fields, _ = CASES[name].own_window or ({}, 0)
+    model = make_model(name, **fields)
+    everything = AttentionConfig(KIND)
+    crossed = {"cross_attention": everything} if name in TWO_STACKS else {}
+    asked = {stack.name: everything for stack, _ in find_stacks(model)} | crossed
+    made, inputs = convert_attention(model, asked), CASES[name].inputs(CASES[name].paddings[0])
+    attentions = find_attentions(made)
+    masks = dict.fromkeys((attention.stack for attention in attentions.values()), torch.ones(2, dtype=torch.bool))
+    with transferring(attentions, masks) as errors:
+        assert_close(real_logits(made, inputs), real_logits(model, inputs), 1e-5)
+    assert errors.keys() == attentions.keys() and all(error > 0 for error, _ in errors.values())
+    assert (real_logits(made, inputs) - real_logits(model, inputs)).abs().max() > 1e-4
 
 
 def test_cross_attention_has_learned_parts_of_its_own(tmp_path):
