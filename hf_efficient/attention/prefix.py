@@ -91,9 +91,9 @@ def _prefix_sums(scores: Tensor, totals: Tensor, xs: tuple[Tensor, ...]) -> tupl
     sums = _prefix_sums_dense(scores, totals, tuple(x.unflatten(-2, (-1, CHUNK)) for x in xs))
     ends = totals[..., -1]  # [.., N]
     whole = _prefix_sums_dense if compiling else _prefix_sums  # compiled, the number of levels must not depend on T
-    befores = whole(ends, ends, tuple(x[..., -1, :].clone() for x in sums))
+    earlier = whole(ends, ends, tuple(x[..., -1, :].clone() for x in sums))
     decay = (F.pad(ends, (1, -1), value=low).unsqueeze(-1) - totals).exp().unsqueeze(-1)
-    shifted = (F.pad(x, (0, 0, 1, -1)).unsqueeze(-2) for x in befores)
+    shifted = (F.pad(x, (0, 0, 1, -1)).unsqueeze(-2) for x in earlier)
     return tuple(
         x.addcmul_(decay, before).flatten(-3, -2)[..., extra:, :] for x, before in zip(sums, shifted, strict=True)
     )

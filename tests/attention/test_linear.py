@@ -285,10 +285,12 @@ def test_memory_is_far_below_quadratic():
 def test_misfits_are_refused():
     with pytest.raises(ConfigError, match="Did you mean 'elu'"):
         linear_attention(*make_inputs(4), feature_map="elo")
-    with pytest.raises(ConfigError, match="'favor' needs map_weights: .*draw_projection"):
+    with pytest.raises(ConfigError, match=r"'favor' needs map_weights: .*draw_projection"):
         linear_attention(*make_inputs(4), feature_map="favor")
     with pytest.raises(ConfigError, match="'relu' has no weights"):
-        linear_attention(*make_inputs(4), **{**map_options("hedgehog", draw_weights("hedgehog")), "feature_map": "relu"})
+        linear_attention(
+            *make_inputs(4), **{**map_options("hedgehog", draw_weights("hedgehog")), "feature_map": "relu"}
+        )
     with pytest.raises(ConfigError, match=r"\(4, 4, 4\) does not fit 2 heads of dimension 4"):
         square = torch.randn(4, 4, 4)
         linear_attention(*make_inputs(4), feature_map="hedgehog", map_weights=(square, square))

@@ -73,7 +73,7 @@ def test_equally_special_keys_must_not_overlap(asked):
 
 @pytest.mark.parametrize("asked", [None, "local", [LOCAL], {0: "local"}, {0: {"kind": "local"}}])
 def test_only_configs_are_taken(asked):
-    with pytest.raises(ConfigError, match="[Ee]xpected an AttentionConfig"):
+    with pytest.raises(ConfigError, match=r"[Ee]xpected an AttentionConfig"):
         spread_layers(asked, 6)
 
 
@@ -134,7 +134,7 @@ def test_encoder_decoder_and_cross_attention_are_chosen_apart(tmp_path):
 
 
 def test_cross_attention_needs_a_kind_for_two_sequences():
-    with pytest.raises(UnsupportedModelError, match="cannot serve cross attention. Kinds that can: .*linear"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot serve cross attention\. Kinds that can: .*linear"):
         convert_attention(make_model("t5"), {CROSS: LOCAL})
     with pytest.raises(ConfigError, match="no cross attention to convert"):
         convert_attention(make_model("llama"), {CROSS: LINEAR})

@@ -105,7 +105,7 @@ def test_bad_registrations_are_refused(mean, name, variant, fields, message):
 
 
 def test_options_belong_to_registered_kinds_and_are_flat(mean):
-    with pytest.raises(ConfigError, match="options=.* has no meaning for kind='local'"):
+    with pytest.raises(ConfigError, match=r"options=.* has no meaning for kind='local'"):
         AttentionConfig("local", options={"scale": 1})
     with pytest.raises(ConfigError, match="flat mapping"):
         AttentionConfig("mean", options={"scale": [1]})
