@@ -75,7 +75,9 @@ def test_more_features_come_closer_to_softmax():
                 weights = (draw_projection(features, 16, seed),) * 2
                 outs.append(linear_attention(query, key, value, feature_map="favor", map_weights=weights, **options))
             errors.append((torch.stack(outs) - exact).square().mean().sqrt())
-        assert errors[0] > 1.5 * errors[1] > 4.5 * errors[2]  # the more, the closer to 4 times for 16 times as many
+        assert (
+            errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
+        )  # each of them at least 1.5 times as close as the one before
 
 
 def test_favor_of_a_query_is_the_map_up_to_a_factor():
