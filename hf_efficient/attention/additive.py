@@ -32,7 +32,7 @@ from .linear import drop_keys, without_autocast
 from .prefix import CHUNK, prefix_means
 from .variant import AttentionVariant, HeadShape, State
 
-TOKENS = 8192  # causal, on CPU: tokens of all heads in one turn
+TOKENS = 8192  # on CPU, of all heads in one turn
 
 
 class AdditiveParts(NamedTuple):
@@ -145,6 +145,9 @@ class _Inputs(NamedTuple):
     parts: AdditiveParts
     real: Tensor | None
 
+    def grouped_query(self) -> Tensor:
+        return self.query.unflatten(1, (self.key.shape[1], -1))  # [B, K, G, T, D]
+
 
 def _prepare(
     query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, parts: AdditiveParts, scaling: float | None
@@ -170,9 +173,8 @@ def _bidirectional(inputs: _Inputs) -> Tensor:
     """[B,H,T,D]."""
     kv_heads = inputs.key.shape[1]
     groups = inputs.query.shape[1] // kv_heads
-    query = inputs.query.unflatten(1, (kv_heads, groups))
     parts = (part.unflatten(0, (kv_heads, groups)) for part in inputs.parts)
-    return _Bidirectional.apply(query, inputs.key, inputs.value, *parts, inputs.real).flatten(1, 2)
+    return _Bidirectional.apply(inputs.grouped_query(), inputs.key, inputs.value, *parts, inputs.real).flatten(1, 2)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -184,19 +186,20 @@ class _Bidirectional(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, query_score, key_score, value_map, query_gain, pooled_gain, real):
-        query_weights = _softmax((query_score.unsqueeze(2) @ query.mT).squeeze(3), real)  # [B, K, G, T]
-        global_query = (query_weights.unsqueeze(3) @ query).squeeze(3)
-        key_weights = _softmax((key_score * global_query) @ key.mT, real)
-        pooled_key, pooled_value = key_weights @ key, key_weights @ value
-        maps = value_map * (pooled_key * global_query).unsqueeze(3)  # W_v (g_k * v) = (W_v diag(g_k)) v
-        start = (pooled_gain * pooled_value).unsqueeze(2)
-        out = torch.addcmul(start, query.transpose(2, 3), query_gain.unsqueeze(1))  # [B, K, T, G, D]
-        out = out.flatten(3).flatten(0, 1).baddbmm_(value.flatten(0, 1), maps.flatten(2, 3).flatten(0, 1).mT)
-        ctx.save_for_backward(
-            query, key, value, query_score, key_score, value_map, query_gain, pooled_gain, query_weights, key_weights,
-            global_query, pooled_key, pooled_value,
-        )  # fmt: skip
-        return out.unflatten(0, value.shape[:2]).unflatten(3, query_gain.shape[1:]).transpose(2, 3)
+        parts = AdditiveParts(query_score, key_score, value_map, query_gain, pooled_gain)
+        turns = _turns(query)
+        if len(turns) == 1:
+            out, *pooled = _pool_and_map(query, key, value, parts, real)
+        else:
+            out, found = torch.empty_like(query), []
+            for turn in turns:
+                own = AdditiveParts(*(part[turn] for part in parts))
+                inputs = (x[:, turn] for x in (query, key, value))
+                out[:, turn], *pooled = _pool_and_map(*inputs, own, real)
+                found.append(pooled)
+            pooled = [torch.cat(tensors, 1) for tensors in zip(*found, strict=True)]
+        ctx.save_for_backward(query, key, value, *parts, *pooled)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -205,10 +208,9 @@ class _Bidirectional(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grad):
-        (
-            query, key, value, query_score, key_score, value_map, query_gain, pooled_gain, query_weights, key_weights,
-            global_query, pooled_key, pooled_value,
-        ) = ctx.saved_tensors  # fmt: skip
+        query, key, value, *rest = ctx.saved_tensors
+        query_score, key_score, value_map, query_gain, pooled_gain = rest[:5]
+        query_weights, key_weights, global_query, pooled_key, pooled_value = rest[5:]
         global_key = pooled_key * global_query
         grad_maps = grad.mT @ value.unsqueeze(2)  # [B, K, G, D, D]
         grad_global_key = (grad_maps * value_map).sum(3)
@@ -239,6 +241,31 @@ class _Bidirectional(torch.autograd.Function):
         )
 
 
+def _turns(query: Tensor) -> list[slice]:
+    """Key/value heads that go together: on CPU few enough to stay in the cache, unless heads lie interleaved."""
+    batch, kv_heads, groups, length, _ = query.shape
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or not query.is_contiguous():
+        return [slice(0, kv_heads)]
+    step = max(1, TOKENS // (batch * groups * length))
+    return [slice(first, first + step) for first in range(0, kv_heads, step)]
+
+
+def _pool_and_map(
+    query: Tensor, key: Tensor, value: Tensor, parts: AdditiveParts, real: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The output [B,K,G,T,D], the weights of queries and keys [B,K,G,T], and g_q, sum_j b_j k_j, sum_j b_j v_j."""
+    query_weights = _softmax((parts.query_score.unsqueeze(2) @ query.mT).squeeze(3), real)
+    global_query = (query_weights.unsqueeze(3) @ query).squeeze(3)
+    key_weights = _softmax((parts.key_score * global_query) @ key.mT, real)
+    pooled_key, pooled_value = key_weights @ key, key_weights @ value
+    maps = parts.value_map * (pooled_key * global_query).unsqueeze(3)  # W_v (g_k * v) = (W_v diag(g_k)) v
+    start = (parts.pooled_gain * pooled_value).unsqueeze(2)
+    out = torch.addcmul(start, query.transpose(2, 3), parts.query_gain.unsqueeze(1))  # [B, K, T, G, D]
+    out = out.flatten(3).flatten(0, 1).baddbmm_(value.flatten(0, 1), maps.flatten(2, 3).flatten(0, 1).mT)
+    out = out.unflatten(0, value.shape[:2]).unflatten(3, parts.query_gain.shape[1:]).transpose(2, 3)
+    return out, query_weights, key_weights, global_query, pooled_key, pooled_value
+
+
 def _softmax(scores: Tensor, real: Tensor | None) -> Tensor:
     """[B,K,G,T]: softmax over the real positions; any weights where there is none, for there all is 0."""
     if real is not None:
@@ -252,12 +279,7 @@ def _softmax_backward(weights: Tensor, grad: Tensor) -> Tensor:
 
 def _causal(inputs: _Inputs, state: State | None) -> tuple[Tensor, State]:
     """[B,H,T,D] and the state after it; on CPU a few heads at a time, whose sums stay in the cache."""
-    key = inputs.key
-    kv_heads = key.shape[1]
-    if key.device.type != "cpu" or torch.compiler.is_compiling():
-        return _causal_heads(inputs, state, slice(0, kv_heads))
-    step = max(1, TOKENS // (key.shape[0] * key.shape[2]))
-    turns = [_causal_heads(inputs, state, slice(first, first + step)) for first in range(0, kv_heads, step)]
+    turns = [_causal_heads(inputs, state, turn) for turn in _turns(inputs.grouped_query())]
     if len(turns) == 1:
         return turns[0]
     outs, states = zip(*turns, strict=True)

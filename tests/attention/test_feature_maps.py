@@ -77,7 +77,7 @@ def test_more_features_come_closer_to_softmax():
             errors.append((torch.stack(outs) - exact).square().mean().sqrt())
         assert (
             errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
-        )  # each of them at least 1.5 times as close as the one before
+        )  # each step at least 1.5 times as close
 
 
 def test_favor_of_a_query_is_the_map_up_to_a_factor():
