@@ -66,18 +66,16 @@ def test_favor_estimates_softmax_without_bias():
 def test_more_features_come_closer_to_softmax():
     query, key, value = (0.5 * torch.randn(1, 2, 60, 16, dtype=torch.float64) for _ in range(3))
     for causal in (False, True):
-        options = {"causal": causal, "scaling": 0.4}
-        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=0.4)
+        options = {"causal": causal, "scaling": 0.25}
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=0.25)
         errors = []
-        for features in (16, 256, 4096):
+        for features in (64, 1024, 16384):
             outs = []
-            for seed in range(10):
+            for seed in range(5):
                 weights = (draw_projection(features, 16, seed),) * 2
                 outs.append(linear_attention(query, key, value, feature_map="favor", map_weights=weights, **options))
             errors.append((torch.stack(outs) - exact).square().mean().sqrt())
-        assert (
-            errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
-        )  # each step at least 1.5 times as close
+        assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]  # each step at least 1.5 times as close
 
 
 def test_favor_of_a_query_is_the_map_up_to_a_factor():
