@@ -32,7 +32,7 @@ from .linear import drop_keys, without_autocast
 from .prefix import CHUNK, prefix_means
 from .variant import AttentionVariant, HeadShape, State
 
-TOKENS = 8192  # on CPU, of all heads in one turn
+TOKENS = 8192  # on CPU, of all heads that causal attention works on in one turn
 
 
 class AdditiveParts(NamedTuple):
@@ -187,17 +187,7 @@ class _Bidirectional(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_score, key_score, value_map, query_gain, pooled_gain, real):
         parts = AdditiveParts(query_score, key_score, value_map, query_gain, pooled_gain)
-        turns = _turns(query)
-        if len(turns) == 1:
-            out, *pooled = _pool_and_map(query, key, value, parts, real)
-        else:
-            out, found = torch.empty_like(query), []
-            for turn in turns:
-                own = AdditiveParts(*(part[turn] for part in parts))
-                inputs = (x[:, turn] for x in (query, key, value))
-                out[:, turn], *pooled = _pool_and_map(*inputs, own, real)
-                found.append(pooled)
-            pooled = [torch.cat(tensors, 1) for tensors in zip(*found, strict=True)]
+        out, *pooled = _pool_and_map(query, key, value, parts, real)
         ctx.save_for_backward(query, key, value, *parts, *pooled)
         return out
 
@@ -241,15 +231,6 @@ class _Bidirectional(torch.autograd.Function):
         )
 
 
-def _turns(query: Tensor) -> list[slice]:
-    """Key/value heads that go together: on CPU few enough to stay in the cache, unless heads lie interleaved."""
-    batch, kv_heads, groups, length, _ = query.shape
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or not query.is_contiguous():
-        return [slice(0, kv_heads)]
-    step = max(1, TOKENS // (batch * groups * length))
-    return [slice(first, first + step) for first in range(0, kv_heads, step)]
-
-
 def _pool_and_map(
     query: Tensor, key: Tensor, value: Tensor, parts: AdditiveParts, real: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -284,6 +265,15 @@ def _causal(inputs: _Inputs, state: State | None) -> tuple[Tensor, State]:
         return turns[0]
     outs, states = zip(*turns, strict=True)
     return torch.cat(outs, 1), tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True))
+
+
+def _turns(query: Tensor) -> list[slice]:
+    """Key/value heads that go together: on CPU few enough to stay in the cache, unless heads lie interleaved."""
+    batch, kv_heads, groups, length, _ = query.shape
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or not query.is_contiguous():
+        return [slice(0, kv_heads)]
+    step = max(1, TOKENS // (batch * groups * length))
+    return [slice(first, first + step) for first in range(0, kv_heads, step)]
 
 
 def _causal_heads(inputs: _Inputs, state: State | None, chosen: slice) -> tuple[Tensor, State]:

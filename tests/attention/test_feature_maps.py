@@ -69,7 +69,7 @@ def test_more_features_come_closer_to_softmax():
         options = {"causal": causal, "scaling": 0.25}
         exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=0.25)
         errors = []
-        for features in (64, 1024, 16384):
+        for features in (16, 256, 4096):
             outs = []
             for seed in range(5):
                 weights = (draw_projection(features, 16, seed),) * 2
