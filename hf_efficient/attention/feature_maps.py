@@ -174,7 +174,7 @@ class _ReluPlusFloor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return F.relu(x).add_(RELU_FLOOR)
+        return F.relu(x).add_(1e-3)  # RELU_FLOOR, which torch.compile cannot look up in here
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -215,7 +215,11 @@ def _project(x: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
-    return _TwoSoftmaxes.apply(x, weight.to(x.dtype))
+    weight = weight.to(x.dtype)
+    if torch.compiler.is_exporting():  # programs must not write into views
+        products = x @ weight.mT
+        return torch.cat([products.softmax(-1), products.neg().softmax(-1)], -1)
+    return _TwoSoftmaxes.apply(x, weight)
 
 
 class _TwoSoftmaxes(torch.autograd.Function):

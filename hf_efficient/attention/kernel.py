@@ -166,7 +166,7 @@ def _weighted_sums(
 ) -> Tensor:
     """[B,K,G,T,E]: sum_j c(j-i) (phi(q_i).phi(k_j)) x_j for the queries at the last T of S positions."""
     seen = x.shape[2]
-    if length == 1 or (length <= DENSE and not torch.compiler.is_compiling()):
+    if length == 1 or (not torch.compiler.is_compiling() and length <= DENSE):
         return _weighted_sums_dense(query, key, x, weigh, length, causal)
     if query is not None:
         query = F.pad(query, (0, 0, seen - length, 0))

@@ -333,6 +333,8 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, band: _Band
         position = torch.arange(seen - length, seen, device=query.device).unsqueeze(0)
         return _Blocks(query, key, value, visible.unsqueeze(1), position, kept - length, 0)
     count = (kept + band.block - 1) // band.block
+    if torch.compiler.is_exporting():
+        count = count + 1  # at least two: a program made for a single block would not take more
     filled = count * band.block
     # Queries at every kept position, so that query and key blocks line up; `lead` says how many to cut off.
     rows = F.pad(query, (0, 0, kept - length, filled - kept))

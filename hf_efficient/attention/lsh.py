@@ -105,7 +105,7 @@ def lsh_attention(
     key, value = key.to(query.dtype), value.to(query.dtype)
     exporting = torch.compiler.is_exporting()  # an exported program keeps one path for all lengths
     with without_autocast(query.device.type):
-        if rotations.shape[2] == 0 and block_size >= seen and not exporting:
+        if not exporting and rotations.shape[2] == 0 and block_size >= seen:
             return full_attention(
                 query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout, bias=bias
             )

@@ -40,6 +40,8 @@ def lay_out(length: int, seen: int, window: int, causal: bool, scaling: float) -
     if not torch.compiler.is_exporting():  # an exported program keeps one size for all lengths
         size = size if length >= size else length
     count = (length + size - 1) // size
+    if torch.compiler.is_exporting():
+        count = count + 1  # at least two: a program made for a single block would not take more
     reach = window - 1 if causal else window
     left = (reach + size - 1) // size
     right = 0 if causal else left
@@ -102,7 +104,7 @@ class NearAndFar(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, phi_query, mix, key, value, phi_key, sums, mask, far, layout):
         out = query.new_empty(*query.shape[:-1], value.shape[-1] - 1)
-        log_total, factors = query.new_empty(2, *query.shape[:-1], 1)
+        log_total, factors = (query.new_empty(*query.shape[:-1], 1) for _ in range(2))
         for place, blocks in _places(query, layout):
             states = _sum_outside(phi_key[place], value[place], sums[place], layout)
             for own in blocks:

@@ -10,14 +10,18 @@ from ..attention.tiny import TINY
 from ..families import VOCABULARY, make_inputs, make_model
 from ..helpers import assert_close
 
-SHAPES = [(1, 1), (2, 9), (1, 31), (3, 20)]
+SHAPES = [(1, 1), (2, 9), (1, 31), (3, 20), (2, 64), (2, 70), (1, 150)]  # fewer and more than one block
 JOBS = [("bert", name) for name in TINY] + [(family, "local") for family in ("llama", "gpt2", "t5", "bart")]
 JOBS += [("llama", name) for name in ("linear-elu", "local_linear", "additive", "strided")]
 
 
 def make(family, name):
-    one_layer = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "bart": {"encoder_layers": 1, "decoder_layers": 1}}
-    fields = one_layer.get(family, {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1})
+    sizes = {
+        "t5": {"num_layers": 1, "num_decoder_layers": 1},
+        "bart": {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 160},
+        "gpt2": {"n_layer": 1, "n_positions": 160},
+    }
+    fields = sizes.get(family, {"num_hidden_layers": 1, "max_position_embeddings": 160})
     model = convert_attention(make_model(family, **fields), TINY[name])
     model.config.use_cache = False
     return model

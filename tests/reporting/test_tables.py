@@ -49,7 +49,8 @@ def test_the_terminal_table_is_aligned():
     gaps = [i for i, sign in enumerate(rule) if sign == " "]
     assert all(line.ljust(len(rule))[i] == " " for line in rows + [header] for i in gaps)
     assert all(len(line) <= len(rule) and line == line.rstrip() for line in lines[: lines.index("")])
-    assert lines[-1] == "batch 1, 128 tokens, 2 threads, float32 on cpu; AMD EPYC, 6 cores"
+    workload = "batch 1, 128 tokens, 2 threads, float32 on cpu; AMD EPYC, 6 cores"
+    assert lines[lines.index("") + 1 :] == [workload, *sample_report().warnings]
 
 
 def test_numbers_stand_right_and_names_left():
