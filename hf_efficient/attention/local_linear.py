@@ -119,7 +119,9 @@ def local_linear_attention(
         inputs = _prepare(query, key, value, key_mask, feature_map, map_weights, log_mix, scaling, seen)
         if dropout:
             inputs = inputs._replace(value=drop_keys(inputs.value, dropout))
-        return _near_and_far(inputs, min(window, seen), causal, None).to(query.dtype)
+        if not torch.compiler.is_exporting():  # an exported program keeps one window for all lengths
+            window = min(window, seen)
+        return _near_and_far(inputs, window, causal, None).to(query.dtype)
 
 
 def local_linear_decode(

@@ -61,11 +61,18 @@ def _chunked_logsumexp(scores: Tensor) -> Tensor:
     chunks = F.pad(scores, (_missing(scores), 0), value=low).unflatten(-1, (-1, CHUNK))
     inside = _logsumexp_so_far(chunks)
     before = F.pad(_logsumexp_so_far(inside[..., -1]), (1, -1), value=low)
-    return torch.logaddexp(inside, before.unsqueeze(-1)).flatten(-2)[..., -scores.shape[-1] :]
+    both = torch.stack(torch.broadcast_tensors(inside, before.unsqueeze(-1)), -1)
+    return _logsumexp(both).flatten(-2)[..., -scores.shape[-1] :]
 
 
 def _logsumexp_so_far(scores: Tensor) -> Tensor:
-    return scores.unsqueeze(-2).masked_fill(_future(scores), torch.finfo(scores.dtype).min).logsumexp(-1)
+    return _logsumexp(scores.unsqueeze(-2).masked_fill(_future(scores), torch.finfo(scores.dtype).min))
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """Of the last dimension. ONNX's own gives -inf for very low scores."""
+    top = scores.amax(-1, keepdim=True)
+    return top.squeeze(-1) + (scores - top).exp().sum(-1).log()
 
 
 def _future(scores: Tensor) -> Tensor:
