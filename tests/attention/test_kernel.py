@@ -1,8 +1,5 @@
 """kernel_attention against its naive twin, and the convolution under it against all pairs and against an FFT."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -322,37 +319,6 @@ def test_the_seed_draws_the_features():
     made = [KernelAttention(AttentionConfig("kernel", seed=seed), HeadShape(2, 2, DIM)) for seed in (0, 0, 1)]
     assert torch.equal(made[0].projection, made[1].projection)
     assert not torch.equal(made[0].projection, made[2].projection)
-
-
-MEMORY = """
-import sys, torch
-from hf_efficient.attention.kernel import kernel_attention
-from hf_efficient.attention.naive import naive_kernel_attention
-torch.set_num_threads(1)
-attention, length = globals()[sys.argv[1]], int(sys.argv[2])
-parts = {"log_temperature": torch.zeros(4), "projection": torch.randn(16, 16)}
-def step(length):
-    query, key, value = (torch.randn(1, 4, length, 16, requires_grad=True) for _ in range(3))
-    width = torch.full((4,), 5.0, requires_grad=True)
-    attention(query, key, value, log_width=width, **parts).sum().backward()
-    # Not ru_maxrss: a child process starts with its parent's.
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = step(256)
-print(step(length) - before)
-"""
-
-
-@pytest.mark.processes
-def test_memory_is_far_below_quadratic():
-    def used(name: str, length: int) -> int:
-        run = [sys.executable, "-c", MEMORY, name, str(length)]
-        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-
-    def scores(length: int) -> int:
-        return length * length * 4 * 4  # n^2 scores, 4 heads, 4 bytes
-
-    assert used("naive_kernel_attention", 3072) > scores(3072)  # the meter sees what is there
-    assert used("kernel_attention", 16384) < scores(16384) / 12
 
 
 def test_misfits_are_refused():

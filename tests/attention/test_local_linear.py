@@ -1,8 +1,5 @@
 """local_linear_attention against its naive twin and SDPA; decoding from its state."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -358,35 +355,6 @@ def test_exports_with_any_length(causal):
     for batch, seen in ((1, 70), (3, 301), (2, 192)):
         inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
         assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
-
-
-MEMORY = """
-import sys, torch
-from hf_efficient.attention.local_linear import local_linear_attention
-from hf_efficient.attention.naive import naive_local_linear_attention
-torch.set_num_threads(1)
-attention, length = globals()[sys.argv[1]], int(sys.argv[2])
-def step(length):
-    query, key, value = (torch.randn(1, 4, length, 16, requires_grad=True) for _ in range(3))
-    attention(query, key, value, window=64).sum().backward()
-    # Not ru_maxrss: a child process starts with its parent's.
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = step(256)
-print(step(length) - before)
-"""
-
-
-@pytest.mark.processes
-def test_memory_is_far_below_quadratic():
-    def used(name: str, length: int) -> int:
-        run = [sys.executable, "-c", MEMORY, name, str(length)]
-        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-
-    def scores(length: int) -> int:
-        return length * length * 4 * 4  # n^2 scores, 4 heads, 4 bytes
-
-    assert used("naive_local_linear_attention", 3072) > scores(3072)  # the meter sees what is there
-    assert used("local_linear_attention", 8192) < scores(8192) / 16
 
 
 def test_macs():

@@ -1,7 +1,5 @@
 """strided_attention against its naive twin, SDPA, and the limits it promises."""
 
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -310,35 +308,6 @@ def test_weights_and_cost():
     assert_close(weights @ value.repeat_interleave(2, 1), variant(query, key, value, None, **options), 1e-12)
     assert variant.macs(1000, False) == 2 * (4 * 4 + 1) * DIM
     assert variant.macs(10, True) == 2 * 10 * DIM
-
-
-MEMORY = """
-import sys, torch
-from hf_efficient.attention.strided import strided_attention
-from hf_efficient.attention.naive import naive_strided_attention
-torch.set_num_threads(1)
-attention, length = globals()[sys.argv[1]], int(sys.argv[2])
-def step(length):
-    query, key, value = (torch.randn(1, 4, length, 16, requires_grad=True) for _ in range(3))
-    attention(query, key, value, block_size=64, num_blocks=7, global_tokens=1).sum().backward()
-    # Not ru_maxrss: a child process starts with its parent's.
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = step(640)
-print(step(length) - before)
-"""
-
-
-@pytest.mark.processes
-def test_memory_is_far_below_quadratic():
-    def used(name: str, length: int) -> int:
-        run = [sys.executable, "-c", MEMORY, name, str(length)]
-        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-
-    def scores(length: int) -> int:
-        return length * length * 4 * 4  # n^2 scores, 4 heads, 4 bytes
-
-    assert used("naive_strided_attention", 3072) > scores(3072)  # the meter sees what is there
-    assert used("strided_attention", 16384) < scores(16384) / 16
 
 
 def test_misfits_are_refused():

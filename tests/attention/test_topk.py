@@ -1,8 +1,5 @@
 """topk_attention and its decoding against the naive twin, SDPA, and the limits they promise."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,36 +319,6 @@ def test_weights_cost_and_decoding_of_the_module():
     assert_close(torch.cat([out, last], 2), whole, 1e-12)
     assert variant.macs(1000, False) == 2 * (3 * 4 + 1) * DIM + 250 * DIM // 4
     assert variant.macs(10, True) == 2 * 10 * DIM + 3 * DIM // 4
-
-
-MEMORY = """
-import sys, torch
-from hf_efficient.attention.naive import naive_full_attention
-from hf_efficient.attention.topk import topk_attention
-torch.set_num_threads(1)
-name, length = sys.argv[1], int(sys.argv[2])
-def step(length):
-    inputs = [torch.randn(1, 4, length, 16, requires_grad=True) for _ in range(3)]
-    options = {"block_size": 64, "top_k": 8, "global_tokens": 1} if name == "topk_attention" else {}
-    globals()[name](*inputs, **options).sum().backward()
-    # Not ru_maxrss: a child process starts with its parent's.
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = step(640)
-print(step(length) - before)
-"""
-
-
-@pytest.mark.processes
-def test_memory_is_far_below_quadratic():
-    def used(name: str, length: int) -> int:
-        run = [sys.executable, "-c", MEMORY, name, str(length)]
-        return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-
-    def scores(length: int) -> int:
-        return length * length * 4 * 4  # n^2 scores, 4 heads, 4 bytes
-
-    assert used("naive_full_attention", 3072) > scores(3072)  # the meter sees what is there
-    assert used("topk_attention", 16384) < scores(16384) / 16
 
 
 def test_misfits_are_refused():
