@@ -503,8 +503,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"Models of type {model_type!r} are not in the table of families. Known: {', '.join(sorted(FAMILIES))}. "
             "A family can be added if its attention goes through transformers' attention interface "
-            "(DeBERTa, MPNet, Longformer, Falcon and others do not): see CONTRIBUTING.md. A model of any such family "
-            "can be converted in memory: convert_attention(model, config)."
+            "(DeBERTa, MPNet, Longformer, Falcon and others do not): see CONTRIBUTING.md. Without an entry, "
+            "the attention of such a model can be converted in memory (`convert_attention`); nothing else."
         )
     return FAMILIES[model_type]
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedModelError
 from .recipe import Recipe
 from .reporting.schema import DatasetFacts, LayerStructure, Report, StageRecord, load_report
 
@@ -121,15 +121,18 @@ def check(run: "Run") -> None:
     if run.recipe.teacher is None and run.recipe.model.config is None:
         check_labels(config, prepared)
     pruned = False
-    for stage in run.recipe.stages:
+    for number, stage in enumerate(run.recipe.stages):
         if isinstance(stage.settings, AttentionStage):
             longer = stage.settings.longer
-            if longer.positions is not None:
-                changes = longer_config(config, longer.positions, longer.position_method, longer.rope)
-                config = with_block(config, block_of(config), **changes)
-            config = efficient_config(config, stage.settings.config, stage.settings.layers)
-            if stage.settings.transfer is not None:
-                check_learned(find_attentions(run.skeleton(config)))
+            try:
+                if longer.positions is not None:
+                    changes = longer_config(config, longer.positions, longer.position_method, longer.rope)
+                    config = with_block(config, block_of(config), **changes)
+                config = efficient_config(config, stage.settings.config, stage.settings.layers)
+                if stage.settings.transfer is not None:
+                    check_learned(find_attentions(run.skeleton(config)))
+            except (ConfigError, UnsupportedModelError) as error:
+                raise type(error)(f"stages[{number}].attention: {error}") from error
         elif isinstance(stage.settings, PruneStage) and not pruned:  # a second one starts from what is not known yet
             length = run.recipe.data.max_length or DEFAULT_LENGTH
             check_reachable(run.skeleton(config), stage.settings.config, min(length, longest_text(config) or length))

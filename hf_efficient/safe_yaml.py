@@ -20,7 +20,7 @@ MAX_INTEGER = (1 << 63) - 1
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that knows YAML 1.2 floats such as 1e-4 and refuses duplicate keys."""
+    """SafeLoader with the numbers of YAML 1.2: 1e-4 is a float, 1:30 is text, not 90. It refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -32,9 +32,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_TAG = "tag:yaml.org,2002:"
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in value if tag not in (f"{_TAG}int", f"{_TAG}float")]
+    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_SIGNS = list("-+.0123456789")
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"), _SIGNS)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    f"{_TAG}float",
+    re.compile(r"[-+]?((\d[\d_]*\.[\d_]*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"),
+    _SIGNS,
 )
 
 

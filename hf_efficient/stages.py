@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attention.config import AttentionConfig
-from .attention.mixing import CROSS, MAX_LAYERS, ByLayer, Mixing, read_layers, spread_layers
-from .errors import ConfigError, unknown_name
-from .families import FAMILIES
+from .attention.mixing import MAX_LAYERS, STACK_NAMES, ByLayer, Mixing, read_layers, spread_layers, unknown_stack
+from .errors import ConfigError
 from .pruning.config import PruningConfig
 from .safe_yaml import shown
 from .settings import (
@@ -29,7 +28,6 @@ from .settings import (
 )
 
 ATTENTION_KEYS = [entry.name for entry in dataclasses.fields(AttentionConfig)]
-STACKS = {stack.name for family in FAMILIES.values() for stack in family.stacks} | {CROSS}
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,11 @@ class CalibrationSettings(Settings):
 
 def read_attention(given: Any, path: str) -> AttentionStage:
     extending = [entry.name for entry in dataclasses.fields(LongerSettings)]
+    if isinstance(given, dict) and (stacks := sorted(STACK_NAMES & given.keys())):
+        raise ConfigError(f"{path}: {', '.join(stacks)} must stand under `layers`.")
     check_keys(given, [*ATTENTION_KEYS, "layers", *extending, "transfer"], path)
+    if not given:
+        raise ConfigError(f"{path} is empty: give a kind, as in `attention: {{kind: local, window: 64}}`.")
     longer = read(LongerSettings, {key: given[key] for key in extending if key in given}, path)
     asked, transfer = given.get("transfer"), None
     if asked is not None:
@@ -114,17 +116,17 @@ def read_attention(given: Any, path: str) -> AttentionStage:
 
 def _read_mixing(given: dict[str, Any], path: str) -> Mixing:
     """Stack by stack if a key is the name of one, else layer by layer."""
-    if not any(key in STACKS for key in given):
+    if not any(key in STACK_NAMES for key in given):
         return _read_layers(given, path)
     for key in given:
-        if key not in STACKS:
-            raise ConfigError(f"{path}: {unknown_name('stack', key, STACKS)}")
+        if key not in STACK_NAMES:
+            raise ConfigError(f"{path}: {unknown_stack(key, STACK_NAMES)}")
     return {key: _read_by_layer(value, f"{path}.{key}") for key, value in given.items()}
 
 
 def _read_by_layer(given: Any, path: str) -> ByLayer:
     """One attention for a whole stack, or a mapping of its layers."""
-    if isinstance(given, dict) and given and not any(key in ATTENTION_KEYS for key in given):
+    if isinstance(given, dict) and any(isinstance(value, dict) and key != "options" for key, value in given.items()):
         return _read_layers(given, path)
     return _read_config(given, path)
 

@@ -226,6 +226,8 @@ def test_layers_that_no_model_has_are_refused(key):
         ({"encoder": {"0": {"kind": "locla"}}}, r"layers\.encoder\.0: .*Did you mean 'local'"),
         ({"encoder": {"first": {}}}, r"layers\.encoder: 'first' names no layers"),
         ({"decoder": 3}, r"layers\.decoder must be a mapping"),
+        ({"all": {}, "decoder": {}}, "Layer 'all' cannot stand beside the names of stacks"),
+        ({"encoder": {"windw": 3}}, "Did you mean 'window'"),
         ({}, "is empty"),
     ],
 )
@@ -270,6 +272,8 @@ def test_transfer_settings_can_be_overridden():
         ({"transfer": {"max_steps": 0}}, r"attention\.transfer\.max_steps must be an integer from 1"),
         ({"transfer": {"losses": {"kd": 1}}}, "unknown key"),
         ({"positons": 64}, "Did you mean 'positions'"),
+        ({"decoder": {"window": 3}}, r"stages\[0\]\.attention: decoder must stand under `layers`"),
+        ({"kind": ["local"]}, "Unknown attention kind"),
     ],
 )
 def test_longer_inputs_and_transfer_refused(settings, words):
@@ -358,7 +362,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("", "must be a mapping"),
         ("- a", "must be a mapping"),
         ("\x01", "not valid YAML"),
-        ("x: " + ":".join(["1"] * 30_000), "64 bits"),
+        ("x: " + ":".join(["1"] * 30_000), "unknown key"),  # in YAML 1.1 an enormous number of base 60
+        ("seed: 1" + "0" * 3000, "64 bits"),
     ],
 )
 def test_hostile_yaml_is_refused_quickly(text, words, tmp_path):
@@ -385,6 +390,11 @@ def test_shared_references_that_unfold_are_refused():
 def test_yaml_numbers_with_exponent_are_numbers():
     assert parse("[1e-4, 1.5E3, -2e2, .5e1, 1.0e-4]") == [1e-4, 1500.0, -200.0, 5.0, 1e-4]
     assert parse("[e4, 1e, 0x10, 'a1e4']") == ["e4", "1e", 16, "a1e4"]
+    assert parse("[0, -3, 1_000, 1.5, -.5, 1.]") == [0, -3, 1000, 1.5, -0.5, 1.0]
+
+
+def test_yaml_has_no_numbers_of_base_60():
+    assert parse("{1:3: a, b: 1:30, c: 1:30.5}") == {"1:3": "a", "b": "1:30", "c": "1:30.5"}
 
 
 def test_file_not_found_suggests(tmp_path):
@@ -473,7 +483,8 @@ def test_fuzz_overrides(key, value):
 
 def test_every_stage_reads_its_defaults():
     for name, build in STAGES.items():
-        settings_of = build({}, f"stages[0].{name}")
+        least = {"kind": "local"} if name == "attention" else {}
+        settings_of = build(least, f"stages[0].{name}")
         assert build(settings_of.to_dict(), name) == settings_of
 
 
@@ -484,3 +495,8 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_attention_stage_says_what_it_does():
+    with pytest.raises(ConfigError, match=r"stages\[0\]\.attention is empty: give a kind"):
+        Recipe.from_dict(changed(["stages", 0, "attention"], {}))

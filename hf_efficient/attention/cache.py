@@ -72,8 +72,8 @@ class StateLayer(CacheLayerMixin):
             self.config = config
         if self.config is not config and self.config != config:
             raise UnsupportedModelError(
-                f"This cache holds the state of {self.config}, and cannot be continued with {config}. Start with a "
-                "new cache."
+                f"This cache holds the state of {self.config.to_dict()}, and cannot be continued with "
+                f"{config.to_dict()}. Start with a new cache."
             )
         if self.tokens != self.decoded:
             raise UnsupportedModelError(
@@ -140,7 +140,7 @@ class StateLayer(CacheLayerMixin):
         raise UnsupportedModelError(
             f"Assisted and contrastive decoding take tokens back from the cache, but {self.config.kind!r} attention "
             "keeps a state out of which none can be taken. Generate without assistant_model, prompt_lookup_num_tokens "
-            "or penalty_alpha."
+            "or penalty_alpha, and start with a new cache."
         )
 
 
@@ -189,22 +189,23 @@ def _find_state(
     tensors must stay the same ones.
     """
     cache = args[place] if len(args) > place else kwargs.get(name)
-    if cache is None or not module.is_causal:
+    if cache is None or not getattr(module, "is_causal", True):
         return None
     index, layers = module.layer_idx, _layers_of(cache, module.layer_idx)
     if index >= len(layers):
         return None
     layer = layers[index]
     fixed = isinstance(layer, StaticLayer) and torch.compiler.is_compiling()
-    keeps_state = has_state and not (module.training or fixed or torch.compiler.is_exporting())
+    trains = module.training and torch.is_grad_enabled()  # `generate` in training mode records no gradients
+    keeps_state = has_state and not (trains or fixed or torch.compiler.is_exporting())
     if _is_stock(layer) and (keeps_state or layer.is_sliding):
         layer = layers[index] = _in_place_of(layer, config, keeps_state)
     if not isinstance(layer, StateLayer):
         return None
-    if module.training:
+    if trains:
         raise UnsupportedModelError(
-            "This cache was filled in eval mode, and a state cannot be continued in training mode. Call model.eval(), "
-            "or train without a cache."
+            "This cache holds a state, which cannot be continued where gradients are recorded. Call model.eval(), or "
+            "train without a cache."
         )
     layer.expect(config)
     return args, {**kwargs, "state_layer": layer}

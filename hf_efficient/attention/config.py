@@ -89,7 +89,7 @@ class AttentionConfig:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             unknown = unknown_name("attention kind", self.kind, KINDS)
             raise ConfigError(f"{unknown} A kind of your own needs `register_attention` first.")
         if self.feature_map not in FEATURE_MAPS:
@@ -106,6 +106,7 @@ class AttentionConfig:
                 "feature_dim=0 has a meaning for kind='kernel' only. Leave it out for the head dimension."
             )
         _check_options(self.options)
+        object.__setattr__(self, "options", dict(self.options))  # what the caller does with theirs does not matter
         used = self._used()
         for entry in fields(self):
             default = {} if entry.name == "options" else entry.default

@@ -26,7 +26,7 @@ from .probe import check_reached
 
 
 def convert_attention(
-    model: PreTrainedModel, config: Mixing, *, layers: Sequence[int] | str | None = None
+    model: PreTrainedModel, config: Mixing, *, layers: Sequence[int] | int | str | None = None
 ) -> PreTrainedModel:
     """A copy of `model` whose attention is computed another way.
 
@@ -71,7 +71,7 @@ def _without_replaced(model: PreTrainedModel, config: PreTrainedConfig) -> dict[
 def efficient_config(
     name_or_path_or_config: str | PreTrainedConfig,
     attention: Mixing | None = None,
-    layers: Sequence[int] | str | None = None,
+    layers: Sequence[int] | int | str | None = None,
     **kwargs,
 ) -> PreTrainedConfig:
     """The efficient config of a stock checkpoint, for `from_pretrained(stock_checkpoint, config=...)`.
@@ -89,7 +89,7 @@ def efficient_config(
     return with_block(stock, block, **changes)
 
 
-def _converted(config: PreTrainedConfig, asked: Mixing, layers: Sequence[int] | str | None) -> EfficientBlock:
+def _converted(config: PreTrainedConfig, asked: Mixing, layers: Sequence[int] | int | str | None) -> EfficientBlock:
     family, block = family_of(config), block_of(config)
     asked = _asked(asked, layers)
     counts = {stack.name: stack.depth(config) for stack in family.stacks}
@@ -108,7 +108,7 @@ def _converted(config: PreTrainedConfig, asked: Mixing, layers: Sequence[int] | 
     return replace(block, stacks=_drop_empty(stacks))
 
 
-def _asked(config: Mixing, layers: Sequence[int] | str | None) -> Mixing:
+def _asked(config: Mixing, layers: Sequence[int] | int | str | None) -> Mixing:
     if layers is None:
         return config
     if not isinstance(config, AttentionConfig):

@@ -42,9 +42,10 @@ def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> N
             f"Kinds that can: {allowed}; or leave cross attention full."
         )
     if family.relative_bias and not cross and not variant.takes_bias:
+        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_bias)
         raise UnsupportedModelError(
             f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
-            'Use kind="local", which keeps the part of the bias inside the window.'
+            f"Kinds that keep it for the pairs they see: {allowed}."
         )
 
 
@@ -66,7 +67,8 @@ def variant_of(module: nn.Module) -> AttentionVariant | None:
 def decodes_from_state(model: nn.Module) -> bool:
     """True if a layer of the model carries a state from token to token instead of all keys and values."""
     found = ((module, variant_of(module)) for module in model.modules())
-    return any(variant is not None and variant.has_state and module.is_causal for module, variant in found)
+    stateful = (module for module, variant in found if variant is not None and variant.has_state)
+    return any(getattr(module, "is_causal", True) for module in stateful)
 
 
 def efficient_attention_forward(

@@ -10,6 +10,7 @@ measured as any model, but no class could load it from disk: it refuses to be sa
 """
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from ..errors import UnsupportedModelError
 from ..families import FAMILIES
-from .dispatch import ATTACHED, NAME, attach, efficient_attention_forward
+from .dispatch import ATTACHED, NAME, attach, decodes_from_state, efficient_attention_forward
 from .masks import key_mask
 from .mixing import Mixing, spread_layers
 from .probe import Inputs, check_reached, forward_names, run, tiny_inputs
@@ -29,6 +30,7 @@ from .variant import HeadShape
 
 PROBE = f"{NAME}_probe"
 TOLERANCE = 1e-3  # of the largest output; half precision: 50 times that
+_PROBING = threading.Lock()  # the registers are global: one probe at a time
 
 
 def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
@@ -61,7 +63,9 @@ def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
 
 def _check(model: PreTrainedModel) -> None:
     if getattr(model.config, "efficient_in_memory", None):
-        raise UnsupportedModelError("This model was converted in memory before. Convert the original model instead.")
+        raise UnsupportedModelError(
+            "This model was converted in memory before, and has no way back. Convert the original model instead."
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError("This model is quantised. Convert it first and quantise the result.")
     if model.device.type == "meta":
@@ -125,16 +129,19 @@ def _first_run(model: PreTrainedModel) -> tuple[Inputs, Any]:
 
 def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> list[_Layer]:
     """The modules that compute self-attention through the interface, in the order in which they are called."""
-    recorder = _Recorder()
-    AttentionInterface.register(PROBE, recorder.attend)
-    AttentionMaskInterface.register(PROBE, recorder.mask)
-    _use(model, PROBE)
-    name = type(model).__name__
+    recorder, name = _Recorder(), type(model).__name__
     try:
-        output = run(model, inputs)
+        with _PROBING:
+            AttentionInterface.register(PROBE, recorder.attend)
+            AttentionMaskInterface.register(PROBE, recorder.mask)
+            _use(model, PROBE)
+            output = run(model, inputs)
         layers = [layer for module, layer in recorder.layers.items() if module not in recorder.crossed]
     except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be run with converted attention: {error}") from error
+        raise UnsupportedModelError(
+            f"{name} does not run with converted attention, most likely because its masks are more than padding and "
+            f"causality. Models of this family cannot be converted. ({error})"
+        ) from error
     finally:
         recorder.layers, recorder.crossed = {}, set()  # the registers keep the recorder, not the model
     if not layers:
@@ -176,8 +183,16 @@ def _seal(model: PreTrainedModel) -> None:
         "push_to_hub": _refuse_saving,
         "set_attn_implementation": _refuse_switching,
     }
-    for method, refuse in refusals.items():
-        setattr(model, method, partial(refuse, kind))
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            for method, refuse in refusals.items():
+                setattr(part, method, partial(refuse, kind))
+    if decodes_from_state(model):
+        model._valid_auto_compile_criteria = _never  # as in `EfficientMixin`
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False
 
 
 def _refuse_saving(kind: str, *args: Any, **kwargs: Any) -> None:

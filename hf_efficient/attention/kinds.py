@@ -55,6 +55,8 @@ def register_attention(
         raise ConfigError(
             f"{name!r} needs a subclass of AttentionVariant with an `attend` of its own, got {variant!r}."
         )
+    if isinstance(fields, str):
+        raise ConfigError(f"fields must be a tuple such as ({fields!r},), got {fields!r}.")
     known = [entry.name for entry in fields_of(AttentionConfig) if entry.name != "kind"]
     for field in fields:
         if field not in known:

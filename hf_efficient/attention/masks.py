@@ -51,4 +51,8 @@ def key_mask(
     if attention_mask is None:
         all_real = width == kv_offset + kv_length
         return None if all_real else torch.ones(batch_size, width, dtype=torch.bool, device=device)
+    if attention_mask.ndim == 2 and attention_mask.shape[1] < width and not torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            f"attention_mask is {attention_mask.shape[1]} wide for {width} tokens (those in the cache included)."
+        )
     return attention_mask if attention_mask.shape[-1] == width else attention_mask[:, :width]

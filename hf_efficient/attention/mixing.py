@@ -11,9 +11,10 @@ keep what they have.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ConfigError, unknown_name
+from ..families import FAMILIES
 from .config import AttentionConfig
 
 LayerKey = int | str
@@ -21,6 +22,7 @@ ByLayer = AttentionConfig | Mapping[LayerKey, AttentionConfig]
 Mixing = ByLayer | Mapping[str, ByLayer]
 
 CROSS = "cross_attention"
+STACK_NAMES = {stack.name for family in FAMILIES.values() for stack in family.stacks} | {CROSS}
 MAX_LAYERS = 1024
 
 _NUMBER, _RANGE = re.compile(r"[0-9]{1,5}"), re.compile(r"([0-9]{1,5})-([0-9]{1,5})")
@@ -45,11 +47,12 @@ def read_layers(key: LayerKey, count: int) -> tuple[int, range]:
         rank, layers = 3, range(int(text), int(text) + 1)
     else:
         raise ConfigError(
-            f"{key!r} names no layers. Give a number (0), a range ('1-4', both ends included), a slice ('3::4', every "
-            "4th layer) or 'all'."
+            f"{key!r} names no layers. Give a number from 0 on, a range ('1-4', both ends included), a slice ('3::4', "
+            "every 4th layer) or 'all'."
         )
     if not layers or layers[-1] >= count:
-        raise ConfigError(f"Layer {key!r} does not exist: this model has layers 0 to {count - 1}.")
+        empty = "" if layers else ", none of which is in this range"
+        raise ConfigError(f"Layer {key!r} does not exist: this model has layers 0 to {count - 1}{empty}.")
     return rank, layers
 
 
@@ -63,13 +66,13 @@ def spread(asked: Mixing, stacks: Mapping[str, int], crossed: Mapping[str, int])
     Raises:
         ConfigError: an unknown stack or layer, a layer named twice, or something that is no AttentionConfig.
     """
-    by_stack = isinstance(asked, Mapping) and any(key in stacks or key == CROSS for key in asked)
+    by_stack = isinstance(asked, Mapping) and any(key in STACK_NAMES for key in asked)
     if not by_stack:
         return {name: {"attention": spread_layers(asked, count), CROSS: {}} for name, count in stacks.items()}
     result = {name: {"attention": {}, CROSS: {}} for name in stacks}
     for name, given in asked.items():
         if name != CROSS and name not in stacks:
-            raise unknown_name("stack", name, [*stacks, CROSS])
+            raise unknown_stack(name, [*stacks, CROSS] if crossed else stacks)
         if name != CROSS:
             result[name]["attention"] = spread_layers(given, stacks[name])
             continue
@@ -80,12 +83,23 @@ def spread(asked: Mixing, stacks: Mapping[str, int], crossed: Mapping[str, int])
     return result
 
 
+def unknown_stack(name: LayerKey, known: Iterable[str]) -> ConfigError:
+    """The error for a key that stands beside the names of stacks and is none."""
+    if str(name) == "all" or re.match(r"[0-9:]", str(name)):
+        return ConfigError(f"Layer {name!r} cannot stand beside the names of stacks: say it inside its stack.")
+    return unknown_name("stack", name, known)
+
+
 def spread_layers(asked: ByLayer, count: int) -> dict[int, AttentionConfig]:
     """The attention of each named layer of a stack of `count` layers."""
     if isinstance(asked, AttentionConfig):
         return dict.fromkeys(range(count), asked)
     if not isinstance(asked, Mapping):
         raise ConfigError(f"Expected an AttentionConfig or a mapping from layers to AttentionConfig, got {asked!r}.")
+    if not asked:
+        raise ConfigError("The mapping from layers to AttentionConfig is empty, so there is nothing to convert.")
+    if "kind" in asked:
+        raise ConfigError(f"Give an AttentionConfig instead of a dict: AttentionConfig.from_dict({dict(asked)!r}).")
     chosen: dict[int, tuple[int, AttentionConfig]] = {}
     for key, config in asked.items():
         if not isinstance(config, AttentionConfig):
@@ -100,8 +114,12 @@ def spread_layers(asked: ByLayer, count: int) -> dict[int, AttentionConfig]:
     return {layer: config for layer, (_, config) in chosen.items()}
 
 
-def only(config: AttentionConfig, layers: Sequence[int] | str | None) -> ByLayer:
+def only(config: AttentionConfig, layers: Sequence[int] | int | str | None) -> ByLayer:
     """One attention for some layers, as a mapping."""
     if layers is None:
         return config
-    return {layers: config} if isinstance(layers, str) else dict.fromkeys(layers, config)
+    if isinstance(layers, str | int):
+        return {layers: config}
+    if not layers:
+        raise ConfigError("`layers` is empty, so there is nothing to convert. Leave it out for all layers.")
+    return dict.fromkeys(layers, config)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..families import Family, family_of
@@ -44,10 +45,10 @@ def extend_positions(
     family = family_of(check_model(model).config)
     changes = longer_config(model.config, length, method, rope)
     state = model.state_dict()
-    if family.positions and not family.sinusoidal:
-        first = family.first_position(model.config)
-        for key in _tables(family, state):
-            state[key] = torch.cat([state[key][:first], METHODS[method](state[key][first:], length)])
+    extended = _sinusoids if family.sinusoidal else METHODS[method]
+    first = family.first_position(model.config) if family.positions else 0
+    for key in _tables(family, state):
+        state[key] = torch.cat([state[key][:first], extended(state[key][first:], length)])
     return rebuild(model, with_block(model.config, block_of(model.config), **changes), state)
 
 
@@ -82,12 +83,18 @@ def longer_config(
         raise ConfigError(
             f"method={method!r} is for tables of positions; {family.model_type} has rotary ones: give rope='linear'."
         )
+    limit, now = getattr(config, family.max_positions), config.rope_parameters or {}
+    if rope is None and now.get("rope_type") == "dynamic":
+        return {"rope_parameters": now | {"factor": length / limit}}
     changes = {} if rope == "dynamic" else {family.max_positions: length}  # where the dynamic scaling sets in
     return changes if rope is None else changes | {"rope_parameters": _scaled(config, family, length / old, rope)}
 
 
 def _scaled(config: PreTrainedConfig, family: Family, factor: float, rope: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict):
+        for one in rope.values() if all(isinstance(value, dict) for value in rope.values()) else (rope,):
+            if one.get("rope_type") not in (known := ("default", *ROPE_INIT_FUNCTIONS)):
+                raise unknown_name("rope_type", one.get("rope_type"), known)
         return rope
     if rope not in ROPE:
         raise unknown_name("rope", rope, ROPE)
@@ -120,6 +127,14 @@ def _interpolate(table: Tensor, length: int) -> Tensor:
     lower = place.long().clamp(max=max(len(table) - 2, 0))
     upper = (lower + 1).clamp(max=len(table) - 1)
     return torch.lerp(table[lower].double(), table[upper].double(), (place - lower)[:, None]).to(table.dtype)
+
+
+def _sinusoids(table: Tensor, length: int) -> Tensor:
+    """[n, width] -> [length, width] of the formula: sines in the first half, cosines in the second."""
+    width = table.shape[1]
+    rates = 10000 ** (torch.arange(0, width, 2, dtype=torch.float64) / -width)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()[:, : width // 2]], 1).to(table)
 
 
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"tile": _tile, "interpolate": _interpolate}

@@ -109,6 +109,8 @@ class TransferTrainer(StepTrainer):
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
+        if not isinstance(args, TrainingArguments):
+            raise ConfigError(f"args must be TrainingArguments, got {type(args).__name__}.")
         for name in ("model_init", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ConfigError(f"{name} cannot be used: TransferTrainer has its own loss, of a loaded model.")
@@ -121,6 +123,8 @@ class TransferTrainer(StepTrainer):
             )
         self.attentions = find_attentions(model)
         check_learned(self.attentions)
+        if not is_known(model.config) and args.save_strategy != "no":
+            raise ConfigError('A model that was converted in memory cannot be saved: pass save_strategy="no".')
         super().__init__(model, args, **kwargs)
         self._names = forward_names(model)
         self._stacks = list(dict.fromkeys(attention.stack for attention in self.attentions.values()))
@@ -257,7 +261,7 @@ def find_attentions(model: PreTrainedModel) -> dict[str, _Attention]:
     if not is_known(model.config):
         paths = {name.removesuffix(f".{ATTACHED}"): module for name, module in model.named_modules()}
         found = {name: module for name, module in paths.items() if isinstance(module, AttentionVariant)}
-        return {n: _Attention(v, "decoder" if "decoder" in n.split(".") else "encoder") for n, v in found.items()}
+        return {name: _Attention(variant, _stack_of(name)) for name, variant in found.items()}
     found = {}
     for stack, layers in find_stacks(model):
         for key, attention in stack.attentions(model.config).items():
@@ -267,6 +271,12 @@ def find_attentions(model: PreTrainedModel) -> dict[str, _Attention]:
                 if variant is not None:
                     found[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)
     return found
+
+
+def _stack_of(path: str) -> str:
+    """The stack that a module of a family outside the table belongs to, by the names that transformers uses."""
+    parts = path.split(".")
+    return "vision" if "vision_model" in parts else "decoder" if "decoder" in parts else "encoder"
 
 
 def check_learned(attentions: dict[str, _Attention]) -> None:

@@ -112,7 +112,10 @@ class AttentionVariant(nn.Module):
 
     def macs(self, length: int, causal: bool) -> int:
         """Multiply-accumulates of one query head for one token of a sequence of `length`."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no `macs`. Pruning counts with it: say how many multiply-accumulates one head "
+            "takes for one token."
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.to_dict().items())

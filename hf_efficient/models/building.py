@@ -14,7 +14,8 @@ tensor (such as a new head on an old body) is filled at random and listed in a l
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from .block import EfficientBlock, StackBlock
 from .configs import EfficientConfigMixin, block_of, efficient_config_class, stock_config, stock_config_class
 from .saving import LOADER
 
+_QUIET = RLock()  # what transformers shows is set for all threads
+
 
 class EfficientMixin:
     """What every efficient model class adds to its stock class."""
@@ -44,14 +47,13 @@ class EfficientMixin:
             config._attn_implementation = NAME
         super().__init__(config, *args, **kwargs)
         apply_block(self, block)
+        if block.is_converted():
+            _seal_parts(self)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
-        if self.config.block().is_converted() and attn_implementation != NAME:
-            raise UnsupportedModelError(
-                f"This model's attention was converted, so attn_implementation={attn_implementation!r} cannot be "
-                'set. To undo the conversion: convert_attention(model, AttentionConfig(kind="full")).'
-            )
+        if self.config.block().is_converted():
+            _refuse_switching(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def initialize_weights(self) -> None:
@@ -74,6 +76,30 @@ class EfficientMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Nothing: transformers would copy this installed source file into every checkpoint."""
+
+
+def _seal_parts(model: PreTrainedModel) -> None:
+    """In the stock models inside a converted one, what would lose the conversion without a word is an error."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model:
+            part.set_attn_implementation = _refuse_switching
+            if not isinstance(part.config, EfficientConfigMixin):
+                part.save_pretrained = part.push_to_hub = partial(_refuse_saving_part, type(part).__name__)
+
+
+def _refuse_switching(attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    if attn_implementation != NAME:
+        raise UnsupportedModelError(
+            f"This model's attention was converted, so attn_implementation={attn_implementation!r} cannot be "
+            'set. To undo the conversion: convert_attention(model, AttentionConfig(kind="full")).'
+        )
+
+
+def _refuse_saving_part(kind: str, *args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(
+        f"This {kind} is part of a converted model, and its config does not know of the conversion: it would load "
+        f"with stock attention. Save the whole model, or convert a {kind} of its own."
+    )
 
 
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
@@ -232,9 +258,12 @@ def check_model(model: object) -> PreTrainedModel:
         UnsupportedModelError: not a transformers model, a quantised one, or one outside the table of families.
     """
     if not isinstance(model, PreTrainedModel):
+        what = f"A transformers model is needed, got {type(model).__name__}"
+        if isinstance(model, str):
+            raise UnsupportedModelError(f"{what}. Load it first: AutoModel.from_pretrained({model!r}).")
         raise UnsupportedModelError(
-            f"A transformers model is needed, got {type(model).__name__}. For a PEFT model, call "
-            "`merge_and_unload()` first, or change the base model and add the adapters afterwards."
+            f"{what}. For a PEFT model, call `merge_and_unload()` first, or change the base model and add the "
+            "adapters afterwards."
         )
     family_of(model.config)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -270,12 +299,22 @@ def rebuild(
     wrong = {kind: keys for kind, keys in wrong.items() if keys}
     if wrong:
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
+    _keep_precision(made, state)
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        getattr(made, "activation_checkpointing_enable", made.gradient_checkpointing_enable)()  # its name from 5.23 on
     if isinstance(model, GenerationMixin) and model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in made.named_parameters():
         parameter.requires_grad = name not in frozen
     return made.to(model.device).train(model.training)
+
+
+def _keep_precision(made: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Give back its dtype to what was rounded to the model's, such as a head that is kept in float32."""
+    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = state[name].detach().clone()
 
 
 def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:
@@ -287,15 +326,16 @@ def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Nothing is read from a disk here, so there is nothing to wait for; and what is missing is known."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
+    with _QUIET:
+        shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if shown:
+                logging.enable_progress_bar()
 
 
 def is_portable(model: PreTrainedModel) -> bool:

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
 from hf_efficient.attention.cache import AllKeysLayer, StateLayer, attach_cache
 from hf_efficient.attention.dispatch import decodes_from_state, variant_of
+from hf_efficient.attention.kinds import ATTENTIONS
 from hf_efficient.attention.local import local_attention, local_decode
 
 from ..families import VOCABULARY, make_model
@@ -176,7 +177,9 @@ def test_a_state_layer_knows_its_reader():
     layer, key = layer_with(torch.zeros(1)), torch.zeros(1, 1, 2, 1)
     with pytest.raises(UnsupportedModelError, match="Only the model that filled it"):
         layer.update(key, key)
-    with pytest.raises(UnsupportedModelError, match=r"state of .*window=4.* cannot be continued with .*window=5"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"state of .*'window': 4.* continued with .*'window': 5"
+    ):
         layer.expect(AttentionConfig("local", window=5, global_tokens=1))
     layer.expect(copy.deepcopy(LOCAL))
     layer.update(key, key)  # and then the attention fails, or never hears of the layer
@@ -300,9 +303,19 @@ def test_training_with_a_cache_gives_the_gradients_of_training_without(model):
     assert max(grad.abs().max() for grad in grads[0]) > 1e-3
 
 
+@pytest.mark.parametrize("kind", sorted(ATTENTIONS))
+def test_generate_in_training_mode(kind):
+    """As training loops do that let the model write: no gradients, and no dropout here."""
+    model = convert_attention(make_model("llama"), AttentionConfig(kind))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    tokens = ids()
+    expected = model.generate(tokens, **options)
+    assert torch.equal(model.train().generate(tokens, **options), expected)
+
+
 def test_a_state_is_not_continued_in_training_mode(model):
     cache = model(ids(), use_cache=True).past_key_values
-    with pytest.raises(UnsupportedModelError, match="filled in eval mode"):
+    with pytest.raises(UnsupportedModelError, match="where gradients are recorded"):
         model.train()(ids(1), past_key_values=cache)
 
 
@@ -311,7 +324,7 @@ def test_a_state_is_for_the_model_that_made_it(model):
     with pytest.raises(UnsupportedModelError, match=r"holds a state of 'local' attention"):
         make_model("llama")(ids(1), past_key_values=cache)
     wider = convert_attention(model, {0: AttentionConfig("local", window=5)})
-    with pytest.raises(UnsupportedModelError, match=r"cannot be continued with .*window=5"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot be continued with .*'window': 5"):
         wider(ids(1), past_key_values=cache)
 
 

@@ -1,14 +1,22 @@
 """Models outside the table of families: converted in memory, or refused with the reason."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, TrainingArguments
 
-from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention
+from hf_efficient import (
+    AttentionConfig,
+    ConfigError,
+    UnsupportedModelError,
+    convert_attention,
+    extend_positions,
+    transfer_attention,
+)
 from hf_efficient.attention.dispatch import ATTACHED, NAME
 from hf_efficient.families import FAMILIES
 
@@ -168,7 +176,7 @@ def test_it_cannot_be_saved_and_the_error_says_what_can(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa' cannot be set"):
         model.set_attn_implementation("sdpa")
-    with pytest.raises(UnsupportedModelError, match=r"converted in memory before\. Convert the original"):
+    with pytest.raises(UnsupportedModelError, match=r"converted in memory before.*Convert the original"):
         convert_attention(model, WIDE)
 
 
@@ -249,3 +257,34 @@ def test_what_has_no_weights_or_is_quantised_is_refused():
 def test_a_model_that_made_up_inputs_do_not_fit_is_refused():
     with pytest.raises(UnsupportedModelError, match="could not be run with made-up inputs"):
         convert_attention(transformers.ASTModel(transformers.ASTConfig(**SIZES)), NARROW)
+
+
+def test_the_models_inside_are_sealed_too(tmp_path):
+    model = convert_attention(make("opt"), NARROW)
+    for attempt in (lambda: model.model.save_pretrained(tmp_path), lambda: model.model.decoder.push_to_hub("a/b")):
+        with pytest.raises(UnsupportedModelError, match="converted in memory"):
+            attempt()
+    with pytest.raises(UnsupportedModelError, match="cannot be set"):
+        model.model.set_attn_implementation("sdpa")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_threads_convert_at_the_same_time():
+    jobs = [("opt", NARROW), ("qwen2", LINEAR)] * 6
+    models = {name: make(name) for name in ("opt", "qwen2")}
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda job: convert_attention(models[job[0]], job[1]), jobs))
+    for (_, config), model in zip(jobs, made, strict=True):
+        assert kinds(model) == [config.kind] * 3
+
+
+def test_a_state_that_changes_its_tensors_is_not_compiled_by_itself():
+    assert not convert_attention(make("qwen2"), LINEAR)._valid_auto_compile_criteria({}, None)
+
+
+def test_what_it_lacks_is_said_in_advance(tmp_path):
+    model = convert_attention(make("opt"), AttentionConfig("linear", feature_map="hedgehog"))
+    with pytest.raises(ConfigError, match='save_strategy="no"'):
+        transfer_attention(model, [], TrainingArguments(str(tmp_path), report_to="none"))
+    with pytest.raises(UnsupportedModelError, match=r"in memory \(`convert_attention`\); nothing else"):
+        extend_positions(model, 64)

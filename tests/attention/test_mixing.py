@@ -94,6 +94,27 @@ def test_one_config_for_some_layers():
     assert only(LOCAL, None) is LOCAL
     assert only(LOCAL, "::2") == {"::2": LOCAL}
     assert only(LOCAL, (0, 2)) == {0: LOCAL, 2: LOCAL}
+    assert only(LOCAL, 2) == {2: LOCAL}
+
+
+def test_nothing_to_convert_is_refused():
+    for asked in ([], ()):
+        with pytest.raises(ConfigError, match="`layers` is empty"):
+            only(LOCAL, asked)
+    with pytest.raises(ConfigError, match="is empty, so there is nothing to convert"):
+        spread_layers({}, 6)
+    with pytest.raises(ConfigError, match=r"AttentionConfig\.from_dict\(\{'kind': 'local'\}\)"):
+        spread_layers({"kind": "local"}, 6)
+    for key in ("3-1", "2:2"):
+        with pytest.raises(ConfigError, match="has layers 0 to 5, none of which is in this range"):
+            spread_layers({key: LOCAL}, 6)
+
+
+def test_stacks_and_layers_do_not_stand_side_by_side():
+    with pytest.raises(ConfigError, match="Layer 'all' cannot stand beside the names of stacks"):
+        spread({"all": LOCAL, "decoder": LOCAL}, {"encoder": 3, "decoder": 3}, {})
+    with pytest.raises(ConfigError, match=r"Unknown stack 'encoder'\. Did you mean 'decoder'"):
+        spread({"encoder": LOCAL}, {"decoder": 3}, {})
 
 
 def test_a_model_is_mixed_as_asked():

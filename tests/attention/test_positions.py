@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     MarianConfig,
+    MarianModel,
     MarianMTModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
@@ -249,3 +250,24 @@ def test_minilm_runs_at_4096_tokens(tmp_path):
         states = longer(**inputs).last_hidden_state
     assert states.shape == (1, 4096, 384) and torch.isfinite(states).all()
     assert states.std(1).mean() > 0.1
+
+
+def test_positions_that_are_a_formula_are_tensors_of_the_base_model():
+    config = MarianConfig(**SMALL, **BART_SIZES, max_position_embeddings=32, pad_token_id=0)
+    model = MarianModel(config).eval()
+    longer = extend_positions(model, 80).encoder.embed_positions.weight
+    assert torch.equal(longer[:32], model.encoder.embed_positions.weight)
+    assert torch.equal(longer, extend_positions(MarianMTModel(config), 80).model.encoder.embed_positions.weight)
+
+
+def test_dynamic_scaling_is_extended_again():
+    twice = extend_positions(extend_positions(llama(), 128, rope="dynamic"), 256)
+    once = extend_positions(llama(), 256, rope="dynamic")
+    assert twice.config.rope_parameters == once.config.rope_parameters
+    assert twice.config.max_position_embeddings == once.config.max_position_embeddings
+    assert token_limit(twice.config) == 256
+
+
+def test_a_rope_of_an_unknown_type_is_refused():
+    with pytest.raises(ConfigError, match=r"Unknown rope_type 'yarm'. Did you mean 'yarn'"):
+        extend_positions(llama(), 128, rope={"rope_type": "yarm", "factor": 2.0})

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 import hf_efficient.models
-from hf_efficient import AttentionConfig, convert_attention, efficient_config
+from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention, efficient_config
 from hf_efficient.families import FAMILIES, family_of
 from hf_efficient.models.block import EfficientBlock, StackBlock
 from hf_efficient.models.building import auto_classes, efficient_class, is_portable, rebuild
@@ -209,3 +209,28 @@ def test_pushing_a_model_uploads_the_loader(tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "_upload_modified_files", upload)
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/something")
     assert {f"{LOADER}.py", "config.json", "model.safetensors"} <= set(uploaded)
+
+
+def test_rebuild_keeps_the_precision_of_each_part_and_checkpointing():
+    model = make_model("bert").bfloat16()
+    model.classifier.float()
+    model.bert.encoder.gradient_checkpointing = True
+    made = convert_attention(model, LOCAL)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in made.modules())
+    old = model.state_dict()
+    for key, value in made.state_dict().items():
+        assert value.dtype == old[key].dtype and torch.equal(value, old[key]), key
+
+
+def test_models_inside_a_converted_one_do_not_lose_the_conversion(tmp_path):
+    llama = convert_attention(make_model("llama"), LOCAL)
+    with pytest.raises(UnsupportedModelError, match="cannot be set"):
+        llama.model.set_attn_implementation("sdpa")
+    llama.model.save_pretrained(tmp_path / "llama")
+    inner = transformers.AutoModel.from_pretrained(tmp_path / "llama").eval()
+    ids = make_inputs("llama")["input_ids"]
+    assert torch.equal(inner(ids)[0], llama.model(ids)[0])
+    clip = convert_attention(make_model("clip"), LOCAL)
+    with pytest.raises(UnsupportedModelError, match="Save the whole model"):
+        clip.text_model.save_pretrained(tmp_path / "clip")
+    assert not (tmp_path / "clip").exists()
