@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention_summary as summary  # noqa: E402
 from attention_methods import CONFIGS  # noqa: E402
+
+from hf_efficient import AttentionConfig  # noqa: E402
+from hf_efficient.attention.config import KINDS as SETTINGS  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -110,13 +114,36 @@ def chooser(report: dict) -> str:
 KINDS = {
     "local": ("a window, and a few global tokens", "the window"),
     "strided": ("blocks spread over the text", "all keys"),
-    "topk": ("the blocks that fit its content", "all keys"),
+    "topk": ("the blocks that fit its content", "all keys, block sums"),
     "lsh": ("keys that hash alike", "all keys"),
     "linear": ("everything, through a feature map", "a fixed state"),
     "local_linear": ("a window exactly, the rest through a feature map", "window and state"),
     "additive": ("a learned summary of everything", "a fixed state"),
     "kernel": ("everything, weighted by distance", "all keys"),
 }
+
+
+def settings(report: dict) -> str:
+    """What each kind can be told, and what it was told for the tables of speed."""
+    measured = report["setting"]["configs"]
+    defaults = {entry.name: entry.default for entry in fields(AttentionConfig)}
+    rows = []
+    for kind in KINDS:
+        own = ", ".join(f"`{name}={_shown(kind, name, defaults[name])}`" for name in SETTINGS[kind])
+        told = [
+            ", ".join(f"{key} {value}" for key, value in config.items() if key != "kind") or "-"
+            for config in measured.values()
+            if config["kind"] == kind
+        ]
+        rows.append((f"`{kind}`", own or "none", "; ".join(told)))
+    return table(("kind", "settings and their defaults", "in the tables of speed"), rows)
+
+
+def _shown(kind: str, name: str, default: object) -> object:
+    """A default of None in words."""
+    if default is None:
+        return "16" if kind == "kernel" else "head dimension"
+    return default
 
 
 def quality(report: dict) -> str:
@@ -155,7 +182,9 @@ def _score(cell: dict | None) -> str:
 def filled(path: Path) -> str:
     """The page with its tables as the results say."""
     report = load("attention_cpu")
-    makers = {"chooser": chooser} | {kind: (lambda r, k=kind: cost_table(k, r)) for kind in KINDS}
+    makers = {"chooser": chooser, "settings": settings} | {
+        kind: (lambda r, k=kind: cost_table(k, r)) for kind in KINDS
+    }
     link = "docs/attention" if path.name == "README.md" else "attention"
 
     def fill(match: re.Match) -> str:

@@ -1,13 +1,13 @@
 """Strided attention: every block sees itself and a few others, spread evenly over the sequence. O(n * blocks).
 
     Block i of N sees itself and the blocks i - d_m (mod N), m = 0 .. c-1, c = min(num_blocks, E) of E others:
-        d_m = 1 + floor(m (E - 1) / (c - 1))
+        d_m = 1 + floor(m (E - 1) / (c - 1)), for c = 1: d_0 = 1
     E = N - 1   bidirectional
     E = i       causal: no block after i, and nothing depends on what follows
 
-(After Child et al. 2019, arXiv 1904.10509; in blocks as BigBird 2020, arXiv 2007.14062.) The nearest and the farthest
-of the others are always among them: the block before, and the one after; causal: the first. A stride that divides N
-would leave every class of blocks to itself through all layers; the neighbours connect them. With num_blocks >= N - 1
+(After Child et al. 2019, arXiv 1904.10509; in blocks as BigBird 2020, arXiv 2007.14062.) From two on, the nearest and
+the farthest of the others are among them: the block before, and the one after; causal: the first. A stride that divides
+N would leave every class of blocks to itself through all layers; the neighbours connect them. With num_blocks >= N - 1
 a block sees all. The first `global_tokens` real tokens are seen by all and, if not causal, see all. Blocks count real
 tokens, and N is that of each row.
 

@@ -177,9 +177,7 @@ def test_a_state_layer_knows_its_reader():
     layer, key = layer_with(torch.zeros(1)), torch.zeros(1, 1, 2, 1)
     with pytest.raises(UnsupportedModelError, match="Only the model that filled it"):
         layer.update(key, key)
-    with pytest.raises(
-        UnsupportedModelError, match=r"state of .*'window': 4.* continued with .*'window': 5"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"state of .*'window': 4.* continued with .*'window': 5"):
         layer.expect(AttentionConfig("local", window=5, global_tokens=1))
     layer.expect(copy.deepcopy(LOCAL))
     layer.update(key, key)  # and then the attention fails, or never hears of the layer
