@@ -146,6 +146,26 @@ def _shown(kind: str, name: str, default: object) -> object:
     return default
 
 
+def decoding(report: dict) -> str:
+    """Time per token and size of the cache, methods down and contexts across."""
+    cells = {(cell["method"], cell["context"]): cell for cell in report["cells"]}
+    contexts = sorted({context for _, context in cells})
+    rows = []
+    for method in dict.fromkeys(method for method, _ in cells):
+        found = [cells[method, context] for context in contexts]
+        times = [number(cell["seconds"] * 1e3) for cell in found]
+        rows.append((f"`{method}`", *times, *(f"{cell['cache_bytes'] / 2**20:.2f}" for cell in (found[0], found[-1]))))
+    headers = ("ms per token after", *(f"{context:,}" for context in contexts))
+    machine, setting = report["machine"], report["setting"]
+    note = (
+        f"\nA Llama of {setting['num_hidden_layers']} layers, batch 1, float32, {machine['cpu'].split(' 64')[0]}, "
+        f"{machine['threads']} threads, commit {machine['commit'][:7]}, {machine['date'][:10]}; window "
+        f"{setting['window']}.\n"
+    )
+    sizes = tuple(f"MiB of cache at {context:,}" for context in (contexts[0], contexts[-1]))
+    return table((*headers, *sizes), rows) + note
+
+
 def quality(report: dict) -> str:
     """What each kind costs in quality: kinds down, jobs and stages across."""
     cells = {(cell["job"], cell["kind"], cell["stage"]): cell for cell in report["cells"]}
@@ -185,11 +205,13 @@ def filled(path: Path) -> str:
     makers = {"chooser": chooser, "settings": settings} | {
         kind: (lambda r, k=kind: cost_table(k, r)) for kind in KINDS
     }
+    others = {"quality": ("quality_cpu", quality), "decoding": ("decode_cpu", decoding)}
     link = "docs/attention" if path.name == "README.md" else "attention"
 
     def fill(match: re.Match) -> str:
-        if match[2] == "quality":
-            return match[1] + quality(load("quality_cpu")) + match[3]
+        if match[2] in others:
+            name, maker = others[match[2]]
+            return match[1] + maker(load(name)) + match[3]
         return match[1] + makers[match[2]](report).replace("LINK", link) + match[3]
 
     return MARKED.sub(fill, path.read_text(encoding="utf-8"))

@@ -6,10 +6,10 @@
     E = i       causal: no block after i, and nothing depends on what follows
 
 (After Child et al. 2019, arXiv 1904.10509; in blocks as BigBird 2020, arXiv 2007.14062.) From two on, the nearest and
-the farthest of the others are among them: the block before, and the one after; causal: the first. A stride that divides
-N would leave every class of blocks to itself through all layers; the neighbours connect them. With num_blocks >= N - 1
-a block sees all. The first `global_tokens` real tokens are seen by all and, if not causal, see all. Blocks count real
-tokens, and N is that of each row.
+the farthest of the others are among them: the block before, and the one after; causal: the first. A stride that
+divides N would leave every class of blocks to itself through all layers; the neighbours connect them. With num_blocks
+>= N - 1 a block sees all. The first `global_tokens` real tokens are seen by all and, if not causal, see all. Blocks
+count real tokens, and N is that of each row.
 
     >>> import torch
     >>> query, key, value = torch.randn(3, 1, 12, 4096, 64)
