@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapAttention, MapWeights, check_map, usual_scale
+from .fla import causal_by_kernels, use_fla
 from .full import check_positions, check_shapes, section, zero_padding
 from .pieces import Piece, pieces
 from .variant import State
@@ -87,6 +88,8 @@ def linear_attention(
         phi_query, phi_key = features(rows, keys, key_mask, FEATURE_MAPS[feature_map], map_weights, scaling)
         if dropout:
             values = drop_keys(values, dropout)
+        if causal and use_fla(query, key):
+            return causal_by_kernels(phi_query, phi_key, values, query.dtype).to(query.dtype)
         return attend_features(phi_query, phi_key, values, causal=causal).to(query.dtype)
 
 
