@@ -219,9 +219,10 @@ def test_half_precision_sums_in_single(causal, feature_map):
     assert_close(cast, expected, 1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_compiles_whole(causal, feature_map):
+@pytest.mark.parametrize(
+    ("feature_map", "causal"), [("elu", True), ("relu", False), ("favor", False), ("hedgehog", True)]
+)
+def test_compiles_whole(feature_map, causal):
     options = {"causal": causal, **map_options(feature_map, draw_weights(feature_map))}
     function = compiled(linear_attention, **options)
     for seen in (150, 301, 192):

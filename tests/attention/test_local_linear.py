@@ -329,8 +329,7 @@ def test_half_precision(dtype, tolerance, causal):
     assert_close(cast, expected, 1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("feature_map", ["elu", "hedgehog"])
+@pytest.mark.parametrize(("causal", "feature_map"), [(False, "elu"), (True, "hedgehog")])
 def test_compiles_whole(causal, feature_map):
     options = {"window": 9, "causal": causal, **map_options(feature_map, draw_weights(feature_map))}
     function = compiled(local_linear_attention, **options)
