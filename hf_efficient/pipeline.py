@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from .running import Run
+    from .stages import AttentionStage
     from .workspace import Workspace
 
 MODEL = "model"
@@ -104,12 +105,8 @@ def check(run: "Run") -> None:
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
-    from .attention.convert import efficient_config
-    from .attention.positions import longer_config
-    from .attention.transfer import check_learned, find_attentions
     from .data import check_labels
     from .families import family_of
-    from .models.configs import block_of, with_block
     from .pruning.prune import DEFAULT_LENGTH
     from .pruning.reach import check_reachable
     from .running import longest_text
@@ -123,20 +120,31 @@ def check(run: "Run") -> None:
     pruned = False
     for number, stage in enumerate(run.recipe.stages):
         if isinstance(stage.settings, AttentionStage):
-            longer = stage.settings.longer
             try:
-                if longer.positions is not None:
-                    changes = longer_config(config, longer.positions, longer.position_method, longer.rope)
-                    config = with_block(config, block_of(config), **changes)
-                config = efficient_config(config, stage.settings.config, stage.settings.layers)
-                if stage.settings.transfer is not None:
-                    check_learned(find_attentions(run.skeleton(config)))
+                config = _check_attention(run, config, stage.settings)
             except (ConfigError, UnsupportedModelError) as error:
                 raise type(error)(f"stages[{number}].attention: {error}") from error
         elif isinstance(stage.settings, PruneStage) and not pruned:  # a second one starts from what is not known yet
             length = run.recipe.data.max_length or DEFAULT_LENGTH
             check_reachable(run.skeleton(config), stage.settings.config, min(length, longest_text(config) or length))
             pruned = True
+
+
+def _check_attention(run: "Run", config: "PreTrainedConfig", stage: "AttentionStage") -> "PreTrainedConfig":
+    """The config after the stage."""
+    from .attention.convert import efficient_config
+    from .attention.positions import longer_config
+    from .attention.transfer import check_learned, find_attentions
+    from .models.configs import block_of, with_block
+
+    longer = stage.longer
+    if longer.positions is not None:
+        changes = longer_config(config, longer.positions, longer.position_method, longer.rope)
+        config = with_block(config, block_of(config), **changes)
+    config = efficient_config(config, stage.config, stage.layers)
+    if stage.transfer is not None:
+        check_learned(find_attentions(run.skeleton(config)))
+    return config
 
 
 def _check_lengths(recipe: Recipe, config: "PreTrainedConfig") -> None:

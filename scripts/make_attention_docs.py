@@ -8,7 +8,9 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,10 +22,10 @@ from attention_methods import CONFIGS  # noqa: E402
 
 from hf_efficient import AttentionConfig  # noqa: E402
 from hf_efficient.attention.config import KINDS as SETTINGS  # noqa: E402
+from hf_efficient.attention.kinds import ATTENTIONS  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NEEDS_TRAINING = {"linear", "local_linear", "additive", "kernel"}
 
 
 def load(name: str) -> dict:
@@ -97,7 +99,7 @@ def chooser(report: dict) -> str:
                 number(summary.speedup(cells, name, summary.BACKWARD), "x"),
                 number(summary.break_even(cells, name, summary.FORWARD)),
                 decoding,
-                "yes" if kind in NEEDS_TRAINING else "little or none",
+                "yes" if ATTENTIONS[kind].needs_training else "little or none",
             )
         )
     headers = (
@@ -169,26 +171,19 @@ def decoding(report: dict) -> str:
 def quality(report: dict) -> str:
     """What each kind costs in quality: kinds down, jobs and stages across."""
     cells = {(cell["job"], cell["kind"], cell["stage"]): cell for cell in report["cells"]}
-    jobs = list(dict.fromkeys(job for job, _, _ in cells))
-    columns = [(job, stage) for job in jobs for stage in ("converted", "transferred", "distilled")]
+    score_of = {cell["job"]: cell["score"] for cell in report["cells"]}  # in the order in which the jobs were run
+    columns = [(job, stage) for job in score_of for stage in ("converted", "transferred", "distilled")]
     rows = []
     for kind in dict.fromkeys(kind for _, kind, _ in cells):
         found = [cells.get((job, kind, stage)) for job, stage in columns]
         rows.append((f"`{kind}`", *(_score(cell) for cell in found)))
-    headers = ("", *(f"{job}: {SCORES[cells_of(report, job)[0]['score']]}, {stage}" for job, stage in columns))
-    settings = report["settings"]
+    headers = ("", *(f"{job}: {score_of[job]}, {stage}" for job, stage in columns))
+    steps = report["settings"]
     note = (
-        f"\n{settings['transfer_steps']} steps of transfer (kinds with learned parts), {settings['steps']} of "
+        f"\n{steps['transfer_steps']} steps of transfer (kinds with learned parts), {steps['steps']} of "
         "distillation; ± one standard error, one seed: differences within two of them may be chance.\n"
     )
     return table(headers, rows) + note
-
-
-SCORES = {"accuracy": "accuracy", "perplexity": "perplexity"}
-
-
-def cells_of(report: dict, job: str) -> list[dict]:
-    return [cell for cell in report["cells"] if cell["job"] == job]
 
 
 def _score(cell: dict | None) -> str:
@@ -199,20 +194,22 @@ def _score(cell: dict | None) -> str:
     return f"{cell['value']:.1f}"
 
 
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the results, and what makes a table of them
+    "chooser": ("attention_cpu", chooser),
+    "settings": ("attention_cpu", settings),
+    "decoding": ("decode_cpu", decoding),
+    "quality": ("quality_cpu", quality),
+    **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},
+}
+
+
 def filled(path: Path) -> str:
     """The page with its tables as the results say."""
-    report = load("attention_cpu")
-    makers = {"chooser": chooser, "settings": settings} | {
-        kind: (lambda r, k=kind: cost_table(k, r)) for kind in KINDS
-    }
-    others = {"quality": ("quality_cpu", quality), "decoding": ("decode_cpu", decoding)}
     link = "docs/attention" if path.name == "README.md" else "attention"
 
     def fill(match: re.Match) -> str:
-        if match[2] in others:
-            name, maker = others[match[2]]
-            return match[1] + maker(load(name)) + match[3]
-        return match[1] + makers[match[2]](report).replace("LINK", link) + match[3]
+        name, make = TABLES[match[2]]
+        return match[1] + make(load(name)).replace("LINK", link) + match[3]
 
     return MARKED.sub(fill, path.read_text(encoding="utf-8"))
 

@@ -20,6 +20,7 @@ from .flex import flex_block_attention, use_flex
 from .full import full_attention, match_heads, sdpa, section, zero_padding
 from .gathered import Rows, Seeing, gathered_attention, positions, take
 from .linear import without_autocast
+from .pieces import count_blocks, spare_block
 
 
 class Layout(NamedTuple):
@@ -65,10 +66,6 @@ def check_blocks(block_size: int, name: str, count: int, least: int, global_toke
             raise ConfigError(f"{field} must be at least {low}, got {value!r}.")
 
 
-def count_blocks(tokens: int, block: int) -> int:
-    return (tokens + block - 1) // block
-
-
 def sees_all(seen: int, block: int, count: int, global_tokens: int) -> bool:
     """Whether `count` blocks, or the global tokens, are all there are. An exported program never says so: it keeps one
     path for all lengths."""
@@ -96,8 +93,7 @@ def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> 
         rank = past.unsqueeze(-1)
         return Layout(block, count, rank, rank < count.unsqueeze(-1), order)
     blocks = count_blocks(length, block) if length == seen else (length + block - 2) // block + 1
-    if torch.compiler.is_exporting():
-        blocks = blocks + 1  # at least two: a program made with many blocks would refuse a single one
+    blocks = blocks + spare_block()
     first = past // block * block
     rank = (first + torch.arange(blocks * block, device=key.device)).unflatten(1, (blocks, block))
     filled = (rank >= past.unsqueeze(-1)) & (rank < count.unsqueeze(-1))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .full import toeplitz
 from .linear import without_autocast
+from .pieces import count_blocks, spare_block
 
 BLOCK = 64
 NODES = {torch.float32: 10, torch.float64: 22}  # the error of a weight is below 5e-7, 1e-14 of the largest
@@ -221,13 +222,12 @@ def _features(phi: Tensor, basis: Tensor) -> Tensor:
 def _cut(length: int) -> tuple[int, tuple[int, ...]]:
     """The blocks of a sequence, and how many pairs they make on each level, those of the level above being its blocks.
 
-    Compiled, the number of levels must not depend on the length; exported, nothing may depend on there being one pair.
+    Compiled, the number of levels must not depend on the length.
     """
     if torch.compiler.is_compiling():
-        top = (length + BLOCK * 2**TRACED_LEVELS - 1) // (BLOCK * 2**TRACED_LEVELS)
-        top = top + 1 if torch.compiler.is_exporting() else top
+        top = count_blocks(length, BLOCK * 2**TRACED_LEVELS) + spare_block()
         return top * 2**TRACED_LEVELS, tuple(top * 2**level for level in reversed(range(TRACED_LEVELS)))
-    blocks, pairs = (length + BLOCK - 1) // BLOCK, []
+    blocks, pairs = count_blocks(length, BLOCK), []
     count = blocks
     while count > TOP:
         count = (count + 1) // 2

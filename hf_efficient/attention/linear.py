@@ -81,10 +81,9 @@ def linear_attention(
     check_shapes(query, key, value, key_mask, None)
     if causal:
         check_positions(query.shape[2], key.shape[2], causal)
-    dtype = sum_dtype(query)
     key, value = zero_padding(key, value, key_mask)
     with without_autocast(query.device.type):
-        rows, keys, values = query.to(dtype), key.to(dtype), value.to(dtype)
+        rows, keys, values = to_sum(query, key, value)
         phi_query, phi_key = features(rows, keys, key_mask, FEATURE_MAPS[feature_map], map_weights, scaling)
         if dropout:
             values = drop_keys(values, dropout)
@@ -123,10 +122,9 @@ def linear_decode(
     """
     check_map(feature_map, map_weights, query, key)
     check_shapes(query, key, value, key_mask, None)
-    dtype = sum_dtype(query)
     key, value = zero_padding(key, value, key_mask)
     with without_autocast(query.device.type):
-        rows, keys, values = query.to(dtype), key.to(dtype), value.to(dtype)
+        rows, keys, values = to_sum(query, key, value)
         phi_query, phi_key = features(rows, keys, key_mask, FEATURE_MAPS[feature_map], map_weights, scaling)
         before = None if state is None else state[0]
         after = add_to_sums(before, phi_key, values)
@@ -155,9 +153,10 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if active else nullcontext()
 
 
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """fp16 and bf16 are summed in fp32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def to_sum(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of the sums: fp16 and bf16 are summed in fp32."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def features(

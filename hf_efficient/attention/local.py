@@ -34,6 +34,8 @@ from .full import (
     toeplitz,
     zero_padding,
 )
+from .global_tokens import GlobalTokens, find_globals, global_rows, meet_globals, no_globals, prepend
+from .pieces import count_blocks, spare_block
 from .variant import AttentionVariant, State
 
 
@@ -62,16 +64,6 @@ class _Band(NamedTuple):
     left: int
     right: int
     block: int
-
-
-class _Globals(NamedTuple):
-    """The global tokens of each row: `index` [B,g] in the key sequence, `valid` [B,g] bool; key [B,K,g,D], value
-    [B,K,g,Dv], zeros for missing ones."""
-
-    index: Tensor
-    valid: Tensor
-    key: Tensor
-    value: Tensor
 
 
 class _Blocks(NamedTuple):
@@ -128,12 +120,12 @@ def local_attention(
         return flex_local_attention(query, key, value, key_mask, scaling=scaling, bias=bias, **layout)
     tokens, visible = None, _real(key, key_mask)
     if global_tokens:
-        tokens, visible = _find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
+        tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
     if length == seen:
         key, value = zero_padding(key, value, key_mask)
     out = _windowed(query, key, value, key_mask, visible, tokens, band, causal, scaling, dropout, bias)
     if tokens is not None and not causal:
-        rows = _global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
+        rows = global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
         out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
     return out
 
@@ -163,7 +155,7 @@ def local_decode(
 
     Returns:
         [B, H, T, Dv], and the state: key [B,K,m,D], value [B,K,m,Dv] and visible [B,m] of the last m <= window - 1
-        tokens; with global tokens also their key [B,K,g,D], value [B,K,g,Dv] and age [B,g] (see `_meet_globals`).
+        tokens; with global tokens also their key [B,K,g,D], value [B,K,g,Dv] and age [B,g] (see `meet_globals`).
     """
     check_window(window)
     check_shapes(query, key, value, key_mask, None)
@@ -171,8 +163,8 @@ def local_decode(
     visible = _real(key, key_mask).expand(key.shape[0], -1)
     kept_globals: State = ()
     if global_tokens:
-        before = state[3:] if state else _no_globals(key, value, global_tokens)
-        kept_globals, visible = _meet_globals(before, key, value, visible)
+        before = state[3:] if state else no_globals(key, value, global_tokens)
+        kept_globals, visible = meet_globals(before, key, value, visible)
     if state is None:
         options = {"window": window, "global_tokens": global_tokens, "causal": True, "scaling": scaling, "bias": bias}
         out = local_attention(query, key, value, key_mask, **options)
@@ -189,32 +181,6 @@ def local_decode(
         key, value = zero_padding(key, value, visible)
         visible = visible.clone()
     return out, (key, value, visible, *kept_globals)
-
-
-def _no_globals(key: Tensor, value: Tensor, count: int) -> State:
-    """What is known of the global tokens before the first token."""
-    batch, kv_heads, _, dim = key.shape
-    empty = key.new_zeros(batch, kv_heads, count, dim), value.new_zeros(batch, kv_heads, count, value.shape[-1])
-    return *empty, torch.zeros(batch, count, dtype=torch.long, device=key.device)
-
-
-def _meet_globals(before: State, key: Tensor, value: Tensor, real: Tensor) -> tuple[State, Tensor]:
-    """Take the new tokens that are global into the kept ones.
-
-    Returns:
-        key, value and age [B,g] of the global tokens, where age counts the tokens from it to the last one, both
-        included, and 0 means that it is still to come; and which new tokens [B,T] are real and not global.
-    """
-    old_key, old_value, age = before
-    length, count = key.shape[2], age.shape[1]
-    is_known = age > 0
-    rank, index = _rank(real, count, is_known.sum(1, keepdim=True))
-    comes = ~is_known & (index < length)
-    new_key, new_value = (_take(x, index.clamp(max=length - 1)) for x in (key, value))
-    chosen = comes[:, None, :, None]
-    age = torch.where(comes, length - index, torch.where(is_known, age + length, 0))
-    kept = torch.where(chosen, new_key, old_key), torch.where(chosen, new_value, old_value), age
-    return kept, real & (rank > count)
 
 
 def _decode_one(
@@ -257,7 +223,7 @@ def _decode_chunk(
     tokens = None
     if kept_globals:
         global_key, global_value, age = kept_globals
-        tokens = _Globals(key.shape[2] - age, age > 0, global_key, global_value)  # an old one has an index below 0
+        tokens = GlobalTokens(key.shape[2] - age, age > 0, global_key, global_value)  # an old one has an index below 0
     band = _find_band(window, causal=True)
     band = band._replace(block=min(band.block, query.shape[2]))
     return _windowed(query, key, value, None, visible, tokens, band, True, scaling, 0.0, bias)
@@ -269,7 +235,7 @@ def _windowed(
     value: Tensor,
     key_mask: Tensor | None,
     visible: Tensor,
-    tokens: _Globals | None,
+    tokens: GlobalTokens | None,
     band: _Band,
     causal: bool,
     scaling: float | None,
@@ -289,36 +255,11 @@ def _windowed(
     mask = _mask(blocks, band, tokens, causal, bias, center)
     if tokens is not None:
         chosen = match_heads(query, tokens.key, tokens.value)
-        blocks = blocks._replace(key=_prepend(chosen[0], blocks.key), value=_prepend(chosen[1], blocks.value))
+        blocks = blocks._replace(key=prepend(chosen[0], blocks.key), value=prepend(chosen[1], blocks.value))
     out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=scaling, dropout=dropout)
     # [B*N, H, block, Dv] -> [B, H, T, Dv], stored as [B, T, H, Dv], which is what the layers reshape to.
     out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     return section(out, 2, blocks.lead, length)
-
-
-def _find_globals(key: Tensor, value: Tensor, real: Tensor, count: int) -> tuple[_Globals, Tensor]:
-    """The first `count` real tokens of each row, wherever the padding is; and which keys [B,S] are real, not global.
-
-    The latter are what a window holds: the global ones come as keys of their own.
-    """
-    rank, index = _rank(real, count)
-    valid = index < key.shape[2]
-    # A missing token stands for the first one, so that what is written for it is what belongs there.
-    index = torch.where(valid, index, index[:, :1]).clamp(max=key.shape[2] - 1)
-    chosen = zero_padding(_take(key, index), _take(value, index), valid)
-    return _Globals(index, valid, *chosen), real & (rank > count)
-
-
-def _rank(real: Tensor, count: int, before: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-    """The rank [B,S] of the real tokens, from `before` + 1; the index [B,g] of the first `count`, S where missing."""
-    rank = real.cumsum(-1) + before
-    wanted = torch.arange(1, count + 1, device=real.device)
-    return rank, (rank.unsqueeze(1) < wanted.unsqueeze(1)).sum(-1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """[B,K,S,D] at index [B,g] -> [B,K,g,D]."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
 
 def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -332,9 +273,7 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, band: _Band
     if length == 1 or (not torch.compiler.is_exporting() and length <= band.block):
         position = torch.arange(seen - length, seen, device=query.device).unsqueeze(0)
         return _Blocks(query, key, value, visible.unsqueeze(1), position, kept - length, 0)
-    count = (kept + band.block - 1) // band.block
-    if torch.compiler.is_exporting():
-        count = count + 1  # at least two: a program made for a single block would not take more
+    count = count_blocks(kept, band.block) + spare_block()
     filled = count * band.block
     # Queries at every kept position, so that query and key blocks line up; `lead` says how many to cut off.
     rows = F.pad(query, (0, 0, kept - length, filled - kept))
@@ -358,7 +297,7 @@ def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:
 
 
 def _mask(
-    blocks: _Blocks, band: _Band, tokens: _Globals | None, causal: bool, bias: Tensor | None, seen: int
+    blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, causal: bool, bias: Tensor | None, seen: int
 ) -> Tensor:
     """What the blocks' queries may see: bool [B*N,1,block,keys], or scores [B*N,H,block,keys] with a bias."""
     device, batch = blocks.query.device, blocks.query.shape[0] // blocks.visible.shape[1]
@@ -384,32 +323,3 @@ def _mask(
         to_globals = bias[0][:, offset.clamp(0, bias.shape[-1] - 1)].movedim(0, 2).flatten(0, 1)  # [B*N, H, block, g]
         scores = torch.cat([to_globals, scores.expand(to_globals.shape[0], -1, -1, -1)], -1)
     return scores.to(blocks.query.dtype).masked_fill(~allowed, float("-inf"))
-
-
-def _prepend(chosen: Tensor, windows: Tensor) -> Tensor:
-    """[B,K,g,D] and [B*N,K,span,D] -> [B*N,K,g+span,D]: the global keys before each block's own."""
-    count = windows.shape[0] // chosen.shape[0]
-    return torch.cat([chosen.unsqueeze(1).expand(-1, count, -1, -1, -1).flatten(0, 1), windows], 2)
-
-
-def _global_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    tokens: _Globals,
-    scaling: float | None,
-    dropout: float,
-    bias: Tensor | None,
-) -> Tensor:
-    """[B,H,g,Dv]: the global tokens as queries over all keys."""
-    seen, count = query.shape[2], tokens.index.shape[1]
-    key, value = match_heads(query, key, value)
-    rows = _take(query, tokens.index)
-    mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, -1, count, -1)
-    if bias is not None:
-        offset = torch.arange(seen, device=query.device) - tokens.index.unsqueeze(-1) + seen - 1  # [B, g, S]
-        scores = bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B, H, g, S]
-        mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-    out = sdpa(rows, key, value, mask, scaling=scaling, dropout=dropout)
-    return torch.where(tokens.valid[:, None, :, None], out, out.detach())  # a missing token's row is a mere copy

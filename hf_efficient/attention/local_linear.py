@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from .config import AttentionConfig
 from .feature_maps import FEATURE_MAPS, FeatureMapAttention, MapWeights, check_map
 from .full import check_positions, check_shapes, check_window, full_attention, section, zero_padding
-from .linear import add_to_sums, drop_keys, features, fill_up, group_heads, inverse_of, sum_dtype, without_autocast
+from .linear import add_to_sums, drop_keys, features, fill_up, group_heads, inverse_of, to_sum, without_autocast
 from .near_far import NearAndFar, common_scale, cut_queries, lay_out, make_masks
 from .variant import HeadShape, State
 
@@ -210,8 +210,7 @@ def _prepare(
     mapped: int,
 ) -> _Inputs:
     """phi is made of the first `mapped` keys alone."""
-    dtype = sum_dtype(query)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = to_sum(query, key, value)
     phi = FEATURE_MAPS[feature_map]
     absolute = phi._replace(of_query=phi.phi)  # beside exp(q . k) it is not only ratios that count
     mapped_mask = None if key_mask is None else key_mask[:, :mapped]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import fill_up, inverse_of, running_sums
-from .pieces import Piece, pieces
+from .pieces import Piece, count_blocks, pieces, spare_block
 
 
 class Layout(NamedTuple):
@@ -39,9 +39,7 @@ def lay_out(length: int, seen: int, window: int, causal: bool, scaling: float) -
     past = seen - length
     if not torch.compiler.is_exporting():  # an exported program keeps one size for all lengths
         size = size if length >= size else length
-    count = (length + size - 1) // size
-    if torch.compiler.is_exporting():
-        count = count + 1  # at least two: a program made for a single block would not take more
+    count = count_blocks(length, size) + spare_block()
     reach = window - 1 if causal else window
     left = (reach + size - 1) // size
     right = 0 if causal else left

@@ -17,6 +17,17 @@ NUMBERS = 1 << 18  # in one piece of an intermediate result: 1 MB in float32, th
 Piece = tuple[slice, ...]
 
 
+def count_blocks(tokens: int, block: int) -> int:
+    """How many blocks hold so many tokens."""
+    return (tokens + block - 1) // block
+
+
+def spare_block() -> int:
+    """1 more block in an exported program, so that it has two at least: made for one it takes no more, and made for
+    several it refuses one."""
+    return int(torch.compiler.is_exporting())
+
+
 def pieces(sizes: tuple[int, ...], numbers: int, like: Tensor) -> Iterator[Piece]:
     """Slices of the first dimensions, which have these sizes; one index of all of them stands for `numbers` numbers.
 

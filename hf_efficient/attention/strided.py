@@ -25,13 +25,13 @@ from .blocks import (
     Options,
     block_attention,
     check_blocks,
-    count_blocks,
     dense_attention,
     known_mask,
     lay_out,
     sees_all,
 )
 from .full import check_positions, check_shapes
+from .pieces import count_blocks
 from .variant import AttentionVariant
 
 

@@ -27,7 +27,6 @@ from .blocks import (
     Options,
     block_attention,
     check_blocks,
-    count_blocks,
     dense_attention,
     known_mask,
     lay_out,
@@ -36,6 +35,7 @@ from .blocks import (
 from .full import check_positions, check_shapes
 from .gathered import is_by_token, take
 from .linear import without_autocast
+from .pieces import count_blocks
 from .variant import AttentionVariant, State
 
 
