@@ -13,7 +13,7 @@ Paths are relative: a stack's `layers` to the base model, all others to one laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 class Attention:
     """One attention module of a layer.
 
-    `module` is the one that calls transformers' attention interface; the four projections are `nn.Linear`s, except in
-    a family that is not prunable, where they may be one module or of another class. `head_attributes` and
-    `width_attributes` are the integers that the module keeps beside its weights: the number of query heads, and
-    heads x head_dim.
+    `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
+    `Conv1D`s. A path that stands for several of query, key and value is one fused linear: its outputs are those of
+    each, one block after another (only without grouped queries). `head_attributes` and `width_attributes` are the
+    integers that the module keeps beside its weights: the number of query heads, and heads x head_dim.
     """
 
     module: str
@@ -52,14 +52,18 @@ class Stack:
 
     Fields:
         layers: its ModuleList.
-        up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated.
+        up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated. A path
+            that is named twice is one fused linear with a block of outputs for each.
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
         config: the sub-config with the fields below, where a model is made of several (CLIP).
         num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
+            `neurons` is `None` where no field can say any width.
+        count_neurons: the FFN width of a config, where it is not simply in the field.
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
             `None` where it accepts none (then pruned heads need the efficient class).
+        sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
     """
 
     name: str
@@ -75,9 +79,11 @@ class Stack:
     num_layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
-    neurons: str = "intermediate_size"
+    neurons: str | None = "intermediate_size"
+    count_neurons: Callable[[PreTrainedConfig], int] | None = None
     kv_heads: str | None = None
     head_dim: str | None = None
+    sees_patches: bool = False
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""
@@ -90,7 +96,11 @@ class Stack:
         return getattr(self.own_config(config), self.hidden)
 
     def num_neurons(self, config: PreTrainedConfig) -> int:
-        return getattr(self.own_config(config), self.neurons)
+        own = self.own_config(config)
+        if self.count_neurons:
+            return self.count_neurons(own)
+        assert self.neurons, f"{self.name}: neither `neurons` nor `count_neurons`"
+        return getattr(own, self.neurons)
 
     def num_heads(self, config: PreTrainedConfig) -> int:
         return getattr(self.own_config(config), self.heads)
@@ -138,7 +148,6 @@ class Family:
             of the stack. It ties the heads of all layers: they can only be pruned together.
         encoder_sizes_cache: `generate` makes as many cache layers as the *encoder* has (seen in 5.23: a stock T5 with
             a decoder deeper than its encoder raises IndexError), so the decoder must not become the deeper one.
-        not_prunable: why heads and neurons cannot be removed yet; `None` where they can.
     """
 
     model_type: str
@@ -156,7 +165,6 @@ class Family:
     sinusoidal: bool = False
     relative_bias: str | None = None
     encoder_sizes_cache: bool = False
-    not_prunable: str | None = None
 
     @property
     def deepest(self) -> str | None:
@@ -167,7 +175,7 @@ class Family:
         return self.gated is not None and bool(getattr(config, self.gated))
 
     def up(self, stack: Stack, config: PreTrainedConfig) -> tuple[str, ...]:
-        """The linears that widen: one, or two (gate and up) in a gated FFN."""
+        """The linears that widen: one, or two (gate and up, perhaps the same fused one) in a gated FFN."""
         return stack.gated_up if self.is_gated(config) else stack.up
 
     def down(self, stack: Stack, config: PreTrainedConfig) -> str:
@@ -186,8 +194,8 @@ class Family:
         return getattr(config, self.max_positions) - uncounted
 
 
-def _encoder(layers: str, attention: Attention, up: str, down: str, **fields) -> Stack:
-    return Stack(name="encoder", layers=layers, attention=attention, up=(up,), down=down, **fields)
+def _encoder(layers: str, attention: Attention, up: tuple[str, ...], down: str, **fields) -> Stack:
+    return Stack(name="encoder", layers=layers, attention=attention, up=up, down=down, **fields)
 
 
 def _bert_attention(path: str) -> Attention:
@@ -223,7 +231,7 @@ _BERT = Family(
             attention=_bert_attention("attention"),
             cross_attention=_bert_attention("crossattention"),
             cross_if="add_cross_attention",
-            up="intermediate.dense",
+            up=("intermediate.dense",),
             down="output.dense",
         ),
     ),
@@ -248,7 +256,7 @@ _DISTILBERT = Family(
                 output="attention.out_lin",
                 head_attributes=("n_heads",),
             ),
-            up="ffn.lin1",
+            up=("ffn.lin1",),
             down="ffn.lin2",
             num_layers="n_layers",
             hidden="dim",
@@ -269,14 +277,13 @@ _MODERNBERT = Family(
             attention=Attention(
                 module="attn", query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv", output="attn.Wo"
             ),
-            up="mlp.Wi",
+            up=("mlp.Wi", "mlp.Wi"),
             down="mlp.Wo",
         ),
     ),
     per_layer=("layer_types",),
     first_stays=True,
     max_positions="max_position_embeddings",
-    not_prunable="its projections are fused: one linear makes queries, keys and values, one the FFN and its gate",
 )
 
 _VIT = Family(
@@ -286,13 +293,19 @@ _VIT = Family(
         _encoder(
             layers="layers",
             attention=_attention("attention", "o_proj", "num_attention_heads"),
-            up="mlp.fc1",
+            up=("mlp.fc1",),
             down="mlp.fc2",
             head_dim="head_dim",
         ),
     ),
 )
 _DEIT = replace(_VIT, model_type="deit", config_name="DeiTConfig")
+
+
+def _dinov2_neurons(config: PreTrainedConfig) -> int:
+    wide = int(config.hidden_size * config.mlp_ratio)
+    return (int(wide * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else wide
+
 
 # Since 5.18 DINOv2 is built as ViT is.
 _NEW_DINOV2 = Version(version("transformers")).release >= (5, 18)
@@ -310,18 +323,20 @@ _DINOV2 = Family(
                 key="attention.attention.key",
                 value="attention.attention.value",
                 output="attention.output.dense",
+                head_attributes=("num_attention_heads",),
+                width_attributes=("all_head_size",),
             ),
-            up="mlp.fc1",
+            up=("mlp.fc1",),
             down="mlp.fc2",
-            gated_up=("mlp.gate_proj", "mlp.up_proj") if _NEW_DINOV2 else ("mlp.weights_in",),
+            gated_up=("mlp.gate_proj", "mlp.up_proj") if _NEW_DINOV2 else ("mlp.weights_in", "mlp.weights_in"),
             gated_down="mlp.down_proj" if _NEW_DINOV2 else "mlp.weights_out",
-            neurons="mlp_ratio",
-            head_dim="head_dim",
+            neurons=None,
+            count_neurons=_dinov2_neurons,
+            head_dim="head_dim" if _NEW_DINOV2 else None,
         ),
     ),
     gated="use_swiglu_ffn",
     of_depth=("stage_names", "out_features", "out_indices"),
-    not_prunable="its config says how wide the FFN is only as a multiple of the hidden size",
 )
 
 _CLIP_TEXT_STACK = Stack(
@@ -345,9 +360,8 @@ _CLIP = Family(
     config_name="CLIPConfig",
     stacks=(
         replace(_CLIP_TEXT_STACK, layers="text_model.encoder.layers", config="text_config"),
-        replace(_CLIP_VISION_STACK, layers="vision_model.encoder.layers", config="vision_config"),
+        replace(_CLIP_VISION_STACK, layers="vision_model.encoder.layers", config="vision_config", sees_patches=True),
     ),
-    not_prunable="its two towers have configs of their own. Prune CLIPTextModel and CLIPVisionModel apart",
 )
 
 _LLAMA = Family(
@@ -371,6 +385,23 @@ _MISTRAL = replace(_LLAMA, model_type="mistral", config_name="MistralConfig", he
 _QWEN3 = replace(_MISTRAL, model_type="qwen3", config_name="Qwen3Config", per_layer=("layer_types",))
 _GEMMA3 = replace(_LLAMA, model_type="gemma3_text", config_name="Gemma3TextConfig", per_layer=("layer_types",))
 
+
+def _gpt2_neurons(config: PreTrainedConfig) -> int:
+    return config.n_inner or 4 * config.n_embd
+
+
+def _gpt2_attention(path: str, query: str) -> Attention:
+    return Attention(
+        module=path,
+        query=f"{path}.{query}",
+        key=f"{path}.c_attn",
+        value=f"{path}.c_attn",
+        output=f"{path}.c_proj",
+        head_attributes=("num_heads",),
+        width_attributes=("split_size",),
+    )
+
+
 _GPT2 = Family(
     model_type="gpt2",
     config_name="GPT2Config",
@@ -378,16 +409,8 @@ _GPT2 = Family(
         Stack(
             name="decoder",
             layers="h",
-            attention=Attention(
-                module="attn", query="attn.c_attn", key="attn.c_attn", value="attn.c_attn", output="attn.c_proj"
-            ),
-            cross_attention=Attention(
-                module="crossattention",
-                query="crossattention.q_attn",
-                key="crossattention.c_attn",
-                value="crossattention.c_attn",
-                output="crossattention.c_proj",
-            ),
+            attention=_gpt2_attention("attn", "c_attn"),
+            cross_attention=_gpt2_attention("crossattention", "q_attn"),
             cross_if="add_cross_attention",
             up=("mlp.c_fc",),
             down="mlp.c_proj",
@@ -395,11 +418,11 @@ _GPT2 = Family(
             hidden="n_embd",
             heads="n_head",
             neurons="n_inner",
+            count_neurons=_gpt2_neurons,
         ),
     ),
     positions=("wpe",),
     max_positions="n_positions",
-    not_prunable="one Conv1D makes queries, keys and values",
 )
 
 

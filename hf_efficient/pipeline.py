@@ -298,11 +298,11 @@ def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[L
 
 
 def _counts(layer, stack, family, config) -> tuple[int, int]:
-    width = stack.width(config)
-    neurons = layer.get_submodule(family.down(stack, config)).weight.numel() // width
-    if family.not_prunable:
-        return stack.num_heads(config), neurons
-    return layer.get_submodule(stack.attention.query).weight.numel() // width // stack.head_width(config), neurons
+    """Query heads and neurons, as the linears that read them have it."""
+    from .models.linears import num_inputs
+
+    heads = num_inputs(layer.get_submodule(stack.attention.output)) // stack.head_width(config)
+    return heads, num_inputs(layer.get_submodule(family.down(stack, config)))
 
 
 def _publish(report: Report, source: Path, target: Path) -> None:

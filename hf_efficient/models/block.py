@@ -132,16 +132,11 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
         for where, values in lists.items():
             if len(values) != layers:
                 raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
-        _check_sizes(name, entry, stack, config, family)
+        _check_sizes(name, entry, stack, config)
         _check_heads(name, entry, stack, config, family)
 
 
-def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig, family: Family) -> None:
-    if entry.sizes and family.not_prunable:
-        raise ConfigError(
-            f"efficient.stacks.{name} has {', '.join(entry.sizes)}, but all layers of a {family.model_type} model "
-            "have their stock sizes."
-        )
+def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig) -> None:
     limits = {size: stack.num_heads(config) for size in stack.attentions(config)}
     limits |= {"kv_heads": stack.num_kv_heads(config), "neurons": stack.num_neurons(config)}
     for size, values in entry.sizes.items():
@@ -186,7 +181,7 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
     for stack in family.stacks:
         own = _fields(fields.get(stack.config)) if stack.config else fields
         limits = {stack.num_layers: MAX_LAYERS, stack.hidden: MAX_WIDTH, stack.heads: MAX_HEADS}
-        limits |= {stack.neurons: MAX_NEURONS} if stack.neurons not in LIMITS else {}
+        limits |= {stack.neurons: MAX_NEURONS} if stack.neurons else {}
         limits |= {name: limit for name, limit in ((stack.kv_heads, MAX_HEADS), (stack.head_dim, MAX_WIDTH)) if name}
         _check_limits(own, LIMITS | limits)
         kv_heads = own.get(stack.kv_heads) if stack.kv_heads else None

@@ -12,6 +12,7 @@ tensor (such as a new head on an old body) is filled at random and listed in a l
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -33,6 +34,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks
 from .block import EfficientBlock, StackBlock
 from .configs import EfficientConfigMixin, block_of, efficient_config_class, stock_config, stock_config_class
+from .linears import resize_linear
 from .saving import LOADER
 
 _QUIET = RLock()  # what transformers shows is set for all threads
@@ -47,8 +49,8 @@ class EfficientMixin:
             config._attn_implementation = NAME
         super().__init__(config, *args, **kwargs)
         apply_block(self, block)
-        if block.is_converted():
-            _seal_parts(self)
+        if not block.is_trivial():
+            _seal_parts(self, block)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
@@ -78,11 +80,12 @@ class EfficientMixin:
         """Nothing: transformers would copy this installed source file into every checkpoint."""
 
 
-def _seal_parts(model: PreTrainedModel) -> None:
-    """In the stock models inside a converted one, what would lose the conversion without a word is an error."""
+def _seal_parts(model: PreTrainedModel, block: EfficientBlock) -> None:
+    """In the stock models inside an efficient one, what would lose its structure without a word is an error."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model:
-            part.set_attn_implementation = _refuse_switching
+            if block.is_converted():
+                part.set_attn_implementation = _refuse_switching
             if not isinstance(part.config, EfficientConfigMixin):
                 part.save_pretrained = part.push_to_hub = partial(_refuse_saving_part, type(part).__name__)
 
@@ -97,8 +100,8 @@ def _refuse_switching(attn_implementation: Any, *args: Any, **kwargs: Any) -> No
 
 def _refuse_saving_part(kind: str, *args: Any, **kwargs: Any) -> None:
     raise UnsupportedModelError(
-        f"This {kind} is part of a converted model, and its config does not know of the conversion: it would load "
-        f"with stock attention. Save the whole model, or convert a {kind} of its own."
+        f"This {kind} is part of a converted or pruned model, and its config does not know of that: it would load "
+        f"with stock attention and sizes. Save the whole model, or convert or prune a {kind} of its own."
     )
 
 
@@ -150,31 +153,23 @@ def _resize_layer(
                 table.embedding_dim = heads
     if "neurons" in entry.sizes:
         neurons = entry.sizes["neurons"][index]
-        for up in family.up(stack, config):
-            resize_linear(layer.get_submodule(up), out_features=neurons)
-        resize_linear(layer.get_submodule(family.down(stack, config)), in_features=neurons)
+        for up, parts in Counter(family.up(stack, config)).items():
+            resize_linear(layer.get_submodule(up), outputs=parts * neurons)
+        resize_linear(layer.get_submodule(family.down(stack, config)), inputs=neurons)
 
 
 def _resize_attention(layer: nn.Module, attention: Attention, heads: int, kv_heads: int, width: int) -> None:
-    resize_linear(layer.get_submodule(attention.query), out_features=heads * width)
-    resize_linear(layer.get_submodule(attention.key), out_features=kv_heads * width)
-    resize_linear(layer.get_submodule(attention.value), out_features=kv_heads * width)
-    resize_linear(layer.get_submodule(attention.output), in_features=heads * width)
+    outputs = Counter({attention.query: heads * width})  # of a fused linear: the sum
+    outputs.update({attention.key: kv_heads * width})
+    outputs.update({attention.value: kv_heads * width})
+    for path, count in outputs.items():
+        resize_linear(layer.get_submodule(path), outputs=count)
+    resize_linear(layer.get_submodule(attention.output), inputs=heads * width)
     module = layer.get_submodule(attention.module)
     for name in attention.head_attributes:
         setattr(module, name, heads)
     for name in attention.width_attributes:
         setattr(module, name, heads * width)
-
-
-def resize_linear(linear: nn.Linear, in_features: int | None = None, out_features: int | None = None) -> None:
-    """Narrow a linear in place to its first inputs or outputs."""
-    rows = out_features or linear.out_features
-    columns = in_features or linear.in_features
-    linear.weight = nn.Parameter(linear.weight[:rows, :columns].clone())
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[:rows].clone())
-    linear.out_features, linear.in_features = rows, columns
 
 
 @cache

@@ -79,12 +79,18 @@ def allocate_uniform(
 
 
 def choose_layers(
-    scores: LayerNumbers, costs: LayerNumbers, remove: float, exact: bool, deepest: str | None = None
+    scores: LayerNumbers,
+    costs: LayerNumbers,
+    remove: float,
+    exact: bool,
+    deepest: str | None = None,
+    first_stays: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Kept layers of each stack: the least important leave while the amount lasts; every stack keeps one.
 
     `scores` and `costs` go by (stack, layer). With `exact` the last layer that leaves may exceed the amount, so that
-    at least `remove` is gone. No stack may become deeper than `deepest`, if one is named.
+    at least `remove` is gone. No stack may become deeper than `deepest`, if one is named. With `first_stays` no stack
+    loses its layer 0.
 
     Raises:
         ConfigError: even one layer for each stack costs too much (`exact` only).
@@ -93,6 +99,8 @@ def choose_layers(
     for stack, layer in scores:
         kept.setdefault(stack, set()).add(layer)
     candidates = sorted(scores, key=lambda key: scores[key] / costs[key])
+    if first_stays:
+        candidates = [(stack, layer) for stack, layer in candidates if layer > 0]
     while candidates:
         index = next((i for i, (stack, _) in enumerate(candidates) if _may_shrink(kept, stack, deepest)), None)
         if index is None:

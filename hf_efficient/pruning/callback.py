@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..models.building import check_model
 from ..training import restore_renamed
 from .config import PruningConfig
-from .groups import Group, expand, find_groups, output_weight, unit_parameters
+from .groups import Group, find_groups, output_weight, unit_parameters
 from .importance import IMPORTANCES, gradient_scores
 from .plan import PruningPlan
 from .prune import allocate, average_length, total_cost
@@ -179,8 +179,8 @@ class PruningCallback(TrainerCallback):
                 continue
             units = mask.nonzero().flatten()
             for member in group.members:
-                for parameter, dim, width in unit_parameters(model, member):
-                    yield parameter, dim, expand(units, width).to(parameter.device)
+                for parameter, part in unit_parameters(model, member):
+                    yield parameter, part.dim, part.rows(units, parameter)
 
     @torch.no_grad()
     def _apply(self, model: PreTrainedModel, optimizer) -> None:
@@ -208,8 +208,8 @@ def _zero_units(model: PreTrainedModel, group: Group) -> torch.Tensor:
     """Bool `[units]`: the units that nothing reads, because all their output columns are zero."""
     zero = torch.ones(group.units, dtype=torch.bool)
     for member in group.members:
-        columns = output_weight(model, member).detach().ne(0).any(0)
-        zero &= ~columns.reshape(group.units, -1).any(1).cpu()
+        read = output_weight(model, member).detach().ne(0)
+        zero &= ~member.output.by_unit(read).any(1).cpu()
     return zero
 
 

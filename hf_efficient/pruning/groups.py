@@ -1,40 +1,72 @@
 """What can be removed: groups of units, found through the table of families, never by tracing.
 
 A *unit* is one head (under grouped-query attention: one key/value head with its query heads) or one FFN neuron.
-Removing it removes rows of the linears that make it and columns of the linear that reads it. A *group* is the units of
-one attention module or one FFN. Where a position bias is shared by all layers of a stack (T5, which also hands a bias
-of zeros from cross attention to cross attention), the heads of all layers form one group: they only leave together.
+Removing it removes outputs of the linears that make it and inputs of the linear that reads it. A *group* is the units
+of one attention module or one FFN. Where a position bias is shared by all layers of a stack (T5, which also hands a
+bias of zeros from cross attention to cross attention), the heads of all layers form one group: they only leave
+together.
 
     for group in find_groups(model):
         print(group.stack, group.kind, group.layers, group.units)
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.dispatch import ATTACHED, variant_of
-from ..errors import UnsupportedModelError
-from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks, layers_prefix
+from ..families import Attention, Family, Stack, family_of, find_stacks, layers_prefix
+from ..models.linears import input_dim, output_dim
 
-Slices = tuple[tuple[str, int], ...]
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows or columns of one parameter that units own.
+
+    `name` is its path inside the member, `dim` the dimension of the units, `width` how many rows a unit has there. A
+    fused linear has `parts` blocks of them, one after another, and a unit has `width` rows of every block.
+    """
+
+    name: str
+    dim: int
+    width: int = 1
+    parts: int = 1
+
+    def count(self, tensor: torch.Tensor) -> int:
+        """How many units a tensor of this shape holds."""
+        return tensor.shape[self.dim] // (self.parts * self.width)
+
+    def rows(self, units: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The row numbers of these units in a tensor of this shape, on its device."""
+        blocks = torch.arange(self.parts) * (tensor.shape[self.dim] // self.parts)
+        return (blocks[:, None] + expand(units, self.width)).flatten().to(tensor.device)
+
+    def by_unit(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[units, numbers of a unit]`: a tensor of this shape, unit by unit."""
+        blocks = tensor.movedim(self.dim, 0).unflatten(0, (self.parts, -1, self.width))
+        return blocks.transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One module of a group: parameter paths relative to `prefix`, each with how many rows or columns a unit has.
+    """One module of a group: the parameters that its units own parts of, relative to `prefix`.
 
-    `inputs` are linears whose rows (outputs) belong to the unit, `output` is the linear whose columns (inputs) do,
-    `tables` are embeddings with columns of the unit, `learned` parameters of an attention variant with rows of it.
+    `inputs` are weights of linears whose outputs are the unit, `output` is the weight of the linear that reads it, and
+    `others` are what multiplies nothing: biases, a table of relative positions, learned parts of an attention variant.
     """
 
     prefix: str
-    inputs: Slices
-    output: tuple[str, int]
-    tables: Slices = ()
-    learned: Slices = ()
+    inputs: tuple[Slice, ...]
+    output: Slice
+    others: tuple[Slice, ...] = ()
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        return (*self.inputs, self.output, *self.others)
 
 
 @dataclass(frozen=True)
@@ -48,34 +80,20 @@ class Group:
     members: tuple[Member, ...]
 
 
-def check_prunable(model: PreTrainedModel) -> Family:
-    """The family of a model whose heads and neurons can be told apart.
-
-    Raises:
-        UnsupportedModelError: this family cannot be pruned yet.
-    """
-    family = family_of(model.config)
-    if family.not_prunable:
-        raise UnsupportedModelError(
-            f"{family.model_type} models cannot be pruned yet: {family.not_prunable}. `build_student` drops whole "
-            "layers of them; families that can be pruned: "
-            f"{', '.join(name for name, other in sorted(FAMILIES.items()) if not other.not_prunable)}."
-        )
-    return family
-
-
 def find_groups(model: PreTrainedModel) -> list[Group]:
     """All groups of a model, stack by stack and layer by layer.
 
     Raises:
-        UnsupportedModelError: this family cannot be pruned yet.
+        UnsupportedModelError: the family is not in the table.
     """
-    family = check_prunable(model)
+    family = family_of(model.config)
     groups: list[Group] = []
     for stack, layers in find_stacks(model, family):
         prefix = layers_prefix(model, layers)
         found = [
-            group for i, layer in enumerate(layers) for group in _layer_groups(i, layer, stack, family, prefix, model)
+            group
+            for i, layer in enumerate(layers)
+            for group in _layer_groups(i, layer, stack, family, f"{prefix}.{i}", model.config)
         ]
         if family.relative_bias:
             for kind in stack.attentions(model.config):
@@ -85,42 +103,58 @@ def find_groups(model: PreTrainedModel) -> list[Group]:
 
 
 def _layer_groups(
-    index: int, layer: nn.Module, stack: Stack, family: Family, prefix: str, model: PreTrainedModel
+    index: int, layer: nn.Module, stack: Stack, family: Family, place: str, config: PreTrainedConfig
 ) -> list[Group]:
-    config, place = model.config, f"{prefix}.{index}"
     group_size, width = stack.group_size(config), stack.head_width(config)
+    wide = group_size * width
     groups = []
     for kind, attention in stack.attentions(config).items():
-        units = layer.get_submodule(attention.key).out_features // width
-        tables = (
-            ((family.relative_bias, group_size),) if family.relative_bias and kind == "heads" and index == 0 else ()
-        )
-        learned = _learned(attention.module, layer, units, group_size)
-        member = _attention_member(place, attention, group_size, width, tables, learned)
-        groups.append(Group(stack.name, kind, (index,), units, (member,)))
-    ups = tuple((up, 1) for up in family.up(stack, config))
-    down = family.down(stack, config)
-    neurons = layer.get_submodule(down).in_features
-    groups.append(Group(stack.name, "neurons", (index,), neurons, (Member(place, ups, (down, 1)),)))
+        made = ((attention.query, wide), (attention.key, width), (attention.value, width))
+        member = _member(layer, place, made, (attention.output, wide), _learned(attention, layer, wide))
+        if family.relative_bias and kind == "heads" and index == 0:
+            table = Slice(f"{family.relative_bias}.weight", 1, group_size)
+            member = replace(member, others=(*member.others, table))
+        groups.append(_group(layer, stack, kind, index, member))
+    ups = ((up, 1) for up in family.up(stack, config))
+    groups.append(_group(layer, stack, "neurons", index, _member(layer, place, ups, (family.down(stack, config), 1))))
     return groups
 
 
-def _learned(path: str, layer: nn.Module, units: int, group_size: int) -> Slices:
+def _group(layer: nn.Module, stack: Stack, kind: str, index: int, member: Member) -> Group:
+    units = member.output.count(layer.get_parameter(member.output.name))
+    return Group(stack.name, kind, (index,), units, (member,))
+
+
+def _member(
+    layer: nn.Module,
+    place: str,
+    made: Iterable[tuple[str, int]],
+    read: tuple[str, int],
+    others: tuple[Slice, ...] = (),
+) -> Member:
+    """From the linears that make the units and the one that reads them, with how many rows a unit has in each."""
+    inputs, biases = [], []
+    for (path, width), parts in Counter(made).items():
+        linear = layer.get_submodule(path)
+        inputs.append(Slice(f"{path}.weight", output_dim(linear), width, parts))
+        if linear.bias is not None:
+            biases.append(Slice(f"{path}.bias", 0, width, parts))
+    path, width = read
+    output = Slice(f"{path}.weight", input_dim(layer.get_submodule(path)), width)
+    return Member(place, tuple(inputs), output, (*biases, *others))
+
+
+def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, ...]:
     """The learned parts of a variant: one row for each key/value head, or for each query head."""
-    variant = variant_of(layer.get_submodule(path))
+    variant = variant_of(layer.get_submodule(attention.module))
     if variant is None:
         return ()
-    rows = {f"{path}.{ATTACHED}.{name}": len(parameter) for name, parameter in variant.named_parameters()}
-    assert set(rows.values()) <= {units, units * group_size}, rows
-    return tuple((name, count // units) for name, count in rows.items())
-
-
-def _attention_member(
-    place: str, attention: Attention, group_size: int, width: int, tables: Slices, learned: Slices
-) -> Member:
-    wide = group_size * width
-    inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
-    return Member(place, inputs, (attention.output, wide), tables, learned)
+    linear = layer.get_submodule(attention.output)
+    units = linear.weight.shape[input_dim(linear)] // wide
+    return tuple(
+        Slice(f"{attention.module}.{ATTACHED}.{name}", 0, len(parameter) // units)
+        for name, parameter in variant.named_parameters()
+    )
 
 
 def _couple(groups: list[Group], kind: str) -> list[Group]:
@@ -137,25 +171,13 @@ def _couple(groups: list[Group], kind: str) -> list[Group]:
 
 
 def output_weight(model: PreTrainedModel, member: Member) -> nn.Parameter:
-    """The weight `[out, units x width]` whose columns read the units of a member."""
-    return model.get_submodule(f"{member.prefix}.{member.output[0]}").weight
+    """The weight that reads the units of a member; `member.output` says where."""
+    return model.get_parameter(f"{member.prefix}.{member.output.name}")
 
 
-def unit_parameters(model: PreTrainedModel, member: Member) -> list[tuple[nn.Parameter, int, int]]:
-    """Every parameter that a unit owns a part of, as (parameter, dimension of the units, length of one unit)."""
-    found = []
-    for path, width in member.inputs:
-        linear = model.get_submodule(f"{member.prefix}.{path}")
-        found.append((linear.weight, 0, width))
-        if linear.bias is not None:
-            found.append((linear.bias, 0, width))
-    path, width = member.output
-    found.append((model.get_submodule(f"{member.prefix}.{path}").weight, 1, width))
-    for path, width in member.tables:
-        found.append((model.get_submodule(f"{member.prefix}.{path}").weight, 1, width))
-    for path, width in member.learned:
-        found.append((model.get_parameter(f"{member.prefix}.{path}"), 0, width))
-    return found
+def unit_parameters(model: PreTrainedModel, member: Member) -> list[tuple[nn.Parameter, Slice]]:
+    """Every parameter that a unit owns a part of, and which part that is."""
+    return [(model.get_parameter(f"{member.prefix}.{part.name}"), part) for part in member.slices]
 
 
 def expand(units: torch.Tensor, width: int) -> torch.Tensor:
@@ -168,24 +190,33 @@ def unit_cost(model: PreTrainedModel, group: Group, metric: str, length: int) ->
 
     A linear costs rows x columns for each token. A head of width D under full attention costs 2 length D more for each
     token (scores and weighted sum), with fewer keys under local attention, and 2 D (D + 1) under linear attention
-    (Kwon 2022, section 4.1).
+    (Kwon 2022, section 4.1). `length` is that of the text where a model sees an image too, whose own is known (CLIP).
     """
     if metric == "parameters":
-        return sum(p.numel() // group.units for member in group.members for p, _, _ in unit_parameters(model, member))
+        return sum(p.numel() // group.units for member in group.members for p, _ in unit_parameters(model, member))
+    stack = next(stack for stack in family_of(model.config).stacks if stack.name == group.stack)
+    if stack.sees_patches:
+        length = num_patches(stack.own_config(model.config))
     total = 0
     for member in group.members:
-        linears = [path for path, _ in (*member.inputs, member.output)]
-        weights = [model.get_submodule(f"{member.prefix}.{path}").weight for path in linears]
+        weights = [model.get_parameter(f"{member.prefix}.{part.name}") for part in (*member.inputs, member.output)]
         total += length * sum(weight.numel() // group.units for weight in weights)
         if group.kind != "neurons":
-            total += length * _attention_macs(model, member, group, length)
+            total += length * _attention_macs(model, member, stack, group.kind, length)
     return total
 
 
-def _attention_macs(model: PreTrainedModel, member: Member, group: Group, length: int) -> int:
+def num_patches(config: PreTrainedConfig) -> int:
+    """The length of an image: its patches and the class token."""
+    size, patch = config.image_size, config.patch_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
+    return (height // rows) * (width // columns) + 1
+
+
+def _attention_macs(model: PreTrainedModel, member: Member, stack: Stack, kind: str, length: int) -> int:
     """Multiply-accumulates of scores and weighted sum, for one token and one unit."""
-    stack = next(stack for stack in family_of(model.config).stacks if stack.name == group.stack)
-    module = model.get_submodule(f"{member.prefix}.{stack.attentions(model.config)[group.kind].module}")
+    module = model.get_submodule(f"{member.prefix}.{stack.attentions(model.config)[kind].module}")
     variant, width = variant_of(module), stack.head_width(model.config)
     macs = 2 * length * width if variant is None else variant.macs(length, module.is_causal)
     return macs * stack.group_size(model.config)

@@ -30,9 +30,8 @@ def magnitude(model: PreTrainedModel, groups: list[Group], **unused) -> Scores:
 
 def _squares(model: PreTrainedModel, group: Group, member: Member) -> torch.Tensor:
     total = torch.zeros(group.units)
-    for parameter, dim, _ in unit_parameters(model, member):
-        by_unit = parameter.detach().float().movedim(dim, 0).reshape(group.units, -1)
-        total += by_unit.square().sum(1).cpu()
+    for parameter, part in unit_parameters(model, member):
+        total += part.by_unit(parameter.detach().float()).square().sum(1).cpu()
     return total
 
 
@@ -77,13 +76,15 @@ def gradient_scores(
         weight = output_weight(model, member)
         gradient = gradients.get(weight)
         if gradient is not None:
-            effect = (weight.detach() * gradient).float().sum(0)  # [units x width]
-            total += effect.reshape(group.units, -1).sum(1).cpu()
+            effect = (weight.detach() * gradient).float()
+            total += member.output.by_unit(effect).sum(1).cpu()
     return total.abs()
 
 
 def calibration_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """The model's own loss if the batch has labels, else the cross-entropy of its own hard predictions.
+
+    Two towers (CLIP) have to tell the pairs of the batch from all other combinations, as when they were trained.
 
     Raises:
         DataError: the model returns no logits, so there is no loss to measure importance with.
@@ -91,6 +92,10 @@ def calibration_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     outputs = model(**{key: value.to(model.device) for key, value in batch.items()}, return_dict=True)
     if outputs.get("loss") is not None:
         return outputs.loss
+    if "logits_per_text" in outputs:  # CLIP: every text belongs to the image of its row
+        pairs = outputs.logits_per_text.float()
+        own = torch.arange(len(pairs), device=pairs.device)
+        return (F.cross_entropy(pairs, own) + F.cross_entropy(pairs.T, own)) / 2
     if "logits" not in outputs:
         raise DataError(
             f"importance='taylor' needs a loss, but {type(model).__name__} returned neither loss nor logits. "

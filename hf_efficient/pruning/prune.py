@@ -15,7 +15,7 @@ from ..families import family_of
 from ..models.building import check_model
 from .allocation import allocate_global, allocate_uniform, choose_layers
 from .config import PruningConfig
-from .groups import Group, find_groups, layer_costs, total_cost, unit_cost
+from .groups import Group, find_groups, layer_costs, num_patches, total_cost, unit_cost
 from .importance import IMPORTANCES, NEEDS_DATA, Batch, Scores
 from .plan import PruningPlan
 from .reach import check_reachable
@@ -99,18 +99,15 @@ def plan_layers(
             key = (group.stack, layer)
             layer_scores[key] = layer_scores.get(key, 0.0) + float(score.sum()) / len(group.layers)
     costs = layer_costs(model, groups, config.metric, length)
-    deepest = family_of(model.config).deepest
-    return PruningPlan(layers=choose_layers(layer_scores, costs, remove, exact, deepest))
+    family = family_of(model.config)
+    return PruningPlan(layers=choose_layers(layer_scores, costs, remove, exact, family.deepest, family.first_stays))
 
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
     """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
-    sound that of frames."""
+    sound that of frames. Of CLIP's two towers it is that of the text."""
     if model.main_input_name == "pixel_values":
-        size, patch = model.config.image_size, model.config.patch_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
-        return (height // rows) * (width // columns) + 1
+        return num_patches(model.config)
     if model.main_input_name == "input_features":
         return model.config.max_source_positions
     tokens = sequences = 0

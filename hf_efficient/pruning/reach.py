@@ -28,8 +28,8 @@ def check_reachable(model: PreTrainedModel, config: PruningConfig, length: int) 
                 least[group.stack, layer] -= removable / len(group.layers)
     total = sum(whole.values())
     if "layer" in config.granularity:
-        share = config.layer_share if config.unit_kinds else 1.0
-        kept = choose_layers(whole, whole, share * total, exact=False, deepest=family_of(model.config).deepest)
+        share, family = config.layer_share if config.unit_kinds else 1.0, family_of(model.config)
+        kept = choose_layers(whole, whole, share * total, False, family.deepest, family.first_stays)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
     highest = 1 - sum(least.values()) / total
     if config.ratio > highest:

@@ -15,7 +15,7 @@ from ..families import Family, Stack, family_of, find_stacks, layers_prefix
 from ..models.block import EfficientBlock, StackBlock
 from ..models.building import rebuild
 from ..models.configs import block_of, with_block
-from .groups import expand, find_groups
+from .groups import find_groups
 from .plan import PruningPlan
 
 Sizes = dict[str, dict[str, tuple[int, ...]]]  # stack -> heads, kv_heads, cross_heads, neurons -> one for each layer
@@ -36,11 +36,14 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         )
     for stack, modules in find_stacks(model, family):
         state = _renumber(state, layers_prefix(model, modules), layers[stack.name], family)
-    fields, sizes = _stock_fields(_sizes(model, plan, layers), family, model.config)
-    for stack in family.stacks:
-        if stack.name in layers:
-            fields |= _depth_fields(stack, family, layers[stack.name], model.config)
-    block = _new_block(block_of(model.config), layers, sizes, family, fields, model)
+    sizes = _sizes(model, plan, layers)
+    fields: dict[str, Any] = {}
+    left: Sizes = {}
+    for stack in (stack for stack in family.stacks if stack.name in layers):
+        own, left[stack.name] = _stock_fields(stack, sizes, family, model.config)
+        own |= _depth_fields(stack, family, layers[stack.name], model.config)
+        fields |= {stack.config: stack.own_config(model.config).to_dict() | own} if stack.config else own
+    block = _new_block(block_of(model.config), layers, left, family, model)
     return rebuild(model, with_block(model.config, block, **fields), state)
 
 
@@ -50,21 +53,10 @@ def slice_units(state: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, 
     for group, kept in plan.units.items():
         units = torch.tensor(kept)
         for member in group.members:
-            for path, width in member.inputs:
-                for name in ("weight", "bias"):
-                    _select(state, f"{member.prefix}.{path}.{name}", 0, units, width)
-            path, width = member.output
-            _select(state, f"{member.prefix}.{path}.weight", 1, units, width)
-            for path, width in member.tables:
-                _select(state, f"{member.prefix}.{path}.weight", 1, units, width)
-            for path, width in member.learned:
-                _select(state, f"{member.prefix}.{path}", 0, units, width)
+            for part in member.slices:
+                name = f"{member.prefix}.{part.name}"
+                state[name] = state[name].index_select(part.dim, part.rows(units, state[name]))
     return state
-
-
-def _select(state: dict[str, torch.Tensor], key: str, dim: int, units: torch.Tensor, width: int) -> None:
-    if key in state:
-        state[key] = state[key].index_select(dim, expand(units, width).to(state[key].device))
 
 
 def _kept(stack: str, modules, plan: PruningPlan) -> tuple[int, ...]:
@@ -92,8 +84,6 @@ def _renumber(
 def _sizes(model: PreTrainedModel, plan: PruningPlan, layers: dict[str, tuple[int, ...]]) -> Sizes:
     """How many units each kept layer has after the plan."""
     family = family_of(model.config)
-    if family.not_prunable and not plan.units:
-        return {stack: {} for stack in layers}
     group_sizes = {stack.name: stack.group_size(model.config) for stack in family.stacks}
     counts: dict[tuple[str, str, int], int] = {}
     for group in find_groups(model):
@@ -113,38 +103,40 @@ def _depth_fields(stack: Stack, family: Family, kept: tuple[int, ...], config: P
     """The config fields that say how many layers a stack has, and those with an entry for each."""
     own = stack.own_config(config)
     fields: dict[str, Any] = {stack.num_layers: len(kept)} | dict.fromkeys(family.of_depth)
-    fields |= {name: [getattr(own, name)[layer] for layer in kept] for name in family.per_layer}
-    return {stack.config: own.to_dict() | fields} if stack.config else fields
+    return fields | {name: [getattr(own, name)[layer] for layer in kept] for name in family.per_layer}
 
 
-def _stock_fields(sizes: Sizes, family: Family, config: PreTrainedConfig) -> tuple[dict[str, Any], Sizes]:
-    """Split the sizes into stock config fields and what only the block can say."""
+def _stock_fields(
+    stack: Stack, sizes: Sizes, family: Family, config: PreTrainedConfig
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Split the sizes of a stack into stock config fields and what only the block can say."""
     fields: dict[str, Any] = {}
-    left = {name: dict(own) for name, own in sizes.items()}
-    for stack in (stack for stack in family.stacks if stack.name in sizes):
-        own = left[stack.name]
-        neurons = {n for other, kind, n in _all(sizes, family) if kind == "neurons" and other.neurons == stack.neurons}
-        if len(neurons) == 1:
+    left = dict(sizes[stack.name])
+    neurons = _counts(("neurons",), "neurons", stack, sizes, family)
+    if len(neurons) == 1 and (stack.neurons or neurons == {stack.num_neurons(config)}):
+        del left["neurons"]
+        if stack.neurons and neurons != {stack.num_neurons(config)}:
             fields[stack.neurons] = neurons.pop()
-            del own["neurons"]
-        heads = {n for other, kind, n in _all(sizes, family) if kind in _HEADS and other.heads == stack.heads}
-        if len(heads) == 1 and _is_legal(count := heads.pop(), stack, family, config):
-            if count != stack.num_heads(config):
-                fields |= {stack.heads: count, stack.head_dim: stack.head_width(config)}
-                if stack.kv_heads:
-                    fields[stack.kv_heads] = count // stack.group_size(config)
-            for kind in (*_HEADS, "kv_heads"):
-                own.pop(kind, None)
+    heads = _counts(_HEADS, "heads", stack, sizes, family)
+    if len(heads) == 1 and _is_legal(count := heads.pop(), stack, family, config):
+        if count != stack.num_heads(config):
+            fields |= {stack.heads: count, stack.head_dim: stack.head_width(config)}
+            if stack.kv_heads:
+                fields[stack.kv_heads] = count // stack.group_size(config)
+        for kind in (*_HEADS, "kv_heads"):
+            left.pop(kind, None)
     return fields, left
 
 
 _HEADS = ("heads", "cross_heads")
 
 
-def _all(sizes: Sizes, family: Family) -> list[tuple[Stack, str, int]]:
-    """Every size with its stack and kind: several stacks may have one config field."""
-    stacks = [stack for stack in family.stacks if stack.name in sizes]
-    return [(stack, kind, n) for stack in stacks for kind, values in sizes[stack.name].items() for n in values]
+def _counts(kinds: tuple[str, ...], name: str, stack: Stack, sizes: Sizes, family: Family) -> set[int]:
+    """The sizes that have to be one number to be said by the config field `stack.<name>`: stacks may share it."""
+    field = (stack.config, getattr(stack, name))
+    sharing = [other for other in family.stacks if (other.config, getattr(other, name)) == field]
+    own = [sizes[other.name].get(kind, ()) for other in sharing if other.name in sizes for kind in kinds]
+    return {count for counts in own for count in counts}
 
 
 def _is_legal(heads: int, stack: Stack, family: Family, config: PreTrainedConfig) -> bool:
@@ -155,7 +147,7 @@ def _is_legal(heads: int, stack: Stack, family: Family, config: PreTrainedConfig
 
 
 def _new_block(
-    old: EfficientBlock, layers: dict[str, tuple[int, ...]], sizes: Sizes, family: Family, fields: dict, model
+    old: EfficientBlock, layers: dict[str, tuple[int, ...]], sizes: Sizes, family: Family, model: PreTrainedModel
 ) -> EfficientBlock:
     stacks, kept_layers = {}, {}
     for stack in family.stacks:
@@ -167,7 +159,7 @@ def _new_block(
         own = {
             kind: values
             for kind, values in sizes[stack.name].items()
-            if not _as_stock(kind, values, stack, fields, model.config)
+            if not _as_stock(kind, values, stack, model.config)
         }
         small = StackBlock(attention=attention, cross_attention=cross_attention, sizes=own)
         if own or small.is_converted():
@@ -179,11 +171,8 @@ def _new_block(
     return replace(old, stacks=stacks, kept_layers=kept_layers)
 
 
-def _as_stock(
-    kind: str, values: tuple[int, ...], stack: Stack, fields: dict[str, Any], config: PreTrainedConfig
-) -> bool:
+def _as_stock(kind: str, values: tuple[int, ...], stack: Stack, config: PreTrainedConfig) -> bool:
     """True if these sizes are what the stock config says anyway."""
-    stock = dict.fromkeys(_HEADS, fields.get(stack.heads, stack.num_heads(config)))
-    stock |= {"kv_heads": stack.num_kv_heads(config)}
-    stock |= {"neurons": fields.get(stack.neurons, stack.num_neurons(config))}
+    stock = dict.fromkeys(_HEADS, stack.num_heads(config))
+    stock |= {"kv_heads": stack.num_kv_heads(config), "neurons": stack.num_neurons(config)}
     return all(value == stock[kind] for value in values)

@@ -6,23 +6,19 @@ import pytest
 import torch
 import transformers
 
-from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
+from hf_efficient import AttentionConfig, ConfigError, build_student, convert_attention, prune
 from hf_efficient.families import FAMILIES, find_stacks
 from hf_efficient.models.configs import block_of
 from hf_efficient.pruning.groups import find_groups, total_cost
 from hf_efficient.pruning.plan import PruningPlan
-from hf_efficient.pruning.reach import check_reachable
 from hf_efficient.pruning.surgery import apply_plan
 from tests.families import CASES, CAUSAL, TWO_STACKS, make_inputs, make_labels, make_model, real_logits
 from tests.helpers import assert_close
 
 from .tiny import config, depths, kept_parts, sizes, zero_units
 
-PRUNABLE = [name for name in CASES if not FAMILIES[name].not_prunable]
-NOT_PRUNABLE = [name for name in CASES if FAMILIES[name].not_prunable]
 
-
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", CASES)
 def test_removing_units_is_cutting_them(name):
     """Another set of units in every group, chosen here and not by a score."""
     dense, inputs = make_model(name).double(), make_inputs(name, CASES[name].paddings[0])
@@ -37,7 +33,7 @@ def test_removing_units_is_cutting_them(name):
     assert kinds == {"heads", "neurons"} | ({"cross_heads"} if name in TWO_STACKS else set())
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_a_pruned_model_comes_back_from_disk(name, allocation, tmp_path):
     dense, inputs = make_model(name), make_inputs(name, CASES[name].paddings[0])
@@ -51,7 +47,8 @@ def test_a_pruned_model_comes_back_from_disk(name, allocation, tmp_path):
     assert torch.equal(loaded(**inputs)[0], small(**inputs)[0])
     assert sizes(loaded) == sizes(small) != sizes(dense)
     if allocation == "uniform":
-        assert type(loaded) is type(dense), "the stock config says it all"
+        sayable = all(stack.neurons for stack in FAMILIES[name].stacks)
+        assert (type(loaded) is type(dense)) == sayable, "the stock config says it all, where it has a field for it"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "bart", "whisper"])
@@ -61,20 +58,6 @@ def test_taylor_scores_and_converted_attention(name):
     small = prune(dense, config(ratio=0.4, importance="taylor", allocation="global", round_to=1), [inputs])
     assert type(small) is type(dense) and small.num_parameters() < dense.num_parameters()
     assert torch.isfinite(small(**inputs)[0]).all()
-
-
-@pytest.mark.parametrize("name", NOT_PRUNABLE)
-def test_what_cannot_be_pruned_says_why(name):
-    model = make_model(name)
-    for attempt in (
-        lambda: prune(model, config(ratio=0.3)),
-        lambda: prune(model, config(ratio=0.3, granularity="layer")),
-        lambda: check_reachable(model, config(ratio=0.3), 128),
-    ):
-        with pytest.raises(
-            UnsupportedModelError, match=rf"^{name} models cannot be pruned yet: .*that can be pruned: bart"
-        ):
-            attempt()
 
 
 @pytest.mark.parametrize("name", CASES)

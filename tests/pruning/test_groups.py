@@ -63,7 +63,7 @@ def test_groups_by_hand(case):
 @pytest.mark.parametrize("case", CASES)
 def test_units_own_every_weight_of_the_layers_but_the_norms_and_output_biases(case):
     model = make(case)
-    owned = {id(p) for g in find_groups(model) for m in g.members for p, _, _ in unit_parameters(model, m)}
+    owned = {id(p) for g in find_groups(model) for m in g.members for p, _ in unit_parameters(model, m)}
     left = [
         name
         for stack, layers in find_stacks(model)

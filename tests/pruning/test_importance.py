@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_efficient import DataError, PruningConfig, prune
 from hf_efficient.pruning.config import UNIT_KINDS as KINDS
-from hf_efficient.pruning.groups import Group, Member, expand, find_groups, output_weight, unit_cost, unit_parameters
+from hf_efficient.pruning.groups import Group, Member, Slice, find_groups, output_weight, unit_cost, unit_parameters
 from hf_efficient.pruning.importance import calibration_loss, gradient_scores, magnitude, random, taylor
 
 from .tiny import CASES, batch, batches, bert, config, kept_parts, make
@@ -19,8 +19,8 @@ def gate_gradients(model, inputs, group) -> torch.Tensor:
     gates = torch.ones(group.units, dtype=model.dtype, requires_grad=True)
     handles = []
     for member in group.members:
-        linear = model.get_submodule(f"{member.prefix}.{member.output[0]}")
-        width = member.output[1]
+        linear = model.get_submodule(f"{member.prefix}.{member.output.name}".removesuffix(".weight"))
+        width = member.output.width
         handles.append(
             linear.register_forward_pre_hook(lambda _, args, width=width: (args[0] * gates.repeat_interleave(width),))
         )
@@ -61,7 +61,8 @@ class _Ffn(nn.Module):
 def test_formulas_by_hand():
     """A network of 3 neurons whose weights and gradients are written out."""
     model = _Ffn()
-    group = Group("encoder", "neurons", (0,), 3, (Member("ffn", (("up", 1),), ("down", 1)),))
+    member = Member("ffn", (Slice("up.weight", 0),), Slice("down.weight", 1), (Slice("up.bias", 0),))
+    group = Group("encoder", "neurons", (0,), 3, (member,))
     holder = nn.ModuleDict({"ffn": model})
     with torch.no_grad():
         model.up.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]))
@@ -82,9 +83,9 @@ def test_magnitude_is_the_sum_of_squares(case):
         for unit in (0, group.units - 1):
             expected = 0.0
             for member in group.members:
-                for parameter, dim, width in unit_parameters(model, member):
-                    rows = expand(torch.tensor([unit]), width)
-                    expected += float(parameter.detach().index_select(dim, rows).square().sum())
+                for parameter, part in unit_parameters(model, member):
+                    rows = part.rows(torch.tensor([unit]), parameter)
+                    expected += float(parameter.detach().index_select(part.dim, rows).square().sum())
             assert float(score[unit]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -109,15 +110,15 @@ def plant(model, unimportant: str) -> dict[Group, tuple[int, ...]]:
         good[group] = tuple(range(0, group.units, 2))
         for member in group.members:
             if unimportant == "tiny":
-                for parameter, dim, width in unit_parameters(model, member):
-                    rows = expand(bad, width)
-                    parameter.index_copy_(dim, rows, parameter.index_select(dim, rows) * 1e-3)
+                for parameter, part in unit_parameters(model, member):
+                    rows = part.rows(bad, parameter)
+                    parameter.index_copy_(part.dim, rows, parameter.index_select(part.dim, rows) * 1e-3)
             else:
                 weight = output_weight(model, member)
-                weight[:, expand(bad, weight.shape[1] // group.units)] = 0
-                up = model.get_submodule(f"{member.prefix}.{member.inputs[0][0]}").weight
-                width = member.inputs[0][1]
-                up[expand(bad, width)] *= 10
+                weight.index_fill_(member.output.dim, member.output.rows(bad, weight), 0)
+                part = member.inputs[0]
+                up = model.get_parameter(f"{member.prefix}.{part.name}")
+                up[part.rows(bad, up)] *= 10
     return good
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_efficient import PruningConfig
 from hf_efficient.families import family_of, find_stacks
-from hf_efficient.pruning.groups import Group, expand, find_groups, output_weight
+from hf_efficient.pruning.groups import Group, find_groups, output_weight
 
 HIDDEN, HEADS, WIDTH, NEURONS, VOCABULARY, LABELS = 32, 4, 8, 48, 40, 3
 Batch = dict[str, torch.Tensor]
@@ -190,9 +190,10 @@ def kept_parts(dense: PreTrainedModel, small: PreTrainedModel) -> dict[Group, tu
 
 
 def _first_inputs(model: PreTrainedModel, group: Group) -> torch.Tensor:
-    """`[units, rows, in]`"""
+    """`[units, weights of a unit]`"""
     member = group.members[0]
-    return model.get_submodule(f"{member.prefix}.{member.inputs[0][0]}").weight.unflatten(0, (group.units, -1))
+    part = member.inputs[0]
+    return part.by_unit(model.get_parameter(f"{member.prefix}.{part.name}"))
 
 
 @torch.no_grad()
@@ -202,7 +203,7 @@ def zero_units(model: PreTrainedModel, kept: dict[Group, tuple[int, ...]]) -> No
         gone = torch.tensor([unit for unit in range(group.units) if unit not in units], dtype=torch.long)
         for member in group.members:
             weight = output_weight(model, member)
-            weight[:, expand(gone, weight.shape[1] // group.units)] = 0
+            weight.index_fill_(member.output.dim, member.output.rows(gone, weight), 0)
 
 
 def config(**changes: Any) -> PruningConfig:

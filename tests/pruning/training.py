@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_efficient import PruningCallback, PruningConfig
 from hf_efficient.families import find_stacks
-from hf_efficient.pruning.groups import expand, unit_parameters
+from hf_efficient.pruning.groups import unit_parameters
 
 from .tiny import batch, logits, make
 
@@ -63,12 +63,13 @@ class Watch(TrainerCallback):
         for group, mask in self.callback.removed.items():
             gone, kept = mask.nonzero().flatten(), (~mask).nonzero().flatten()
             for member in group.members:
-                for parameter, dim, width in unit_parameters(model, member):
+                for parameter, part in unit_parameters(model, member):
                     moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
                     for tensor in (parameter.detach(), *moments):
-                        cut = tensor.index_select(dim, expand(gone, width))
+                        cut = tensor.index_select(part.dim, part.rows(gone, tensor))
                         leftover = max(leftover, float(cut.abs().max()) if cut.numel() else 0.0)
-                    alive = min(alive, float(parameter.detach().index_select(dim, expand(kept, width)).abs().max()))
+                    left = parameter.detach().index_select(part.dim, part.rows(kept, parameter))
+                    alive = min(alive, float(left.abs().max()))
         self.leftover.append(leftover)
         self.alive.append(alive)
 

@@ -1,0 +1,38 @@
+"""The linears of all families: `nn.Linear` with a weight `[out, in]`, and GPT-2's `Conv1D` with a weight `[in, out]`.
+
+resize_linear(layer.mlp.c_fc, outputs=512)
+"""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def output_dim(linear: nn.Module) -> int:
+    """The dimension of the weight that counts outputs."""
+    return 1 if isinstance(linear, Conv1D) else 0
+
+
+def input_dim(linear: nn.Module) -> int:
+    """The dimension of the weight that counts inputs."""
+    return 1 - output_dim(linear)
+
+
+def num_inputs(linear: nn.Module) -> int:
+    return linear.weight.shape[input_dim(linear)]
+
+
+def resize_linear(linear: nn.Module, inputs: int | None = None, outputs: int | None = None) -> None:
+    """Narrow a linear in place to its first inputs or outputs. Weights that fit are loaded afterwards."""
+    weight = linear.weight
+    if inputs is not None:
+        weight = weight.narrow(input_dim(linear), 0, inputs)
+    if outputs is not None:
+        weight = weight.narrow(output_dim(linear), 0, outputs)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(linear.bias[:outputs].clone())
+    linear.weight = nn.Parameter(weight.clone())
+    sizes = weight.shape[input_dim(linear)], weight.shape[output_dim(linear)]
+    if isinstance(linear, Conv1D):
+        linear.nx, linear.nf = sizes
+    else:
+        linear.in_features, linear.out_features = sizes
