@@ -13,17 +13,23 @@ from ..errors import ConfigError
 
 
 @contextmanager
-def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and inference mode; afterwards each submodule is in the mode it was in before."""
+def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards each submodule is in the mode it was in before."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and inference mode."""
+    with eval_mode(*models), torch.inference_mode():
+        yield
 
 
 @contextmanager

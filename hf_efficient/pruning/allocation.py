@@ -1,11 +1,11 @@
 """From scores and a budget to a plan.
 
-`remove` is always an amount of the metric (MACs or parameters) to take away from the model as it is now. A greedy pass
-over score per cost fills it; every group keeps something. Neurons leave in chunks, so that what remains is a multiple
-of `round_to`.
+`remove` is always an amount of the metric to take away from the dense model; units that are gone already have a score
+of -inf, and leave first. A greedy pass over score per cost fills it; every group keeps something. Neurons leave in
+chunks, so that what remains is a multiple of `round_to`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import inf
 
@@ -17,38 +17,40 @@ from .groups import Group
 from .importance import Scores
 
 LayerNumbers = Mapping[tuple[str, int], float]
-
+Cost = Callable[[Group, int], float]  # of a group with so many units
 
 # Costs are whole numbers; an amount that is missing by less than half of one is rounding.
 ROUNDING = 0.5
+TINY = 1e-9  # what a chunk saves at least, so that a price can be divided by it
 
 
-def allocate_global(scores: Scores, costs: Mapping[Group, int], remove: float, round_to: int) -> dict[Group, tuple]:
+def allocate_global(scores: Scores, cost: Cost, remove: float, round_to: int) -> dict[Group, tuple]:
     """Kept units of each group: the ones with the lowest score per cost leave first, wherever they are.
 
     Raises:
         ConfigError: the groups do not hold that much.
     """
-    steps = []  # (score per cost, group, units before, units after)
+    steps = []  # (score per cost, cost, group, units after)
     for group, score in scores.items():
         ascending, price = score.sort().values, -inf
         for before, after in pairwise(_remaining(group, round_to)):
             chunk = ascending[group.units - before : group.units - after]
-            # The maximum: by rounding, the mean of equal scores may fall, and a group must shrink in order.
-            price = max(price, float(chunk.mean()) / costs[group])
-            steps.append((price, group, before, after))
+            saved = cost(group, before) - cost(group, after)
+            # The maximum: a measured cost may fall in jumps, and a group must shrink in order.
+            price = max(price, float(chunk.sum()) / max(saved, TINY))
+            steps.append((price, saved, group, after))
     remaining = {group: group.units for group in scores}
-    for _, group, before, after in sorted(steps, key=lambda step: step[0]):  # stable: equal prices stay in order
+    for _, saved, group, after in sorted(steps, key=lambda step: step[0]):  # stable: equal prices stay in order
         if remove < ROUNDING:
             break
-        remove -= (before - after) * costs[group]
+        remove -= saved
         remaining[group] = after
     _check_enough(remove)
     return {group: _best(scores[group], count) for group, count in remaining.items()}
 
 
 def allocate_uniform(
-    scores: Scores, costs: Mapping[Group, int], remove: float, round_to: int, heads_divide: int | None = None
+    scores: Scores, cost: Cost, remove: float, round_to: int, heads_divide: int | None = None
 ) -> dict[Group, tuple]:
     """Kept units: the same number of heads in every attention and of neurons in every FFN, each its own best.
 
@@ -67,7 +69,7 @@ def allocate_uniform(
     for heads in counts["head"]:
         for neurons in counts["neuron"]:
             kept = {group: heads if group.kind != "neurons" else neurons for group in scores}
-            freed = sum((group.units - count) * costs[group] for group, count in kept.items())
+            freed = sum(cost(group, group.units) - cost(group, count) for group, count in kept.items())
             gain = sum(gains[group][count] for group, count in kept.items())
             if freed > remove - ROUNDING and gain > -inf:  # -inf would bring back what the callback has removed
                 if gain > best:
@@ -85,12 +87,13 @@ def choose_layers(
     exact: bool,
     deepest: str | None = None,
     first_stays: bool = False,
+    prices: LayerNumbers | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Kept layers of each stack: the least important leave while the amount lasts; every stack keeps one.
 
     `scores` and `costs` go by (stack, layer). With `exact` the last layer that leaves may exceed the amount, so that
     at least `remove` is gone. No stack may become deeper than `deepest`, if one is named. With `first_stays` no stack
-    loses its layer 0.
+    loses its layer 0. Scores are compared per cost, or per `prices` if given.
 
     Raises:
         ConfigError: even one layer for each stack costs too much (`exact` only).
@@ -98,7 +101,8 @@ def choose_layers(
     kept: dict[str, set[int]] = {}
     for stack, layer in scores:
         kept.setdefault(stack, set()).add(layer)
-    candidates = sorted(scores, key=lambda key: scores[key] / costs[key])
+    prices = prices or costs
+    candidates = sorted(scores, key=lambda key: scores[key] / prices[key])
     if first_stays:
         candidates = [(stack, layer) for stack, layer in candidates if layer > 0]
     while candidates:

@@ -79,6 +79,11 @@ class Group:
     units: int
     members: tuple[Member, ...]
 
+    @property
+    def name(self) -> str:
+        """`encoder.3.neurons`; of several layers the first."""
+        return f"{self.stack}.{self.layers[0]}.{self.kind}"
+
 
 def find_groups(model: PreTrainedModel) -> list[Group]:
     """All groups of a model, stack by stack and layer by layer.
@@ -170,6 +175,11 @@ def _couple(groups: list[Group], kind: str) -> list[Group]:
     return [joined] + [group for group in groups if group.kind != kind]
 
 
+def output_module(model: PreTrainedModel, member: Member) -> nn.Module:
+    """The linear that reads the units of a member."""
+    return model.get_submodule(f"{member.prefix}.{member.output.name.removesuffix('.weight')}")
+
+
 def output_weight(model: PreTrainedModel, member: Member) -> nn.Parameter:
     """The weight that reads the units of a member; `member.output` says where."""
     return model.get_parameter(f"{member.prefix}.{member.output.name}")
@@ -183,62 +193,3 @@ def unit_parameters(model: PreTrainedModel, member: Member) -> list[tuple[nn.Par
 def expand(units: torch.Tensor, width: int) -> torch.Tensor:
     """Unit numbers to row or column numbers: unit 2 of width 3 is 6, 7, 8."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def unit_cost(model: PreTrainedModel, group: Group, metric: str, length: int) -> int:
-    """What one unit of the group costs: parameters, or multiply-accumulates on one sequence of `length` tokens.
-
-    A linear costs rows x columns for each token. A head of width D under full attention costs 2 length D more for each
-    token (scores and weighted sum), with fewer keys under local attention, and 2 D (D + 1) under linear attention
-    (Kwon 2022, section 4.1). `length` is that of the text where a model sees an image too, whose own is known (CLIP).
-    """
-    if metric == "parameters":
-        return sum(p.numel() // group.units for member in group.members for p, _ in unit_parameters(model, member))
-    stack = next(stack for stack in family_of(model.config).stacks if stack.name == group.stack)
-    if stack.sees_patches:
-        length = num_patches(stack.own_config(model.config))
-    total = 0
-    for member in group.members:
-        weights = [model.get_parameter(f"{member.prefix}.{part.name}") for part in (*member.inputs, member.output)]
-        total += length * sum(weight.numel() // group.units for weight in weights)
-        if group.kind != "neurons":
-            total += length * _attention_macs(model, member, stack, group.kind, length)
-    return total
-
-
-def num_patches(config: PreTrainedConfig) -> int:
-    """The length of an image: its patches and the class token."""
-    size, patch = config.image_size, config.patch_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
-    return (height // rows) * (width // columns) + 1
-
-
-def _attention_macs(model: PreTrainedModel, member: Member, stack: Stack, kind: str, length: int) -> int:
-    """Multiply-accumulates of scores and weighted sum, for one token and one unit."""
-    module = model.get_submodule(f"{member.prefix}.{stack.attentions(model.config)[kind].module}")
-    variant, width = variant_of(module), stack.head_width(model.config)
-    macs = 2 * length * width if variant is None else variant.macs(length, module.is_causal)
-    return macs * stack.group_size(model.config)
-
-
-def layer_costs(model: PreTrainedModel, groups: list[Group], metric: str, length: int) -> dict[tuple[str, int], int]:
-    """What each whole layer costs: all its parameters, or the MACs of all its units."""
-    if metric == "parameters":
-        return {
-            (stack.name, index): sum(p.numel() for p in layer.parameters())
-            for stack, layers in find_stacks(model)
-            for index, layer in enumerate(layers)
-        }
-    costs: dict[tuple[str, int], int] = {}
-    for group in groups:
-        for layer in group.layers:
-            key = (group.stack, layer)
-            share = group.units * unit_cost(model, group, metric, length) // len(group.layers)
-            costs[key] = costs.get(key, 0) + share
-    return costs
-
-
-def total_cost(model: PreTrainedModel, metric: str, length: int) -> int:
-    """The cost of all layers: what `ratio` is a fraction of."""
-    return sum(layer_costs(model, find_groups(model), metric, length).values())

@@ -2,75 +2,125 @@
 
 All scores are sums over what a unit owns, so they can be added over units and compared with costs.
 
-- `magnitude`: squared L2 norm of the unit's weights (Han 2015; the weakest criterion, kept as a reference).
-- `taylor`: sum over batches of |sum of w * dL/dw| over the columns that read the unit: the first-order change of the
-  loss when the unit is removed (Michel 2019, Molchanov 2019; pruning masks as in Kwon 2022).
+- `fisher`: sum over rows of (dL/dm)^2 for a mask m on the unit, L a random direction of the answer: the second-order
+  change of the answer when the unit is removed (Kwon 2022, section 4.2). Needs no labels; `rearrangement` follows.
+- `taylor`: sum over rows of |dL/dm|, the first-order change of the loss (Michel 2019, Molchanov 2019).
+- `activation`: sum over the columns that read the unit of ||W_j||^2 ||x_j||^2, what it adds to the output (Wanda, Sun
+  2023, by columns).
+- `magnitude`, `magnitude_l1`: squared L2 norm or L1 norm of the unit's weights (Han 2015), the weakest criterion.
 - `random`: uniform noise times the unit's cost, a control.
+
+`movement` is learned: see `callback`. A score of your own: `register_importance`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import DataError
-from .groups import Group, Member, output_weight, unit_cost, unit_parameters
+from ..errors import ConfigError
+from .calibration import answer_loss, model_loss
+from .config import IMPORTANCES as NAMES
+from .costs import unit_cost
+from .groups import Group, output_weight, unit_parameters
+from .statistics import MaskGradients, input_squares, mask_gradients
+from .stream import Batch
 
 Scores = dict[Group, torch.Tensor]
-Batch = Mapping[str, torch.Tensor]
+Importance = Callable[..., Scores]
 
 
-def magnitude(model: PreTrainedModel, groups: list[Group], **unused) -> Scores:
-    """`[units]` squared norms for each group."""
-    return {group: sum(_squares(model, group, member) for member in group.members) for group in groups}
+def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], seed: int, **unused) -> Scores:
+    """`[units]` second-order scores for each group, in units of the squared change of the answer."""
+    return squares(mask_gradients(model, groups, batches, answer_loss(seed)))
 
 
-def _squares(model: PreTrainedModel, group: Group, member: Member) -> torch.Tensor:
-    total = torch.zeros(group.units)
-    for parameter, part in unit_parameters(model, member):
-        total += part.by_unit(parameter.detach().float()).square().sum(1).cpu()
-    return total
-
-
-def random(model: PreTrainedModel, groups: list[Group], *, metric: str, length: int, seed: int, **unused) -> Scores:
-    """`[units]` noise for each group."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        group: torch.rand(group.units, generator=generator) * unit_cost(model, group, metric, length)
-        for group in groups
-    }
+def squares(gradients: MaskGradients) -> Scores:
+    return {group: own.square().sum(0) for group, own in gradients.items()}
 
 
 def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:
     """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
-    scores = {group: torch.zeros(group.units) for group in groups}
-    weights = [output_weight(model, member) for group in groups for member in group.members]
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    training = model.training
-    model.eval()
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
-            with torch.enable_grad():
-                found = torch.autograd.grad(calibration_loss(model, batch), weights, allow_unused=True)
-            gradients = dict(zip(weights, found, strict=True))
-            for group in groups:
-                scores[group] += gradient_scores(model, group, gradients)
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-        model.train(training)
+    gradients = mask_gradients(model, groups, batches, model_loss)
+    return {group: own.abs().sum(0) for group, own in gradients.items()}
+
+
+def activation(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:
+    """`[units]`: how much of what the output linear gives comes from each unit."""
+    norms = input_squares(model, groups, batches)
+    scores = {}
+    for group in groups:
+        scores[group] = torch.zeros(group.units)
+        for member, squared in zip(group.members, norms[group], strict=True):
+            weight = output_weight(model, member).detach().float().movedim(member.output.dim, 0)  # [in, out]
+            by_column = weight.square().sum(1).cpu() * squared
+            scores[group] += by_column.reshape(group.units, -1).sum(1)
     return scores
+
+
+def magnitude(model: PreTrainedModel, groups: list[Group], *, power: int = 2, **unused) -> Scores:
+    """`[units]` sums of |w|^power for each group."""
+    scores = {group: torch.zeros(group.units) for group in groups}
+    for group in groups:
+        for member in group.members:
+            for parameter, part in unit_parameters(model, member):
+                scores[group] += part.by_unit(parameter.detach().float()).abs().pow(power).sum(1).cpu()
+    return scores
+
+
+def magnitude_l1(model: PreTrainedModel, groups: list[Group], **unused) -> Scores:
+    """`[units]` L1 norms for each group."""
+    return magnitude(model, groups, power=1)
+
+
+def random(model: PreTrainedModel, groups: list[Group], *, length: int, seed: int, **unused) -> Scores:
+    """`[units]` noise for each group."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        group: torch.rand(group.units, generator=generator) * unit_cost(model, group, "macs", length)
+        for group in groups
+    }
+
+
+IMPORTANCES: dict[str, Importance] = {
+    "fisher": fisher,
+    "taylor": taylor,
+    "activation": activation,
+    "magnitude": magnitude,
+    "magnitude_l1": magnitude_l1,
+    "random": random,
+}
+_BUILT_IN = frozenset(NAMES)
+
+
+def register_importance(name: str, score: Importance, *, needs_data: bool = True, overwrite: bool = False) -> None:
+    """Make `PruningConfig(importance=name)` mean your own score.
+
+    Parameters:
+        name: the name in `PruningConfig` and in recipes.
+        score: `score(model, groups, *, batches, length, seed, **unused)` -> `{group: tensor [group.units]}`, larger
+            is more important, on the CPU. It must leave the model as it is.
+        needs_data: whether it looks at `batches`, the calibration data (a list of dicts of tensors).
+        overwrite: replace a score of your own, as when a notebook cell runs again.
+
+    Raises:
+        ConfigError: a name that is taken or is no name, or a score that cannot be called.
+    """
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ConfigError(f"The name of an importance must be an identifier such as 'my_score', got {name!r}.")
+    if name in _BUILT_IN or (name in NAMES and not overwrite):
+        own = "" if name in _BUILT_IN else ", or pass overwrite=True to replace it"
+        raise ConfigError(f"There is an importance {name!r} already. Choose another name{own}.")
+    if not callable(score):
+        raise ConfigError(f"The importance {name!r} needs a function score(model, groups, **context), got {score!r}.")
+    IMPORTANCES[name], NAMES[name] = score, needs_data
 
 
 def gradient_scores(
     model: PreTrainedModel, group: Group, gradients: Mapping[nn.Parameter, torch.Tensor | None]
 ) -> torch.Tensor:
-    """`[units]` |sum of w * dL/dw|; a weight that got no gradient has no effect."""
+    """`[units]` |sum of w * dL/dw| over the columns that read the unit, which is |dL/dm|; 0 without a gradient."""
     total = torch.zeros(group.units)
     for member in group.members:
         weight = output_weight(model, member)
@@ -79,37 +129,3 @@ def gradient_scores(
             effect = (weight.detach() * gradient).float()
             total += member.output.by_unit(effect).sum(1).cpu()
     return total.abs()
-
-
-def calibration_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The model's own loss if the batch has labels, else the cross-entropy of its own hard predictions.
-
-    Two towers (CLIP) have to tell the pairs of the batch from all other combinations, as when they were trained.
-
-    Raises:
-        DataError: the model returns no logits, so there is no loss to measure importance with.
-    """
-    outputs = model(**{key: value.to(model.device) for key, value in batch.items()}, return_dict=True)
-    if outputs.get("loss") is not None:
-        return outputs.loss
-    if "logits_per_text" in outputs:  # CLIP: every text belongs to the image of its row
-        pairs = outputs.logits_per_text.float()
-        own = torch.arange(len(pairs), device=pairs.device)
-        return (F.cross_entropy(pairs, own) + F.cross_entropy(pairs.T, own)) / 2
-    if "logits" not in outputs:
-        raise DataError(
-            f"importance='taylor' needs a loss, but {type(model).__name__} returned neither loss nor logits. "
-            "Use a model with a task head, batches with labels, or importance='magnitude'."
-        )
-    logits = outputs.logits.float()  # [B, C] or [B, T, C]
-    mask = batch.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
-    if mask is not None and logits.ndim == 3:
-        logits = logits[mask.to(logits.device).bool()]
-    logits = logits.reshape(-1, logits.shape[-1])
-    if logits.shape[-1] == 1:
-        return logits.square().mean()
-    return F.cross_entropy(logits, logits.argmax(-1))
-
-
-IMPORTANCES: dict[str, Callable[..., Scores]] = {"magnitude": magnitude, "taylor": taylor, "random": random}
-NEEDS_DATA = ("taylor",)

@@ -1,13 +1,193 @@
-"""A pruning plan: what is kept, such as `PruningPlan(layers={"encoder": (0, 2, 5)}, units={group: (1, 3)})`."""
+"""A pruning plan: which layers of each stack and which units of each group stay. Plain JSON that can be edited.
 
-from dataclasses import dataclass, field
+    plan = PruningPlan(layers={"encoder": (0, 2, 5)}, units={"encoder.0.neurons": (1, 3, 4)})
+    plan.save("plan.json")
+    small = prune(model, plan=PruningPlan.load("plan.json"), calibration=batches)
 
-from .groups import Group
+Numbers are those of the dense model. What is not named stays whole. `hf_efficient.plan` makes one with its
+`forecast`: what the small model will be, before any weight is touched.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, unknown_name
+from .config import PruningConfig
+
+FORMAT = "hf_efficient pruning plan"
+VERSION = 1
+MAX_BYTES = 1 << 28
+KEYS = ("format", "version", "model", "config", "chosen", "layers", "units", "tokens", "forecast")
+
+
+@dataclass(frozen=True)
+class LayerForecast:
+    """One layer of the dense model and what will be left of it."""
+
+    stack: str
+    layer: int
+    heads: int
+    heads_before: int
+    neurons: int
+    neurons_before: int
+    parameters: int
+    parameters_before: int
+    macs: int
+    macs_before: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the small model will be, from shapes alone.
+
+    Fields:
+        parameters, macs, weight_bytes, cache_bytes: of the whole model, with `_before` those of the dense one. MACs
+            are those of one sequence of `length` tokens, cache bytes those of keys and values for one such sequence
+            (0 for models that do not generate).
+        layers_macs, layers_parameters: the fraction that goes of what all layers cost: what `ratio` means.
+        loads_with: `"portable"` (the stock class) or `"plugin"` (after `import hf_efficient`).
+        latency_ms: measured, where the metric is latency.
+    """
+
+    length: int
+    dtype: str
+    loads_with: str
+    parameters: int
+    parameters_before: int
+    macs: int
+    macs_before: int
+    weight_bytes: int
+    weight_bytes_before: int
+    cache_bytes: int
+    cache_bytes_before: int
+    removed_macs: float
+    removed_parameters: float
+    layers: tuple[LayerForecast, ...] = ()
+    latency_ms: float | None = None
+    latency_ms_before: float | None = None
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which layers of each stack and which units of each group stay; what is not named stays whole."""
+    """What is kept.
+
+    Fields:
+        layers: for each stack the layers that stay.
+        units: for each group (`"encoder.3.heads"`, `"decoder.0.neurons"`) the units that stay. Under grouped-query
+            attention a unit of `heads` is a key/value head with its query heads.
+        tokens: the rows of the vocabulary that stay; None: all.
+        chosen: False if only the sizes are known, since there were no weights to choose by.
+        model: the type of the model it was made for.
+        config: how it was made; decides how it is carried out (`reconstruct`).
+        forecast: what it will give.
+    """
 
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    units: dict[Group, tuple[int, ...]] = field(default_factory=dict)
+    units: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tokens: tuple[int, ...] | None = None
+    chosen: bool = True
+    model: str | None = None
+    config: PruningConfig | None = None
+    forecast: Forecast | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` reads them back to an equal plan."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "config": None if self.config is None else self.config.to_dict(),
+            "chosen": self.chosen,
+            "layers": {name: list(kept) for name, kept in self.layers.items()},
+            "units": {name: list(kept) for name, kept in self.units.items()},
+            "tokens": None if self.tokens is None else list(self.tokens),
+            "forecast": None if self.forecast is None else asdict(self.forecast),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "PruningPlan":
+        """Read what `to_dict` wrote, perhaps edited.
+
+        Raises:
+            ConfigError: not a plan, an unknown key, or lists that do not hold numbers.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ConfigError(f'This is no pruning plan: it needs "format": "{FORMAT}".')
+        if data.get("version") != VERSION:
+            raise ConfigError(f"The plan has version {data.get('version')!r}; this hf_efficient reads {VERSION}.")
+        for key in data:
+            if key not in KEYS:
+                raise unknown_name("key of a pruning plan", key, KEYS)
+        forecast, config, tokens = data.get("forecast"), data.get("config"), data.get("tokens")
+        try:
+            return cls(
+                layers=_numbers("layers", data.get("layers", {})),
+                units=_numbers("units", data.get("units", {})),
+                tokens=None if tokens is None else _list("tokens", tokens),
+                chosen=bool(data.get("chosen", True)),
+                model=data.get("model"),
+                config=None if config is None else PruningConfig(**config),
+                forecast=None if forecast is None else _forecast(forecast),
+            )
+        except TypeError as error:
+            raise ConfigError(f"The plan cannot be read: {error}.") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, one line for each list, by a temporary name."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.tmp")
+        temporary.write_text(_layout(self.to_dict()), encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "PruningPlan":
+        """Read a JSON file.
+
+        Raises:
+            CheckpointError: no such file.
+            ConfigError: not a plan.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no file. `plan.save(path)` or `hf-efficient plan --output` writes one.")
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{file} is too large to be a plan.")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not JSON: {error}.") from error
+        return cls.from_dict(data)
+
+
+def _numbers(what: str, data: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"`{what}` of a plan must be a mapping of names to lists, got {type(data).__name__}.")
+    return {str(name): _list(f"{what}.{name}", values) for name, values in data.items()}
+
+
+def _list(what: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
+        raise ConfigError(f"`{what}` of a plan must be a list of integers.")
+    return tuple(values)
+
+
+def _forecast(data: Mapping[str, Any]) -> Forecast:
+    layers = tuple(LayerForecast(**layer) for layer in data.get("layers", ()))
+    return Forecast(**{**data, "layers": layers})
+
+
+def _layout(data: dict[str, Any]) -> str:
+    """JSON with every innermost list on one line, so that a plan can be read and edited."""
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, dict) and value and key in ("layers", "units"):
+            inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kept)}" for name, kept in value.items())
+            lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

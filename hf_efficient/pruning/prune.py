@@ -1,152 +1,144 @@
-"""Prune a model: scores, allocation, plan, surgery.
+"""Prune a model: scores, allocation, plan, surgery, reconstruction.
 
     small = prune(model, PruningConfig(ratio=0.5), calibration=batches)
+
+or in two steps, with a look at the plan, and perhaps a change, in between:
+
+    plan = hf_efficient.plan(model, PruningConfig(ratio=0.5), calibration=batches)
+    small = prune(model, plan=plan, calibration=batches)
 
 The given model stays as it is: it is usually the teacher of the next stage.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import DataError
-from ..families import family_of
+from ..errors import ConfigError, DataError
+from ..loading import load_config
 from ..models.building import check_model
-from .allocation import allocate_global, allocate_uniform, choose_layers
-from .config import PruningConfig
-from .groups import Group, find_groups, layer_costs, num_patches, total_cost, unit_cost
-from .importance import IMPORTANCES, NEEDS_DATA, Batch, Scores
+from .calibration import average_length, check_calibration
+from .config import IMPORTANCES, PruningConfig
+from .costs import Costs, make_costs
+from .forecast import forecast
+from .groups import find_groups
 from .plan import PruningPlan
 from .reach import check_reachable
-from .surgery import apply_plan
-
-# The length at which MACs are counted when there are no calibration batches to take it from.
-DEFAULT_LENGTH = 128
+from .search import Cutter, allocate, search
+from .stream import Batch
 
 
 def prune(
-    model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None = None
+    model: PreTrainedModel,
+    config: PruningConfig | None = None,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    plan: PruningPlan | None = None,
 ) -> PreTrainedModel:
     """A smaller copy of `model`.
 
     Parameters:
         model: a stock or efficient model of a family in the table.
-        config: how much, what, and how to choose.
+        config: how much, what, and how to choose. Or give a `plan`.
         calibration: batches of model inputs (dicts of tensors), with or without labels; a few hundred examples. Needed
-            for `importance="taylor"`; MACs are counted at their average length.
+            by most importances and for reconstruction; MACs are counted at their average length.
+        plan: what to keep, as `hf_efficient.plan` makes it. Its `config` says whether weights are reconstructed.
 
     Returns:
         A stock model where the stock config can say the result, else an efficient one; on the same device.
 
     Raises:
-        ConfigError: the ratio cannot be reached.
-        DataError: calibration is missing or empty.
+        ConfigError: the ratio cannot be reached; the plan does not fit the model; neither or both are given.
+        DataError: calibration is missing or no batches.
         UnsupportedModelError: the model cannot be pruned.
     """
+    if (config is None) == (plan is None):
+        raise ConfigError("prune needs a config or a plan: prune(model, PruningConfig(ratio=0.5), calibration).")
     check_model(model)
-    batches = _check_calibration(model, config, calibration)
-    length = average_length(batches, model)
-    check_reachable(model, config, length)
-    total = total_cost(model, config.metric, length)
-    goal = (1 - config.ratio) * total
-    if "layer" in config.granularity:
-        alone = not config.unit_kinds
-        plan = plan_layers(model, config, batches, length, config.layer_share * total, exact=alone)
-        model = apply_plan(model, plan)
-        if alone:
-            return model
-    start = total_cost(model, config.metric, length)
-    for step in range(1, config.steps + 1):
-        target = start * (goal / start) ** (step / config.steps)  # the same factor in every step
-        now = total_cost(model, config.metric, length)
-        if now > target:
-            model = apply_plan(model, plan_units(model, config, batches, length, now - target))
-    return model
+    batches = check_calibration(model, calibration)
+    if plan is not None:
+        return _carry_out(model, plan, batches)
+    _check_data(config, batches)
+    length = config.sequence_length or average_length(batches, model)
+    costs = _costs(model, config, length)
+    return search(model, config, batches, costs, length)[1]
 
 
-def plan_units(
-    model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int, remove: float
-) -> PruningPlan:
-    """Which heads and neurons to keep so that `remove` of the metric goes."""
-    groups = [group for group in find_groups(model) if group.kind in config.unit_kinds]
-    scores = _scores(model, groups, config, batches, length)
-    return PruningPlan(units=allocate(model, scores, config, length, remove))
-
-
-def allocate(
-    model: PreTrainedModel, scores: Scores, config: PruningConfig, length: int, remove: float
-) -> dict[Group, tuple[int, ...]]:
-    """Spend the budget over the scored groups, globally or uniformly."""
-    costs = {group: unit_cost(model, group, config.metric, length) for group in scores}
-    if config.allocation == "global":
-        return allocate_global(scores, costs, remove, config.round_to)
-    family = family_of(model.config)
-    stack = family.stacks[0]
-    divide = stack.width(model.config) // stack.group_size(model.config) if family.heads_divide_hidden else None
-    return allocate_uniform(scores, costs, remove, config.round_to, heads_divide=divide)
-
-
-def plan_layers(
-    model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int, remove: float, exact: bool
-) -> PruningPlan:
-    """Which layers to keep so that about `remove` (with `exact`: at least) of the metric goes."""
-    groups = find_groups(model)
-    scores = _scores(model, groups, config, batches, length)
-    layer_scores: dict[tuple[str, int], float] = {}
-    for group, score in scores.items():
-        for layer in group.layers:
-            key = (group.stack, layer)
-            layer_scores[key] = layer_scores.get(key, 0.0) + float(score.sum()) / len(group.layers)
-    costs = layer_costs(model, groups, config.metric, length)
-    family = family_of(model.config)
-    return PruningPlan(layers=choose_layers(layer_scores, costs, remove, exact, family.deepest, family.first_stays))
-
-
-def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
-    """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
-    sound that of frames. Of CLIP's two towers it is that of the text."""
-    if model.main_input_name == "pixel_values":
-        return num_patches(model.config)
-    if model.main_input_name == "input_features":
-        return model.config.max_source_positions
-    tokens = sequences = 0
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        ids = batch["input_ids"]
-        tokens += int(mask.sum()) if mask is not None else ids.numel()
-        sequences += ids.shape[0]
-    return max(1, tokens // sequences) if sequences else DEFAULT_LENGTH
-
-
-def _scores(
-    model: PreTrainedModel, groups: list[Group], config: PruningConfig, batches: Sequence[Batch], length: int
-) -> Scores:
-    score = IMPORTANCES[config.importance]
-    scores = score(model, groups, batches=batches, metric=config.metric, length=length, seed=config.seed)
-    for group, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise DataError(
-                f"The {config.importance} scores of {group.stack} {group.kind} {list(group.layers)} are not finite. "
-                "Check the calibration data and the weights for NaN."
-            )
-    return scores
-
-
-def _check_calibration(
-    model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None
-) -> list[Batch]:
-    batches = list(calibration) if calibration is not None else []
-    for batch in batches:
-        fields = {key: type(value).__name__ for key, value in batch.items()} if isinstance(batch, Mapping) else {}
-        if model.main_input_name not in fields or not all(isinstance(value, torch.Tensor) for value in batch.values()):
-            raise DataError(
-                f"calibration must give dicts of tensors with {model.main_input_name!r}, got "
-                f"{fields or type(batch).__name__}. A DataLoader with the collator of your Trainer does."
-            )
-    if config.importance in NEEDS_DATA and not batches:
-        raise DataError(
-            f"importance={config.importance!r} needs calibration batches: prune(model, config, calibration=batches). "
-            "Without data use importance='magnitude'."
+def _carry_out(model: PreTrainedModel, plan: PruningPlan, batches: list[Batch]) -> PreTrainedModel:
+    if not plan.chosen:
+        raise ConfigError(
+            "This plan holds sizes only: it was made from a config, without weights to choose by. Make it from the "
+            "model: plan(model, config, calibration)."
         )
-    return batches
+    if not plan.layers and not plan.units:
+        raise ConfigError("This plan removes nothing: `layers` and `units` are empty.")
+    return Cutter(model, plan.config or PruningConfig(reconstruct=False), batches).cut(plan)
+
+
+def plan(
+    model: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
+    config: PruningConfig,
+    calibration: Iterable[Batch] | None = None,
+) -> PruningPlan:
+    """What `prune(model, config, calibration)` would keep, and what that gives. No weight is touched.
+
+    Parameters:
+        model: a model; or, where only sizes are asked for, its config or a name to load it by. A model on the meta
+            device counts as a config: there are no weights to choose by, so every layer is taken to lose the same
+            (`chosen` is False), and a model of any size takes seconds.
+        calibration: as for `prune`.
+
+    Raises:
+        ConfigError, DataError, UnsupportedModelError: as `prune`, and before any long work.
+    """
+    if not isinstance(model, PreTrainedModel):
+        model = _without_weights(model)
+    check_model(model)
+    batches = check_calibration(model, calibration)
+    length = config.sequence_length or average_length(batches, model)
+    sizes_only = model.device.type == "meta"
+    if sizes_only:
+        found = _sizes_only(model, config, length)
+    else:
+        _check_data(config, batches)
+        found = search(model, config, batches, _costs(model, config, length), length)[0]
+    found = replace(found, model=model.config.model_type, config=config, chosen=not sizes_only)
+    return replace(found, forecast=forecast(model, found, length))
+
+
+def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
+    config = model if isinstance(model, PreTrainedConfig) else load_config(str(model))
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    head = next((one for one in named if one is not None), None)
+    with torch.device("meta"):
+        return head(config) if head is not None else transformers.AutoModel.from_config(config)
+
+
+def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> PruningPlan:
+    """Uniform: as many units go from each layer, and layers from the middle on."""
+    if config.metric == "latency":
+        raise ConfigError("metric='latency' is measured, which needs a model with weights. Ask for 'macs' first.")
+    config = replace(config, allocation="uniform", importance="magnitude", layer_importance="magnitude", steps=1)
+    costs = _costs(model, config, length)
+    ...
+
+
+def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
+    asked = [config.importance] if config.unit_kinds else []
+    asked += [config.layer_importance] if "layer" in config.granularity else []
+    for name in asked:
+        if IMPORTANCES[name] and not batches:
+            raise DataError(
+                f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
+                "Without data use importance='magnitude'."
+            )
+
+
+def _costs(model: PreTrainedModel, config: PruningConfig, length: int) -> Costs:
+    costs = make_costs(model, config.metric, length)
+    check_reachable(model, config, costs)
+    return costs

@@ -6,10 +6,11 @@ from ..errors import ConfigError
 from ..families import family_of
 from .allocation import choose_layers
 from .config import PruningConfig
-from .groups import find_groups, layer_costs, unit_cost
+from .costs import Costs
+from .groups import find_groups
 
 
-def check_reachable(model: PreTrainedModel, config: PruningConfig, length: int) -> None:
+def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs) -> None:
     """Compare the budget with the least that must stay: one head in each attention, `round_to` neurons in each FFN.
 
     `model` may be on the meta device.
@@ -18,20 +19,20 @@ def check_reachable(model: PreTrainedModel, config: PruningConfig, length: int) 
         ConfigError: the ratio is too high; the message names the highest that can be reached.
     """
     groups = find_groups(model)
-    whole = layer_costs(model, groups, config.metric, length)
+    whole = costs.layers
     least: dict[tuple[str, int], float] = dict(whole)
     for group in groups:
         if group.kind in config.unit_kinds:
             floor = min(group.units, config.round_to if group.kind == "neurons" else 1)
-            removable = (group.units - floor) * unit_cost(model, group, config.metric, length)
+            removable = costs.of(group, group.units) - costs.of(group, floor)
             for layer in group.layers:
                 least[group.stack, layer] -= removable / len(group.layers)
-    total = sum(whole.values())
     if "layer" in config.granularity:
         share, family = config.layer_share if config.unit_kinds else 1.0, family_of(model.config)
-        kept = choose_layers(whole, whole, share * total, False, family.deepest, family.first_stays)
+        kept = choose_layers(whole, whole, share * costs.total, False, family.deepest, family.first_stays)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
-    highest = 1 - sum(least.values()) / total
+    outside = costs.total - sum(whole.values())  # of a measured latency: embeddings and head
+    highest = 1 - (sum(least.values()) + outside) / costs.total
     if config.ratio > highest:
         raise ConfigError(
             f"ratio={config.ratio} cannot be reached with granularity={list(config.granularity)} and "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from ..families import Family, Stack, family_of, find_stacks, layers_prefix
 from ..models.block import EfficientBlock, StackBlock
 from ..models.building import rebuild
@@ -27,15 +27,18 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     Raises:
         ConfigError: the plan lets a first layer go that has to stay.
     """
+    check_plan(model, plan)
     family = family_of(model.config)
-    state = slice_units(model.state_dict(), plan)
-    layers = {stack.name: _kept(stack.name, modules, plan) for stack, modules in find_stacks(model, family)}
-    if family.first_stays and not all(0 in kept for kept in layers.values()):
-        raise ConfigError(
-            f"The first layer of {family.model_type} models is built unlike the others and has to stay. Keep layer 0."
-        )
+    state = _slice_units(model, plan)
     for stack, modules in find_stacks(model, family):
-        state = _renumber(state, layers_prefix(model, modules), layers[stack.name], family)
+        state = _renumber(state, layers_prefix(model, modules), _kept(stack.name, modules, plan), family)
+    return rebuild(model, planned_config(model, plan), state)
+
+
+def planned_config(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
+    """The config of the smaller model; `model` may be on the meta device."""
+    family = family_of(model.config)
+    layers = {stack.name: _kept(stack.name, modules, plan) for stack, modules in find_stacks(model, family)}
     sizes = _sizes(model, plan, layers)
     fields: dict[str, Any] = {}
     left: Sizes = {}
@@ -44,18 +47,51 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         own |= _depth_fields(stack, family, layers[stack.name], model.config)
         fields |= {stack.config: stack.own_config(model.config).to_dict() | own} if stack.config else own
     block = _new_block(block_of(model.config), layers, left, family, model)
-    return rebuild(model, with_block(model.config, block, **fields), state)
+    return with_block(model.config, block, **fields)
 
 
-def slice_units(state: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, torch.Tensor]:
+def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Compare a plan, which may have been edited, with the model it is for.
+
+    Raises:
+        ConfigError: a stack or group that the model does not have, numbers that are out of range or not ascending,
+            nothing kept, a first layer that has to stay, a stack that may not become the deeper one.
+    """
+    family = family_of(model.config)
+    depths = {stack.name: len(layers) for stack, layers in find_stacks(model, family)}
+    groups = {group.name: group.units for group in find_groups(model)}
+    for what, given, known in (("layers", plan.layers, depths), ("units", plan.units, groups)):
+        for name, kept in given.items():
+            if name not in known:
+                raise unknown_name(f"entry of the plan's {what}", name, known)
+            in_order = list(kept) == sorted(set(kept))
+            if not kept or not in_order or kept[0] < 0 or kept[-1] >= known[name]:
+                raise ConfigError(
+                    f"The plan keeps {list(kept)} of {name}; give at least one of the numbers from 0 to "
+                    f"{known[name] - 1}, ascending, each once."
+                )
+    left = {name: len(plan.layers.get(name, range(depth))) for name, depth in depths.items()}
+    if family.first_stays and not all(plan.layers.get(name, (0,))[0] == 0 for name in depths):
+        raise ConfigError(
+            f"The first layer of {family.model_type} models is built unlike the others and has to stay. Keep layer 0."
+        )
+    if plan.layers and family.deepest and any(count > left[family.deepest] for count in left.values()):
+        raise ConfigError(
+            f"The plan keeps {left} layers; no stack of a {family.model_type} model may be deeper than its "
+            f"{family.deepest}, by which `generate` sizes the cache. Drop layers of the others too."
+        )
+
+
+def _slice_units(model: PreTrainedModel, plan: PruningPlan) -> dict[str, torch.Tensor]:
     """The state dict with only the rows and columns of the kept units."""
-    state = dict(state)
-    for group, kept in plan.units.items():
-        units = torch.tensor(kept)
-        for member in group.members:
-            for part in member.slices:
-                name = f"{member.prefix}.{part.name}"
-                state[name] = state[name].index_select(part.dim, part.rows(units, state[name]))
+    state = dict(model.state_dict())
+    for group in find_groups(model):
+        if group.name in plan.units:
+            units = torch.tensor(plan.units[group.name])
+            for member in group.members:
+                for part in member.slices:
+                    name = f"{member.prefix}.{part.name}"
+                    state[name] = state[name].index_select(part.dim, part.rows(units, state[name]))
     return state
 
 
@@ -88,7 +124,7 @@ def _sizes(model: PreTrainedModel, plan: PruningPlan, layers: dict[str, tuple[in
     counts: dict[tuple[str, str, int], int] = {}
     for group in find_groups(model):
         for layer in group.layers:
-            counts[group.stack, group.kind, layer] = len(plan.units.get(group, range(group.units)))
+            counts[group.stack, group.kind, layer] = len(plan.units.get(group.name, range(group.units)))
     sizes: Sizes = {}
     for stack, kept in layers.items():
         kinds = sorted({kind for name, kind, _ in counts if name == stack})

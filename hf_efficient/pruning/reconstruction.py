@@ -1,0 +1,163 @@
+"""Least squares after surgery: each pruned attention and FFN learns to give the dense output again. No labels.
+
+    small = apply_plan(dense, plan)
+    reconstruct(small, dense, batches, token_weights(dense, batches, loss))
+
+Layer by layer, what the output linear of a pruned block reads (x, from the stream that is already pruned and
+reconstructed) is fitted to what the block of the dense model gave (y, from the dense stream), with its weights W:
+
+    minimise over D:   sum over tokens of  c_t || y_t - (W + D) x_t ||^2  +  lambda || D ||^2
+
+so lambda pulls to the weights as they are and not to zero; a bias is one more column, not pulled. c_t is how much the
+model's answer depends on the block's output at token t: nothing for padding, nothing for tokens that a classification
+head never reads. lambda is chosen for each linear on rows that were held out of the fit; where none of the choices
+improves the error there, the weights stay as they are. The fit is that of FASP (2025) and, without its search, ZipLM
+(2023); that x comes from the pruned stream is from Kwon 2022, section 4.4, which fits one scale for each unit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..families import Stack, family_of, find_stacks, layers_prefix
+from ..measure.context import eval_mode
+from .stream import Batch, Stream
+
+LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
+HELD_OUT = 5  # one row in five
+FLOOR = 0.1  # of the mean weight: what a token counts at least that counts at all
+
+TokenWeights = dict[str, list[torch.Tensor]]  # path of an output linear -> for each batch [B, T]
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Batch],
+    weights: TokenWeights,
+    kept_layers: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Fit the output linears of `model`, in place, to `dense`, of which it is a pruned copy.
+
+    Parameters:
+        batches: model inputs.
+        weights: c_t above: `token_weights(dense, batches, loss)`.
+        kept_layers: which layers of `dense` those of `model` were, stack by stack; by default all.
+    """
+    with eval_mode(model, dense), torch.no_grad():
+        for stack, layers in find_stacks(model):
+            origin = (kept_layers or {}).get(stack.name, range(len(layers)))
+            small, large = Stream(model, stack.name, batches), Stream(dense, stack.name, batches)
+            prefix = layers_prefix(dense, large.layers)
+            paths = output_paths(model, stack)
+            for theirs in range(max(origin) + 1):
+                targets = large.advance(theirs, watch=paths)
+                if theirs not in origin:
+                    continue
+                mine = list(origin).index(theirs)
+                for path in paths:
+                    fit = _Fit(layers[mine].get_submodule(path))
+                    named = f"{prefix}.{theirs}.{path}"
+                    for x, y, c in zip(small.inputs(mine, path), targets[path], weights[named], strict=True):
+                        fit.add(x, y, c)
+                    fit.solve()
+                small.advance(mine)
+
+
+def token_weights(
+    model: PreTrainedModel, batches: Sequence[Batch], loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
+) -> TokenWeights:
+    """How much the answer depends on what each block gives at each token: || d loss / d y_t ||^2, its mean made 1.
+
+    `loss(model, batch)` is a scalar summed over the rows of a batch.
+    """
+    paths = [
+        f"{layers_prefix(model, layers)}.{index}.{path}"
+        for stack, layers in find_stacks(model)
+        for path in output_paths(model, stack)
+        for index in range(len(layers))
+    ]
+    found: TokenWeights = {path: [] for path in paths}
+    with eval_mode(model):
+        for batch in batches:
+            offsets: dict[str, torch.Tensor] = {}
+            with ExitStack() as hooks, torch.enable_grad():
+                for path in paths:
+                    hooks.callback(model.get_submodule(path).register_forward_hook(_offset(path, offsets)).remove)
+                scalar = loss(model, batch)
+            gradients = torch.autograd.grad(scalar, list(offsets.values()), allow_unused=True)
+            for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
+                gradient = torch.zeros_like(offset) if gradient is None else gradient
+                found[path].append(gradient.float().square().sum(-1))
+    return {path: _with_floor(own) for path, own in found.items()}
+
+
+def _offset(path: str, offsets: dict[str, torch.Tensor]) -> Callable:
+    """A hook that adds zeros to an output, whose gradient is that of the output."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        offsets[path] = torch.zeros_like(output, requires_grad=True)
+        return output + offsets[path]
+
+    return hook
+
+
+def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    counted = torch.cat([own[own > 0] for own in weights])
+    mean = counted.mean() if len(counted) else torch.ones(())
+    return [torch.where(own > 0, (1 - FLOOR) * own / mean + FLOOR, 0.0) for own in weights]
+
+
+def output_paths(model: PreTrainedModel, stack: Stack) -> list[str]:
+    """The linears of a layer that write to the stream, in the order in which they run."""
+    attentions = [attention.output for attention in stack.attentions(model.config).values()]
+    return [*attentions, family_of(model.config).down(stack, model.config)]
+
+
+class _Fit:
+    """The normal equations of one linear, those of held-out rows apart: sums over tokens of c x x' and c x (y - W x)'."""
+
+    def __init__(self, linear: nn.Module):
+        self.linear, self.bias = linear, linear.bias is not None
+        self.rows = 0
+        self.sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> None:
+        """x [B, T, in], y [B, T, out], c [B, T]."""
+        error = y - self.linear(x)
+        if self.bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        held_out = torch.arange(self.rows, self.rows + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+        self.rows += len(x)
+        for apart in (False, True):
+            rows = held_out == apart
+            own, weighted = x[rows].flatten(0, -2).double(), (x[rows] * c[rows][..., None]).flatten(0, -2).double()
+            sums = weighted.T @ own, weighted.T @ error[rows].flatten(0, -2).double()
+            before = self.sums.get(apart, (0.0, 0.0))
+            self.sums[apart] = before[0] + sums[0], before[1] + sums[1]
+
+    def solve(self) -> None:
+        """Change the weights by the best D, if there is one that improves the held-out error."""
+        fit, held = self.sums[False], self.sums[True]
+        errors = {0.0: 0.0}  # size 0 stands for no change
+        for size in LAMBDAS:
+            change = self._ridge(*fit, size)
+            errors[size] = float((change * (held[0] @ change)).sum() - 2 * (change * held[1]).sum())
+        best = min(errors, key=errors.__getitem__)
+        if best:
+            change = self._ridge(fit[0] + held[0], fit[1] + held[1], best).T.to(self.linear.weight.dtype)
+            inputs = self.linear.in_features
+            self.linear.weight += change[:, :inputs]
+            if self.bias:
+                self.linear.bias += change[:, inputs]
+
+    def _ridge(self, gram: torch.Tensor, moment: torch.Tensor, size: float) -> torch.Tensor:
+        inputs = len(gram) - self.bias
+        pull = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+        pull[:inputs] = size * gram.diagonal()[:inputs].mean()
+        if self.bias:
+            pull[inputs] = 1e-6 * gram[inputs, inputs]
+        return torch.linalg.solve(gram + pull.diag(), moment)
