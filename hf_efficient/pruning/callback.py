@@ -63,6 +63,11 @@ class PruningCallback(TrainerCallback):
                 "PruningCallback removes heads and neurons while training. Drop layers before: "
                 "model = prune(model, PruningConfig(granularity='layer', ...), calibration)."
             )
+        if "weight" in config.granularity:
+            raise ConfigError(
+                "PruningCallback removes heads and neurons while training. Make weights zero afterwards: "
+                "model = prune(model, PruningConfig(granularity='weight', ...), calibration)."
+            )
         if not 0 <= start < end <= 1:
             raise ConfigError(
                 f"start and end are fractions of the run with 0 <= start < end <= 1, got {start}, {end}."

@@ -20,6 +20,7 @@ from .importance import IMPORTANCES, NEEDS_DATA, Batch, Scores
 from .plan import PruningPlan
 from .reach import check_reachable
 from .surgery import apply_plan
+from .weights import check_data, prune_weights
 
 # The length at which MACs are counted when there are no calibration batches to take it from.
 DEFAULT_LENGTH = 128
@@ -33,11 +34,12 @@ def prune(
     Parameters:
         model: a stock or efficient model of a family in the table.
         config: how much, what, and how to choose.
-        calibration: batches of model inputs (dicts of tensors), with or without labels; a few hundred examples. Needed
-            for `importance="taylor"`; MACs are counted at their average length.
+        calibration: batches of model inputs (dicts of tensors), with or without labels; a few hundred examples. Not
+            needed for `importance="magnitude"` and `"random"`; MACs are counted at their average length.
 
     Returns:
-        A stock model where the stock config can say the result, else an efficient one; on the same device.
+        A stock model where the stock config can say the result, else an efficient one; on the same device. With
+        granularity `"weight"` alone a model of the same class and size, with zeros.
 
     Raises:
         ConfigError: the ratio cannot be reached.
@@ -48,6 +50,10 @@ def prune(
     batches = _check_calibration(model, config, calibration)
     length = average_length(batches, model)
     check_reachable(model, config, length)
+    if "weight" in config.granularity:
+        check_data(config, batches)
+        rest = config.without_weights()
+        return prune_weights(prune(model, rest, batches) if rest else model, config, batches)
     total = total_cost(model, config.metric, length)
     goal = (1 - config.ratio) * total
     if "layer" in config.granularity:
