@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .recipe import Recipe
-from .reporting.schema import DatasetFacts, LayerStructure, Report, StageRecord, load_report
+from .reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord, load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -235,7 +235,7 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=warnings,
+        warnings=(*warnings, *_about_zeros(measured.size)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
     )
@@ -273,6 +273,15 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
         f"{timing.latencies['teacher'].median_ms:.3g} ms (median)."
     )
     return extend_positions(teacher, length), tuple(notes)
+
+
+def _about_zeros(size: Size) -> tuple[str, ...]:
+    if not size.is_sparse:
+        return ()
+    return (
+        f"{size.sparsity:.0%} of the parameters are zero. Dense kernels multiply zeros like any number: they bring no "
+        "speed-up, no fewer MACs and no smaller file.",
+    )
 
 
 def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[LayerStructure, ...]:
