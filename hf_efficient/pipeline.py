@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .recipe import Recipe
-from .reporting.schema import DatasetFacts, LayerStructure, Report, StageRecord, load_report
+from .reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord, load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from .pruning.config import PruningConfig
     from .running import Run
     from .stages import AttentionStage
     from .workspace import Workspace
@@ -107,9 +108,6 @@ def check(run: "Run") -> None:
     """
     from .data import check_labels
     from .families import family_of
-    from .pruning.prune import DEFAULT_LENGTH
-    from .pruning.reach import check_reachable
-    from .running import longest_text
     from .stages import AttentionStage, PruneStage
 
     prepared, config = run.data(), run.config
@@ -125,9 +123,22 @@ def check(run: "Run") -> None:
             except (ConfigError, UnsupportedModelError) as error:
                 raise type(error)(f"stages[{number}].attention: {error}") from error
         elif isinstance(stage.settings, PruneStage) and not pruned:  # a second one starts from what is not known yet
-            length = run.recipe.data.max_length or DEFAULT_LENGTH
-            check_reachable(run.skeleton(config), stage.settings.config, min(length, longest_text(config) or length))
+            _check_pruning(run, config, stage.settings.config)
             pruned = True
+
+
+def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConfig") -> None:
+    from .pruning.calibration import DEFAULT_LENGTH
+    from .pruning.costs import make_costs
+    from .pruning.reach import check_reachable
+    from .running import longest_text
+
+    length = run.recipe.data.max_length or DEFAULT_LENGTH
+    length = pruning.sequence_length or min(length, longest_text(config) or length)
+    model = run.skeleton(config)
+    # What can be reached in measured time is not known before it is measured: MACs stand in for it.
+    metric = "macs" if pruning.metric == "latency" else pruning.metric
+    check_reachable(model, pruning, make_costs(model, metric, length))
 
 
 def _check_attention(run: "Run", config: "PreTrainedConfig", stage: "AttentionStage") -> "PreTrainedConfig":
@@ -235,7 +246,7 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=warnings,
+        warnings=(*warnings, *_about_zeros(measured.size)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
     )
@@ -273,6 +284,15 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
         f"{timing.latencies['teacher'].median_ms:.3g} ms (median)."
     )
     return extend_positions(teacher, length), tuple(notes)
+
+
+def _about_zeros(size: Size) -> tuple[str, ...]:
+    if not size.is_sparse:
+        return ()
+    return (
+        f"{size.sparsity:.0%} of the parameters are zero. Dense kernels multiply zeros like any number: they bring no "
+        "speed-up, no fewer MACs and no smaller file.",
+    )
 
 
 def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[LayerStructure, ...]:

@@ -32,7 +32,9 @@ from .loading import load_config, load_model, load_processor
 from .models.block import check_stock_sizes
 from .models.building import is_portable
 from .models.configs import block_of
+from .pruning.linears import count_zeros
 from .pruning.prune import prune
+from .pruning.zeros import KeepZeros, was_sparsified
 from .recipe import Recipe
 from .settings import DistillSettings, TrainingSettings, TransferSettings, check_keys
 from .stages import AttentionStage, PruneStage
@@ -236,7 +238,10 @@ def transfer(run: Run, model: PreTrainedModel, settings: TransferSettings, targe
 def run_prune(run: Run, settings: PruneStage, source: Path, target: Path) -> dict[str, Any]:
     model = run.load(source)
     small = prune(model, settings.config, calibration_batches(run, settings, model.config))
-    counts = {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
+    counts: dict[str, Any] = {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
+    if "weight" in settings.config.granularity:
+        zeros, total = count_zeros(small)
+        counts |= {"zeros": zeros, "sparsity": round(zeros / total, 4)}
     return counts | {"loads_with": "portable" if is_portable(small) else "plugin"} | run.save(small, target)
 
 
@@ -313,7 +318,7 @@ def make_trainer(
         args=arguments,
         train_dataset=prepared.train,
         data_collator=prepared.collator,
-        callbacks=[MarkComplete()],
+        callbacks=[MarkComplete(), *([KeepZeros()] if was_sparsified(model) else [])],
         **more,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)

@@ -73,13 +73,21 @@ def _written(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class PruneStage:
-    """`prune(model, stage.config, calibration)` with `calibration_samples` rows in batches of `batch_size`."""
+    """`prune(model, stage.config, calibration)` with `calibration_samples` rows in batches of `batch_size`.
+
+    Weights that a stage made zero stay zero in all that is trained after it:
+
+        - prune: {granularity: [weight], mask_structure: "2:4", importance: obs}
+        - distill: {epochs: 1}
+    """
 
     config: PruningConfig
     calibration: "CalibrationSettings"
 
     def to_dict(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.config)
+        if self.config.structure and self.config.without_weights() is None:
+            del config["ratio"]  # mask_structure says it, also where that is overridden
         return config | {"granularity": list(config["granularity"])} | self.calibration.to_dict()
 
 

@@ -10,6 +10,7 @@ from hf_efficient.preparing import TASKS
 from hf_efficient.pruning import config as pruning
 from hf_efficient.pruning.importance import IMPORTANCES, NEEDS_DATA
 from hf_efficient.pruning.schedule import SCHEDULES
+from hf_efficient.pruning.weight_importance import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
 from hf_efficient.running import RUNNERS
 from hf_efficient.stages import STAGES
 
@@ -21,6 +22,7 @@ def test_every_attention_kind_has_a_variant():
 
 def test_every_criterion_and_schedule_has_a_function():
     assert set(pruning.IMPORTANCES) == set(IMPORTANCES) and set(NEEDS_DATA) < set(IMPORTANCES)
+    assert set(pruning.WEIGHT_IMPORTANCES) == {*WEIGHT_IMPORTANCES, "obs"} > set(WEIGHTS_NEED_DATA)
     assert set(pruning.SCHEDULES) == set(SCHEDULES)
 
 

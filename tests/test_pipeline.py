@@ -189,6 +189,32 @@ def test_a_model_of_ones_own_and_a_csv_file(tmp_path, rows):
     assert json.loads((tmp_path / "out/model/config.json").read_text())["model_type"] == "bert"
 
 
+def test_zeros_stay_through_distillation_and_the_card_says_what_they_bring(tmp_path, rows):
+    stages = [
+        {"prune": {"granularity": ["weight"], "mask_structure": "2:4", "importance": "obs"}},
+        {"distill": {**TRAINING, "losses": {"kd": 1.0}}},
+    ]
+    bert = _bert(tmp_path / "bert", hidden_size=32, num_hidden_layers=2)
+    report = compress(_text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "out")
+    zeros = 2 * (4 * 32 * 32 + 2 * 32 * 32) // 2
+    facts, size = report.stages[1].facts, report.student.size
+    assert facts["zeros"] == zeros and facts["sparsity"] == 0.5 and facts["loads_with"] == "portable"
+    assert size.parameters - size.nonzero_parameters >= zeros and report.comparison.mac_ratio == 1
+    assert "no speed-up" in report.warnings[-1] and f"{size.sparsity:.0%} of the parameters" in report.warnings[-1]
+    card = " ".join((tmp_path / "out/model/README.md").read_text().split())
+    assert "bring no speed-up" in card and "sparsity 0.5" in card and "not zero" in card
+    state = load_file(tmp_path / "out/model/model.safetensors")
+    linears = [
+        value for key, value in state.items() if ".layer." in key and key.endswith("weight") and value.ndim == 2
+    ]
+    assert len(linears) == 12 and all((value.view(len(value), -1, 4) != 0).sum(-1).eq(2).all() for value in linears)
+    with pytest.raises(ConfigError, match="multiple of 5"):
+        compress(
+            _text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "no", **{"prune.mask_structure": "4:5"}
+        )
+    assert not (tmp_path / "no").exists()
+
+
 def test_two_processes_cannot_share_a_folder(tmp_path, rows):
     recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
     first = Workspace(out, recipe)

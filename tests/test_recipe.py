@@ -500,3 +500,14 @@ def test_import_is_light():
 def test_an_attention_stage_says_what_it_does():
     with pytest.raises(ConfigError, match=r"stages\[0\]\.attention is empty: give a kind"):
         Recipe.from_dict(changed(["stages", 0, "attention"], {}))
+
+
+def test_a_pattern_of_zeros_says_the_ratio(tmp_path):
+    text = Recipe.from_dict(
+        BASE | {"stages": [{"prune": {"granularity": ["weight"], "mask_structure": "1:4"}}]}
+    ).to_yaml()
+    (tmp_path / "zeros.yaml").write_text(text.replace("'1:4'", "1:4"))  # YAML 1.1 would read minutes
+    recipe = Recipe.from_yaml(tmp_path / "zeros.yaml")
+    assert recipe.stages[0].settings.config.ratio == 0.75
+    other = recipe.with_overrides({"prune.mask_structure": "2:4"})
+    assert other.stages[0].settings.config.ratio == 0.5 and other.stages[0].settings.config.structure == (2, 4)

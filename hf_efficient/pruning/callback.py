@@ -19,12 +19,14 @@ from transformers.utils import logging
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..models.building import check_model
 from ..training import restore_renamed
+from .calibration import average_length
 from .config import PruningConfig
+from .costs import Costs, make_costs, total_cost
 from .groups import Group, find_groups, output_weight, unit_parameters
 from .importance import IMPORTANCES, gradient_scores
 from .plan import PruningPlan
-from .prune import allocate, average_length, total_cost
 from .schedule import ratio_at
+from .search import allocate
 from .surgery import apply_plan
 
 STATE_FILE = "pruning_state.safetensors"
@@ -63,6 +65,11 @@ class PruningCallback(TrainerCallback):
                 "PruningCallback removes heads and neurons while training. Drop layers before: "
                 "model = prune(model, PruningConfig(granularity='layer', ...), calibration)."
             )
+        if "weight" in config.granularity:
+            raise ConfigError(
+                "PruningCallback removes heads and neurons while training. Make weights zero afterwards: "
+                "model = prune(model, PruningConfig(granularity='weight', ...), calibration)."
+            )
         if not 0 <= start < end <= 1:
             raise ConfigError(
                 f"start and end are fractions of the run with 0 <= start < end <= 1, got {start}, {end}."
@@ -77,7 +84,8 @@ class PruningCallback(TrainerCallback):
             raise ConfigError(f"momentum must be from 0 to below 1, got {momentum}.")
         self.config, self.start, self.end, self.every = config, start, end, every
         self.sequence_length, self.momentum = sequence_length, momentum
-        self.length = self.total = 0
+        self.length = 0
+        self.costs: Costs
         self.scores: dict[Group, torch.Tensor] = {}
         self.removed: dict[Group, torch.Tensor] = {}  # bool [units]
 
@@ -95,9 +103,9 @@ class PruningCallback(TrainerCallback):
         self.removed = {group: torch.zeros(group.units, dtype=torch.bool) for group in groups}
         self.scores = {group: torch.zeros(group.units) for group in groups}
         self.length = self.sequence_length or average_length([], model)
-        self.total = total_cost(model, self.config.metric, self.length)
+        self.costs = make_costs(model, self.config.metric, self.length)
         # A ratio that is out of reach must be an error now and not in the middle of the run.
-        allocate(model, self.scores, self.config, self.length, self.config.ratio * self.total)
+        allocate(model, self.scores, self.config, self.costs, self.config.ratio * self.costs.total)
         if state.global_step > 0:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_renamed(model, checkpoint)
@@ -128,8 +136,8 @@ class PruningCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            tensors = {f"{_name(group)}.scores": score for group, score in self.scores.items()}
-            tensors |= {f"{_name(group)}.removed": mask for group, mask in self.removed.items()}
+            tensors = {f"{group.name}.scores": score for group, score in self.scores.items()}
+            tensors |= {f"{group.name}.removed": mask for group, mask in self.removed.items()}
             save_file(tensors, folder / f"{STATE_FILE}.tmp")
             (folder / f"{STATE_FILE}.tmp").replace(folder / STATE_FILE)
 
@@ -138,9 +146,9 @@ class PruningCallback(TrainerCallback):
         kept = {}
         for group, removed in self.removed.items():
             gone = removed & _zero_units(model, group)  # fewer, if the Trainer went back to its best checkpoint
-            kept[group] = tuple((~gone).nonzero().flatten().tolist())
+            kept[group.name] = tuple((~gone).nonzero().flatten().tolist())
         become(model, apply_plan(model, PruningPlan(units=kept)))
-        reached = 1 - total_cost(model, self.config.metric, self.length) / self.total
+        reached = 1 - total_cost(model, self.config.metric, self.length) / self.costs.total
         if reached < self.config.ratio - 1e-6:
             logger.warning(
                 f"PruningCallback removed {reached:.3f} of the {self.config.metric} instead of {self.config.ratio}: "
@@ -153,14 +161,14 @@ class PruningCallback(TrainerCallback):
                 f"{path} is missing. Resume from a checkpoint in output_dir that a run with PruningCallback wrote."
             )
         tensors = load_file(path)
-        self.scores = {group: tensors[f"{_name(group)}.scores"] for group in self.scores}
-        self.removed = {group: tensors[f"{_name(group)}.removed"] for group in self.removed}
+        self.scores = {group: tensors[f"{group.name}.scores"] for group in self.scores}
+        self.removed = {group: tensors[f"{group.name}.removed"] for group in self.removed}
 
     def _raise_to(self, model: PreTrainedModel, ratio: float) -> None:
         scores = self._current_scores(model)
         for group, score in scores.items():
             score[self.removed[group]] = -torch.inf  # what is gone stays gone
-        kept = allocate(model, scores, self.config, self.length, ratio * self.total)
+        kept = allocate(model, scores, self.config, self.costs, ratio * self.costs.total)
         for group, units in kept.items():
             gone = torch.ones(group.units, dtype=torch.bool)
             gone[list(units)] = False
@@ -169,7 +177,7 @@ class PruningCallback(TrainerCallback):
     def _current_scores(self, model: PreTrainedModel) -> dict[Group, torch.Tensor]:
         if self.config.importance == "taylor":
             return {group: score.clone() for group, score in self.scores.items()}
-        options = {"metric": self.config.metric, "length": self.length, "seed": self.config.seed}
+        options = {"length": self.length, "seed": self.config.seed}
         return IMPORTANCES[self.config.importance](model, list(self.scores), **options)
 
     def _zero_rows(self, model: PreTrainedModel):
@@ -189,10 +197,6 @@ class PruningCallback(TrainerCallback):
             for moment in optimizer.state.get(parameter, {}).values():
                 if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
                     moment.index_fill_(dim, rows, 0)
-
-
-def _name(group: Group) -> str:
-    return f"{group.stack}.{group.kind}.{group.layers[0]}"
 
 
 def _check_optimizer(model: PreTrainedModel, optimizer) -> None:

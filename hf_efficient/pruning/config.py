@@ -1,21 +1,48 @@
 """What to remove from a model, and how to choose it.
 
-PruningConfig(ratio=0.5, granularity=("head", "neuron"), importance="taylor")
+PruningConfig(ratio=0.5)                                         # heads and neurons, by Fisher information
+PruningConfig(ratio=0.5, metric="latency", sequence_length=128)  # twice as fast
+PruningConfig(granularity="weight", mask_structure="2:4", importance="obs")
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..errors import ConfigError, unknown_name
 
 # What each granularity of units removes: the kinds of `groups.Group`.
 UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
 
-METRICS = ("macs", "parameters")
-GRANULARITIES = ("head", "neuron", "layer")
-IMPORTANCES = ("magnitude", "taylor", "random")
+METRICS = ("macs", "parameters", "latency")
+GRANULARITIES = ("head", "neuron", "layer", "weight")
+# Importances of units, and of layers, with whether they need calibration batches; `register_importance` adds to them.
+IMPORTANCES = {
+    "fisher": True,
+    "taylor": True,
+    "activation": True,
+    "magnitude": False,
+    "magnitude_l1": False,
+    "random": False,
+}
+LAYER_IMPORTANCES = {"loss": True, "block_influence": True}
+WEIGHT_IMPORTANCES = ("magnitude", "random", "activation", "taylor", "fisher", "obs")
+# They tell the weights of one matrix apart, by the error in its output, and say nothing about other matrices.
+OF_ONE_MATRIX = ("activation", "obs")
 ALLOCATIONS = ("global", "uniform")
 SCHEDULES = ("cubic", "linear", "one-shot")
+MAX_GROUP = 32  # of mask_structure
+LIMITS = {
+    "round_to": 4096,
+    "steps": 1000,
+    "sequence_length": 1 << 24,
+    "latency_batch_size": 1 << 16,
+    "seed": 2**63 - 1,
+}
+
+# Not given: 0.5, or what `mask_structure` says.
+_DEFAULT: Any = None
 
 
 @dataclass(frozen=True)
@@ -24,36 +51,57 @@ class PruningConfig:
 
     Parameters:
         ratio: the fraction of `metric` to remove, between 0 and 1, counted over the layers of the network;
-            embeddings and task heads are not counted and not touched.
-        metric: `"macs"` (multiply-accumulates at the length of the calibration batches) or `"parameters"`.
+            embeddings and task heads are not counted and not touched. Of `"weight"` alone it is the fraction of the
+            linears' weights that become zero. Default 0.5; with `mask_structure` what that says.
+        metric: `"macs"` (multiply-accumulates on `sequence_length` tokens), `"parameters"`, or `"latency"`: the time
+            of one forward of the whole model, measured on this machine for `latency_batch_size` x `sequence_length`
+            tokens, so that 0.5 makes it twice as fast.
         granularity: what may be removed: `"head"` (under grouped-query attention a whole key/value group), `"neuron"`
-            (an FFN intermediate unit), `"layer"`. With `"layer"` and another, both reduce the network by the same
-            factor: ratio 0.75 keeps half of the layers, and half of what is in them.
-        importance: `"taylor"` (|w * dL/dw|, needs calibration batches), `"magnitude"` (L2 norm, the weakest) or
-            `"random"` (a control).
+            (an FFN intermediate unit), `"layer"`, `"weight"` (zeros in the linears, which keep their size). Layers,
+            units (heads and neurons) and weights all reduce the network by the same factor: ratio 0.75 keeps half
+            of the layers, and half of what is in them. Weights come last, of what the others have left.
+        importance: of heads and neurons: `"fisher"`, `"taylor"`, `"activation"`, `"magnitude"`, `"magnitude_l1"`
+            or `"random"`; see `pruning.importance`. Of weights also `"obs"` (SparseGPT). `"movement"` is learned while
+            training (`PruningCallback`).
+        layer_importance: of layers: `"loss"`, `"block_influence"`, or one of the above, summed over a layer's units.
         allocation: `"global"` spends the budget over the whole network, `"uniform"` keeps the same number of heads
-            and of neurons in every layer, which stock model classes can often load without hf_efficient.
+            and of neurons in every layer, which stock model classes can often load without hf_efficient; the same
+            fraction of weights in every matrix (`"activation"`: in every output row).
+        mask_structure: a pattern of zeros: `"2:4"` keeps 2 of every 4 consecutive inputs in every row. None: anywhere.
+        reconstruct: with calibration batches, what stays makes up for what leaves: least squares on the output linears
+            (`pruning.reconstruction`), for weights the update of SparseGPT.
         round_to: every layer keeps a multiple of this many neurons.
-        steps: repeat scoring and removing so many times, each on the already pruned model, up to `ratio`.
+        steps: score and remove in so many steps, each on the model as it is by then, up to `ratio`.
+        sequence_length: tokens of the inputs that the model is made for. Default: the average of the calibration
+            batches, or 128.
+        latency_batch_size: rows of the inputs for `metric="latency"`.
         schedule: how `PruningCallback` raises the ratio while training: `"cubic"` (Zhu & Gupta 2017), `"linear"`
             or `"one-shot"`.
-        seed: for `"random"`.
+        seed: of whatever is drawn.
 
     Raises:
         ConfigError: a value that is not allowed.
     """
 
-    ratio: float = 0.5
+    ratio: float = _DEFAULT
     metric: str = "macs"
     granularity: Sequence[str] = ("head", "neuron")
-    importance: str = "taylor"
+    importance: str = "fisher"
+    layer_importance: str = "loss"
     allocation: str = "global"
+    mask_structure: str | None = None
+    reconstruct: bool = True
     round_to: int = 8
     steps: int = 1
+    sequence_length: int | None = None
+    latency_batch_size: int = 8
     schedule: str = "cubic"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        structure = None if self.mask_structure is None else _read_structure(self.mask_structure)
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", 0.5 if structure is None else 1 - structure[0] / structure[1])
         is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
         if not is_number or not 0 < self.ratio < 1:
             raise ConfigError(f"ratio must lie between 0 and 1 (0.5 removes half), both excluded, got {self.ratio!r}.")
@@ -67,16 +115,111 @@ class PruningConfig:
                 raise unknown_name("granularity", name, GRANULARITIES)
         for field, known in (
             ("metric", METRICS),
-            ("importance", IMPORTANCES),
             ("allocation", ALLOCATIONS),
             ("schedule", SCHEDULES),
         ):
             if getattr(self, field) not in known:
                 raise unknown_name(field, getattr(self, field), known)
-        for field, high in (("round_to", 4096), ("steps", 1000), ("seed", 2**63 - 1)):
+        for field, high in LIMITS.items():
             value, low = getattr(self, field), 0 if field == "seed" else 1
+            if field == "sequence_length" and value is None:
+                continue
             if type(value) is not int or not low <= value <= high:
                 raise ConfigError(f"{field} must be an integer from {low} to {high}, got {value!r}.")
+        if type(self.reconstruct) is not bool:
+            raise ConfigError(f"reconstruct must be true or false, got {self.reconstruct!r}.")
+        self._check_importance()
+        self._check_weights()
+
+    def _check_importance(self) -> None:
+        if self.importance in LAYER_IMPORTANCES and self._rest == self.granularity == ("layer",):
+            object.__setattr__(self, "layer_importance", self.importance)
+            object.__setattr__(self, "importance", "fisher")
+        known = [name for name in WEIGHT_IMPORTANCES if "weight" in self.granularity]
+        if self._rest:
+            known = [name for name in IMPORTANCES if not known or name in known]
+        if self.importance in LAYER_IMPORTANCES:
+            raise ConfigError(
+                f"importance={self.importance!r} ranks layers, granularity is {list(self.granularity)}. Set "
+                f"layer_importance={self.importance!r} for the layers, and importance for what is in them."
+            )
+        if self.importance not in known:
+            raise unknown_name(f"importance of granularity {list(self.granularity)}:", self.importance, known)
+        if self.layer_importance not in IMPORTANCES and self.layer_importance not in LAYER_IMPORTANCES:
+            raise unknown_name("layer_importance", self.layer_importance, [*LAYER_IMPORTANCES, *IMPORTANCES])
+
+    def _check_weights(self) -> None:
+        if "weight" not in self.granularity:
+            if self.mask_structure is not None:
+                raise ConfigError(
+                    f"mask_structure={self.mask_structure!r} is a pattern of zero weights; granularity is "
+                    f"{list(self.granularity)}. Add 'weight' to it, or leave mask_structure out."
+                )
+            return
+        if self.importance == "obs" and not self.reconstruct:
+            raise ConfigError(
+                "importance='obs' chooses and updates weights together, so reconstruct=False cannot be honoured. "
+                "Leave it out, or choose importance='activation'."
+            )
+        if self.structure is not None:
+            self._check_structure(*self.structure)
+        elif self.importance in OF_ONE_MATRIX and self.allocation == "global":
+            raise ConfigError(
+                f"importance={self.importance!r} compares the weights of one matrix, so allocation='global' cannot be "
+                "honoured. Set allocation='uniform'."
+            )
+
+    def _check_structure(self, n: int, m: int) -> None:
+        zeros = 1 - n / m
+        if not self._rest and abs(self.ratio - zeros) > 1e-6:
+            raise ConfigError(
+                f"mask_structure='{n}:{m}' makes the fraction {zeros:.4g} of the weights zero, got "
+                f"ratio={self.ratio}. Set that, or leave it out."
+            )
+        if self._rest and self.ratio <= zeros:
+            raise ConfigError(
+                f"mask_structure='{n}:{m}' alone makes the fraction {zeros:.4g} of the weights zero, so with "
+                f"{list(self._rest)} ratio must be more than that, got {self.ratio}."
+            )
+        if self.steps > 1:
+            raise ConfigError(
+                f"mask_structure='{n}:{m}' is reached in one step, got steps={self.steps}. Leave steps out; prune "
+                "units before, by a call of their own."
+            )
+        if "neuron" in self.granularity and self.round_to % m:
+            raise ConfigError(
+                f"mask_structure='{n}:{m}' needs neurons in multiples of {m}, got round_to={self.round_to}."
+            )
+
+    @property
+    def structure(self) -> tuple[int, int] | None:
+        """`mask_structure` in numbers: (2, 4)."""
+        return None if self.mask_structure is None else _read_structure(self.mask_structure)
+
+    @property
+    def _rest(self) -> tuple[str, ...]:
+        return tuple(name for name in self.granularity if name != "weight")
+
+    @property
+    def weight_ratio(self) -> float:
+        """The fraction of weights that become zero: `ratio`, or the factor that layers and units reduce by too."""
+        if "weight" not in self.granularity:
+            return 0.0
+        if self.structure is not None:
+            return 1 - self.structure[0] / self.structure[1]
+        parts = 1 + ("layer" in self.granularity) + bool(self.unit_kinds)
+        return 1 - (1 - self.ratio) ** (1 / parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"granularity": list(self.granularity)}
+
+    def without_weights(self) -> "PruningConfig | None":
+        """What is left to do for layers and units; None if nothing."""
+        if not self._rest:
+            return None
+        ratio = 1 - (1 - self.ratio) / (1 - self.weight_ratio)
+        return replace(self, granularity=self._rest, ratio=ratio, mask_structure=None)
 
     @property
     def unit_kinds(self) -> tuple[str, ...]:
@@ -89,3 +232,14 @@ class PruningConfig:
         if "layer" not in self.granularity:
             return 0.0
         return 1 - (1 - self.ratio) ** 0.5 if self.unit_kinds else self.ratio
+
+
+def _read_structure(given: object) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", given) if isinstance(given, str) else None
+    n, m = (int(number) for number in match.groups()) if match else (0, 0)
+    if not 0 < n < m <= MAX_GROUP:
+        raise ConfigError(
+            f"mask_structure must be 'n:m' with 0 < n < m <= {MAX_GROUP}, got {given!r}. '2:4' keeps 2 of every 4 "
+            "consecutive inputs."
+        )
+    return n, m

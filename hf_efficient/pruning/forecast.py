@@ -1,16 +1,14 @@
 """What a plan will give, from shapes alone: nothing is allocated, so a model may have any size.
 
-    forecast(model, plan, length=2048)          # `model` may be on the meta device
+forecast(model, plan, length=2048)          # `model` may be on the meta device
 """
 
 import copy
-from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..attention.dispatch import NAME
-from ..families import find_stacks, layers_prefix
+from ..families import find_stacks
 from ..measure.inputs import dummy_inputs
 from ..measure.size import count_macs
 from ..models.building import class_for
@@ -55,9 +53,7 @@ def forecast(model: PreTrainedModel, plan: PruningPlan, length: int) -> Forecast
         cache_bytes=caches[1],
         cache_bytes_before=caches[0],
         removed_macs=_removed(sum(row.macs for row in rows), sum(row.macs_before for row in rows)),
-        removed_parameters=_removed(
-            sum(row.parameters for row in rows), sum(row.parameters_before for row in rows)
-        ),
+        removed_parameters=_removed(sum(row.parameters for row in rows), sum(row.parameters_before for row in rows)),
         layers=tuple(rows),
     )
 
@@ -70,9 +66,7 @@ def _macs(model: PreTrainedModel, length: int) -> int:
     return count_macs(model, dummy_inputs(model, 1, length))
 
 
-def _layers(
-    before: PreTrainedModel, after: PreTrainedModel, plan: PruningPlan, length: int
-) -> list[LayerForecast]:
+def _layers(before: PreTrainedModel, after: PreTrainedModel, plan: PruningPlan, length: int) -> list[LayerForecast]:
     old, new = (_by_layer(model, length) for model in (before, after))
     rows = []
     for stack, layers in find_stacks(before):

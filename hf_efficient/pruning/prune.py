@@ -19,17 +19,20 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, DataError
+from ..families import family_of
 from ..loading import load_config
 from ..models.building import check_model
+from .allocation import choose_layers
 from .calibration import average_length, check_calibration
-from .config import IMPORTANCES, PruningConfig
+from .config import IMPORTANCES, LAYER_IMPORTANCES, PruningConfig
 from .costs import Costs, make_costs
 from .forecast import forecast
 from .groups import find_groups
 from .plan import PruningPlan
 from .reach import check_reachable
-from .search import Cutter, allocate, search
+from .search import Cutter, allocate, is_kept, search
 from .stream import Batch
+from .weights import check_data, prune_weights
 
 
 def prune(
@@ -49,7 +52,8 @@ def prune(
         plan: what to keep, as `hf_efficient.plan` makes it. Its `config` says whether weights are reconstructed.
 
     Returns:
-        A stock model where the stock config can say the result, else an efficient one; on the same device.
+        A stock model where the stock config can say the result, else an efficient one; on the same device. With
+        granularity `"weight"` alone a model of the same class and size, with zeros.
 
     Raises:
         ConfigError: the ratio cannot be reached; the plan does not fit the model; neither or both are given.
@@ -62,10 +66,19 @@ def prune(
     batches = check_calibration(model, calibration)
     if plan is not None:
         return _carry_out(model, plan, batches)
-    _check_data(config, batches)
     length = config.sequence_length or average_length(batches, model)
+    if "weight" in config.granularity:
+        return _with_zeros(model, config, batches, length)
+    _check_data(config, batches)
     costs = _costs(model, config, length)
     return search(model, config, batches, costs, length)[1]
+
+
+def _with_zeros(model: PreTrainedModel, config: PruningConfig, batches: list[Batch], length: int) -> PreTrainedModel:
+    check_data(config, batches)
+    rest = config.without_weights()
+    check_reachable(model, config, make_costs(model, "macs", length))
+    return prune_weights(prune(model, rest, batches) if rest else model, config, batches)
 
 
 def _carry_out(model: PreTrainedModel, plan: PruningPlan, batches: list[Batch]) -> PreTrainedModel:
@@ -119,19 +132,35 @@ def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedM
 
 
 def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> PruningPlan:
-    """Uniform: as many units go from each layer, and layers from the middle on."""
+    """As many units go from each layer; which layers, and which units, is not known: the last ones are named."""
     if config.metric == "latency":
         raise ConfigError("metric='latency' is measured, which needs a model with weights. Ask for 'macs' first.")
-    config = replace(config, allocation="uniform", importance="magnitude", layer_importance="magnitude", steps=1)
     costs = _costs(model, config, length)
-    ...
+    family, layers = family_of(model.config), {}
+    if "layer" in config.granularity:
+        later_first = {key: float(-key[1]) for key in costs.layers}
+        share, alone = config.layer_share * costs.total, not config.unit_kinds
+        layers = choose_layers(later_first, costs.layers, share, alone, family.deepest, family.first_stays)
+    found = PruningPlan(layers=layers)
+    if config.unit_kinds:
+        left = sum(cost for key, cost in costs.layers.items() if is_kept(key, found))
+        groups = [
+            group
+            for group in find_groups(model)
+            if group.kind in config.unit_kinds and any(is_kept((group.stack, i), found) for i in group.layers)
+        ]
+        equal = {group: torch.ones(group.units) * costs.of(group, 1) for group in groups}
+        remove = left - (1 - config.ratio) * costs.total
+        kept = allocate(model, equal, replace(config, allocation="uniform"), costs, remove)
+        found = replace(found, units={group.name: units for group, units in kept.items()})
+    return found
 
 
 def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
     asked = [config.importance] if config.unit_kinds else []
     asked += [config.layer_importance] if "layer" in config.granularity else []
     for name in asked:
-        if IMPORTANCES[name] and not batches:
+        if (IMPORTANCES | LAYER_IMPORTANCES)[name] and not batches:
             raise DataError(
                 f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
                 "Without data use importance='magnitude'."

@@ -8,16 +8,24 @@ from .allocation import choose_layers
 from .config import PruningConfig
 from .costs import Costs
 from .groups import find_groups
+from .weights import check_structure
 
 
 def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs) -> None:
     """Compare the budget with the least that must stay: one head in each attention, `round_to` neurons in each FFN.
 
-    `model` may be on the meta device.
+    Any fraction of the weights can become zero, but their pattern has to fit. `model` may be on the meta device.
 
     Raises:
-        ConfigError: the ratio is too high; the message names the highest that can be reached.
+        ConfigError: the ratio is too high (the message names the highest that can be reached), or a pattern of zeros
+            does not fit.
     """
+    if "weight" in config.granularity:
+        check_structure(model, config)
+        rest = config.without_weights()
+        if rest is not None:
+            check_reachable(model, rest, costs)
+        return
     groups = find_groups(model)
     whole = costs.layers
     least: dict[tuple[str, int], float] = dict(whole)

@@ -118,7 +118,7 @@ def output_paths(model: PreTrainedModel, stack: Stack) -> list[str]:
 
 
 class _Fit:
-    """The normal equations of one linear, those of held-out rows apart: sums over tokens of c x x' and c x (y - W x)'."""
+    """The normal equations of one linear, those of held-out rows apart: sums of c x x' and of c x (y - W x)'."""
 
     def __init__(self, linear: nn.Module):
         self.linear, self.bias = linear, linear.bias is not None

@@ -39,7 +39,7 @@ def search(
     if "layer" in config.granularity:
         plan = PruningPlan(layers=_choose_layers(model, config, batches, costs, length))
     small = cutter.cut(plan)
-    start = costs.total - sum(cost for key, cost in costs.layers.items() if not _is_kept(key, plan))
+    start = costs.total - sum(cost for key, cost in costs.layers.items() if not is_kept(key, plan))
     goal = (1 - config.ratio) * costs.total
     for step in range(1, config.steps + 1) if config.unit_kinds else ():
         target = start * (goal / start) ** (step / config.steps)  # the same factor in every step
@@ -104,15 +104,13 @@ def _rearranged(gradients: torch.Tensor, names: torch.Tensor, kept: tuple[int, .
     return tuple(names[list(rearrange(gradients, tuple(places.tolist())))].tolist())
 
 
-def _pairs(
-    model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
-) -> list[tuple[Group, Group]]:
+def _pairs(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> list[tuple[Group, Group]]:
     """Each group of the dense model that has kept layers, and what it is in the small one."""
-    left = [group for group in find_groups(model) if any(_is_kept((group.stack, i), plan) for i in group.layers)]
+    left = [group for group in find_groups(model) if any(is_kept((group.stack, i), plan) for i in group.layers)]
     return list(zip(left, find_groups(small), strict=True))
 
 
-def _is_kept(key: tuple[str, int], plan: PruningPlan) -> bool:
+def is_kept(key: tuple[str, int], plan: PruningPlan) -> bool:
     stack, layer = key
     return stack not in plan.layers or layer in plan.layers[stack]
 
@@ -143,9 +141,7 @@ def _choose_layers(
     )
 
 
-def layer_scores(
-    model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int
-) -> LayerScores:
+def layer_scores(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int) -> LayerScores:
     """By (stack, layer)."""
     if config.layer_importance in LAYER_IMPORTANCES:
         return LAYER_IMPORTANCES[config.layer_importance](model, batches)
@@ -164,6 +160,6 @@ def _check_scores(group: Group, values: torch.Tensor, config: PruningConfig) -> 
     if values.shape != (group.units,) or not torch.isfinite(values).all():
         raise DataError(
             f"The {config.importance} scores of {group.name} must be {group.units} finite numbers, got "
-            f"{tuple(values.shape)}, {int(values.isfinite().sum())} of them finite. Check the calibration data and the "
-            "weights for NaN."
+            f"{tuple(values.shape)}, {int(values.isfinite().sum())} of them finite. Check the calibration data "
+            "and the weights for NaN."
         )

@@ -59,6 +59,16 @@ class Size:
         """Everything but lookup tables."""
         return self.parameters - self.embedding_parameters
 
+    @property
+    def sparsity(self) -> float:
+        """The fraction of parameters that are zero."""
+        return 1 - self.nonzero_parameters / self.parameters
+
+    @property
+    def is_sparse(self) -> bool:
+        """More than a percent of zeros: biases and padding rows of a dense model are zero too."""
+        return self.sparsity > 0.01
+
 
 @dataclass(frozen=True)
 class Latency:

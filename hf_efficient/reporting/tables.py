@@ -103,17 +103,12 @@ def comparison_rows(
     add("MACs", lambda m: format_count(m.size.macs), ratio("mac_ratio"))
     add("parameters", lambda m: format_count(m.size.parameters), ratio("parameter_ratio"))
     add("without embeddings", lambda m: format_count(m.size.non_embedding_parameters))
-    if any(m is not None and _sparse(m) for m in both):
+    if any(m is not None and m.size.is_sparse for m in both):
         add("not zero", lambda m: format_count(m.size.nonzero_parameters))
     add("weights", lambda m: format_bytes(m.size.weight_bytes), ratio("weight_bytes_ratio"))
     add("on disk", lambda m: None if m.size.bytes_on_disk is None else format_bytes(m.size.bytes_on_disk))
     add("peak memory", lambda m: format_bytes(m.size.peak_memory_bytes), ratio("memory_ratio"))
     return rows
-
-
-def _sparse(measurement: Measurement) -> bool:
-    """More than a percent of zeros: biases and padding rows of a dense model are zero too."""
-    return measurement.size.nonzero_parameters < 0.99 * measurement.size.parameters
 
 
 def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -> list[tuple[str, str, str, str]]:

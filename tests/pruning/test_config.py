@@ -13,7 +13,6 @@ BAD = [
     ({"ratio": float("nan")}, ["between 0 and 1", "nan"]),
     ({"ratio": "half"}, ["between 0 and 1", "'half'"]),
     ({"ratio": True}, ["between 0 and 1", "True"]),
-    ({"ratio": None}, ["between 0 and 1", "None"]),
     ({"metric": "flops"}, ["'flops'", "macs", "parameters"]),
     ({"granularity": ()}, ["empty", "head", "neuron", "layer"]),
     ({"granularity": "heads"}, ["'heads'", "Did you mean 'head'", "neuron", "layer"]),
@@ -31,6 +30,29 @@ BAD = [
     ({"steps": True}, ["steps", "integer", "True"]),
     ({"seed": -1}, ["seed", "integer", "-1"]),
     ({"seed": "a"}, ["seed", "integer", "'a'"]),
+    ({"reconstruct": 1}, ["reconstruct", "true or false", "1"]),
+    ({"importance": "fisher"}, ["'fisher'", "['head', 'neuron']", "taylor"]),
+    ({"granularity": "weight", "importance": "wanda"}, ["'wanda'", "['weight']", "activation", "obs"]),
+    ({"granularity": ("neuron", "weight"), "importance": "obs"}, ["'obs'", "['neuron', 'weight']", "taylor"]),
+    ({"mask_structure": "2:4"}, ["'2:4'", "['head', 'neuron']", "Add 'weight'"]),
+    ({"granularity": "weight", "mask_structure": "4:2"}, ["'4:2'", "0 < n < m <= 32", "2 of every 4"]),
+    ({"granularity": "weight", "mask_structure": "0:4"}, ["'0:4'", "n:m"]),
+    ({"granularity": "weight", "mask_structure": "16:64"}, ["'16:64'", "<= 32"]),
+    ({"granularity": "weight", "mask_structure": "half"}, ["'half'", "n:m"]),
+    ({"granularity": "weight", "mask_structure": 2}, ["got 2", "n:m"]),
+    ({"granularity": "weight", "mask_structure": "1:4", "ratio": 0.5}, ["'1:4'", "0.75", "ratio=0.5", "leave it out"]),
+    ({"granularity": "weight", "mask_structure": "2:4", "steps": 2}, ["steps=2", "one step"]),
+    ({"granularity": "weight", "importance": "activation"}, ["'activation'", "one matrix", "allocation='uniform'"]),
+    ({"granularity": "weight", "importance": "obs"}, ["'obs'", "one matrix", "allocation='uniform'"]),
+    (
+        {"granularity": "weight", "importance": "obs", "allocation": "uniform", "reconstruct": False},
+        ["'obs'", "reconstruct=False", "'activation'"],
+    ),
+    ({"granularity": ("head", "weight"), "mask_structure": "2:4", "ratio": 0.5}, ["0.5", "more than that", "'head'"]),
+    (
+        {"granularity": ("neuron", "weight"), "mask_structure": "2:4", "ratio": 0.8, "round_to": 6},
+        ["multiples of 4", "round_to=6"],
+    ),
 ]
 
 
@@ -50,3 +72,20 @@ def test_good_values():
 
 def test_config_and_table_name_the_same_importances():
     assert set(IMPORTANCES) == set(NAMES)
+
+
+def test_the_ratio_that_a_pattern_says():
+    assert PruningConfig().ratio == PruningConfig(granularity="weight").ratio == 0.5
+    assert PruningConfig(granularity="weight", mask_structure="1:4").ratio == 0.75
+    assert PruningConfig(granularity="weight", mask_structure="2:3", ratio=0.333333333).structure == (2, 3)
+
+
+def test_all_parts_reduce_by_the_same_factor():
+    one = PruningConfig(ratio=0.875, granularity=("layer", "head", "neuron", "weight"))
+    rest = one.without_weights()
+    assert one.weight_ratio == pytest.approx(0.5) == rest.layer_share
+    assert rest.ratio == pytest.approx(0.75) and rest.granularity == ("layer", "head", "neuron")
+    pattern = PruningConfig(ratio=0.8, granularity=("neuron", "weight"), mask_structure="2:4")
+    assert pattern.weight_ratio == 0.5 and pattern.without_weights().ratio == pytest.approx(0.6)
+    assert PruningConfig(granularity="weight").without_weights() is None
+    assert PruningConfig(granularity="head").weight_ratio == 0

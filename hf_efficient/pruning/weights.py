@@ -1,0 +1,102 @@
+"""Single weights become zero: unstructured, or n of every m consecutive inputs.
+
+    sparse = prune_weights(model, PruningConfig(ratio=0.5, granularity="weight", importance="obs"), batches)
+    count_zeros(sparse)                                                       # (zeros, all) of the linears
+
+The result has the class, the config and the size of the given model. Dense kernels multiply zeros like any number, so
+nothing gets faster by itself; on a CUDA GPU each 2:4 weight can be handed to `torch.sparse.to_sparse_semi_structured`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError, DataError
+from ..models.building import check_model, rebuild
+from .config import PruningConfig
+from .linear_inputs import Batch
+from .linears import Linear, find_linears, matrix, parameter_of
+from .sparsegpt import reconstruct, sparsegpt
+from .sparsity import Masks, choose_masks
+from .weight_importance import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
+
+
+def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> PreTrainedModel:
+    """A copy of `model` in which the fraction `config.weight_ratio` of the linears' weights is zero.
+
+    Parameters:
+        model: a stock or efficient model of any family in the table; it stays as it is.
+        config: with `"weight"` in its granularity. `steps` rescore the already pruned model.
+        batches: of model inputs. With `reconstruct` they also serve to update the weights that stay.
+
+    Raises:
+        ConfigError: a matrix does not consist of whole groups of m inputs.
+        DataError: the importance needs batches and there are none; scores or inputs are not finite.
+    """
+    check_model(model)
+    check_data(config, batches)
+    check_structure(model, config)
+    sparse = rebuild(model, model.config)
+    linears = find_linears(sparse)
+    for step in range(1, config.steps + 1):
+        ratio = 1 - (1 - config.weight_ratio) ** (step / config.steps)
+        if config.importance == "obs":
+            sparsegpt(sparse, linears, batches, ratio, config.structure)
+            continue
+        masks = _masks(sparse, linears, config, batches, ratio)
+        if config.reconstruct and batches:
+            reconstruct(sparse, linears, batches, masks)
+        else:
+            _zero(sparse, masks)
+    return sparse
+
+
+def check_data(config: PruningConfig, batches: Sequence[Batch]) -> None:
+    """Refuse to score without data what can only be scored with it."""
+    if config.importance in WEIGHTS_NEED_DATA and not batches:
+        raise DataError(
+            f"importance={config.importance!r} needs calibration batches: prune(model, config, calibration=batches). "
+            "Without data use importance='magnitude'."
+        )
+
+
+def check_structure(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Every matrix must consist of whole groups of m inputs; `model` may be on the meta device.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for linear in find_linears(model) if config.structure else ():
+        inputs = matrix(model, linear).shape[1]
+        if inputs % config.structure[1]:
+            raise ConfigError(
+                f"mask_structure={config.mask_structure!r} needs matrices whose inputs are a multiple of "
+                f"{config.structure[1]}, but {linear.name} has {inputs}. Choose another mask_structure, or None."
+            )
+
+
+def _masks(
+    model: PreTrainedModel, linears: Sequence[Linear], config: PruningConfig, batches: Sequence[Batch], ratio: float
+) -> Masks:
+    scores = WEIGHT_IMPORTANCES[config.importance](model, linears, batches=batches, seed=config.seed)
+    for linear, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise DataError(
+                f"The {config.importance} scores of {linear.name} are not finite. Check the calibration data and the "
+                "weights for NaN."
+            )
+        score.masked_fill_(matrix(model, linear).cpu() == 0, -1)  # what is zero already counts, and leaves first
+    return choose_masks(
+        scores,
+        ratio,
+        allocation=config.allocation,
+        structure=config.structure,
+        by_row=config.importance == "activation",
+    )
+
+
+@torch.no_grad()
+def _zero(model: PreTrainedModel, masks: Masks) -> None:
+    for linear, mask in masks.items():
+        matrix(model, linear).masked_fill_(mask.to(parameter_of(model, linear).device), 0)
