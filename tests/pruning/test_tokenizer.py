@@ -135,11 +135,18 @@ def test_merges_on_the_way_stay_and_others_go():
 
 
 def test_the_price_of_an_unknown_character_stays():
-    before, after, _ = cut("unigram", ["the"])
-    scores = [
-        [score for _, score in json.loads(one.backend_tokenizer.to_str())["model"]["vocab"]] for one in (before, after)
-    ]
-    assert min(scores[0]) == min(scores[1])
+    """It is 10 below the lowest score. Were that of `zzz` forgotten, `a ? cde fgh` would become the best reading."""
+    scores = {"<unk>": 0.0, "a": -1.0, "cde": -1.0, "fgh": -1.0, "abcd": -30.0, "efgh": -30.0, "zzz": -100.0}
+    backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    texts = ["abcdefgh", "cdefgh"]
+    kept = used_tokens(tokenizer, texts)
+    small = trim_tokenizer(tokenizer, kept)
+    assert tokenizer.tokenize(texts[0]) == small.tokenize(texts[0]) == ["abcd", "efgh"]
+    spec = json.loads(small.backend_tokenizer.to_str())
+    assert ["zzz", -100.0] in spec["model"]["vocab"]
+    forgetful = Tokenizer(models.Unigram([pair for pair in scores.items() if pair[0] != "zzz"], unk_id=0))
+    assert forgetful.encode(texts[0]).tokens == ["a", "b", "cde", "fgh"]
 
 
 def test_a_class_that_builds_something_else_is_replaced_by_the_plain_one(tmp_path):
