@@ -23,6 +23,7 @@ _LAZY = {
     "transfer_attention": "attention.transfer",
     "PruningConfig": "pruning.config",
     "prune": "pruning.prune",
+    "prune_vocabulary": "pruning.vocabulary",
     "PruningCallback": "pruning.callback",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
@@ -57,6 +58,7 @@ __all__ = [
     "load_report",
     "measure",
     "prune",
+    "prune_vocabulary",
     "register_attention",
     "transfer_attention",
 ]

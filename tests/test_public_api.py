@@ -35,6 +35,7 @@ PUBLIC = [
     "load_report",
     "measure",
     "prune",
+    "prune_vocabulary",
     "register_attention",
     "transfer_attention",
 ]
