@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.families import find_stacks
 from hf_efficient.pruning.groups import expand, find_groups, unit_cost, unit_parameters
 from hf_efficient.pruning.prune import total_cost
 
-from .tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, vit
+from .tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, measured_macs, vit
 
 LENGTH = 16
 ROW = HIDDEN * WIDTH  # weights of one head in one projection
@@ -76,17 +75,6 @@ def test_units_own_every_weight_of_the_layers_but_the_norms_and_output_biases(ca
     assert owned <= outside
 
 
-def _measured_macs(model, inputs) -> int:
-    """Multiply-accumulates inside the layers, for one sequence. The eager attention shows its products."""
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs)
-    counts = counter.get_flop_counts()
-    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
-    layers = {id(layer) for _, modules in find_stacks(model) for layer in modules}
-    return sum(sum(counts.get(name, {}).values()) for name, module in names.items() if id(module) in layers) // 2
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_dense_macs_are_what_the_flop_counter_sees(case):
     """A linear per token, scores and weighted sum per pair of tokens: exactly what runs."""
@@ -97,7 +85,7 @@ def test_dense_macs_are_what_the_flop_counter_sees(case):
         model, inputs, length = make(case), {"input_ids": ids}, LENGTH
     if case.endswith("t5"):
         inputs["decoder_input_ids"] = ids
-    assert total_cost(model, "macs", length) == _measured_macs(model.eval(), inputs)
+    assert total_cost(model, "macs", length) == measured_macs(model.eval(), inputs)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -204,6 +205,17 @@ def zero_units(model: PreTrainedModel, kept: dict[Group, tuple[int, ...]]) -> No
         for member in group.members:
             weight = output_weight(model, member)
             weight.index_fill_(member.output.dim, member.output.rows(gone, weight), 0)
+
+
+def measured_macs(model, inputs) -> int:
+    """Multiply-accumulates inside the layers, for one sequence. The eager attention shows its products."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    counts = counter.get_flop_counts()
+    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
+    layers = {id(layer) for _, modules in find_stacks(model) for layer in modules}
+    return sum(sum(counts.get(name, {}).values()) for name, module in names.items() if id(module) in layers) // 2
 
 
 def config(**changes: Any) -> PruningConfig:
