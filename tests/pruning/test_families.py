@@ -50,6 +50,7 @@ def test_units_own_every_weight_of_the_layers_but_norms_scales_and_output_biases
         if id(parameter) not in owned
     ]
     assert left and all(parameter.ndim == 1 for _, parameter in left)
+    assert owned.keys() <= {id(p) for _, layers in find_stacks(model) for p in layers.parameters()}
     hidden = family_of(model.config).stacks[0].width(model.config)
     own = ("q_norm", "k_norm")  # Qwen and Gemma: one for all heads
     assert all(len(parameter) == hidden or any(norm in name for norm in own) for name, parameter in left)

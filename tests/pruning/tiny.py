@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -71,6 +73,25 @@ def llama(layers: int = 3, **changes: Any) -> PreTrainedModel:
             bos_token_id=1,
             eos_token_id=2,
             **changes,
+        )
+    )
+
+
+def gpt2(layers: int = 3) -> PreTrainedModel:
+    """Queries, keys and values come from one fused `Conv1D`."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=HIDDEN,
+            n_layer=layers,
+            n_head=HEADS,
+            n_inner=NEURONS,
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **dropouts,
         )
     )
 
@@ -140,6 +161,7 @@ CASES = {
     "bert": Case(bert, text_batch),
     "vit": Case(vit, image_batch),
     "llama": Case(llama, causal_batch),
+    "gpt2": Case(gpt2, causal_batch),
     "t5": Case(t5, seq2seq_batch),
     "gated-t5": Case(gated_t5, seq2seq_batch),
 }
