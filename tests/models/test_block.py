@@ -81,7 +81,17 @@ BAD_BLOCKS = {
     ),
     "kv_heads alone": ("llama", {"stacks": {"decoder": {"kv_heads": [1] * 3}}}, "kv_heads needs `heads`"),
     "kv_heads without groups": ("bert", encoder(heads=[2] * 3, kv_heads=[1] * 3), r"need kv_heads \(2, 2, 2\)"),
-    "sizes of what cannot be pruned": ("gpt2", {"stacks": {"decoder": {"heads": [2] * 3}}}, "stock sizes"),
+    "more than four times the hidden size": (
+        "gpt2",
+        {"stacks": {"decoder": {"neurons": [64, 65, 64]}}},
+        r"neurons\[1\] is 65; allowed: 1 to 64",
+    ),
+    "more than mlp_ratio says": ("dinov2", encoder(neurons=[65] * 3), r"neurons\[0\] is 65; allowed: 1 to 64"),
+    "more than the config of the tower says": (
+        "clip",
+        {"stacks": {"vision": {"neurons": [33] * 3}}},
+        r"stacks\.vision\.neurons\[0\] is 33; allowed: 1 to 32",
+    ),
     "cross attention that the config leaves out": (
         "bert",
         encoder(cross_attention=[{"kind": "linear"}] * 3),

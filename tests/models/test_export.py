@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_efficient import convert_attention
+from hf_efficient import PruningConfig, convert_attention, prune
 
 from ..attention.tiny import TINY
-from ..families import VOCABULARY, make_inputs, make_model
+from ..families import CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_model
 from ..helpers import assert_close
+from ..pruning.forms import FORMS, form_inputs, make_form
 
 SHAPES = [(1, 1), (2, 9), (1, 31), (3, 20), (2, 64), (2, 70), (1, 150)]  # fewer and more than one block
 JOBS = [("bert", name) for name in TINY] + [(family, "local") for family in ("llama", "gpt2", "t5", "bart")]
@@ -76,6 +77,19 @@ def test_images_export():
     program = torch.export.export(model, (), example, dynamic_shapes={"pixel_values": {0: torch.export.Dim.AUTO}})
     inputs = {"pixel_values": torch.randn(3, 3, 16, 16)}
     assert_close(program.module()(**inputs).logits, model(**inputs).logits, 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pruned_model_exports(form):
+    """Another number of heads and neurons in each layer, which the program must not take from the config."""
+    model, inputs = make_form(form), form_inputs(form, side=None)
+    inputs.pop("attention_mask", None)
+    if FORMS[form][0] in (*CAUSAL, *TWO_STACKS):
+        inputs["use_cache"] = False
+    small = prune(model, PruningConfig(ratio=0.5, importance="random"))
+    program = torch.export.export(small, (), inputs, strict=False)
+    with torch.no_grad():
+        assert_close(program.module()(**inputs)[0], small(**inputs)[0], 1e-5)
 
 
 def test_a_converted_model_is_not_quadratic():

@@ -25,11 +25,11 @@ from .tiny import batch, logits, make, sizes
 from .training import STEPS, Before, Watch, count, make_trainer, pruning
 
 ROOT = Path(__file__).parents[2]
-AUTO = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
+AUTO = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM}
 LENGTH = 128
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=["bert", "llama", "gpt2"])
 def run(request, tmp_path_factory):
     """One run that several tests look at."""
     torch.manual_seed(0)

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.families import find_stacks
-from hf_efficient.pruning.groups import expand, find_groups, unit_cost, unit_parameters
+from hf_efficient.pruning.groups import Slice, expand, find_groups, unit_cost
 from hf_efficient.pruning.prune import total_cost
 
-from .tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, vit
+from .tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, measured_macs, vit
 
 LENGTH = 16
 ROW = HIDDEN * WIDTH  # weights of one head in one projection
@@ -27,6 +26,10 @@ BY_HAND = {
     "llama": {  # a unit: 1 key, 1 value, 2 query heads and the columns that read them
         ("decoder", "heads"): (1, 2, 6 * ROW, 6 * ROW + 2 * 2 * LENGTH * WIDTH),
         ("decoder", "neurons"): (1, NEURONS, 3 * HIDDEN, 3 * HIDDEN),
+    },
+    "gpt2": {
+        ("decoder", "heads"): (1, HEADS, 4 * ROW + 3 * WIDTH, 4 * ROW + 2 * LENGTH * WIDTH),
+        ("decoder", "neurons"): (1, NEURONS, 2 * HIDDEN + 1, 2 * HIDDEN),
     },
     "t5": {  # coupled over all layers of the stack; 8 buckets of position bias in the first self-attention
         ("encoder", "heads"): (3, HEADS, 3 * 4 * ROW + 8, 3 * (4 * ROW + 2 * LENGTH * WIDTH)),
@@ -61,33 +64,6 @@ def test_groups_by_hand(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_units_own_every_weight_of_the_layers_but_the_norms_and_output_biases(case):
-    model = make(case)
-    owned = {id(p) for g in find_groups(model) for m in g.members for p, _ in unit_parameters(model, m)}
-    left = [
-        name
-        for stack, layers in find_stacks(model)
-        for name, parameter in layers.named_parameters()
-        if id(parameter) not in owned
-    ]
-    assert left
-    assert all("norm" in name.lower() or name.endswith("bias") for name in left)
-    outside = {id(p) for _, layers in find_stacks(model) for p in layers.parameters()}
-    assert owned <= outside
-
-
-def _measured_macs(model, inputs) -> int:
-    """Multiply-accumulates inside the layers, for one sequence. The eager attention shows its products."""
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs)
-    counts = counter.get_flop_counts()
-    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
-    layers = {id(layer) for _, modules in find_stacks(model) for layer in modules}
-    return sum(sum(counts.get(name, {}).values()) for name, module in names.items() if id(module) in layers) // 2
-
-
-@pytest.mark.parametrize("case", CASES)
 def test_dense_macs_are_what_the_flop_counter_sees(case):
     """A linear per token, scores and weighted sum per pair of tokens: exactly what runs."""
     ids = torch.randint(3, 40, (1, LENGTH))
@@ -97,7 +73,7 @@ def test_dense_macs_are_what_the_flop_counter_sees(case):
         model, inputs, length = make(case), {"input_ids": ids}, LENGTH
     if case.endswith("t5"):
         inputs["decoder_input_ids"] = ids
-    assert total_cost(model, "macs", length) == _measured_macs(model.eval(), inputs)
+    assert total_cost(model, "macs", length) == measured_macs(model.eval(), inputs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,6 +114,17 @@ def test_t5_decoder_sees_back_and_encoder_sees_both_sides():
     assert cost["encoder", "heads"] == 3 * (4 * ROW + 2 * 5 * WIDTH)
     assert cost["decoder", "heads"] == 2 * (4 * ROW + 2 * 2 * WIDTH)
     assert cost["decoder", "cross_heads"] == 2 * (4 * ROW + 2 * LENGTH * WIDTH)  # cross attention stays full
+
+
+def test_rows_of_a_fused_linear():
+    """Two parts of 3 units of width 2 along dimension 1: unit u has columns 2u, 2u + 1 of each part."""
+    part, weight = Slice("c_attn.weight", dim=1, width=2, parts=2), torch.arange(24.0).reshape(2, 12)
+    assert part.count(weight) == 3
+    assert part.rows(torch.tensor([0, 2]), weight).tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
+    by_unit = part.by_unit(weight)
+    for unit in range(3):
+        rows = part.rows(torch.tensor([unit]), weight)
+        assert sorted(by_unit[unit].tolist()) == sorted(weight.index_select(1, rows).flatten().tolist())
 
 
 def test_expand():

@@ -118,7 +118,8 @@ def plant(model, unimportant: str) -> dict[Group, tuple[int, ...]]:
                 weight.index_fill_(member.output.dim, member.output.rows(bad, weight), 0)
                 part = member.inputs[0]
                 up = model.get_parameter(f"{member.prefix}.{part.name}")
-                up[part.rows(bad, up)] *= 10
+                rows = part.rows(bad, up)
+                up.index_copy_(part.dim, rows, up.index_select(part.dim, rows) * 10)
     return good
 
 

@@ -91,6 +91,7 @@ LAYER_PLANS = {
     "bert": {"encoder": (0, 2)},
     "vit": {"encoder": (1, 2)},
     "llama": {"decoder": (2,)},
+    "gpt2": {"decoder": (0, 2)},
     "t5": {"encoder": (0, 2), "decoder": (0,)},
     "gated-t5": {"encoder": (0, 1), "decoder": (0, 1)},
 }
@@ -189,7 +190,7 @@ def test_kept_layers_compose(case):
 
 
 @pytest.mark.parametrize("kind", ["local", "linear"])
-@pytest.mark.parametrize("case", ["bert", "vit", "llama"])
+@pytest.mark.parametrize("case", ["bert", "vit", "llama", "gpt2"])
 def test_converted_then_pruned_twice(case, kind):
     """The attention stays converted, and pruning a pruned model cuts what is left of it."""
     settings = AttentionConfig("local", window=2) if kind == "local" else AttentionConfig("linear")

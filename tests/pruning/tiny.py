@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -70,6 +73,25 @@ def llama(layers: int = 3, **changes: Any) -> PreTrainedModel:
             bos_token_id=1,
             eos_token_id=2,
             **changes,
+        )
+    )
+
+
+def gpt2(layers: int = 3) -> PreTrainedModel:
+    """Queries, keys and values come from one fused `Conv1D`."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=HIDDEN,
+            n_layer=layers,
+            n_head=HEADS,
+            n_inner=NEURONS,
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **dropouts,
         )
     )
 
@@ -139,6 +161,7 @@ CASES = {
     "bert": Case(bert, text_batch),
     "vit": Case(vit, image_batch),
     "llama": Case(llama, causal_batch),
+    "gpt2": Case(gpt2, causal_batch),
     "t5": Case(t5, seq2seq_batch),
     "gated-t5": Case(gated_t5, seq2seq_batch),
 }
@@ -204,6 +227,17 @@ def zero_units(model: PreTrainedModel, kept: dict[Group, tuple[int, ...]]) -> No
         for member in group.members:
             weight = output_weight(model, member)
             weight.index_fill_(member.output.dim, member.output.rows(gone, weight), 0)
+
+
+def measured_macs(model, inputs) -> int:
+    """Multiply-accumulates inside the layers, for one sequence. The eager attention shows its products."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    counts = counter.get_flop_counts()
+    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
+    layers = {id(layer) for _, modules in find_stacks(model) for layer in modules}
+    return sum(sum(counts.get(name, {}).values()) for name, module in names.items() if id(module) in layers) // 2
 
 
 def config(**changes: Any) -> PruningConfig:
