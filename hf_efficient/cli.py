@@ -1,4 +1,4 @@
-"""The command line: `hf-efficient compress | measure | list | env`. Each command is a thin call of the library.
+"""The command line: `hf-efficient compress | plan | measure | list | env`. Each command is a thin call of the library.
 
 Heavy imports stand inside the commands, so that `--help` answers at once. A user's error is one line and exit code 1;
 anything else is a defect and shows its traceback.
@@ -47,6 +47,43 @@ def compress(
     typer.echo(report.to_json() if as_json else text_table(report))
     if not as_json:
         typer.echo(f"\nModel, report, plots and card: {folder / MODEL}")
+
+
+@app.command()
+def plan(
+    what: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, bundled:NAME, or a recipe.")],
+    ratio: Annotated[float, typer.Option(help="The fraction of the metric to remove.")] = 0.5,
+    metric: Annotated[str, typer.Option(help="macs or parameters.")] = "macs",
+    granularity: Annotated[str, typer.Option(help="Of head, neuron and layer, joined by commas.")] = "head,neuron",
+    round_to: Annotated[int, typer.Option(help="Neurons stay in multiples of this.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens at which MACs are counted.")] = 128,
+    output: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what pruning would give, before any weight is touched: sizes, MACs, bytes, and how the result loads.
+
+    Only the config is read, so a model of any size takes seconds. For a recipe the sizes are those after its stages.
+    """
+    from .pipeline import plan_recipe
+    from .pruning.config import PruningConfig
+    from .pruning.forecast import plan_table
+    from .pruning.prune import plan as run
+    from .recipe import is_recipe
+
+    _quiet_libraries()
+    if is_recipe(what):
+        plans = plan_recipe(what)
+    else:
+        names = tuple(granularity.split(","))
+        config = PruningConfig(
+            ratio=ratio, metric=metric, granularity=names, round_to=round_to, sequence_length=sequence_length
+        )
+        plans = [run(what, config)]
+    for made in plans:
+        typer.echo(json.dumps(made.to_dict(), indent=1) if as_json else plan_table(made))
+    if output is not None:
+        plans[-1].save(output)
+        typer.echo(f"\nPlan: {output}", err=True)
 
 
 @app.command()

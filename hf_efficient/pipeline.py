@@ -7,6 +7,7 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 (and a stage that trains, after its last epoch); the result is that of an uninterrupted run.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from .pruning.config import PruningConfig
+    from .pruning.plan import PruningPlan
     from .running import Run
     from .stages import AttentionStage
     from .workspace import Workspace
@@ -72,6 +74,36 @@ def compress(
         return _carry_out(run, space, announce)
     finally:
         space.close()
+
+
+def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
+    """What each prune stage of a recipe will give, from the config of its model alone: sizes, not choices.
+
+    Raises:
+        ConfigError: there is no such stage; a ratio that cannot be reached.
+    """
+    from .pruning.calibration import DEFAULT_LENGTH
+    from .pruning.prune import plan
+    from .pruning.surgery import planned_config
+    from .running import Run, longest_text
+    from .stages import AttentionStage, PruneStage
+
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
+    run = Run(recipe, Path())
+    config, plans = run.config, []
+    for stage in recipe.stages:
+        if isinstance(stage.settings, AttentionStage):
+            config = _check_attention(run, config, stage.settings)
+        elif isinstance(stage.settings, PruneStage):
+            asked = stage.settings.config
+            length = asked.sequence_length or recipe.data.max_length or DEFAULT_LENGTH
+            length = min(length, longest_text(config) or length)
+            model = run.skeleton(config)
+            plans.append(plan(model, dataclasses.replace(asked, sequence_length=length)))
+            config = planned_config(model, plans[-1])
+    if not plans:
+        raise ConfigError(f"The recipe {recipe.name!r} has no prune stage, so there is nothing to plan.")
+    return plans
 
 
 def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:

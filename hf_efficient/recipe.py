@@ -158,6 +158,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
+def is_recipe(name: str) -> bool:
+    """True if this names a recipe, and not a model."""
+    return name in shipped_recipes() or name.endswith((".yaml", ".yml"))
+
+
 def _find(path_or_name: str | Path) -> Path:
     shipped = shipped_recipes()
     if str(path_or_name) in shipped:

@@ -1,4 +1,4 @@
-"""Random inputs of a wanted size for any model that takes tokens or pixels.
+"""Random inputs of a wanted size for any model that takes tokens, pixels or sound.
 
 dummy_inputs(model, batch_size=1, sequence_length=512)     # {"input_ids": [1, 512], "attention_mask": [1, 512]}
 """
@@ -21,11 +21,12 @@ def dummy_inputs(
     Tokens: random ordinary ids `[batch_size, sequence_length]`, nothing padded; encoders, decoders (prefill) and
     encoder-decoders alike read all of them. An encoder-decoder gets one decoder token, so what is timed is reading the
     input and making the first output token. Images: `[batch_size, channels, height, width]` of the config's
-    `image_size`; `sequence_length` has no meaning for them.
+    `image_size`, and sound `[batch_size, num_mel_bins, frames]` of the length that the model is made for;
+    `sequence_length` has no meaning for them. A model that takes texts and images (CLIP) gets both.
 
     Raises:
         ConfigError: a size below 1, or more tokens than the model has positions for.
-        UnsupportedModelError: the model's main input is neither tokens nor pixels.
+        UnsupportedModelError: the model's main input is something else.
     """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -33,12 +34,16 @@ def dummy_inputs(
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_ids":
         inputs = _tokens(model, batch_size, sequence_length, generator)
+        if "pixel_values" in inspect.signature(model.forward).parameters:
+            inputs |= _pixels(model, batch_size, generator)
     elif model.main_input_name == "pixel_values":
         inputs = _pixels(model, batch_size, generator)
+    elif model.main_input_name == "input_features":
+        inputs = _sound(model, batch_size, generator)
     else:
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes {model.main_input_name!r}; dummy inputs are made for 'input_ids' and "
-            "'pixel_values'. Time it with compare_latency and inputs of your own."
+            f"{type(model).__name__} takes {model.main_input_name!r}; dummy inputs are made for 'input_ids', "
+            "'pixel_values' and 'input_features'. Time it with compare_latency and inputs of your own."
         )
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -74,8 +79,18 @@ def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Gener
     return inputs
 
 
+def _sound(model, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    config = model.config  # two frames become one position (Whisper)
+    shape = batch_size, config.num_mel_bins, 2 * config.max_source_positions
+    inputs = {"input_features": torch.randn(shape, generator=generator).to(model.dtype)}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = torch.full((batch_size, 1), config.decoder_start_token_id)
+    return inputs
+
+
 def _pixels(model, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     config = model.config
+    config = getattr(config, "vision_config", config)
     if "image_size" not in config.to_dict():
         raise UnsupportedModelError(
             f"The config of {type(model).__name__} has no image_size. "

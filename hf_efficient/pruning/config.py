@@ -41,8 +41,7 @@ LIMITS = {
     "seed": 2**63 - 1,
 }
 
-# Not given: 0.5, or what `mask_structure` says.
-_DEFAULT: Any = None
+_DEFAULT: Any = None  # not given: depends on other fields, as the docstring says
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,12 @@ class PruningConfig:
             (an FFN intermediate unit), `"layer"`, `"weight"` (zeros in the linears, which keep their size). Layers,
             units (heads and neurons) and weights all reduce the network by the same factor: ratio 0.75 keeps half
             of the layers, and half of what is in them. Weights come last, of what the others have left.
-        importance: of heads and neurons: `"fisher"`, `"taylor"`, `"activation"`, `"magnitude"`, `"magnitude_l1"`
-            or `"random"`; see `pruning.importance`. Of weights also `"obs"` (SparseGPT). `"movement"` is learned while
-            training (`PruningCallback`).
-        layer_importance: of layers: `"loss"`, `"block_influence"`, or one of the above, summed over a layer's units.
+        importance: `"fisher"` (the default), `"taylor"`, `"activation"`, `"magnitude"`, `"magnitude_l1"` or
+            `"random"`; see `pruning.importance`. Of weights also `"obs"` (SparseGPT). `"movement"` is learned while
+            training (`PruningCallback`). Of layers alone `"loss"` (their default), `"block_influence"`, or one of the
+            above, summed over a layer's units.
+        layer_importance: of layers, where units leave too; default `"loss"`.
+        rearrange: with `"fisher"`, choose units of a group together (Kwon 2022, section 4.3), and not one by one.
         allocation: `"global"` spends the budget over the whole network, `"uniform"` keeps the same number of heads
             and of neurons in every layer, which stock model classes can often load without hf_efficient; the same
             fraction of weights in every matrix (`"activation"`: in every output row).
@@ -86,8 +87,9 @@ class PruningConfig:
     ratio: float = _DEFAULT
     metric: str = "macs"
     granularity: Sequence[str] = ("head", "neuron")
-    importance: str = "fisher"
-    layer_importance: str = "loss"
+    importance: str = _DEFAULT
+    layer_importance: str = _DEFAULT
+    rearrange: bool = False
     allocation: str = "global"
     mask_structure: str | None = None
     reconstruct: bool = True
@@ -126,27 +128,38 @@ class PruningConfig:
                 continue
             if type(value) is not int or not low <= value <= high:
                 raise ConfigError(f"{field} must be an integer from {low} to {high}, got {value!r}.")
-        if type(self.reconstruct) is not bool:
-            raise ConfigError(f"reconstruct must be true or false, got {self.reconstruct!r}.")
+        for field in ("reconstruct", "rearrange"):
+            if type(getattr(self, field)) is not bool:
+                raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}.")
         self._check_importance()
         self._check_weights()
 
     def _check_importance(self) -> None:
-        if self.importance in LAYER_IMPORTANCES and self._rest == self.granularity == ("layer",):
-            object.__setattr__(self, "layer_importance", self.importance)
-            object.__setattr__(self, "importance", "fisher")
-        known = [name for name in WEIGHT_IMPORTANCES if "weight" in self.granularity]
-        if self._rest:
-            known = [name for name in IMPORTANCES if not known or name in known]
-        if self.importance in LAYER_IMPORTANCES:
+        layers_alone = tuple(self.granularity) == ("layer",)
+        if self.importance is None:
+            object.__setattr__(self, "importance", "loss" if layers_alone else "fisher")
+        if self.layer_importance is None or layers_alone:
+            object.__setattr__(self, "layer_importance", self.importance if layers_alone else "loss")
+        of_layers = [*LAYER_IMPORTANCES, *IMPORTANCES]
+        if layers_alone:
+            known = of_layers
+        elif self.importance in LAYER_IMPORTANCES:
             raise ConfigError(
                 f"importance={self.importance!r} ranks layers, granularity is {list(self.granularity)}. Set "
                 f"layer_importance={self.importance!r} for the layers, and importance for what is in them."
             )
+        else:
+            known = [name for name in WEIGHT_IMPORTANCES if "weight" in self.granularity]
+            known = known if not self.unit_kinds else [name for name in IMPORTANCES if not known or name in known]
         if self.importance not in known:
             raise unknown_name(f"importance of granularity {list(self.granularity)}:", self.importance, known)
-        if self.layer_importance not in IMPORTANCES and self.layer_importance not in LAYER_IMPORTANCES:
-            raise unknown_name("layer_importance", self.layer_importance, [*LAYER_IMPORTANCES, *IMPORTANCES])
+        if self.rearrange and (self.importance != "fisher" or not self.unit_kinds):
+            raise ConfigError(
+                f"rearrange needs importance='fisher' of heads or neurons, got importance={self.importance!r} of "
+                f"{list(self.granularity)}."
+            )
+        if self.layer_importance not in of_layers:
+            raise unknown_name("layer_importance", self.layer_importance, of_layers)
 
     def _check_weights(self) -> None:
         if "weight" not in self.granularity:
@@ -219,7 +232,8 @@ class PruningConfig:
         if not self._rest:
             return None
         ratio = 1 - (1 - self.ratio) / (1 - self.weight_ratio)
-        return replace(self, granularity=self._rest, ratio=ratio, mask_structure=None)
+        importance = self.layer_importance if self._rest == ("layer",) else self.importance
+        return replace(self, granularity=self._rest, ratio=ratio, mask_structure=None, importance=importance)
 
     @property
     def unit_kinds(self) -> tuple[str, ...]:

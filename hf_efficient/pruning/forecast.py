@@ -13,6 +13,7 @@ from ..measure.inputs import dummy_inputs
 from ..measure.size import count_macs
 from ..models.building import class_for
 from ..models.configs import block_of, stock_config
+from ..reporting.tables import align, format_bytes, format_count
 from .costs import layer_costs
 from .groups import find_groups
 from .plan import Forecast, LayerForecast, PruningPlan
@@ -103,3 +104,43 @@ def _cache_numbers(model: PreTrainedModel) -> int:
             width = stack.head_width(model.config)
             total += sum(2 * g.units * width * len(g.layers) for g in find_groups(model) if g.kind == "heads")
     return total
+
+
+def plan_table(plan: PruningPlan) -> str:
+    """The forecast of a plan for a terminal: the whole model, then its layers."""
+    told = plan.forecast
+    if told is None:
+        return "This plan has no forecast: make it with hf_efficient.plan."
+    whole = [
+        ("parameters", format_count(told.parameters_before), format_count(told.parameters)),
+        (f"MACs, {told.length} tokens", format_count(told.macs_before), format_count(told.macs)),
+        (f"weights, {told.dtype}", format_bytes(told.weight_bytes_before), format_bytes(told.weight_bytes)),
+    ]
+    if told.cache_bytes_before:
+        cache = format_bytes(told.cache_bytes_before), format_bytes(told.cache_bytes)
+        whole.append((f"cache, {told.length} tokens", *cache))
+    if told.latency_ms is not None and told.latency_ms_before is not None:
+        whole.append(("latency", f"{told.latency_ms_before:.1f} ms", f"{told.latency_ms:.1f} ms"))
+    rows = [
+        (
+            f"{row.stack} {row.layer}",
+            f"{row.heads} of {row.heads_before}",
+            f"{row.neurons} of {row.neurons_before}",
+            f"{format_count(row.parameters)} of {format_count(row.parameters_before)}",
+            f"{format_count(row.macs)} of {format_count(row.macs_before)}",
+        )
+        for row in told.layers
+    ]
+    sure = "" if plan.chosen else "Sizes only, every layer alike: which units stay is chosen when there are weights.\n"
+    return (
+        f"{align(('', 'before', 'after'), whole)}\n\n"
+        f"{align(('layer', 'heads', 'neurons', 'parameters', 'MACs'), rows)}\n\n"
+        f"Of what the layers cost, {told.removed_macs:.1%} of the MACs and {told.removed_parameters:.1%} of the "
+        f"parameters go.\n{sure}Loads as: {_LOADS[told.loads_with]}"
+    )
+
+
+_LOADS = {
+    "portable": "the stock class, without hf_efficient (portable)",
+    "plugin": "after `import hf_efficient`, or with trust_remote_code=True (plugin)",
+}

@@ -3,7 +3,7 @@
 All scores are sums over what a unit owns, so they can be added over units and compared with costs.
 
 - `fisher`: sum over rows of (dL/dm)^2 for a mask m on the unit, L a random direction of the answer: the second-order
-  change of the answer when the unit is removed (Kwon 2022, section 4.2). Needs no labels; `rearrangement` follows.
+  change of the answer when the unit is removed (Kwon 2022, section 4.2). Needs no labels.
 - `taylor`: sum over rows of |dL/dm|, the first-order change of the loss (Michel 2019, Molchanov 2019).
 - `activation`: sum over the columns that read the unit of ||W_j||^2 ||x_j||^2, what it adds to the output (Wanda, Sun
   2023, by columns).
@@ -24,7 +24,7 @@ from .calibration import answer_loss, model_loss
 from .config import IMPORTANCES as NAMES
 from .costs import unit_cost
 from .groups import Group, output_weight, unit_parameters
-from .statistics import MaskGradients, input_squares, mask_gradients
+from .statistics import input_squares, mask_gradients
 from .stream import Batch
 
 Scores = dict[Group, torch.Tensor]
@@ -33,10 +33,7 @@ Importance = Callable[..., Scores]
 
 def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], seed: int, **unused) -> Scores:
     """`[units]` second-order scores for each group, in units of the squared change of the answer."""
-    return squares(mask_gradients(model, groups, batches, answer_loss(seed)))
-
-
-def squares(gradients: MaskGradients) -> Scores:
+    gradients = mask_gradients(model, groups, batches, answer_loss(seed))
     return {group: own.square().sum(0) for group, own in gradients.items()}
 
 

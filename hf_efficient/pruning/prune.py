@@ -128,7 +128,7 @@ def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedM
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     head = next((one for one in named if one is not None), None)
     with torch.device("meta"):
-        return head(config) if head is not None else transformers.AutoModel.from_config(config)
+        return head._from_config(config) if head is not None else transformers.AutoModel.from_config(config)
 
 
 def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> PruningPlan:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..families import Stack, family_of, find_stacks, layers_prefix
 from ..measure.context import eval_mode
+from ..models.linears import input_dim
 from .stream import Batch, Stream
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
@@ -118,7 +119,7 @@ def output_paths(model: PreTrainedModel, stack: Stack) -> list[str]:
 
 
 class _Fit:
-    """The normal equations of one linear, those of held-out rows apart: sums of c x x' and of c x (y - W x)'."""
+    """The normal equations of one linear, those of held-out rows apart: sums of c x x' and of c x y'."""
 
     def __init__(self, linear: nn.Module):
         self.linear, self.bias = linear, linear.bias is not None
@@ -126,38 +127,52 @@ class _Fit:
         self.sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def add(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> None:
-        """x [B, T, in], y [B, T, out], c [B, T]."""
-        error = y - self.linear(x)
-        if self.bias:
-            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        """x [B, T, in], y [B, T, out], c [B, T]. Products in at least float32, sums in float64."""
         held_out = torch.arange(self.rows, self.rows + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
         self.rows += len(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         for apart in (False, True):
             rows = held_out == apart
-            own, weighted = x[rows].flatten(0, -2).double(), (x[rows] * c[rows][..., None]).flatten(0, -2).double()
-            sums = weighted.T @ own, weighted.T @ error[rows].flatten(0, -2).double()
-            before = self.sums.get(apart, (0.0, 0.0))
-            self.sums[apart] = before[0] + sums[0], before[1] + sums[1]
+            own, target = (tensor[rows].flatten(0, -2).to(dtype) for tensor in (x, y))
+            weighted = (own * c[rows].flatten()[:, None].to(dtype)).T
+            gram, moment = (weighted @ own).double(), (weighted @ target).double()
+            before = self.sums.get(apart)
+            self.sums[apart] = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
 
     def solve(self) -> None:
         """Change the weights by the best D, if there is one that improves the held-out error."""
-        fit, held = self.sums[False], self.sums[True]
-        errors = {0.0: 0.0}  # size 0 stands for no change
+        if self.rows < HELD_OUT:
+            return  # nothing to choose lambda on
+        weight = self._weight()
+        fit, held = ((gram, moment - gram @ weight) for gram, moment in (self.sums[False], self.sums[True]))
+        errors = {0.0: 0.0}  # of no change
         for size in LAMBDAS:
             change = self._ridge(*fit, size)
             errors[size] = float((change * (held[0] @ change)).sum() - 2 * (change * held[1]).sum())
         best = min(errors, key=errors.__getitem__)
         if best:
-            change = self._ridge(fit[0] + held[0], fit[1] + held[1], best).T.to(self.linear.weight.dtype)
-            inputs = self.linear.in_features
-            self.linear.weight += change[:, :inputs]
-            if self.bias:
-                self.linear.bias += change[:, inputs]
+            self._change(self._ridge(fit[0] + held[0], fit[1] + held[1], best))
+
+    def _weight(self) -> torch.Tensor:
+        """W' and b as one matrix [in + bias, out]."""
+        weight = self.linear.weight if input_dim(self.linear) == 0 else self.linear.weight.T
+        return (torch.cat([weight, self.linear.bias[None]]) if self.bias else weight).double()
+
+    def _change(self, change: torch.Tensor) -> None:
+        weight = self.linear.weight
+        inputs = len(change) - self.bias
+        weight += (change[:inputs] if input_dim(self.linear) == 0 else change[:inputs].T).to(weight.dtype)
+        if self.bias:
+            self.linear.bias += change[inputs].to(weight.dtype)
 
     def _ridge(self, gram: torch.Tensor, moment: torch.Tensor, size: float) -> torch.Tensor:
         inputs = len(gram) - self.bias
-        pull = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
-        pull[:inputs] = size * gram.diagonal()[:inputs].mean()
+        pull = size * gram.diagonal()[:inputs].mean()
+        damped = gram.clone()
+        damped.diagonal()[:inputs] += pull
         if self.bias:
-            pull[inputs] = 1e-6 * gram[inputs, inputs]
-        return torch.linalg.solve(gram + pull.diag(), moment)
+            damped[inputs, inputs] *= 1 + 1e-6
+        damped.diagonal().clamp_(min=torch.finfo(gram.dtype).tiny)  # an input that is always zero
+        return torch.linalg.solve(damped, moment)

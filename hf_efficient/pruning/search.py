@@ -7,7 +7,7 @@ takes the next part of the budget from them, and cuts the dense model anew to al
 the last step is what the plan alone gives: `prune(model, plan=plan)`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from .calibration import answer_loss
 from .config import PruningConfig
 from .costs import Costs
 from .groups import Group, find_groups
-from .importance import IMPORTANCES, Scores, squares
+from .importance import IMPORTANCES, Scores
 from .layers import LAYER_IMPORTANCES, LayerScores
 from .plan import PruningPlan
 from .rearrangement import rearrange
@@ -39,6 +39,7 @@ def search(
     if "layer" in config.granularity:
         plan = PruningPlan(layers=_choose_layers(model, config, batches, costs, length))
     small = cutter.cut(plan)
+    costs = replace(costs, of=_without_dropped(costs, plan))
     start = costs.total - sum(cost for key, cost in costs.layers.items() if not is_kept(key, plan))
     goal = (1 - config.ratio) * costs.total
     for step in range(1, config.steps + 1) if config.unit_kinds else ():
@@ -48,6 +49,16 @@ def search(
             plan = replace(plan, units={group.name: units for group, units in kept.items()})
             small = cutter.cut(plan)
     return plan, small
+
+
+def _without_dropped(costs: Costs, plan: PruningPlan) -> Callable[[Group, int], float]:
+    """The cost of a group in the layers that are kept; T5's heads are one group in all layers."""
+
+    def cost(group: Group, units: int) -> float:
+        kept = sum(is_kept((group.stack, layer), plan) for layer in group.layers)
+        return costs.of(group, units) * kept / len(group.layers)
+
+    return cost
 
 
 class Cutter:
@@ -80,12 +91,8 @@ def _next_units(
     """What stays of each group of the dense model so that `remove` is gone, from scores of the model as it is now."""
     present = {now: group for group, now in _pairs(model, small, plan) if now.kind in config.unit_kinds}
     names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
-    if config.importance == "fisher":
-        gradients = mask_gradients(small, list(present), batches, answer_loss(config.seed))
-        found = squares(gradients)
-    else:
-        score = IMPORTANCES[config.importance]
-        found = score(small, list(present), batches=batches, length=length, seed=config.seed)
+    score = IMPORTANCES[config.importance]
+    found = score(small, list(present), batches=batches, length=length, seed=config.seed)
     scores: Scores = {}
     for now, values in found.items():
         _check_scores(now, values, config)
@@ -93,8 +100,9 @@ def _next_units(
         scores[group] = torch.full((group.units,), -torch.inf)  # what is gone stays gone
         scores[group][names[group]] = values.float()
     kept = allocate(model, scores, config, costs, remove)
-    if config.importance != "fisher":
+    if not config.rearrange:
         return kept
+    gradients = mask_gradients(small, list(present), batches, answer_loss(config.seed))
     return {group: _rearranged(gradients[now], names[group], kept[group]) for now, group in present.items()}
 
 

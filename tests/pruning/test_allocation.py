@@ -35,6 +35,11 @@ def networks(draw, uniform: bool = False, layers: int = LAYERS):
     return scores, costs, draw(st.floats(0, removable)), round_to
 
 
+def price(costs):
+    """The same for every unit."""
+    return lambda group, units: costs[group] * units
+
+
 def freed(scores, costs, kept) -> int:
     return sum((g.units - len(kept[g])) * costs[g] for g in scores)
 
@@ -54,7 +59,7 @@ def check_kept(scores, kept, round_to: int) -> None:
 @given(networks())
 def test_global_meets_the_budget_by_the_lowest_price(network):
     scores, costs, remove, round_to = network
-    kept = allocate_global(scores, costs, remove, round_to)
+    kept = allocate_global(scores, price(costs), remove, round_to)
     check_kept(scores, kept, round_to)
     total = freed(scores, costs, kept)
     assert total >= remove - 0.5
@@ -80,8 +85,8 @@ def test_global_meets_the_budget_by_the_lowest_price(network):
 @given(networks(), st.floats(0, 1))
 def test_global_removes_more_of_the_same_for_a_larger_budget(network, share):
     scores, costs, remove, round_to = network
-    more = allocate_global(scores, costs, remove, round_to)
-    less = allocate_global(scores, costs, remove * share, round_to)
+    more = allocate_global(scores, price(costs), remove, round_to)
+    less = allocate_global(scores, price(costs), remove * share, round_to)
     assert all(set(more[one]) <= set(less[one]) for one in scores)
 
 
@@ -90,10 +95,10 @@ def test_global_by_hand():
     heads, neurons = group("heads", 0, 2), group("neurons", 0, 4)
     scores = {heads: torch.tensor([4.0, 2.0]), neurons: torch.tensor([0.5, 1.5, 0.5, 1.5])}
     costs = {heads: 10, neurons: 5}
-    assert allocate_global(scores, costs, 10, 2) == {heads: (0, 1), neurons: (1, 3)}
-    assert allocate_global(scores, costs, 11, 2) == {heads: (0,), neurons: (1, 3)}
+    assert allocate_global(scores, price(costs), 10, 2) == {heads: (0, 1), neurons: (1, 3)}
+    assert allocate_global(scores, price(costs), 11, 2) == {heads: (0,), neurons: (1, 3)}
     with pytest.raises(ConfigError, match="cannot be reached"):
-        allocate_global(scores, costs, 21, 2)
+        allocate_global(scores, price(costs), 21, 2)
 
 
 def test_equal_scores_never_shrink_a_group_out_of_order():
@@ -102,7 +107,7 @@ def test_equal_scores_never_shrink_a_group_out_of_order():
     torch.manual_seed(0)
     scores = {one: torch.rand(()).expand(43).clone() for one in neurons}
     for remove in range(0, 20 * 35, 7):
-        kept = allocate_global(scores, dict.fromkeys(neurons, 1), remove, 8)
+        kept = allocate_global(scores, price(dict.fromkeys(neurons, 1)), remove, 8)
         assert remove <= sum(43 - len(units) for units in kept.values()) <= remove + 8
 
 
@@ -126,7 +131,7 @@ def brute_force_uniform(scores, costs, remove, round_to):
 def test_uniform_finds_what_brute_force_finds(network):
     scores, costs, remove, round_to = network
     expected = brute_force_uniform(scores, costs, remove, round_to)
-    kept = allocate_uniform(scores, costs, remove, round_to)
+    kept = allocate_uniform(scores, price(costs), remove, round_to)
     check_kept(scores, kept, round_to)
     assert freed(scores, costs, kept) >= remove - 0.5
     assert len({len(units) for one, units in kept.items() if one.kind == "heads"}) == 1
@@ -137,8 +142,8 @@ def test_uniform_finds_what_brute_force_finds(network):
 def test_uniform_head_counts_divide():
     heads = [group("heads", layer, 6) for layer in range(2)]
     scores = {one: torch.arange(6.0) for one in heads}
-    free = allocate_uniform(scores, dict.fromkeys(heads, 1), 2, 8)
-    divided = allocate_uniform(scores, dict.fromkeys(heads, 1), 2, 8, heads_divide=24)
+    free = allocate_uniform(scores, price(dict.fromkeys(heads, 1)), 2, 8)
+    divided = allocate_uniform(scores, price(dict.fromkeys(heads, 1)), 2, 8, heads_divide=24)
     assert [len(units) for units in free.values()] == [5, 5]
     assert [len(units) for units in divided.values()] == [4, 4]
 
@@ -148,7 +153,7 @@ def test_uniform_over_unequal_groups(round_to, count):
     """The smallest group may stay whole only if its count suits the others too."""
     small, large = group("neurons", 0, 16), group("neurons", 1, 24)
     scores = {small: torch.rand(16), large: torch.rand(24)}
-    kept = allocate_uniform(scores, {small: 1, large: 1}, 4, round_to)
+    kept = allocate_uniform(scores, price({small: 1, large: 1}), 4, round_to)
     assert [len(units) for units in kept.values()] == [count, count]
 
 
@@ -156,7 +161,7 @@ def test_uniform_with_worthless_scores_still_chooses():
     """Units that the callback has removed already have no score at all."""
     one = group("neurons", 0, 8)
     scores = {one: torch.tensor([-torch.inf] * 4 + [0.0] * 4)}
-    assert allocate_uniform(scores, {one: 1}, 2, 2) == {one: (4, 5, 6, 7)}
+    assert allocate_uniform(scores, price({one: 1}), 2, 2) == {one: (4, 5, 6, 7)}
 
 
 def layer_numbers(values):

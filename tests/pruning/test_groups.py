@@ -5,8 +5,8 @@ import torch
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.families import find_stacks
-from hf_efficient.pruning.groups import Slice, expand, find_groups, unit_cost
-from hf_efficient.pruning.prune import total_cost
+from hf_efficient.pruning.costs import total_cost, unit_cost
+from hf_efficient.pruning.groups import Slice, expand, find_groups
 
 from .tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, measured_macs, vit
 

@@ -7,33 +7,48 @@ import torch
 from torch import nn
 
 from hf_efficient import DataError, PruningConfig, prune
+from hf_efficient.pruning.calibration import model_loss
 from hf_efficient.pruning.config import UNIT_KINDS as KINDS
-from hf_efficient.pruning.groups import Group, Member, Slice, find_groups, output_weight, unit_cost, unit_parameters
-from hf_efficient.pruning.importance import calibration_loss, gradient_scores, magnitude, random, taylor
+from hf_efficient.pruning.costs import unit_cost
+from hf_efficient.pruning.groups import (
+    Group,
+    Member,
+    Slice,
+    find_groups,
+    output_module,
+    output_weight,
+    unit_parameters,
+)
+from hf_efficient.pruning.importance import gradient_scores, magnitude, random, taylor
 
 from .tiny import CASES, batch, batches, bert, config, kept_parts, make
 
 
 def gate_gradients(model, inputs, group) -> torch.Tensor:
-    """`[units]` dL/dgate for gates of one on what the output linears of the group read."""
-    gates = torch.ones(group.units, dtype=model.dtype, requires_grad=True)
-    handles = []
-    for member in group.members:
-        linear = model.get_submodule(f"{member.prefix}.{member.output.name}".removesuffix(".weight"))
-        width = member.output.width
-        handles.append(
-            linear.register_forward_pre_hook(lambda _, args, width=width: (args[0] * gates.repeat_interleave(width),))
-        )
-    (gradient,) = torch.autograd.grad(calibration_loss(model, inputs), gates)
-    for handle in handles:
-        handle.remove()
-    return gradient
+    """`[rows, units]` d loss / d gate for gates of one, one row at a time, on what the output linears read."""
+    rows = []
+    for row in range(len(next(iter(inputs.values())))):
+        gates = torch.ones(group.units, dtype=model.dtype, requires_grad=True)
+        handles = []
+        for member in group.members:
+            linear = output_module(model, member)
+
+            def gate(_, args, row=row, width=member.output.width, gates=gates):
+                chosen = torch.arange(len(args[0])).eq(row).view(-1, *[1] * (args[0].ndim - 1))
+                return (torch.where(chosen, args[0] * gates.repeat_interleave(width), args[0]),)
+
+            handles.append(linear.register_forward_pre_hook(gate))
+        (gradient,) = torch.autograd.grad(model_loss(model, inputs), gates)
+        for handle in handles:
+            handle.remove()
+        rows.append(gradient)
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_taylor_is_the_gradient_of_gates(case, with_labels):
-    """Summed over batches after the absolute value; one gate for a T5 head in all layers."""
+    """Summed over rows after the absolute value; one gate for a T5 head in all layers."""
     model = make(case).double()
     inputs = [{k: v.double() if v.is_floating_point() else v for k, v in batch(case, seed).items()} for seed in (0, 1)]
     if not with_labels:
@@ -42,9 +57,9 @@ def test_taylor_is_the_gradient_of_gates(case, with_labels):
     groups = find_groups(model)
     scores = taylor(model, groups, batches=inputs)
     for group in groups:
-        expected = sum(gate_gradients(model, one, group).abs() for one in inputs)
-        assert expected.max() > 0
-        assert torch.allclose(scores[group].double(), expected, rtol=1e-5, atol=1e-7)
+        gradients = torch.cat([gate_gradients(model, one, group) for one in inputs])
+        assert gradients.abs().max() > 0
+        assert torch.allclose(scores[group].double(), gradients.abs().sum(0), rtol=1e-5, atol=1e-7)
     one_batch = taylor(model, groups, batches=inputs[:1])
     assert any(not torch.allclose(scores[group], one_batch[group]) for group in groups)
 
@@ -91,7 +106,7 @@ def test_magnitude_is_the_sum_of_squares(case):
 
 def test_random_depends_on_the_seed_only():
     model, other = make("bert", seed=0), make("bert", seed=1)
-    options = {"metric": "macs", "length": 16}
+    options = {"length": 16}
     first, second, third = (
         random(m, find_groups(m), seed=seed, **options) for m, seed in ((model, 0), (other, 0), (model, 1))
     )
@@ -163,9 +178,9 @@ def test_padding_has_no_part_in_pseudo_labels():
     inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
     other = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)}
     seen = inputs | {"input_ids": inputs["input_ids"].masked_fill(torch.arange(9) == 8, 7)}
-    loss = calibration_loss(model, inputs)
-    assert torch.allclose(loss, calibration_loss(model, other), atol=1e-10)
-    assert not torch.allclose(loss, calibration_loss(model, seen), atol=1e-10)
+    loss = model_loss(model, inputs)
+    assert torch.allclose(loss, model_loss(model, other), atol=1e-10)
+    assert not torch.allclose(loss, model_loss(model, seen), atol=1e-10)
 
 
 def test_a_single_output_is_a_regression():
@@ -173,8 +188,8 @@ def test_a_single_output_is_a_regression():
     regression = copy.deepcopy(model)
     regression.classifier, regression.num_labels, regression.config.num_labels = nn.Linear(32, 1), 1, 1
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
-    loss = calibration_loss(regression, inputs)
-    assert loss.item() == pytest.approx(regression(**inputs).logits.square().mean().item())
+    loss = model_loss(regression, inputs)
+    assert loss.item() == pytest.approx(3 * regression(**inputs).logits.square().mean().item())
     assert all(score.sum() > 0 for score in taylor(regression, find_groups(regression), batches=[inputs]).values())
 
 
@@ -184,7 +199,7 @@ def test_non_finite_weights(importance, value):
     model = make("bert")
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[0, 3] = value
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="of them finite"):
         prune(model, config(importance=importance), batches("bert"))
 
 
@@ -202,13 +217,17 @@ def test_missing_calibration(calibration):
         [{"pixel_values": torch.zeros(1, 3, 8, 8)}],
         [{}],
         ["text"],
-        {"input_ids": torch.zeros(1, 3)},
     ],
 )
 def test_wrong_batches(wrong):
     for importance in ("taylor", "magnitude"):
         with pytest.raises(DataError, match=r"dicts of tensors with 'input_ids', got .*DataLoader"):
             prune(make("bert"), config(importance=importance), wrong)
+
+
+def test_one_batch_is_no_list_of_batches():
+    with pytest.raises(DataError, match=r"\[batch\]"):
+        prune(make("bert"), config(), {"input_ids": torch.zeros(1, 3)})
 
 
 def test_no_loss_without_a_head():

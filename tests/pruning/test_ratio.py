@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 
 from hf_efficient import ConfigError, prune
-from hf_efficient.pruning.groups import find_groups, unit_cost
-from hf_efficient.pruning.prune import DEFAULT_LENGTH, average_length, layer_costs, total_cost
+from hf_efficient.pruning.calibration import DEFAULT_LENGTH, average_length
+from hf_efficient.pruning.costs import layer_costs, total_cost, unit_cost
+from hf_efficient.pruning.groups import find_groups
 
 from .tiny import CASES, NEURONS, batches, config, depths, make, sizes
 

@@ -7,8 +7,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efficient import ConfigError, PruningConfig, prune
-from hf_efficient.pruning.groups import total_cost
-from hf_efficient.pruning.reach import check_reachable
+from hf_efficient.pruning.costs import make_costs, total_cost
+from hf_efficient.pruning.reach import check_reachable as check
 
 SIZES = {
     "hidden_size": 16,
@@ -17,6 +17,10 @@ SIZES = {
     "intermediate_size": 32,
     "vocab_size": 20,
 }
+
+
+def check_reachable(model, config: PruningConfig, length: int) -> None:
+    check(model, config, make_costs(model, config.metric, length))
 
 
 def _config(ratio: float, granularity: tuple[str, ...], metric: str) -> PruningConfig:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from hf_efficient import AttentionConfig, convert_attention, prune
 from hf_efficient.families import FAMILIES
 from hf_efficient.models.building import is_portable
-from hf_efficient.pruning.groups import find_groups, unit_cost
+from hf_efficient.pruning.costs import unit_cost
+from hf_efficient.pruning.groups import find_groups
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.surgery import apply_plan
 from tests.families import CASES, PAD, real_logits
@@ -124,8 +125,7 @@ def test_bytes_on_disk_fall(folders, form):
 
 def test_state_dict_shapes_of_a_layer():
     dense = make("llama")
-    groups = {(g.kind, g.layers[0]): g for g in find_groups(dense)}
-    plan = PruningPlan(units={groups["heads", 1]: (1,), groups["neurons", 1]: tuple(range(16))})
+    plan = PruningPlan(units={"decoder.1.heads": (1,), "decoder.1.neurons": tuple(range(16))})
     shapes = {k.rpartition("layers.1.")[2]: tuple(v.shape) for k, v in apply_plan(dense, plan).state_dict().items()}
     assert shapes["self_attn.q_proj.weight"] == (2 * WIDTH, HIDDEN)
     assert shapes["self_attn.k_proj.weight"] == shapes["self_attn.v_proj.weight"] == (WIDTH, HIDDEN)

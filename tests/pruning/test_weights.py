@@ -8,7 +8,7 @@ import transformers
 
 from hf_efficient import ConfigError, DataError, PruningCallback, PruningConfig, UnsupportedModelError, prune
 from hf_efficient.pruning.config import OF_ONE_MATRIX, WEIGHT_IMPORTANCES
-from hf_efficient.pruning.groups import total_cost
+from hf_efficient.pruning.costs import total_cost
 from hf_efficient.pruning.importance import calibration_loss
 from hf_efficient.pruning.linear_inputs import collect
 from hf_efficient.pruning.linears import count_zeros, find_linears, matrix

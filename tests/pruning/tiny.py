@@ -241,7 +241,9 @@ def measured_macs(model, inputs) -> int:
 
 
 def config(**changes: Any) -> PruningConfig:
-    return PruningConfig(**({"importance": "magnitude"} | changes))
+    """Choices that need no data, and nothing fitted afterwards: what is left of a unit is what it was."""
+    plain = {"importance": "magnitude", "layer_importance": "magnitude", "reconstruct": False}
+    return PruningConfig(**(plain | changes))
 
 
 def query_heads(model: PreTrainedModel) -> int:
