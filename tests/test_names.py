@@ -8,7 +8,8 @@ from hf_efficient.attention.positions import METHODS, ROPE
 from hf_efficient.measure.quality import TASKS as SCORED
 from hf_efficient.preparing import TASKS
 from hf_efficient.pruning import config as pruning
-from hf_efficient.pruning.importance import IMPORTANCES, NEEDS_DATA
+from hf_efficient.pruning.importance import IMPORTANCES
+from hf_efficient.pruning.layers import LAYER_IMPORTANCES
 from hf_efficient.pruning.schedule import SCHEDULES
 from hf_efficient.pruning.weight_importance import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
 from hf_efficient.running import RUNNERS
@@ -21,7 +22,7 @@ def test_every_attention_kind_has_a_variant():
 
 
 def test_every_criterion_and_schedule_has_a_function():
-    assert set(pruning.IMPORTANCES) == set(IMPORTANCES) and set(NEEDS_DATA) < set(IMPORTANCES)
+    assert set(pruning.IMPORTANCES) == set(IMPORTANCES) and set(pruning.LAYER_IMPORTANCES) == set(LAYER_IMPORTANCES)
     assert set(pruning.WEIGHT_IMPORTANCES) == {*WEIGHT_IMPORTANCES, "obs"} > set(WEIGHTS_NEED_DATA)
     assert set(pruning.SCHEDULES) == set(SCHEDULES)
 

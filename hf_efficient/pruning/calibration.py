@@ -62,8 +62,9 @@ def answer_loss(seed: int = 0) -> Loss:
     """A random direction of the answer, summed over rows: E[(d loss)^2] is the squared change of the answer.
 
     Over a vocabulary the direction is the cross-entropy of a token drawn from the model's own distribution (the
-    Fisher matrix, Martens 2020, section 5), since most of its logits do not matter; else it is Gaussian. Of token by
-    token answers the mean over real tokens is taken.
+    Fisher matrix, Martens 2020, section 5), since most of its logits do not matter. Over classes it is uniform among
+    those of length 1 that change the logits against each other: of two classes always their difference. Else it is
+    Gaussian. Of token by token answers the mean over real tokens is taken.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -74,7 +75,10 @@ def answer_loss(seed: int = 0) -> Loss:
             drawn = torch.multinomial(chances, 1, generator=generator).view(answer.shape[:2])
             along = F.cross_entropy(answer.transpose(1, 2), drawn.to(answer.device), reduction="none")
         else:
-            along = (answer * torch.randn(answer.shape, generator=generator).to(answer.device)).sum(-1)
+            direction = torch.randn(answer.shape, generator=generator).to(answer)
+            if is_distribution(model, answer):
+                direction = F.normalize(direction - direction.mean(-1, keepdim=True), dim=-1)
+            along = (answer * direction).sum(-1)
         if along.ndim == 1:
             return along.sum()
         mask = token_mask(batch, model, None, along)
