@@ -64,7 +64,11 @@ def _removed(after: int, before: int) -> float:
 
 
 def _macs(model: PreTrainedModel, length: int) -> int:
-    return count_macs(model, dummy_inputs(model, 1, length))
+    inputs = dummy_inputs(model, 1, length)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.pad_token_id = None  # or transformers looks for padding, in ids that have no values
+    return count_macs(model, inputs)
 
 
 def _layers(before: PreTrainedModel, after: PreTrainedModel, plan: PruningPlan, length: int) -> list[LayerForecast]:

