@@ -26,7 +26,13 @@ def same(first, second) -> bool:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"steps": 3}, {"reconstruct": False}, {"granularity": ("layer", "head", "neuron")}, {"allocation": "uniform"}],
+    [
+        {},
+        {"steps": 3},
+        {"reconstruct": False},
+        {"granularity": ("layer", "head", "neuron")},
+        {"allocation": "uniform"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("case", ["bert", "t5", "llama"])
