@@ -9,6 +9,7 @@ import transformers
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
 from hf_efficient.families import FAMILIES, family_of, find_stacks
 from hf_efficient.models.configs import block_of
+from hf_efficient.pipeline import structure
 from hf_efficient.pruning.calibration import average_length, model_loss
 from hf_efficient.pruning.costs import total_cost
 from hf_efficient.pruning.groups import find_groups, unit_parameters
@@ -170,6 +171,23 @@ def test_a_first_layer_that_is_unlike_the_others_cannot_leave():
     assert block_of(small.config).kept_layers["encoder"] == (0,)
     with pytest.raises(ConfigError, match=r"At most 0\.6"):
         prune(dense, config(ratio=0.7, granularity="layer"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_report_counts_what_is_left(form):
+    """Query heads and neurons of each layer, in a report's table of the structure."""
+    dense = make_form(form)
+    plan = {group: tuple(range(1 + i % group.units)) for i, group in enumerate(find_groups(dense))}
+    small = apply_plan(dense, PruningPlan(units={group.name: kept for group, kept in plan.items()}))
+    group_size = {stack.name: stack.group_size(dense.config) for stack in family_of(dense.config).stacks}
+    expected = {}
+    for group, kept in plan.items():
+        for layer in group.layers:
+            factor = group_size[group.stack] if group.kind == "heads" else 1
+            expected[group.stack, layer, group.kind] = (len(kept) * factor, group.units * factor)
+    for row in structure(dense, small):
+        assert (row.heads, row.original_heads) == expected[row.stack, row.layer, "heads"]
+        assert (row.neurons, row.original_neurons) == expected[row.stack, row.layer, "neurons"]
 
 
 def test_each_tower_of_clip_has_its_own_sizes(tmp_path):
