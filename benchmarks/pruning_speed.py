@@ -21,8 +21,8 @@ from hf_efficient import PruningConfig, prune
 from hf_efficient.bundled import bundled_model
 from hf_efficient.measure.inputs import dummy_inputs
 from hf_efficient.measure.latency import LatencyComparison, compare_latency
+from hf_efficient.pruning.costs import total_cost
 from hf_efficient.pruning.groups import find_groups
-from hf_efficient.pruning.prune import total_cost
 from hf_efficient.reporting.environment import Environment, package_commit
 
 BATCH, LENGTH = 8, 128
