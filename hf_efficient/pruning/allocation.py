@@ -12,7 +12,7 @@ from math import inf
 import torch
 
 from ..errors import ConfigError
-from .config import UNIT_KINDS
+from .config import UNIT_KINDS, PruningConfig
 from .groups import Group
 from .importance import Scores
 
@@ -123,6 +123,11 @@ def _may_shrink(kept: dict[str, set[int]], stack: str, deepest: str | None) -> b
     others = [len(layers) for name, layers in kept.items() if name != stack]
     holds_the_rest = stack == deepest and len(kept[stack]) <= max(others, default=0)
     return len(kept[stack]) > 1 and not holds_the_rest
+
+
+def fewest(group: Group, config: PruningConfig) -> int:
+    """What every group keeps at least: one head, `round_to` neurons."""
+    return min(group.units, _step(group, config.round_to))
 
 
 def _step(group: Group, round_to: int) -> int:

@@ -70,6 +70,11 @@ class PruningCallback(TrainerCallback):
                 "PruningCallback removes heads and neurons while training. Make weights zero afterwards: "
                 "model = prune(model, PruningConfig(granularity='weight', ...), calibration)."
             )
+        if config.metric == "latency":
+            raise ConfigError(
+                "PruningCallback counts MACs or parameters; metric='latency' is checked by timing small models, which "
+                "are made only at its end. Choose metric='macs', or prune(model, config, calibration) and then train."
+            )
         if not 0 <= start < end <= 1:
             raise ConfigError(
                 f"start and end are fractions of the run with 0 <= start < end <= 1, got {start}, {end}."

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..attention.dispatch import variant_of
 from ..families import Stack, family_of, find_stacks
 from .groups import Group, Member, find_groups, unit_parameters
+from .plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,22 @@ class Costs:
         of: (group, how many of its units are kept) -> cost; falls with the number.
         layers: what each whole layer costs, by (stack, layer).
         total: what `ratio` is a fraction of.
+        measure: what the model of a plan really costs, where prices are only an estimate of it (latency).
     """
 
     of: Callable[[Group, int], float]
     layers: dict[tuple[str, int], float]
     total: float
+    measure: Callable[[PruningPlan], float] | None = None
 
 
-def make_costs(model: PreTrainedModel, metric: str, length: int) -> Costs:
-    """Parameters, or multiply-accumulates (`"macs"`) on one sequence of `length` tokens."""
+def make_costs(model: PreTrainedModel, metric: str, length: int, batch_size: int = 8) -> Costs:
+    """Parameters, multiply-accumulates (`"macs"`) on one sequence of `length` tokens, or measured nanoseconds
+    (`"latency"`) of `batch_size` such sequences."""
+    if metric == "latency":
+        from .latency import latency_costs  # it fills a `Costs`
+
+        return latency_costs(model, batch_size, length)
     groups = find_groups(model)
     unit = {group: unit_cost(model, group, metric, length) for group in groups}
     layers = layer_costs(model, groups, metric, length)

@@ -14,7 +14,7 @@ from ..measure.size import count_macs
 from ..models.building import class_for
 from ..models.configs import block_of, stock_config
 from ..reporting.tables import align, format_bytes, format_count
-from .costs import layer_costs
+from .costs import Costs, layer_costs
 from .groups import find_groups
 from .plan import Forecast, LayerForecast, PruningPlan
 from .surgery import check_plan, planned_config
@@ -27,8 +27,9 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
         return class_for(model, config)(config).eval()
 
 
-def forecast(model: PreTrainedModel, plan: PruningPlan, length: int) -> Forecast:
-    """Parameters, MACs at `length` tokens, bytes, and a table of the layers, before and after.
+def forecast(model: PreTrainedModel, plan: PruningPlan, length: int, costs: Costs | None = None) -> Forecast:
+    """Parameters, MACs at `length` tokens, bytes, and a table of the layers, before and after; milliseconds too if
+    `costs` are measured.
 
     Raises:
         ConfigError: the plan does not fit the model.
@@ -41,6 +42,7 @@ def forecast(model: PreTrainedModel, plan: PruningPlan, length: int) -> Forecast
     rows = _layers(before, after, plan, length)
     parameters = before.num_parameters(), after.num_parameters()
     caches = _cache_numbers(before) * length * size, _cache_numbers(after) * length * size
+    measured = None if costs is None or costs.measure is None else costs.measure(plan)
     return Forecast(
         length=length,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -56,6 +58,8 @@ def forecast(model: PreTrainedModel, plan: PruningPlan, length: int) -> Forecast
         removed_macs=_removed(sum(row.macs for row in rows), sum(row.macs_before for row in rows)),
         removed_parameters=_removed(sum(row.parameters for row in rows), sum(row.parameters_before for row in rows)),
         layers=tuple(rows),
+        latency_ms=None if measured is None else measured / 1e6,
+        latency_ms_before=None if costs is None or measured is None else costs.total / 1e6,
     )
 
 

@@ -113,14 +113,15 @@ def plan(
     check_model(model)
     batches = check_calibration(model, calibration)
     length = config.sequence_length or average_length(batches, model)
-    sizes_only = model.device.type == "meta"
+    sizes_only, costs = model.device.type == "meta", None
     if sizes_only:
         found = _sizes_only(model, config, length)
     else:
         _check_data(config, batches)
-        found = search(model, config, batches, _costs(model, config, length), length)[0]
+        costs = _costs(model, config, length)
+        found = search(model, config, batches, costs, length)[0]
     found = replace(found, model=model.config.model_type, config=config, chosen=not sizes_only)
-    return replace(found, forecast=forecast(model, found, length))
+    return replace(found, forecast=forecast(model, found, length, costs))
 
 
 def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
@@ -168,6 +169,6 @@ def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
 
 
 def _costs(model: PreTrainedModel, config: PruningConfig, length: int) -> Costs:
-    costs = make_costs(model, config.metric, length)
+    costs = make_costs(model, config.metric, length, config.latency_batch_size)
     check_reachable(model, config, costs)
     return costs

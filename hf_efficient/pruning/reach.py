@@ -4,11 +4,14 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..families import family_of
-from .allocation import choose_layers
+from .allocation import choose_layers, fewest
 from .config import PruningConfig
 from .costs import Costs
 from .groups import find_groups
+from .plan import PruningPlan
 from .weights import check_structure
+
+NEAR = 0.9  # of what prices say can be reached: from there on it is measured
 
 
 def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs) -> None:
@@ -31,16 +34,27 @@ def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs)
     least: dict[tuple[str, int], float] = dict(whole)
     for group in groups:
         if group.kind in config.unit_kinds:
-            floor = min(group.units, config.round_to if group.kind == "neurons" else 1)
-            removable = costs.of(group, group.units) - costs.of(group, floor)
+            removable = costs.of(group, group.units) - costs.of(group, fewest(group, config))
             for layer in group.layers:
                 least[group.stack, layer] -= removable / len(group.layers)
+    kept: dict[str, tuple[int, ...]] = {}
     if "layer" in config.granularity:
         share, family = config.layer_share if config.unit_kinds else 1.0, family_of(model.config)
         kept = choose_layers(whole, whole, share * costs.total, False, family.deepest, family.first_stays)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
     outside = costs.total - sum(whole.values())  # of a measured latency: embeddings and head
     highest = 1 - (sum(least.values()) + outside) / costs.total
+    if costs.measure is not None and config.ratio > NEAR * highest:
+        units = {g.name: tuple(range(fewest(g, config))) for g in groups if g.kind in config.unit_kinds}
+        highest = 1 - costs.measure(PruningPlan(layers=kept, units=units)) / costs.total
+    if config.ratio > highest and costs.measure is not None:
+        raise ConfigError(
+            f"ratio={config.ratio} asks for a model that is {1 / (1 - config.ratio):.2f} times as fast. With "
+            f"granularity={list(config.granularity)} and round_to={config.round_to} a speed-up of at most "
+            f"{1 / (1 - highest):.2f} (ratio {highest:.2f}) can be reached on this machine: every layer keeps at "
+            "least one head and `round_to` neurons, every stack one layer, and embeddings and head stay. Lower "
+            "`ratio` or `round_to`, or add to `granularity`."
+        )
     if config.ratio > highest:
         raise ConfigError(
             f"ratio={config.ratio} cannot be reached with granularity={list(config.granularity)} and "

@@ -9,15 +9,17 @@ the last step is what the plan alone gives: `prune(model, plan=plan)`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..families import family_of, find_stacks
-from .allocation import allocate_global, allocate_uniform, choose_layers
+from .allocation import allocate_global, allocate_uniform, choose_layers, fewest
 from .calibration import answer_loss
 from .config import PruningConfig
+from .correction import Kept, correct
 from .costs import Costs
 from .groups import Group, find_groups
 from .importance import IMPORTANCES, Scores
@@ -45,7 +47,8 @@ def search(
     for step in range(1, config.steps + 1) if config.unit_kinds else ():
         target = start * (goal / start) ** (step / config.steps)  # the same factor in every step
         if start > target:
-            kept = _next_units(model, small, plan, config, batches, costs, length, start - target)
+            corrected = costs if step == config.steps else replace(costs, measure=None)
+            kept = _next_units(model, small, plan, config, batches, corrected, length, start, target)
             plan = replace(plan, units={group.name: units for group, units in kept.items()})
             small = cutter.cut(plan)
     return plan, small
@@ -86,9 +89,11 @@ def _next_units(
     batches: Sequence[Batch],
     costs: Costs,
     length: int,
-    remove: float,
+    start: float,
+    target: float,
 ) -> dict[Group, tuple[int, ...]]:
-    """What stays of each group of the dense model so that `remove` is gone, from scores of the model as it is now."""
+    """What stays of each group of the dense model, which costs `start` with its kept layers, so that `target` is left;
+    from scores of the model as it is now."""
     present = {now: group for group, now in _pairs(model, small, plan) if now.kind in config.unit_kinds}
     names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
     score = IMPORTANCES[config.importance]
@@ -99,11 +104,33 @@ def _next_units(
         group = present[now]
         scores[group] = torch.full((group.units,), -torch.inf)  # what is gone stays gone
         scores[group][names[group]] = values.float()
-    kept = allocate(model, scores, config, costs, remove)
+    kept = _spend(model, scores, plan, config, costs, start, target)
     if not config.rearrange:
         return kept
     gradients = mask_gradients(small, list(present), batches, answer_loss(config.seed))
     return {group: _rearranged(gradients[now], names[group], kept[group]) for now, group in present.items()}
+
+
+def _spend(
+    model: PreTrainedModel,
+    scores: Scores,
+    plan: PruningPlan,
+    config: PruningConfig,
+    costs: Costs,
+    start: float,
+    target: float,
+) -> Kept:
+    """Allocate by price; where the result can be measured, until that is right."""
+    by_price = partial(allocate, model, scores, config, costs)
+    if costs.measure is None:
+        return by_price(start - target)
+    measure = costs.measure
+
+    def cost(kept: Kept) -> float:
+        return measure(replace(plan, units={group.name: units for group, units in kept.items()}))
+
+    most = sum(costs.of(group, group.units) - costs.of(group, fewest(group, config)) for group in scores)
+    return correct(by_price, cost, costs.total, start, target, most)
 
 
 def _rearranged(gradients: torch.Tensor, names: torch.Tensor, kept: tuple[int, ...]) -> tuple[int, ...]:

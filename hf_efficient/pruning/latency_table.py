@@ -1,0 +1,104 @@
+"""A table of measured times: plain numbers, how to read a price from them, and how they look.
+
+curve.price(0.5)        # half of the units: which fraction of the model's time
+print(table)            # a Markdown table in milliseconds
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one kind of units costs in layers that compute alike.
+
+    Fields:
+        groups: for each group (`"encoder.3.heads"`) its part of all these units.
+        units: how many one of them has.
+        points: (fraction of the units that stay, fraction of the model's time that this saves), ascending; the last is
+            (1, 0).
+    """
+
+    stack: str
+    kind: str
+    groups: dict[str, float]
+    units: int
+    points: tuple[tuple[float, float], ...]
+
+    def saved(self, kept: float) -> float:
+        """Linear between the measured points, and on to nothing beyond the last."""
+        if len(self.points) == 1:
+            return 0.0
+        segment = next((pair for pair in pairwise(self.points) if kept <= pair[1][0]), self.points[-2:])
+        (x, y), (next_x, next_y) = segment
+        return y + (kept - x) * (next_y - y) / (next_x - x)
+
+    def price(self, kept: float) -> float:
+        """What that fraction of all units costs, as a fraction of the model's time: 0 of none, more of more."""
+        return self.saved(0.0) - self.saved(kept)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Where the time of one forward goes.
+
+    Fields:
+        threads: CPU threads. device: such as `"cpu"`.
+        total_ms: of the whole dense model: the median of several shortest times.
+        curves: of heads, cross heads and neurons.
+        layers: for each stack what fraction of the whole each of its layers takes.
+    """
+
+    batch_size: int
+    sequence_length: int
+    threads: int
+    device: str
+    total_ms: float
+    curves: tuple[Curve, ...]
+    layers: dict[str, tuple[float, ...]]
+
+    @property
+    def rest_ms(self) -> float:
+        """What does not belong to any layer: embeddings, task head."""
+        return self.total_ms * (1 - sum(sum(shares) for shares in self.layers.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` reads them back to an equal table."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "LatencyTable":
+        """Raises KeyError, TypeError or ValueError for what `to_dict` did not write."""
+        curves = tuple(
+            Curve(**{**curve, "points": tuple((float(x), float(y)) for x, y in curve["points"])})
+            for curve in data["curves"]
+        )
+        layers = {stack: tuple(map(float, shares)) for stack, shares in data["layers"].items()}
+        table = cls(**{**data, "curves": curves, "layers": layers})
+        if not table.total_ms > 0 or not all(curve.points and curve.groups for curve in curves):
+            raise ValueError("no times")
+        return table
+
+    def __str__(self) -> str:
+        """Markdown: a layer's milliseconds by how much of it stays, and the microseconds of one unit."""
+        head = ["part", "in layers", *(f"ms, {kept:.0%}" for kept in FRACTIONS), "µs each"]
+        rows = [head, ["---"] * len(head)]
+        for curve in self.curves:
+            number = len(curve.groups)
+            times = [self.total_ms * curve.price(kept) / number for kept in FRACTIONS]
+            each = f"{1e3 * times[0] / curve.units:.2f}"
+            name = f"{curve.stack}: {curve.units} {curve.kind.replace('_', ' ')}"
+            rows.append([name, str(number), *(f"{time:.3f}" for time in times), each])
+        blank = [""] * len(FRACTIONS)
+        for stack, shares in self.layers.items():
+            mean = self.total_ms * sum(shares) / len(shares)
+            rows.append([f"{stack}: whole layer", str(len(shares)), f"{mean:.3f}", *blank])
+        rows.append(["embeddings and head", "", f"{self.rest_ms:.3f}", *blank])
+        title = (
+            f"One forward of {self.batch_size} x {self.sequence_length}: {self.total_ms:.2f} ms "
+            f"({self.device}, threads: {self.threads})"
+        )
+        return "\n".join([title, "", *("| " + " | ".join(row) + " |" for row in rows)])
