@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .calibration import answer_loss, model_loss
 from .config import IMPORTANCES as NAMES
 from .costs import unit_cost
@@ -78,6 +78,20 @@ def random(model: PreTrainedModel, groups: list[Group], *, length: int, seed: in
         group: torch.rand(group.units, generator=generator) * unit_cost(model, group, "macs", length)
         for group in groups
     }
+
+
+def check_scores(group: Group, values: torch.Tensor, importance: str) -> None:
+    """Refuse scores that cannot be compared.
+
+    Raises:
+        DataError: not one finite number for each unit.
+    """
+    if values.shape != (group.units,) or not torch.isfinite(values).all():
+        raise DataError(
+            f"The {importance} scores of {group.name} must be {group.units} finite numbers, got "
+            f"{tuple(values.shape)}, {int(values.isfinite().sum())} of them finite. Check the calibration data "
+            "and the weights for NaN."
+        )
 
 
 IMPORTANCES: dict[str, Importance] = {

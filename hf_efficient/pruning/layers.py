@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 from ..families import find_stacks
 from ..measure.context import evaluating
 from .calibration import answer_of, is_distribution, token_mask
+from .config import PruningConfig
+from .groups import find_groups
+from .importance import IMPORTANCES, check_scores
 from .stream import Batch, forward
 
 LayerScores = dict[tuple[str, int], float]
@@ -121,3 +124,17 @@ LAYER_IMPORTANCES: dict[str, Callable[[PreTrainedModel, Sequence[Batch]], LayerS
     "block_influence": block_influence,
     "loss": loss,
 }
+
+
+def layer_scores(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int) -> LayerScores:
+    """By `config.layer_importance`, larger is more important."""
+    if config.layer_importance in LAYER_IMPORTANCES:
+        return LAYER_IMPORTANCES[config.layer_importance](model, batches)
+    score = IMPORTANCES[config.layer_importance]
+    found = score(model, find_groups(model), batches=batches, length=length, seed=config.seed)
+    sums = {key: 0.0 for key, _ in _layers(model)}
+    for group, values in found.items():
+        check_scores(group, values, config.layer_importance)
+        for layer in group.layers:
+            sums[group.stack, layer] += float(values.sum()) / len(group.layers)
+    return sums

@@ -30,7 +30,7 @@ from .forecast import forecast
 from .groups import find_groups
 from .plan import PruningPlan
 from .reach import check_reachable
-from .search import Cutter, allocate, is_kept, search
+from .search import Cutter, Search, allocate, is_kept
 from .stream import Batch
 from .weights import check_data, prune_weights
 
@@ -71,7 +71,7 @@ def prune(
         return _with_zeros(model, config, batches, length)
     _check_data(config, batches)
     costs = _costs(model, config, length)
-    return search(model, config, batches, costs, length)[1]
+    return Search(model, config, batches, costs, length).run()[1]
 
 
 def _with_zeros(model: PreTrainedModel, config: PruningConfig, batches: list[Batch], length: int) -> PreTrainedModel:
@@ -119,7 +119,7 @@ def plan(
     else:
         _check_data(config, batches)
         costs = _costs(model, config, length)
-        found = search(model, config, batches, costs, length)[0]
+        found = Search(model, config, batches, costs, length).run()[0]
     found = replace(found, model=model.config.model_type, config=config, chosen=not sizes_only)
     return replace(found, forecast=forecast(model, found, length, costs))
 
