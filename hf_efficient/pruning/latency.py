@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..families import family_of, find_stacks
@@ -40,6 +41,8 @@ NEURON_STEP = 8  # odd widths are slow, and no plan has them
 SECONDS = 2.0  # to time one copy for the table; a planned model gets twice as long
 ROUNDS = (8, 60)  # how many that may be
 NANOSECONDS = 1e6  # in a millisecond: prices are nanoseconds, of which half a one is nothing
+
+logger = logging.get_logger(__name__)
 
 
 def latency_table(
@@ -65,7 +68,13 @@ def latency_table(
         table = latency_cache.load(key)
         if table is None:
             table = _measure_table(Stopwatch(model, batch_size, sequence_length), used)
-            latency_cache.save(key, table)
+            if table.rest_ms > 0:
+                latency_cache.save(key, table)
+            else:
+                logger.warning(
+                    "By these times the layers take longer than the whole model: the machine is too busy to measure. "
+                    "The table is used and not kept."
+                )
     return table
 
 

@@ -179,6 +179,12 @@ def test_a_table_is_measured_once(clock):
     assert measured > 0 and latency_table(short("bert"), 2, 16) == table and clock.count == measured
 
 
+def test_a_table_that_cannot_be_true_is_not_kept(clock, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.REST", -1e-3)
+    assert latency_table(short("bert"), 2, 16).rest_ms < 0
+    assert not latency_cache.folder().exists()
+
+
 @pytest.mark.parametrize("what", ["batch", "length", "sizes", "dtype", "attention", "threads", "machine"])
 def test_another_table_is_another_file(what, clock, monkeypatch):
     latency_table(short("bert"), 2, 16, threads=1)
