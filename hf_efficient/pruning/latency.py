@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..families import family_of, find_stacks
 from ..measure.context import using_threads
 from ..measure.inputs import dummy_inputs
@@ -63,6 +63,12 @@ def latency_table(
     check_model(model)
     if model.device.type == "meta":
         raise ConfigError("Time is measured on weights, and this model is on the meta device. Load it with weights.")
+    stacks = [stack for stack, _ in find_stacks(model)]
+    if model.main_input_name == "input_features" or (len(stacks) > 1 and any(stack.sees_patches for stack in stacks)):
+        raise UnsupportedModelError(
+            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or a text and an image "
+            "together. Prune it with metric='macs', or its towers one by one."
+        )
     with using_threads(threads) as used:
         key = latency_cache.make_key(model, batch_size, sequence_length, used)
         table = latency_cache.load(key)
