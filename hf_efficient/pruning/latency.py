@@ -66,7 +66,7 @@ def latency_table(
     stacks = [stack for stack, _ in find_stacks(model)]
     if model.main_input_name == "input_features" or (len(stacks) > 1 and any(stack.sees_patches for stack in stacks)):
         raise UnsupportedModelError(
-            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or a text and an image "
+            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or text and image "
             "together. Prune it with metric='macs', or its towers one by one."
         )
     with using_threads(threads) as used:
