@@ -19,8 +19,9 @@ from statistics import median
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..families import family_of, find_stacks
 from ..measure.context import using_threads
 from ..measure.inputs import dummy_inputs
@@ -41,6 +42,8 @@ SECONDS = 2.0  # to time one copy for the table; a planned model gets twice as l
 ROUNDS = (8, 60)  # how many that may be
 NANOSECONDS = 1e6  # in a millisecond: prices are nanoseconds, of which half a one is nothing
 
+logger = logging.get_logger(__name__)
+
 
 def latency_table(
     model: PreTrainedModel, batch_size: int = 8, sequence_length: int = 128, threads: int | None = None
@@ -60,12 +63,24 @@ def latency_table(
     check_model(model)
     if model.device.type == "meta":
         raise ConfigError("Time is measured on weights, and this model is on the meta device. Load it with weights.")
+    stacks = [stack for stack, _ in find_stacks(model)]
+    if model.main_input_name == "input_features" or (len(stacks) > 1 and any(stack.sees_patches for stack in stacks)):
+        raise UnsupportedModelError(
+            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or text and image "
+            "together. Prune it with metric='macs', or its towers one by one."
+        )
     with using_threads(threads) as used:
         key = latency_cache.make_key(model, batch_size, sequence_length, used)
         table = latency_cache.load(key)
         if table is None:
             table = _measure_table(Stopwatch(model, batch_size, sequence_length), used)
-            latency_cache.save(key, table)
+            if table.rest_ms > 0:
+                latency_cache.save(key, table)
+            else:
+                logger.warning(
+                    "By these times the layers take longer than the whole model: the machine is too busy to measure. "
+                    "The table is used and not kept."
+                )
     return table
 
 

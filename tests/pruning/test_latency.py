@@ -8,12 +8,14 @@ import torch
 
 from hf_efficient import AttentionConfig, ConfigError, PruningCallback, PruningConfig, convert_attention, prune
 from hf_efficient.attention.dispatch import variant_of
+from hf_efficient.errors import UnsupportedModelError
 from hf_efficient.families import family_of, find_stacks
 from hf_efficient.pruning import correction, latency, latency_cache
 from hf_efficient.pruning.groups import find_groups
 from hf_efficient.pruning.latency import latency_costs, latency_table
 from hf_efficient.pruning.prune import plan
 
+from ..families import CASES
 from . import tiny
 
 REST, LAYER = 20e-3, 4e-3  # seconds of embeddings and head, and of what no unit owns in a layer
@@ -179,6 +181,12 @@ def test_a_table_is_measured_once(clock):
     assert measured > 0 and latency_table(short("bert"), 2, 16) == table and clock.count == measured
 
 
+def test_a_table_that_cannot_be_true_is_not_kept(clock, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.REST", -1e-3)
+    assert latency_table(short("bert"), 2, 16).rest_ms < 0
+    assert not latency_cache.folder().exists()
+
+
 @pytest.mark.parametrize("what", ["batch", "length", "sizes", "dtype", "attention", "threads", "machine"])
 def test_another_table_is_another_file(what, clock, monkeypatch):
     latency_table(short("bert"), 2, 16, threads=1)
@@ -236,6 +244,14 @@ def test_refusals():
         latency_table(model, 2, 16)
     with pytest.raises(ConfigError, match="Use at most 32"):
         latency_table(short("bert"), 2, 33)
+
+
+@pytest.mark.parametrize("name", ["clip", "whisper"])
+def test_inputs_that_cannot_be_made_up(name):
+    case = CASES[name]
+    fields = case.config() if callable(case.config) else case.config
+    with pytest.raises(UnsupportedModelError, match="metric='macs'"):
+        latency_table(case.head(case.head.config_class(**fields)), 2, 16)
 
 
 def test_on_a_real_clock_it_runs(monkeypatch):
