@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_efficient import CheckpointError, ConfigError, PruningCallback, PruningConfig, UnsupportedModelError
 from hf_efficient.pruning.callback import STATE_FILE
-from hf_efficient.pruning.groups import find_groups, unit_cost
-from hf_efficient.pruning.prune import total_cost
+from hf_efficient.pruning.costs import total_cost, unit_cost
+from hf_efficient.pruning.groups import find_groups
 from hf_efficient.pruning.schedule import ratio_at
 from tests.helpers import assert_close
 
