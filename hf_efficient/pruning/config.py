@@ -30,6 +30,8 @@ LAYER_IMPORTANCES = {"loss": True, "block_influence": True}
 WEIGHT_IMPORTANCES = ("magnitude", "random", "activation", "taylor", "fisher", "obs")
 # They tell the weights of one matrix apart, by the error in its output, and say nothing about other matrices.
 OF_ONE_MATRIX = ("activation", "obs")
+# What the gradients of a training run give for free; the last is learned there and nowhere else.
+TRAINED_IMPORTANCES = ("taylor", "fisher", "movement")
 ALLOCATIONS = ("global", "uniform")
 SCHEDULES = ("cubic", "linear", "one-shot")
 MAX_GROUP = 32  # of mask_structure
@@ -143,6 +145,8 @@ class PruningConfig:
                 f"importance={self.importance!r} ranks layers, granularity is {list(self.granularity)}. Set "
                 f"layer_importance={self.importance!r} for the layers, and importance for what is in them."
             )
+        if self.granularity != ("layer",):
+            known.append("movement")
         if self.importance not in known:
             raise unknown_name(f"importance of granularity {list(self.granularity)}:", self.importance, known)
         if self.layer_importance not in IMPORTANCES and self.layer_importance not in LAYER_IMPORTANCES:

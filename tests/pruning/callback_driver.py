@@ -25,7 +25,7 @@ def run(case: str, batch_size: int) -> tuple[dict, dict[str, torch.Tensor]]:
         dense = count(trainer.model)
         trainer.train()
         loss = trainer.evaluate()["eval_loss"]
-    removed = torch.cat(list(callback.removed.values())).to(torch.int64)
+    removed = torch.cat(list(callback.removal.removed.values())).to(torch.int64)
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     masks = trainer.accelerator.gather(removed[None])
     sizes = trainer.accelerator.gather(torch.tensor([[count(trainer.model)]]))

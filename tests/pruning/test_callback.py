@@ -73,8 +73,8 @@ def test_the_final_model_is_small_and_computes_what_the_masked_one_did(run):
     case, trainer, callback, _, before = run
     model = trainer.model
     assert count(model) < before.parameters == count(make(case))
-    assert removed_share(make(case), callback.removed) >= 0.5
-    assert [g.units for g in find_groups(model)] == [int((~mask).sum()) for mask in callback.removed.values()]
+    assert removed_share(make(case), callback.removal.removed) >= 0.5
+    assert [g.units for g in find_groups(model)] == [int((~mask).sum()) for mask in callback.removal.removed.values()]
     assert all(units % 8 == 0 for (_, kind, _), units in sizes(model).items() if kind == "neurons")
     assert_close(logits(model.eval(), batch(case)), before.logits, 1e-5)
     assert (logits(make(case), batch(case)) - before.logits).abs().max() > 0.01
@@ -225,8 +225,8 @@ def test_overflown_gradients_leave_no_trace_in_the_scores(tmp_path):
     callback = pruning()
     trainer = make_trainer("bert", tmp_path, [_Overflow(), callback, _Skip()])
     trainer.train()
-    assert all(score.isfinite().all() for score in callback.scores.values())
-    assert all(score.max() > 0 for score in callback.scores.values())
+    assert all(score.isfinite().all() for score in callback.removal.scores.values())
+    assert all(score.max() > 0 for score in callback.removal.scores.values())
     assert count(trainer.model) < count(make("bert"))
 
 
@@ -251,7 +251,6 @@ def test_refusals(tmp_path):
         {"end": 1.1},
         {"every": 0},
         {"every": 2.5},
-        {"sequence_length": 0},
         {"momentum": 1.0},
     ):
         with pytest.raises(ConfigError, match=str(next(reversed(bad.values())))):
