@@ -11,7 +11,6 @@ checkpoint, so a resumed run goes on exactly.
 
 from pathlib import Path
 
-from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -85,12 +84,9 @@ class PruningCallback(TrainerCallback):
             self._held.hold(self.removal.zeros(model))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        self.removal.see(model)
+        self.removal.learn(model)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:  # fp16: gradients overflowed
-            self.removal.forget()
-        self.removal.learn()
         self._held.apply(optimizer)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:

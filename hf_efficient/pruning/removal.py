@@ -52,7 +52,6 @@ class Removal(ABC, Generic[P]):
         self.removed = {part: torch.zeros_like(zeros, dtype=torch.bool) for part, zeros in blank.items()}
         learns = self.config.importance in LEARNED
         self.scores = {part: zeros.clone() for part, zeros in blank.items()} if learns else {}
-        self._seen: dict[P, Tensor] = {}
 
     @abstractmethod
     def effect(self, model: PreTrainedModel, part: P) -> Tensor:
@@ -74,20 +73,13 @@ class Removal(ABC, Generic[P]):
     def finish(self, model: PreTrainedModel) -> float:
         """Make the model object itself what training was for; returns the fraction that is gone."""
 
-    def see(self, model: PreTrainedModel) -> None:
-        """Note the effects of the gradients of this step, unless something overflowed."""
-        seen = {part: self.effect(model, part) for part in self.scores}
-        is_finite = [effect.isfinite().all() for effect in seen.values()]
-        self._seen = seen if is_finite and bool(torch.stack(is_finite).all()) else {}
-
-    def learn(self) -> None:
-        """The step was made: what was seen counts."""
-        for part, effect in self._seen.items():
-            LEARNED[self.config.importance](self.scores[part], effect, self.momentum)
-        self.forget()
-
-    def forget(self) -> None:
-        self._seen = {}
+    def learn(self, model: PreTrainedModel) -> None:
+        """Count the gradients of one optimizer step; not of one that overflowed, which the scaler of fp16 skips."""
+        gradients = (parameter.grad for parameter in model.parameters())
+        finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None] if self.scores else []
+        if finite and bool(torch.stack(finite).all()):
+            for part, score in self.scores.items():
+                LEARNED[self.config.importance](score, self.effect(model, part), self.momentum)
 
     def current_scores(self, model: PreTrainedModel) -> dict[P, Tensor]:
         """A copy; -inf for what is gone, so that it stays gone."""

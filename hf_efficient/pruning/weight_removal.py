@@ -1,6 +1,7 @@
 """Single weights that become zero while training: anywhere, or n of every m inputs.
 
-The model keeps its class and size. A pattern n:m is filled in gradually: of the weights that it would take now, the least important are taken first.
+The model keeps its class and size. A pattern n:m is filled in gradually: of the weights that it would take now, the
+least important are taken first.
 """
 
 import torch

@@ -281,10 +281,20 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", callback_driver.CASES)
-def test_two_processes_remove_the_same_units(two_processes, case):
+def test_two_processes_remove_the_same_parts_as_one(two_processes, case):
     report = two_processes[0][case]
     assert report["processes"] == 2
     assert report["same_masks"] and report["same_weights"]
     assert report["removed"][0] == report["removed"][1] > 0
-    assert len(set(report["sizes"])) == 1 and report["sizes"][0] < report["dense"]
+    assert len(set(report["sizes"])) == 1
+    assert (
+        report["sizes"][0] == report["dense"]
+        if "weight" in case or "2:4" in case
+        else (report["sizes"][0] < report["dense"])
+    )
     assert report["loss"] > 0
+    alone, tensors = callback_driver.run(case, batch_size=4)
+    assert alone["processes"] == 1
+    removed, weights = (two_processes[1][f"{case}.{name}"] for name in ("removed", "weights"))
+    assert torch.equal(tensors["removed"], removed)
+    assert_close(tensors["weights"], weights, 1e-3)

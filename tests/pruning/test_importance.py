@@ -9,7 +9,7 @@ from torch import nn
 from hf_efficient import DataError, PruningConfig, prune
 from hf_efficient.pruning.config import UNIT_KINDS as KINDS
 from hf_efficient.pruning.groups import Group, Member, Slice, find_groups, output_weight, unit_cost, unit_parameters
-from hf_efficient.pruning.importance import calibration_loss, unit_effect, magnitude, random, taylor
+from hf_efficient.pruning.importance import calibration_loss, magnitude, random, taylor, unit_effect
 
 from .tiny import CASES, batch, batches, bert, config, kept_parts, make
 
