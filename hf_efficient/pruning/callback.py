@@ -27,6 +27,7 @@ from .weight_removal import WeightRemoval
 from .zeros import HeldZeros, check_sharding
 
 STATE_FILE = "pruning_state.safetensors"
+ROUNDING = 1e-3  # of weights a whole number leaves, which may be a little less than the ratio
 
 logger = logging.get_logger(__name__)
 
@@ -107,7 +108,7 @@ class PruningCallback(TrainerCallback):
         self._release()
         _discard(optimizer)
         reached = self.removal.finish(model)
-        if reached < self.config.ratio - 1e-6:
+        if reached < self.config.ratio - ROUNDING:
             what = "weights" if "weight" in self.config.granularity else self.config.metric
             logger.warning(
                 f"PruningCallback removed {reached:.3f} of the {what} instead of {self.config.ratio}: "

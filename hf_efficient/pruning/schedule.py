@@ -8,6 +8,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ConfigError
 from .config import IMPORTANCES, TRAINED_IMPORTANCES, PruningConfig
@@ -100,6 +101,13 @@ class Gradual:
                 f"steps={config.steps} are those of prune. While training the ratio rises from start to end, every so "
                 "many optimizer steps. Leave steps out."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what has a meaning while training."""
+        config = {name: value for name, value in self.config.to_dict().items() if name in WHILE_TRAINING}
+        if self.config.structure is not None:
+            del config["ratio"]  # mask_structure says it, also where that is overridden
+        return config | {"start": self.start, "end": self.end, "every": self.every, "momentum": self.momentum}
 
     def ratio(self, step: int, max_steps: int) -> float:
         """What must be gone after this optimizer step; 0 where nothing is to be done."""

@@ -208,7 +208,7 @@ class Zeros(TrainerCallback):
 @pytest.mark.parametrize(
     "structure", [{}, {"allocation": "uniform", "ratio": 0.6}, {"mask_structure": "2:4"}], ids=str
 )
-def test_weights_become_zero_on_schedule_and_stay(case, importance, structure, tmp_path):
+def test_weights_become_zero_on_schedule_and_stay(case, importance, structure, tmp_path, caplog):
     callback = weights(importance=importance, **structure)
     zeros, before = Zeros(callback), Before(batch(case))
     trainer = make_trainer(case, tmp_path, [before, callback, zeros], model=make(case))
@@ -219,6 +219,7 @@ def test_weights_become_zero_on_schedule_and_stay(case, importance, structure, t
     assert zeros.shares == sorted(zeros.shares) and zeros.shares[1] == 0 < zeros.shares[3] < ratio
     found, total = count_zeros(trainer.model)
     assert abs(found - ratio * total) <= 1
+    assert "instead of" not in caplog.text
     assert type(trainer.model) is kind and before.parameters == trainer.model.num_parameters()
     assert torch.equal(logits(trainer.model.eval(), batch(case)), before.logits)
     if "mask_structure" in structure:

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from hf_efficient import ConfigError, DataError, PruningConfig, UnsupportedModelError, prune
+from hf_efficient.pruning.calibration import model_loss
 from hf_efficient.pruning.config import OF_ONE_MATRIX, WEIGHT_IMPORTANCES
-from hf_efficient.pruning.groups import total_cost
-from hf_efficient.pruning.importance import calibration_loss
+from hf_efficient.pruning.costs import total_cost
 from hf_efficient.pruning.linear_inputs import collect
 from hf_efficient.pruning.linears import count_zeros, find_linears, matrix
 from hf_efficient.pruning.reach import check_reachable
@@ -139,7 +139,7 @@ def test_gradient_scores_are_the_formulas():
     linears, gradients = find_linears(model), []
     for one in data:
         model.zero_grad()
-        calibration_loss(model, one).backward()
+        model_loss(model, one).backward()
         gradients.append({linear: model.get_parameter(f"{linear.name}.weight").grad.clone() for linear in linears})
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
