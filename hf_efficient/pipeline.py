@@ -154,9 +154,11 @@ def check(run: "Run") -> None:
                 config = _check_attention(run, config, stage.settings)
             except (ConfigError, UnsupportedModelError) as error:
                 raise type(error)(f"stages[{number}].attention: {error}") from error
-        elif isinstance(stage.settings, PruneStage) and not pruned:  # a second one starts from what is not known yet
-            _check_pruning(run, config, stage.settings.config)
-            pruned = True
+        elif not pruned:  # a second one starts from what is not known yet
+            asked = stage.settings if isinstance(stage.settings, PruneStage) else stage.settings.prune
+            if asked is not None:
+                _check_pruning(run, config, asked.config)
+                pruned = True
 
 
 def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConfig") -> None:

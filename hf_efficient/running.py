@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .attention.convert import convert_attention
 from .attention.positions import extend_positions, token_limit
@@ -32,8 +32,12 @@ from .loading import load_config, load_model, load_processor
 from .models.block import check_stock_sizes
 from .models.building import is_portable
 from .models.configs import block_of
+from .pruning.calibration import average_length
+from .pruning.callback import PruningCallback
+from .pruning.config import PruningConfig
 from .pruning.linears import count_zeros
 from .pruning.prune import prune
+from .pruning.schedule import Gradual
 from .pruning.zeros import KeepZeros, was_sparsified
 from .recipe import Recipe
 from .settings import DistillSettings, TrainingSettings, TransferSettings, check_keys
@@ -43,6 +47,7 @@ from .verify import output_digest
 
 TEACHER = "0-teacher"
 TRANSFER_ROWS = 128  # on which the error of an attention transfer is reported
+LENGTH_ROWS = 256  # whose average length is the one at which MACs are counted while training
 
 
 class Run:
@@ -237,21 +242,25 @@ def transfer(run: Run, model: PreTrainedModel, settings: TransferSettings, targe
 
 def run_prune(run: Run, settings: PruneStage, source: Path, target: Path) -> dict[str, Any]:
     model = run.load(source)
-    small = prune(model, settings.config, calibration_batches(run, settings, model.config))
-    counts: dict[str, Any] = {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
-    if "weight" in settings.config.granularity:
+    calibration = settings.calibration
+    batches = first_batches(run.data(config=model.config), calibration.calibration_samples, calibration.batch_size)
+    small = prune(model, settings.config, batches)
+    return _pruned(settings.config, model.num_parameters(), small) | run.save(small, target)
+
+
+def _pruned(config: PruningConfig, parameters: int, small: PreTrainedModel) -> dict[str, Any]:
+    """What the report says of a model that had so many `parameters` before."""
+    counts: dict[str, Any] = {"parameters_before": parameters, "parameters_after": small.num_parameters()}
+    if "weight" in config.granularity:
         zeros, total = count_zeros(small)
         counts |= {"zeros": zeros, "sparsity": round(zeros / total, 4)}
-    return counts | {"loads_with": "portable" if is_portable(small) else "plugin"} | run.save(small, target)
+    return counts | {"loads_with": "portable" if is_portable(small) else "plugin"}
 
 
-def calibration_batches(run: Run, settings: PruneStage, config: PreTrainedConfig) -> list[dict[str, torch.Tensor]]:
+def first_batches(prepared: PreparedData, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
     """The first training rows, in batches; the rows were shuffled when they were split."""
-    prepared = run.data(config=config)
-    count = min(settings.calibration.calibration_samples, len(prepared.train))
-    loader = torch.utils.data.DataLoader(
-        prepared.train.select(range(count)), batch_size=settings.calibration.batch_size, collate_fn=prepared.collator
-    )
+    rows = prepared.train.select(range(min(samples, len(prepared.train))))
+    loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=prepared.collator)
     return [dict(batch) for batch in loader]
 
 
@@ -267,9 +276,20 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
         temperature=settings.temperature,
         teacher_max_length=teacher_cut(run.recipe, settings, teacher.config),
     )
-    trainer = make_trainer(DistillationTrainer, student, arguments, prepared, teacher=teacher)
+    parameters, callbacks = student.num_parameters(), []
+    if settings.prune is not None:
+        batches = first_batches(prepared, LENGTH_ROWS, settings.batch_size)
+        callbacks.append(pruning_callback(settings.prune, average_length(batches, student)))
+    trainer = make_trainer(DistillationTrainer, student, arguments, prepared, callbacks, teacher=teacher)
     fit(trainer)
-    return {"train": len(prepared.train)} | _last_losses(trainer) | run.save(student, target)
+    pruned = {} if settings.prune is None else _pruned(settings.prune.config, parameters, student)
+    return {"train": len(prepared.train)} | pruned | _last_losses(trainer) | run.save(student, target)
+
+
+def pruning_callback(gradual: Gradual, length: int) -> PruningCallback:
+    """`length`: of the training rows, where the settings do not say at which MACs are counted."""
+    config = replace(gradual.config, sequence_length=gradual.config.sequence_length or length)
+    return PruningCallback(config, gradual.start, gradual.end, gradual.every, gradual.momentum)
 
 
 RUNNERS: dict[str, Callable[[Run, Any, Path, Path], dict[str, Any]]] = {
@@ -311,14 +331,20 @@ def teacher_cut(recipe: Recipe, settings: DistillSettings, teacher: PreTrainedCo
 
 
 def make_trainer(
-    kind: type[Trainer], model: PreTrainedModel, arguments: TrainingArguments, prepared: PreparedData, **more: Any
+    kind: type[Trainer],
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    prepared: PreparedData,
+    callbacks: Sequence[TrainerCallback] = (),
+    **more: Any,
 ) -> Any:
+    """`callbacks` come first: a checkpoint is complete when they have written what is theirs."""
     trainer = kind(
         model=model,
         args=arguments,
         train_dataset=prepared.train,
         data_collator=prepared.collator,
-        callbacks=[MarkComplete(), *([KeepZeros()] if was_sparsified(model) else [])],
+        callbacks=[*([KeepZeros()] if was_sparsified(model) else []), *callbacks, MarkComplete()],
         **more,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from .bundled import DATASETS, MODELS, PREFIX
 from .data import looks_local, missing_file
 from .errors import ConfigError, unknown_name
+from .pruning.schedule import Gradual
 from .safe_yaml import plain, shown
 
 MAX_TOKENS = 1 << 20
@@ -216,6 +217,15 @@ class DistillSettings(TrainingSettings):
         },
     )
     temperature: float = number(2.0, 0, 1000, above=True)
+    prune: Gradual | None = field(  # while it is trained: a PruningCallback
+        default=None,
+        metadata={
+            "rule": Rule(
+                "a mapping of what to prune, such as {ratio: 0.5, importance: movement}, or null",
+                lambda value: value is None or isinstance(value, Gradual),
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,6 +235,12 @@ class DistillSettings(TrainingSettings):
             if name not in LOSSES:
                 raise ConfigError(f"losses: {unknown_name('loss', name, LOSSES)}")
         object.__setattr__(self, "losses", {name: float(weight) for name, weight in self.losses.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """`prune` only where it is asked for."""
+        written = super().to_dict()
+        del written["prune"]
+        return written if self.prune is None else written | {"prune": self.prune.to_dict()}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .attention.config import AttentionConfig
 from .attention.mixing import MAX_LAYERS, STACK_NAMES, ByLayer, Mixing, read_layers, spread_layers, unknown_stack
 from .errors import ConfigError
 from .pruning.config import PruningConfig
+from .pruning.schedule import WHILE_TRAINING, Gradual
 from .safe_yaml import shown
 from .settings import (
     MAX_BATCH,
@@ -160,11 +161,30 @@ def read_prune(given: Any, path: str) -> PruneStage:
     names = [entry.name for entry in dataclasses.fields(PruningConfig)]
     check_keys(given, [*names, *own], path)
     calibration = read(CalibrationSettings, {key: given[key] for key in own if key in given}, path)
-    return PruneStage(_made(PruningConfig, {key: given[key] for key in names if key in given}, path), calibration)
+    config = _made(PruningConfig, {key: given[key] for key in names if key in given}, path)
+    if config.importance == "movement":
+        raise ConfigError(
+            f"{path}.importance: 'movement' is learned while training. Put it in a distill stage: "
+            "distill: {prune: {importance: movement}}."
+        )
+    return PruneStage(config, calibration)
 
 
 def read_distill(given: Any, path: str) -> DistillSettings:
+    """`prune` beside the rest prunes while it is trained:
+
+    - distill: {epochs: 3, prune: {ratio: 0.5, importance: movement, start: 0.1, end: 0.6, every: 10}}
+    """
+    if isinstance(given, dict) and given.get("prune") is not None:
+        given = given | {"prune": _read_gradual(given["prune"], f"{path}.prune")}
     return read(DistillSettings, given, path)
+
+
+def _read_gradual(given: Any, path: str) -> Gradual:
+    timing = [entry.name for entry in dataclasses.fields(Gradual) if entry.name != "config"]
+    check_keys(given, [*WHILE_TRAINING, *timing], path)
+    config = _made(PruningConfig, {key: given[key] for key in WHILE_TRAINING if key in given}, path)
+    return _made(Gradual, {"config": config} | {key: given[key] for key in timing if key in given}, path)
 
 
 STAGES: dict[str, Callable[[Any, str], AttentionStage | PruneStage | DistillSettings]] = {

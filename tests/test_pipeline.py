@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,21 +55,21 @@ def finished(tmp_path_factory):
     return folder
 
 
-def _command(folder: Path) -> list[str]:
+def _command(folder: Path, content: dict = TINY) -> list[str]:
     recipe = folder.parent / "tiny.yaml"
-    recipe.write_text(Recipe.from_dict(TINY).to_yaml())
+    recipe.write_text(Recipe.from_dict(content).to_yaml())
     return [sys.executable, "-m", "hf_efficient.cli", "compress", str(recipe), "--output-dir", str(folder)]
 
 
-def _run(folder: Path) -> str:
-    done = subprocess.run(_command(folder), capture_output=True, text=True, check=False)
+def _run(folder: Path, content: dict = TINY) -> str:
+    done = subprocess.run(_command(folder, content), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def _kill_when(folder: Path, appears: str) -> None:
+def _kill_when(folder: Path, appears: str, content: dict = TINY) -> None:
     """Start the run and kill -9 it as soon as a file or folder is there."""
-    process = subprocess.Popen(_command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(_command(folder, content), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not list(folder.glob(appears)):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -213,6 +214,55 @@ def test_zeros_stay_through_distillation_and_the_card_says_what_they_bring(tmp_p
             _text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "no", **{"prune.mask_structure": "4:5"}
         )
     assert not (tmp_path / "no").exists()
+
+
+WHILE_TRAINING = {"ratio": 0.4, "importance": "movement", "start": 0.1, "end": 0.5, "every": 2}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("granularity", [["head", "neuron"], ["weight"]])
+def test_pruning_while_distilling_goes_on_after_kill_9(granularity, tmp_path):
+    distill = TINY["stages"][2]["distill"] | {"prune": WHILE_TRAINING | {"granularity": granularity}}
+    recipe = TINY | {"stages": [{"distill": distill}]}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _run(whole, recipe)
+    for appears in ("1-distill.partial/trainer/checkpoint-*", "1-distill.partial/trainer/checkpoint-*/complete"):
+        _kill_when(killed, appears, recipe)
+    _run(killed, recipe)
+    expected, got = (load_file(f / "model/model.safetensors") for f in (whole, killed))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    report = load_report(whole / "model")
+    facts = report.stages[1].facts
+    if granularity == ["weight"]:
+        assert (
+            facts["sparsity"] == pytest.approx(0.4, abs=2e-4)
+            and facts["parameters_after"] == facts["parameters_before"]
+        )
+        assert report.comparison.mac_ratio == 1 and "no speed-up" in report.warnings[-1]
+    else:
+        assert facts["parameters_after"] < facts["parameters_before"] and report.comparison.mac_ratio < 0.75
+
+
+def test_a_ratio_out_of_reach_while_distilling_stops_before_any_work(tmp_path, rows):
+    recipe = _text_recipe(_bert(tmp_path / "bert"), rows, stages=[{"distill": {"prune": {"ratio": 0.99}}}])
+    with pytest.raises(ConfigError, match="At most 0"):
+        compress(recipe, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rounds_of_the_shipped_recipe_on_a_tiny_scale(tmp_path, rows):
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 256, "num_hidden_layers": 2}
+    stages = [stage.to_dict() for stage in Recipe.from_yaml("bbc-news-rounds").stages]
+    for stage in stages[1::2]:
+        stage["distill"] |= {"max_steps": 1, "max_length": 8}
+    report = compress(
+        _text_recipe(_bert(tmp_path / "bert", **sizes), rows, stages=stages), output_dir=tmp_path / "out"
+    )
+    assert [stage.name for stage in report.stages] == ["teacher", *["prune", "distill"] * 3]
+    pruned = [stage.facts for stage in report.stages[1::2]]
+    for earlier, later in pairwise(pruned):
+        assert earlier["parameters_after"] == later["parameters_before"] > later["parameters_after"]
+    assert report.comparison.mac_ratio < 0.27  # of the whole model, of which the head is not pruned
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path, rows):

@@ -511,3 +511,49 @@ def test_a_pattern_of_zeros_says_the_ratio(tmp_path):
     assert recipe.stages[0].settings.config.ratio == 0.75
     other = recipe.with_overrides({"prune.mask_structure": "2:4"})
     assert other.stages[0].settings.config.ratio == 0.5 and other.stages[0].settings.config.structure == (2, 4)
+
+
+def test_distillation_may_prune():
+    asked = {"ratio": 0.4, "granularity": ["weight"], "importance": "movement", "start": 0.1, "every": 3}
+    recipe = Recipe.from_dict(BASE | {"stages": [{"distill": {"prune": asked}}]})
+    gradual = recipe.stages[0].settings.prune
+    assert gradual.config.importance == "movement" and gradual.config.ratio == 0.4
+    assert (gradual.start, gradual.end, gradual.every) == (0.1, 0.7, 3)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    other = recipe.with_overrides({"distill.prune.ratio": 0.6, "distill.prune.every": 5})
+    assert other.stages[0].settings.prune.config.ratio == 0.6 and other.stages[0].settings.prune.every == 5
+    pattern = recipe.with_overrides({"distill.prune": "{granularity: weight, mask_structure: '1:4'}"})
+    assert Recipe.from_dict(pattern.to_dict()).stages[0].settings.prune.config.ratio == 0.75
+    without = recipe.with_overrides({"distill.prune": None})
+    assert without.stages[0].settings.prune is None and "prune" not in without.to_dict()["stages"][0]["distill"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (
+            {"distill": {"prune": {"ratoi": 0.4}}},
+            r"stages\[0\]\.distill\.prune\.ratoi: unknown key. Did you mean 'ratio'",
+        ),
+        ({"distill": {"prune": {"steps": 4}}}, r"stages\[0\]\.distill\.prune\.steps: unknown key"),
+        ({"distill": {"prune": {"start": 0.8}}}, r"stages\[0\]\.distill\.prune: start and end .* got 0.8, 0.7"),
+        ({"distill": {"prune": {"start": "now"}}}, r"stages\[0\]\.distill\.prune: start must be a number, got 'now'"),
+        ({"distill": {"prune": {"granularity": "layer"}}}, "Drop layers before"),
+        ({"distill": {"prune": {"importance": "activation"}}}, "needs calibration batches"),
+        ({"distill": {"prune": 0.5}}, r"stages\[0\]\.distill\.prune must be a mapping"),
+        ({"prune": {"importance": "movement"}}, r"stages\[0\]\.prune\.importance: 'movement' is learned.*distill: "),
+    ],
+    ids=str,
+)
+def test_faults_in_pruning_while_training(stage, words):
+    with pytest.raises(ConfigError, match=words):
+        Recipe.from_dict(BASE | {"stages": [stage]})
+
+
+def test_the_rounds_leave_a_quarter():
+    stages = Recipe.from_yaml("bbc-news-rounds").stages
+    assert [stage.name for stage in stages] == ["prune", "distill"] * 3
+    left = 1.0
+    for stage in stages[::2]:
+        left *= 1 - stage.settings.config.ratio
+    assert 0.24 < left <= 0.25

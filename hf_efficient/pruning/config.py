@@ -30,6 +30,8 @@ LAYER_IMPORTANCES = {"loss": True, "block_influence": True}
 WEIGHT_IMPORTANCES = ("magnitude", "random", "activation", "taylor", "fisher", "obs")
 # They tell the weights of one matrix apart, by the error in its output, and say nothing about other matrices.
 OF_ONE_MATRIX = ("activation", "obs")
+# What the gradients of a training run give for free; the last is learned there and nowhere else.
+TRAINED_IMPORTANCES = ("taylor", "fisher", "movement")
 ALLOCATIONS = ("global", "uniform")
 SCHEDULES = ("cubic", "linear", "one-shot")
 MAX_GROUP = 32  # of mask_structure
@@ -151,6 +153,7 @@ class PruningConfig:
         else:
             known = [name for name in WEIGHT_IMPORTANCES if "weight" in self.granularity]
             known = known if not self.unit_kinds else [name for name in IMPORTANCES if not known or name in known]
+            known = [*known, "movement"]
         if self.importance not in known:
             raise unknown_name(f"importance of granularity {list(self.granularity)}:", self.importance, known)
         if self.rearrange and (self.importance != "fisher" or not self.unit_kinds):

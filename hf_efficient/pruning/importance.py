@@ -10,18 +10,18 @@ All scores are sums over what a unit owns, so they can be added over units and c
 - `magnitude`, `magnitude_l1`: squared L2 norm or L1 norm of the unit's weights (Han 2015), the weakest criterion.
 - `random`: uniform noise times the unit's cost, a control.
 
-`movement` is learned: see `callback`. A score of your own: `register_importance`.
+`movement` is learned while training: see `removal`. A score of your own: `register_importance`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DataError
 from .calibration import answer_loss, model_loss
 from .config import IMPORTANCES as NAMES
+from .config import TRAINED_IMPORTANCES
 from .costs import unit_cost
 from .groups import Group, output_weight, unit_parameters
 from .statistics import input_squares, mask_gradients
@@ -102,7 +102,7 @@ IMPORTANCES: dict[str, Importance] = {
     "magnitude_l1": magnitude_l1,
     "random": random,
 }
-_BUILT_IN = frozenset(NAMES)
+_BUILT_IN = frozenset(NAMES) | set(TRAINED_IMPORTANCES)
 
 
 def register_importance(name: str, score: Importance, *, needs_data: bool = True, overwrite: bool = False) -> None:
@@ -128,15 +128,13 @@ def register_importance(name: str, score: Importance, *, needs_data: bool = True
     IMPORTANCES[name], NAMES[name] = score, needs_data
 
 
-def gradient_scores(
-    model: PreTrainedModel, group: Group, gradients: Mapping[nn.Parameter, torch.Tensor | None]
-) -> torch.Tensor:
-    """`[units]` |sum of w * dL/dw| over the columns that read the unit, which is |dL/dm|; 0 without a gradient."""
+def unit_effect(model: PreTrainedModel, group: Group) -> torch.Tensor:
+    """`[units]` sum of w * dL/dw over the columns that read the unit, which is dL/dm, from the gradients that the
+    model holds; 0 without a gradient."""
     total = torch.zeros(group.units)
     for member in group.members:
         weight = output_weight(model, member)
-        gradient = gradients.get(weight)
-        if gradient is not None:
-            effect = (weight.detach() * gradient).float()
+        if weight.grad is not None:
+            effect = weight.detach().float() * weight.grad.float()
             total += member.output.by_unit(effect).sum(1).cpu()
-    return total.abs()
+    return total

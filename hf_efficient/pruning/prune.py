@@ -32,7 +32,7 @@ from .plan import PruningPlan
 from .reach import check_reachable
 from .search import Cutter, Search, allocate, is_kept
 from .stream import Batch
-from .weights import check_data, prune_weights
+from .weights import check_data, check_learned, prune_weights
 
 
 def prune(
@@ -160,6 +160,7 @@ def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> P
 def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
     asked = [config.importance] if config.unit_kinds else []
     asked += [config.layer_importance] if "layer" in config.granularity else []
+    check_learned(config)
     for name in asked:
         if (IMPORTANCES | LAYER_IMPORTANCES)[name] and not batches:
             raise DataError(

@@ -54,10 +54,20 @@ def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequen
 
 def check_data(config: PruningConfig, batches: Sequence[Batch]) -> None:
     """Refuse to score without data what can only be scored with it."""
+    check_learned(config)
     if config.importance in WEIGHTS_NEED_DATA and not batches:
         raise DataError(
             f"importance={config.importance!r} needs calibration batches: prune(model, config, calibration=batches). "
             "Without data use importance='magnitude'."
+        )
+
+
+def check_learned(config: PruningConfig) -> None:
+    """Refuse what only training can score."""
+    if config.importance == "movement":
+        raise ConfigError(
+            "importance='movement' is learned while training, and prune does not train. Give a Trainer "
+            "PruningCallback(config), or choose importance='fisher'."
         )
 
 

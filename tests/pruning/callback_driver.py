@@ -15,17 +15,25 @@ from safetensors.torch import save_file
 
 from .training import count, make_trainer, pruning
 
-CASES = ("bert", "llama")
+CASES: dict[str, dict] = {
+    "bert": {},
+    "llama": {},
+    "bert movement": {"importance": "movement"},
+    "bert weight": {"granularity": "weight", "importance": "movement"},
+    "bert 2:4": {"granularity": "weight", "mask_structure": "2:4"},
+}
 
 
-def run(case: str, batch_size: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    callback = pruning()
+def run(name: str, batch_size: int) -> tuple[dict, dict[str, torch.Tensor]]:
+    case, callback = name.split()[0], pruning(**CASES[name])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(case, folder, [callback], per_device_train_batch_size=batch_size)
+        # AdamW would make large steps of rounding errors, where a gradient is next to nothing.
+        plain = {"optim": "sgd", "per_device_train_batch_size": batch_size}
+        trainer = make_trainer(case, folder, [callback], **plain)
         dense = count(trainer.model)
         trainer.train()
         loss = trainer.evaluate()["eval_loss"]
-    removed = torch.cat(list(callback.removed.values())).to(torch.int64)
+    removed = torch.cat([mask.flatten() for mask in callback.removal.removed.values()]).to(torch.int64)
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     masks = trainer.accelerator.gather(removed[None])
     sizes = trainer.accelerator.gather(torch.tensor([[count(trainer.model)]]))

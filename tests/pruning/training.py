@@ -58,9 +58,9 @@ class Watch(TrainerCallback):
         self.alive: list[float] = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.removed.append({group: mask.clone() for group, mask in self.callback.removed.items()})
+        self.removed.append({group: mask.clone() for group, mask in self.callback.removal.removed.items()})
         leftover, alive = 0.0, float("inf")
-        for group, mask in self.callback.removed.items():
+        for group, mask in self.callback.removal.removed.items():
             gone, kept = mask.nonzero().flatten(), (~mask).nonzero().flatten()
             for member in group.members:
                 for parameter, part in unit_parameters(model, member):
