@@ -393,7 +393,7 @@ def test_frozen_layers(tmp_path):
         ),
         ({"granularity": ("neuron", "weight")}, r"\['neuron', 'weight'\].*Prune heads and neurons first"),
         ({"granularity": "layer"}, r"\['layer'\].*Drop layers before"),
-        ({"metric": "latency"}, r"'macs' or 'parameters', got 'latency'"),
+        ({"metric": "latency"}, r"counts MACs or parameters"),
         ({"steps": 3}, r"steps=3 are those of prune"),
     ],
     ids=str,
