@@ -1,4 +1,4 @@
-"""Other people's structured pruning of a BERT classifier, for `pruning.py`: torch-pruning, and Kwon 2022 from the paper.
+"""Structured pruning of a BERT classifier by others, for `pruning.py`: torch-pruning, and Kwon 2022 from the paper.
 
     small = torch_pruning("taylor")(model, 0.5, Calibration(batches, length), seed=0)
     evaluate(small.model), small.macs, small.parameters
@@ -10,8 +10,10 @@ trains. Both prune heads and neurons (FFN intermediate units) over the whole net
 the residual stream is left alone as in its examples for transformers. It takes a ratio of units, the same for heads
 and for neurons, so that is searched by bisection.
 
-**kwon**: "A Fast Post-Training Pruning Framework for Transformers" (Kwon 2022): mask search (section 4.1), mask
-rearrangement (4.2), mask tuning (4.3), for masks on heads and neurons. The result is the dense model with masks.
+**kwon**: "A Fast Post-Training Pruning Framework for Transformers" (Kwon 2022, section 4): mask search,
+mask rearrangement and mask tuning, for masks on heads and neurons. The result is the dense model with masks. Where the
+paper leaves something open it is as in the authors' program (github.com/WoosukKwon/retraining-free-pruning), but for
+one number that theirs fits with the scales of an attention (a constant in all outputs) and throws away.
 """
 
 import copy
@@ -172,10 +174,10 @@ def _parameters_gone(model: PreTrainedModel, heads: int, neurons: int) -> int:
 def search_masks(
     head_scores: Masks, neuron_scores: Masks, head_cost: float, neuron_cost: float, budget: float
 ) -> tuple[Masks, Masks]:
-    """Masks that keep the largest total score within the budget (algorithm 1).
+    """Masks that keep the largest total score within the budget.
 
     With the off-diagonal of the Fisher matrix left out, the increase of the loss is the sum of the scores of what is
-    masked (equation 7). For every number of heads the best ones are kept, and as many of the best neurons as the rest
+    masked. For every number of heads the best ones are kept, and as many of the best neurons as the rest
     of the budget pays for.
     """
     heads, neurons = torch.cat(head_scores), torch.cat(neuron_scores)
@@ -197,7 +199,7 @@ def search_masks(
 
 
 def rearrange_mask(mask: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """As many ones, chosen with the layer's block of the Fisher matrix in view (equation 8; greedy, algorithm 2).
+    """As many ones, chosen with the layer's block of the Fisher matrix in view (greedy).
 
     `gradients` are `[mini-batches, units]`. Masking the set P raises the loss by the squared norm of the sum of the
     gradients of P. Start with the lowest scores; add each other unit, and let the one go without which that is least.
@@ -261,7 +263,7 @@ def _mask_gradients(model: PreTrainedModel, batches: list[Batch]) -> tuple[Masks
 
 @dataclass(frozen=True)
 class _Seen:
-    """What passed through one block: `units` that its linear read, the `residual`, and the `summed` before the norm."""
+    """Of one block: the `units` that its linear read, the `residual`, and the `summed` before the norm."""
 
     units: torch.Tensor
     residual: torch.Tensor
@@ -312,7 +314,7 @@ class _Stream:
 def _tune(
     model: PreTrainedModel, batches: list[Batch], teacher: tuple[Masks, Masks], student: tuple[Masks, Masks]
 ) -> tuple[Masks, Masks]:
-    """Scales in place of the student's ones, layer by layer (equation 9): || x + f(x; m) - (x' + f(x'; m')) ||^2 is
+    """Scales in place of the student's ones, layer by layer: || x + f(x; m) - (x' + f(x'; m')) ||^2 is
     made small over real tokens, x from the student as tuned so far, x' and m' from the teacher."""
     student = ([mask.clone() for mask in student[0]], [mask.clone() for mask in student[1]])
     mine, theirs = _Stream(model, batches), _Stream(model, batches)
