@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from benchmarks.attention_methods import CAUSAL, CONFIGS, DIM, HEADS, PEERS, installed, make_method, our_names
+from benchmarks.pruning_peers import PEERS as PRUNING_PEERS
+from benchmarks.pruning_peers import Calibration, normal_equations, rearrange_mask, search_masks, solve_scales
+from hf_efficient.pruning.costs import total_cost
 
 from .helpers import assert_close
 
@@ -89,3 +94,114 @@ def test_quality_benchmark_runs_and_resumes(tmp_path):
     assert second["dense", "converted"]["difference_from_teacher"] == 0
     refused = run("--kinds", "local", "--limit", "40")
     assert refused.returncode != 0 and "other settings" in refused.stderr
+
+
+def test_kwon_search_is_the_best_of_all_choices():
+    heads = [torch.tensor([5.0, 1.0]), torch.tensor([3.0, 0.5])]
+    neurons = [torch.tensor([2.0, 0.1, 0.3]), torch.tensor([0.9, 1.5, 0.2])]
+    for budget in (4.0, 5.0, 7.5, 9.0, 18.0):
+        found = search_masks(heads, neurons, head_cost=3.0, neuron_cost=1.0, budget=budget)
+        flat = torch.cat(found[0]), torch.cat(found[1])
+        assert 3 * flat[0].sum() + flat[1].sum() <= budget
+        kept = sum(float((mask * torch.cat(own)).sum()) for mask, own in zip(flat, (heads, neurons), strict=True))
+        assert kept == pytest.approx(_best_score(torch.cat(heads), torch.cat(neurons), budget))
+
+
+def _best_score(heads: torch.Tensor, neurons: torch.Tensor, budget: float) -> float:
+    """Over all subsets with at least one head."""
+    best = 0.0
+    for bits in product((0.0, 1.0), repeat=len(heads) + len(neurons)):
+        chosen = torch.tensor(bits)
+        kept, others = chosen.split([len(heads), len(neurons)])
+        if kept.any() and 3 * kept.sum() + others.sum() <= budget:
+            best = max(best, float((kept * heads).sum() + (others * neurons).sum()))
+    return best
+
+
+def test_kwon_rearrangement_sees_that_two_units_do_the_same():
+    same = torch.tensor([1.0, 0.0, 0.0])
+    gradients = torch.stack([same, same, -same, 2 * torch.eye(3)[1]], 1)  # units 0, 1, 2 score 1, unit 3 scores 4
+    mask = torch.tensor([0.0, 0.0, 1.0, 1.0])  # the loss would rise by |1 + 1|^2 = 4
+    new = rearrange_mask(mask, gradients)
+    assert new.sum() == 2 and new[3] == 1
+    assert (gradients * (1 - new)).sum(1).norm() == 0  # 1 and -1 cancel
+    assert torch.equal(rearrange_mask(torch.ones(4), gradients), torch.ones(4))
+
+
+def test_kwon_tuning_is_least_squares_on_what_the_units_add():
+    tokens, out, width = 50, 6, 2
+    units, weight = torch.randn(tokens, 3 * width), torch.randn(out, 3 * width)
+    mask = torch.tensor([1.0, 0.0, 1.0])
+    added = torch.stack([units[:, i : i + width] @ weight[:, i : i + width].T for i in (0, 4)], -1)  # [T, out, 2]
+    goal = added @ torch.tensor([1.5, 0.5])
+    gram, moment = normal_equations(units, goal, weight, mask)
+    columns = added.flatten(0, 1).double()
+    assert_close(gram, columns.T @ columns, 1e-3)
+    assert_close(moment, columns.T @ goal.flatten().double(), 1e-3)
+    scales = solve_scales(gram, moment)
+    assert_close(scales, torch.tensor([1.5, 0.5]), 1e-2)  # damping 1 is little against 50 tokens
+    assert solve_scales(gram, 100 * moment) is None  # a scale beyond 10
+
+
+@pytest.mark.parametrize("name", PRUNING_PEERS)
+def test_a_pruning_peer_gives_what_it_says(name):
+    if name.startswith("torch-pruning"):
+        pytest.importorskip("torch_pruning")
+    model, calibration = _tiny_bert()
+    dense = total_cost(model, "macs", calibration.length)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = PRUNING_PEERS[name](model, 0.4, calibration, 0)
+    assert 0.4 <= 1 - found.macs / dense < 0.6
+    assert found.parameters < sum(parameter.numel() for parameter in model.parameters())
+    inputs = calibration.without_labels()[0]
+    with torch.no_grad():
+        assert not torch.allclose(found.model(**inputs).logits, model(**inputs).logits, atol=1e-4)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def _tiny_bert() -> tuple[transformers.PreTrainedModel, Calibration]:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=3, intermediate_size=64, vocab_size=50, num_labels=2
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    mask = torch.ones(8, 12, dtype=torch.long)
+    mask[4:, 9:] = 0
+    batches = [
+        {
+            "input_ids": torch.randint(1, 50, (8, 12)),
+            "attention_mask": mask,
+            "labels": torch.randint(2, (8,)),
+        }
+        for _ in range(4)
+    ]
+    return model, Calibration(batches, 10)
+
+
+@pytest.mark.processes
+def test_pruning_benchmark_runs_and_resumes(tmp_path):
+    output = tmp_path / "pruning.json"
+    few = ["--jobs", "bbc-news", "--seeds", "0", "--teacher-steps", "1", "--calibration", "8", "--limit", "10"]
+    files = ["--work", str(tmp_path / "work"), "--output", str(output), "--threads", "1"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "benchmarks/pruning.py"), *few, *files, "--ratios", "0.5"]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+
+    def cells() -> dict:
+        return {cell["method"]: cell for cell in json.loads(output.read_text())["cells"]}
+
+    done = run("--methods", "fisher")
+    assert done.returncode == 0, done.stderr
+    first = cells()
+    assert set(first) == {"dense", "fisher"} and first["dense"]["difference"] == first["dense"]["removed"] == 0
+    assert 0.5 <= first["fisher"]["removed"] < 0.52
+    assert run("--methods", "magnitude", "random", "--all").returncode == 0
+    second = cells()
+    assert all(second[key] == cell for key, cell in first.items())  # kept, not measured again
+    assert set(second) == {"dense", "fisher", "magnitude", "random"}
+    refused = run("--limit", "20")
+    assert refused.returncode != 0 and "other settings" in refused.stderr
+    image = tmp_path / "pruning.png"
+    plot = [sys.executable, str(ROOT / "benchmarks/plot_pruning.py"), str(output), str(image)]
+    assert subprocess.run(plot, capture_output=True, check=False).returncode == 0 and image.stat().st_size > 10_000
