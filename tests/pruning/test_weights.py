@@ -329,8 +329,6 @@ def test_heads_and_neurons_first_and_then_zeros():
     refused = [PruningConfig(ratio=0.9999, granularity=("neuron", "weight")), batches("bert")]
     with pytest.raises(ConfigError, match="At most"):
         prune(dense, *refused)
-    with pytest.raises(UnsupportedModelError, match="one Conv1D"):
-        prune(make_model("gpt2"), PruningConfig(ratio=0.5, granularity=("head", "weight"), importance="magnitude"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
