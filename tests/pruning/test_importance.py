@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_efficient import DataError, PruningConfig, prune
-from hf_efficient.pruning.calibration import model_loss
+from hf_efficient import ConfigError, DataError, PruningConfig, prune, register_importance
+from hf_efficient.pruning.calibration import answer_loss, model_loss
+from hf_efficient.pruning.config import IMPORTANCES as KNOWN
 from hf_efficient.pruning.config import UNIT_KINDS as KINDS
 from hf_efficient.pruning.costs import unit_cost
 from hf_efficient.pruning.groups import (
@@ -19,12 +20,12 @@ from hf_efficient.pruning.groups import (
     output_weight,
     unit_parameters,
 )
-from hf_efficient.pruning.importance import magnitude, random, taylor, unit_effect
+from hf_efficient.pruning.importance import IMPORTANCES, activation, fisher, magnitude, random, taylor, unit_effect
 
 from .tiny import CASES, batch, batches, bert, config, kept_parts, make
 
 
-def gate_gradients(model, inputs, group) -> torch.Tensor:
+def gate_gradients(model, inputs, group, of_answer=False) -> torch.Tensor:
     """`[rows, units]` d loss / d gate for gates of one, one row at a time, on what the output linears read."""
     rows = []
     for row in range(len(next(iter(inputs.values())))):
@@ -38,7 +39,7 @@ def gate_gradients(model, inputs, group) -> torch.Tensor:
                 return (torch.where(chosen, args[0] * gates.repeat_interleave(width), args[0]),)
 
             handles.append(linear.register_forward_pre_hook(gate))
-        (gradient,) = torch.autograd.grad(model_loss(model, inputs), gates)
+        (gradient,) = torch.autograd.grad((answer_loss(3) if of_answer else model_loss)(model, inputs), gates)
         for handle in handles:
             handle.remove()
         rows.append(gradient)
@@ -236,3 +237,84 @@ def test_no_loss_without_a_head():
         prune(model, config(importance="taylor"), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
     small = prune(model, config(importance="magnitude"))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fisher_is_the_squared_change_of_the_answer(case):
+    """Against gates, row by row; labels are not looked at, and batches may be cut anywhere."""
+    model = make(case).double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(case).items()}
+    for group, score in fisher(model, find_groups(model), batches=[inputs], seed=3).items():
+        gradients = gate_gradients(model, inputs, group, of_answer=True)
+        assert gradients.abs().max() > 0
+        assert torch.allclose(score.double(), gradients.square().sum(0), rtol=1e-4, atol=1e-9)
+
+
+def test_two_classes_have_one_direction():
+    """Only the difference of two logits matters, so nothing is left to chance."""
+    model = bert(num_labels=2).eval()
+    groups, inputs = find_groups(model), [{k: v for k, v in batch("bert").items() if k != "labels"}]
+    one, other = (fisher(model, groups, batches=inputs, seed=seed) for seed in (0, 1))
+    assert all(torch.allclose(one[group], other[group], rtol=1e-4) for group in groups)
+    three = make("bert")
+    one, other = (fisher(three, find_groups(three), batches=inputs, seed=seed) for seed in (0, 1))
+    assert not all(torch.allclose(one[group], other[group], rtol=1e-4) for group in find_groups(three))
+
+
+def test_activation_is_weights_times_inputs_without_padding():
+    model, (inputs, *_) = make("bert"), batches("bert")
+    groups = [group for group in find_groups(model) if group.kind == "neurons"]
+    scores = activation(model, groups, batches=[inputs])
+    caught = []
+    handle = model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    real = caught[0][inputs["attention_mask"].bool()]
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    expected = weight.square().sum(0) * real.square().sum(0)
+    assert torch.allclose(scores[groups[1]], expected, rtol=1e-4)
+
+
+@pytest.fixture
+def names():
+    """A clean table afterwards."""
+    before = dict(IMPORTANCES), dict(KNOWN)
+    yield
+    for table, old in zip((IMPORTANCES, KNOWN), before, strict=True):
+        table.clear()
+        table.update(old)
+
+
+def test_a_score_of_your_own(names):
+    seen = {}
+
+    def last_units(model, groups, *, batches, **context):
+        seen.update(context, batches=batches)
+        return {group: torch.arange(group.units).float() for group in groups}
+
+    register_importance("last_units", last_units, needs_data=False)
+    dense = make("bert")
+    small = prune(dense, config(importance="last_units", granularity="neuron", ratio=0.15, round_to=1))
+    for group, kept in kept_parts(dense, small).items():
+        assert kept == tuple(range(group.units - len(kept), group.units))
+    assert seen["batches"] == [] and {"length", "seed"} <= seen.keys()
+    for again in ("last_units", "fisher"):
+        with pytest.raises(ConfigError, match="There is an importance"):
+            register_importance(again, last_units)
+    register_importance("last_units", last_units, overwrite=True)
+    with pytest.raises(DataError, match="'last_units' needs calibration"):
+        prune(dense, config(importance="last_units"))
+    for bad in ("my score", 3):
+        with pytest.raises(ConfigError, match="must be an identifier"):
+            register_importance(bad, last_units)
+    with pytest.raises(ConfigError, match="needs a function"):
+        register_importance("no_function", 3)
+
+
+def test_scores_of_a_wrong_shape(names):
+    register_importance(
+        "short", lambda model, groups, **_: {group: torch.ones(1) for group in groups}, needs_data=False
+    )
+    with pytest.raises(DataError, match=r"short scores of encoder.0.heads must be 4 finite numbers, got \(1,\)"):
+        prune(make("bert"), config(importance="short"))
