@@ -23,7 +23,7 @@ from .importance import IMPORTANCES, check_scores
 from .stream import Batch, forward
 
 LayerScores = dict[tuple[str, int], float]
-ROWS = 128  # on which `loss` compares models: L (L + 1) / 2 of them
+ROWS = 32  # on which `loss` compares models: L (L + 1) / 2 of them
 
 
 def block_influence(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:

@@ -43,7 +43,7 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -105,7 +105,7 @@ def plot_accuracy_latency(
     """
     reports = [reports] if isinstance(reports, Report) else list(reports)
     points = _points(reports, labels)
-    figure = _figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
     for point in points:
         _draw_point(axes, point)
@@ -120,7 +120,7 @@ def plot_accuracy_latency(
     note = f"{describe_machine(reports[0])}; {samples} samples, bars: ±1 standard error, fastest to p95 time"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8, color=_TEACHER)
     _label_points(figure, axes, points)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _points(reports: list[Report], labels: Sequence[str] | None) -> list[_Point]:
@@ -230,7 +230,7 @@ def plot_structure(report: Report, path: str | Path) -> Path:
     layers = report.structure
     if not layers:
         raise DataError("The report does not say what is left of each layer, so there is nothing to draw.")
-    figure = _figure(8.4, 1.2 + 0.3 * max(len(layers), 4))
+    figure = new_figure(8.4, 1.2 + 0.3 * max(len(layers), 4))
     heads, neurons, attention = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 0.6))
     _draw_kept(heads, [(x.heads, x.original_heads) for x in layers], "heads", _STUDENTS[0])
     _draw_kept(neurons, [(x.neurons, x.original_neurons) for x in layers], "neurons", _STUDENTS[2])
@@ -246,7 +246,7 @@ def plot_structure(report: Report, path: str | Path) -> Path:
     removed = f", {total} of {len(layers)} layers removed" if total else ""
     title = f"What is left of each layer of {report.base_model.split('/')[-1]}{removed}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_TEXT)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_kept(axes: Any, counts: list[tuple[int, int]], what: str, color: str) -> None:

@@ -52,7 +52,7 @@ def test_another_latency_is_another_picture_and_the_same_one_is_the_same(tmp_pat
 
 
 def test_labels_keep_clear_of_each_other_and_of_the_dots():
-    from hf_efficient.reporting.plots import _bars, _draw_point, _figure, _label_points, _points
+    from hf_efficient.reporting.plots import _bars, _draw_point, _label_points, _points, new_figure
 
     reports = [
         sample_report(student=replace(STUDENT, latency=Latency(ms, 1.1 * ms, 0.95 * ms, 31, 4)))
@@ -60,7 +60,7 @@ def test_labels_keep_clear_of_each_other_and_of_the_dots():
     ]
     points = _points(reports, ["a recipe", "another recipe", "third recipe", "the last one"])
     assert [point.label for point in points if not point.filled] == ["all-MiniLM-L6-v2", "", "", ""]
-    figure = _figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
     for point in points:
         _draw_point(axes, point)
