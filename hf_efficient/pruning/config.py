@@ -115,6 +115,11 @@ class PruningConfig:
         if not names:
             raise ConfigError(f"granularity is empty; choose from {', '.join(GRANULARITIES)}.")
         for name in names:
+            if name == "vocabulary":
+                raise ConfigError(
+                    "The vocabulary leaves together with the tokenizer, after everything else: "
+                    "model, tokenizer = prune_vocabulary(model, tokenizer, texts)."
+                )
             if name not in GRANULARITIES:
                 raise unknown_name("granularity", name, GRANULARITIES)
         for field, known in (

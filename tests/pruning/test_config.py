@@ -17,6 +17,7 @@ BAD = [
     ({"granularity": ()}, ["empty", "head", "neuron", "layer"]),
     ({"granularity": "heads"}, ["'heads'", "Did you mean 'head'", "neuron", "layer"]),
     ({"granularity": ("head", "block")}, ["'block'", "head", "neuron", "layer"]),
+    ({"granularity": ("head", "vocabulary")}, ["prune_vocabulary(model, tokenizer, texts)"]),
     ({"granularity": None}, ["None", "head", "neuron", "layer"]),
     ({"granularity": 3}, ["3", "head"]),
     ({"importance": "tayler"}, ["'tayler'", "Did you mean 'taylor'", "magnitude", "random"]),
