@@ -46,6 +46,8 @@ def main() -> int:
             report = load_report(run)
             report.save(folder)
             save_plots(report, folder)
+        if not folder.is_dir():
+            continue  # a recipe that has not been run yet
         wanted[folder / "README.md"] = card_text(folder, name)
     wanted[README] = readme_text()
     drifted = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
