@@ -23,6 +23,7 @@ PUBLIC = [
     "HfEfficientError",
     "PruningCallback",
     "PruningConfig",
+    "PruningPlan",
     "Recipe",
     "Report",
     "UnsupportedModelError",
@@ -34,9 +35,11 @@ PUBLIC = [
     "extend_positions",
     "load_report",
     "measure",
+    "plan",
     "prune",
     "prune_vocabulary",
     "register_attention",
+    "register_importance",
     "transfer_attention",
 ]
 
