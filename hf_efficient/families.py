@@ -134,6 +134,8 @@ class Family:
     Fields:
         config_name: its config class in transformers.
         stacks: its towers, in the order in which data flows.
+        norm: how its blocks meet the residual stream: `"post"`, norm(x + block(x)), or `"pre"`, x + block(norm(x)).
+            `None` where what a block gives is scaled or normed before it is added.
         heads_divide_hidden: the stock config insists that the head count divides the hidden size.
         gated: the config field that says that the FFN is gated, where it may be either (T5).
         per_layer: config fields that are lists with one entry for each layer.
@@ -153,6 +155,7 @@ class Family:
     model_type: str
     config_name: str
     stacks: tuple[Stack, ...]
+    norm: str | None = None
     heads_divide_hidden: bool = False
     gated: str | None = None
     per_layer: tuple[str, ...] = ()
@@ -225,6 +228,7 @@ def _attention(path: str, output: str, *head_attributes: str) -> Attention:
 _BERT = Family(
     model_type="bert",
     config_name="BertConfig",
+    norm="post",
     stacks=(
         _encoder(
             layers="encoder.layer",
@@ -245,6 +249,7 @@ _XLM_ROBERTA = replace(_ROBERTA, model_type="xlm-roberta", config_name="XLMRober
 _DISTILBERT = Family(
     model_type="distilbert",
     config_name="DistilBertConfig",
+    norm="post",
     stacks=(
         _encoder(
             layers="transformer.layer",
@@ -271,6 +276,7 @@ _DISTILBERT = Family(
 _MODERNBERT = Family(
     model_type="modernbert",
     config_name="ModernBertConfig",
+    norm="pre",
     stacks=(
         _encoder(
             layers="layers",
@@ -289,6 +295,7 @@ _MODERNBERT = Family(
 _VIT = Family(
     model_type="vit",
     config_name="ViTConfig",
+    norm="pre",
     stacks=(
         _encoder(
             layers="layers",
@@ -350,14 +357,18 @@ _CLIP_VISION_STACK = replace(_CLIP_TEXT_STACK, name="vision")
 _CLIP_TEXT = Family(
     model_type="clip_text_model",
     config_name="CLIPTextConfig",
+    norm="pre",
     stacks=(_CLIP_TEXT_STACK,),
     positions=("embeddings.position_embedding",),
     max_positions="max_position_embeddings",
 )
-_CLIP_VISION = Family(model_type="clip_vision_model", config_name="CLIPVisionConfig", stacks=(_CLIP_VISION_STACK,))
+_CLIP_VISION = Family(
+    model_type="clip_vision_model", config_name="CLIPVisionConfig", norm="pre", stacks=(_CLIP_VISION_STACK,)
+)
 _CLIP = Family(
     model_type="clip",
     config_name="CLIPConfig",
+    norm="pre",
     stacks=(
         replace(_CLIP_TEXT_STACK, layers="text_model.encoder.layers", config="text_config"),
         replace(_CLIP_VISION_STACK, layers="vision_model.encoder.layers", config="vision_config", sees_patches=True),
@@ -367,6 +378,7 @@ _CLIP = Family(
 _LLAMA = Family(
     model_type="llama",
     config_name="LlamaConfig",
+    norm="pre",
     stacks=(
         Stack(
             name="decoder",
@@ -383,7 +395,9 @@ _LLAMA = Family(
 )
 _MISTRAL = replace(_LLAMA, model_type="mistral", config_name="MistralConfig", heads_divide_hidden=False)
 _QWEN3 = replace(_MISTRAL, model_type="qwen3", config_name="Qwen3Config", per_layer=("layer_types",))
-_GEMMA3 = replace(_LLAMA, model_type="gemma3_text", config_name="Gemma3TextConfig", per_layer=("layer_types",))
+_GEMMA3 = replace(
+    _LLAMA, model_type="gemma3_text", config_name="Gemma3TextConfig", norm=None, per_layer=("layer_types",)
+)
 
 
 def _gpt2_neurons(config: PreTrainedConfig) -> int:
@@ -405,6 +419,7 @@ def _gpt2_attention(path: str, query: str) -> Attention:
 _GPT2 = Family(
     model_type="gpt2",
     config_name="GPT2Config",
+    norm="pre",
     stacks=(
         Stack(
             name="decoder",
@@ -458,6 +473,7 @@ def _t5_stack(name: str, num_layers: str, ffn: str, cross_attention: Attention |
 _T5 = Family(
     model_type="t5",
     config_name="T5Config",
+    norm="pre",
     stacks=(
         _t5_stack("encoder", "num_layers", "layer.1.DenseReluDense"),
         _t5_stack("decoder", "num_decoder_layers", "layer.2.DenseReluDense", _t5_attention("layer.1.EncDecAttention")),
@@ -486,6 +502,7 @@ def _bart_stack(name: str, cross_attention: Attention | None = None) -> Stack:
 _BART = Family(
     model_type="bart",
     config_name="BartConfig",
+    norm="post",
     stacks=(_bart_stack("encoder"), _bart_stack("decoder", _attention("encoder_attn", "out_proj", "num_heads"))),
     positions=("encoder.embed_positions", "decoder.embed_positions"),
     max_positions="max_position_embeddings",
@@ -496,6 +513,7 @@ _WHISPER = replace(
     _BART,
     model_type="whisper",
     config_name="WhisperConfig",
+    norm="pre",
     positions=("decoder.embed_positions",),  # those of the encoder belong to 30 seconds of sound
     max_positions="max_target_positions",
     position_offset=0,

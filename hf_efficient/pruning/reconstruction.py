@@ -4,9 +4,12 @@
     reconstruct(small, dense, batches, token_weights(dense, batches, loss))
 
 Layer by layer, what the output linear of a pruned block reads (x, from the stream that is already pruned and
-reconstructed) is fitted to what the block of the dense model gave (y, from the dense stream), with its weights W:
+reconstructed) is fitted to what makes the stream dense again (y), with its weights W:
 
     minimise over D:   sum over tokens of  c_t || y_t - (W + D) x_t ||^2  +  lambda || D ||^2
+
+y is what the block of the dense model gave, and also what the stream is short of by then: y = (r + block)_dense -
+r_pruned, for r the residual that the block is added to. So each block makes up for the errors of those before it too.
 
 so lambda pulls to the weights as they are and not to zero; a bias is one more column, not pulled. c_t is how much the
 model's answer depends on the block's output at token t: nothing for padding, nothing for tokens that a classification
@@ -25,7 +28,7 @@ from transformers import PreTrainedModel
 from ..families import Stack, family_of, find_stacks, layers_prefix
 from ..measure.context import eval_mode
 from ..models.linears import input_dim
-from .stream import Batch, Stream
+from .stream import Batch, Block, Stream
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
 HELD_OUT = 5  # one row in five
@@ -53,17 +56,18 @@ def reconstruct(
             origin = (kept_layers or {}).get(stack.name, range(len(layers)))
             small, large = Stream(model, stack.name, batches), Stream(dense, stack.name, batches)
             prefix = layers_prefix(dense, large.layers)
-            paths = output_paths(model, stack)
+            blocks = find_blocks(model, stack)
             for theirs in range(max(origin) + 1):
-                targets = large.advance(theirs, watch=paths)
+                sums = large.advance(theirs, blocks)
                 if theirs not in origin:
                     continue
                 mine = list(origin).index(theirs)
-                for path in paths:
+                for _, path in blocks:
                     fit = _Fit(layers[mine].get_submodule(path))
                     named = f"{prefix}.{theirs}.{path}"
-                    for x, y, c in zip(small.inputs(mine, path), targets[path], weights[named], strict=True):
-                        fit.add(x, y, c)
+                    read = small.inputs(mine, blocks, path)
+                    for (x, residual), total, c in zip(read, sums[path], weights[named], strict=True):
+                        fit.add(x, total - residual, c)
                     fit.solve()
                 small.advance(mine)
 
@@ -78,7 +82,7 @@ def token_weights(
     paths = [
         f"{layers_prefix(model, layers)}.{index}.{path}"
         for stack, layers in find_stacks(model)
-        for path in output_paths(model, stack)
+        for _, path in find_blocks(model, stack)
         for index in range(len(layers))
     ]
     found: TokenWeights = {path: [] for path in paths}
@@ -112,10 +116,11 @@ def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.where(own > 0, (1 - FLOOR) * own / mean + FLOOR, 0.0) for own in weights]
 
 
-def output_paths(model: PreTrainedModel, stack: Stack) -> list[str]:
-    """The linears of a layer that write to the stream, in the order in which they run."""
-    attentions = [attention.output for attention in stack.attentions(model.config).values()]
-    return [*attentions, family_of(model.config).down(stack, model.config)]
+def find_blocks(model: PreTrainedModel, stack: Stack) -> list[Block]:
+    """The blocks of a layer, in the order in which they run."""
+    config, family = model.config, family_of(model.config)
+    attentions = [Block(attention.query, attention.output) for attention in stack.attentions(config).values()]
+    return [*attentions, Block(family.up(stack, config)[0], family.down(stack, config))]
 
 
 class _Fit:

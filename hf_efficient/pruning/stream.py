@@ -1,21 +1,31 @@
 """The hidden states that flow through the layers of one stack, layer by layer, for all calibration batches at once.
 
     stream = Stream(model, "encoder", batches)
-    stream.inputs(0, "output.dense")     # what a linear of layer 0 reads, batch by batch
-    stream.advance(0)                    # on to layer 1
+    stream.inputs(0, blocks, "output.dense")     # what a linear of layer 0 reads, batch by batch
+    stream.advance(0)                            # on to layer 1
 
 Each layer is called with the arguments (masks, positions, encoder states) that the model itself gives it.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..families import find_stacks
+from ..families import family_of, find_stacks
 
 Batch = Mapping[str, torch.Tensor]
+
+
+class Block(NamedTuple):
+    """An attention or an FFN: the paths in a layer of the linear that reads first and of the one that writes."""
+
+    reads: str
+    writes: str
 
 
 class _Reached(Exception):
@@ -27,6 +37,7 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, stack: str, batches: Sequence[Batch]):
         self.layers = next(layers for found, layers in find_stacks(model) if found.name == stack)
+        self.norm = family_of(model.config).norm
         self._calls: list[list[tuple[tuple, dict]]] = [[] for _ in self.layers]
         self.states: list[torch.Tensor] = []
         hooks = [
@@ -49,45 +60,76 @@ class Stream:
 
         return record
 
-    def inputs(self, index: int, path: str) -> Iterator[torch.Tensor]:
-        """What the module at `path` in a layer reads; the rest of the layer is not computed."""
-        caught: list[torch.Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            caught.append(args[0])
-            raise _Reached
-
-        module = self.layers[index].get_submodule(path)
+    def inputs(self, index: int, blocks: Sequence[Block], writes: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the linear `writes` of a layer reads, and the residual that its output is added to, batch by batch; the
+        rest of the layer is not computed. `blocks` are those of the layer."""
         for number in range(len(self.states)):
-            handle = module.register_forward_pre_hook(stop)
-            try:
+            seen = _Seen(self.layers[index], blocks, self.norm, self.states[number], stop=writes)
+            with contextlib.suppress(_Reached), seen:
                 self._call(index, number)
-            except _Reached:
-                pass
-            finally:
-                handle.remove()
-            yield caught.pop()
+            yield seen.read, seen.residuals[writes]
 
-    def advance(self, index: int, watch: Sequence[str] = ()) -> dict[str, list[torch.Tensor]]:
-        """Through one layer; returns what the modules at the paths in `watch` gave, batch by batch."""
-        seen: dict[str, list[torch.Tensor]] = {path: [] for path in watch}
-        hooks = [
-            self.layers[index]
-            .get_submodule(path)
-            .register_forward_hook(lambda module, args, output, path=path: seen[path].append(output))
-            for path in watch
-        ]
-        try:
-            self.states = [self._call(index, number) for number in range(len(self.states))]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
+    def advance(self, index: int, blocks: Sequence[Block] = ()) -> dict[str, list[torch.Tensor]]:
+        """Through one layer; returns for each block the sum of its output and its residual, batch by batch."""
+        sums: dict[str, list[torch.Tensor]] = {block.writes: [] for block in blocks}
+        for number, states in enumerate(self.states):
+            with _Seen(self.layers[index], blocks, self.norm, states) as seen:
+                self.states[number] = self._call(index, number)
+            for path, own in sums.items():
+                own.append(seen.residuals[path] + seen.outputs[path])
+        return sums
 
     def _call(self, index: int, number: int) -> torch.Tensor:
         args, kwargs = self._calls[index][number]
         output = self.layers[index](self.states[number], *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+class _Seen:
+    """What the blocks of a layer read, give, and add to, in one call of the layer on `states`.
+
+    Post-norm: a block's residual is what it reads. Pre-norm: `states` and all that the blocks before it gave. Where
+    neither is so it is unknown, and zero here.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        blocks: Sequence[Block],
+        norm: str | None,
+        states: torch.Tensor,
+        stop: str | None = None,
+    ):
+        self.layer, self.blocks, self.norm, self.stop = layer, blocks, norm, stop
+        self.sum = states if norm == "pre" else torch.zeros_like(states)
+        self.residuals: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self._hooks = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Seen":
+        for block in self.blocks:
+            first, last = (self.layer.get_submodule(path) for path in block)
+            enter, write, leave = (partial(step, block.writes) for step in (self._enter, self._write, self._leave))
+            self._hooks.callback(first.register_forward_pre_hook(enter).remove)
+            self._hooks.callback(last.register_forward_pre_hook(write).remove)
+            self._hooks.callback(last.register_forward_hook(leave).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def _enter(self, path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.residuals[path] = args[0] if self.norm == "post" else self.sum
+
+    def _write(self, path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if path == self.stop:
+            self.read = args[0]
+            raise _Reached
+
+    def _leave(self, path: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        self.outputs[path] = output
+        if self.norm == "pre":
+            self.sum = self.sum + output
 
 
 def forward(model: PreTrainedModel, batch: Batch):

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from hf_efficient import PruningConfig, prune
-from hf_efficient.families import find_stacks
+from hf_efficient.families import family_of, find_stacks
 from hf_efficient.models.building import rebuild
 from hf_efficient.pruning.calibration import answer_loss, answer_of
 from hf_efficient.pruning.groups import find_groups
 from hf_efficient.pruning.plan import PruningPlan
-from hf_efficient.pruning.reconstruction import HELD_OUT, LAMBDAS, _Fit, output_paths, reconstruct, token_weights
+from hf_efficient.pruning.reconstruction import HELD_OUT, LAMBDAS, _Fit, find_blocks, reconstruct, token_weights
 from hf_efficient.pruning.stream import Stream
 from hf_efficient.pruning.surgery import apply_plan
 from tests.families import CASES, make_inputs, make_model
@@ -117,7 +117,7 @@ def test_token_weights(case):
     """Nothing for padding, something for all that is read."""
     model, inputs = make(case).double(), doubled(case)[:1]
     weights = token_weights(model, inputs, answer_loss())
-    assert len(weights) == sum(len(layers) * len(output_paths(model, stack)) for stack, layers in find_stacks(model))
+    assert len(weights) == sum(len(layers) * len(find_blocks(model, stack)) for stack, layers in find_stacks(model))
     mask = inputs[0]["attention_mask"].bool()
     for path, (own,) in weights.items():
         assert (own >= 0).all() and own.max() > 0
@@ -136,11 +136,33 @@ def test_a_stream_is_the_forward_of_the_model():
         states = model(**inputs[0], output_hidden_states=True).hidden_states
         for index in range(3):
             assert torch.equal(stream.states[0], states[index])
-            read = list(stream.inputs(index, "output.dense"))
-            seen = stream.advance(index, watch=["output.dense"])
+            blocks = find_blocks(model, next(find_stacks(model))[0])
+            read, residual = next(stream.inputs(index, blocks, "output.dense"))
+            sums = stream.advance(index, blocks)
             linear = model.bert.encoder.layer[index].output.dense
-            assert torch.equal(linear(read[0]), seen["output.dense"][0])
+            assert torch.equal(linear(read) + residual, sums["output.dense"][0])
         assert torch.equal(stream.states[0], states[3])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_block_is_added_to(name):
+    """Each sum is what a norm of the layer reads next, or what the layer gives."""
+    model, batch = make_model(name).eval(), make_inputs(name)
+    if family_of(model.config).norm is None:
+        assert name.startswith(("dinov2", "gemma3"))
+        return
+    with torch.no_grad():
+        for stack, layers in find_stacks(model):
+            stream, blocks = Stream(model, stack.name, [batch]), find_blocks(model, stack)
+            for index, layer in enumerate(layers):
+                read = []
+                norms = [module for module in layer.modules() if "Norm" in type(module).__name__]
+                hooks = [norm.register_forward_pre_hook(lambda module, args: read.append(args[0])) for norm in norms]
+                sums = stream.advance(index, blocks)
+                for hook in hooks:
+                    hook.remove()
+                for (total,) in sums.values():
+                    assert any(torch.equal(total, state) for state in [*read, *stream.states])
 
 
 def test_labels_do_not_matter():
