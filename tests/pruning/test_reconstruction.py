@@ -1,6 +1,7 @@
 """Least squares against its formula, on what it must give back exactly, and on what it must leave alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -155,9 +156,10 @@ def test_what_a_block_is_added_to(name):
         for stack, layers in find_stacks(model):
             stream, blocks = Stream(model, stack.name, [batch]), find_blocks(model, stack)
             for index, layer in enumerate(layers):
-                read = []
+                read: list[torch.Tensor] = []
+                note = partial(lambda seen, module, args: seen.append(args[0]), read)
                 norms = [module for module in layer.modules() if "Norm" in type(module).__name__]
-                hooks = [norm.register_forward_pre_hook(lambda module, args: read.append(args[0])) for norm in norms]
+                hooks = [norm.register_forward_pre_hook(note) for norm in norms]
                 sums = stream.advance(index, blocks)
                 for hook in hooks:
                     hook.remove()
