@@ -4,7 +4,8 @@ All scores are sums over what a unit owns, so they can be added over units and c
 
 - `fisher`: sum over rows of (dL/dm)^2 for a mask m on the unit, L a random direction of the answer: the second-order
   change of the answer when the unit is removed (Kwon 2022, section 4.2). Needs no labels.
-- `taylor`: sum over rows of |dL/dm|, the first-order change of the loss (Michel 2019, Molchanov 2019).
+- `taylor`: sum over rows of |dL/dm|, the first-order change of the loss (Michel 2019, Molchanov 2019). Absolute values
+  of large units are small for their cost, since what is in them cancels: `by_kind` makes heads and neurons comparable.
 - `activation`: sum over the columns that read the unit of ||W_j||^2 ||x_j||^2, what it adds to the output (Wanda, Sun
   2023, by columns).
 - `magnitude`, `magnitude_l1`: squared L2 norm or L1 norm of the unit's weights (Han 2015), the weakest criterion.
@@ -37,10 +38,22 @@ def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Bat
     return {group: own.square().sum(0) for group, own in gradients.items()}
 
 
-def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:
+def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], length: int, **unused) -> Scores:
     """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
     gradients = mask_gradients(model, groups, batches, model_loss)
-    return {group: own.abs().sum(0) for group, own in gradients.items()}
+    return by_kind(model, {group: own.abs().sum(0) for group, own in gradients.items()}, length)
+
+
+def by_kind(model: PreTrainedModel, scores: Scores, length: int) -> Scores:
+    """The scores times one factor for each kind of unit, so that the units of a kind (but those that are gone, -inf)
+    sum to the MACs they cost."""
+    sums: dict[str, float] = {}
+    costs: dict[str, float] = {}
+    for group, values in scores.items():
+        present = values[values.isfinite()]
+        sums[group.kind] = sums.get(group.kind, 0) + float(present.sum())
+        costs[group.kind] = costs.get(group.kind, 0) + len(present) * unit_cost(model, group, "macs", length)
+    return {group: values * (costs[group.kind] / (sums[group.kind] or 1)) for group, values in scores.items()}
 
 
 def activation(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from .calibration import average_length
 from .costs import make_costs, total_cost
 from .groups import Group, find_groups, output_weight, unit_parameters
-from .importance import IMPORTANCES, unit_effect
+from .importance import IMPORTANCES, by_kind, unit_effect
 from .plan import PruningPlan
 from .reach import check_reachable
 from .removal import Removal
@@ -45,6 +45,8 @@ class UnitRemoval(Removal[Group]):
         if self.config.importance == "movement":  # scores below zero, per cost, would spare what is dear
             lowest = min(float(score.min()) for score in self.scores.values())
             scores = {group: score - lowest for group, score in scores.items()}
+        if self.config.importance == "taylor":
+            scores = by_kind(model, scores, self.length)
         kept = allocate(model, scores, self.config, self.costs, ratio * self.costs.total)
         for group, units in kept.items():
             gone = torch.ones(group.units, dtype=torch.bool)

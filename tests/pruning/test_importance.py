@@ -56,12 +56,16 @@ def test_taylor_is_the_gradient_of_gates(case, with_labels):
         start = {"decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)} if case.endswith("t5") else {}
         inputs = [{k: v for k, v in one.items() if k != "labels"} | start for one in inputs]
     groups = find_groups(model)
-    scores = taylor(model, groups, batches=inputs)
-    for group in groups:
-        gradients = torch.cat([gate_gradients(model, one, group) for one in inputs])
-        assert gradients.abs().max() > 0
-        assert torch.allclose(scores[group].double(), gradients.abs().sum(0), rtol=1e-5, atol=1e-7)
-    one_batch = taylor(model, groups, batches=inputs[:1])
+    scores = taylor(model, groups, batches=inputs, length=9)
+    for kind in {group.kind for group in groups}:
+        own = [group for group in groups if group.kind == kind]
+        expected = [torch.cat([gate_gradients(model, one, group) for one in inputs]).abs().sum(0) for group in own]
+        assert all(values.max() > 0 for values in expected)
+        paid = sum(unit_cost(model, group, "macs", 9) * group.units for group in own)
+        scale = paid / sum(values.sum() for values in expected)
+        for group, values in zip(own, expected, strict=True):
+            assert torch.allclose(scores[group].double(), scale * values, rtol=1e-5, atol=1e-7 * float(scale))
+    one_batch = taylor(model, groups, batches=inputs[:1], length=9)
     assert any(not torch.allclose(scores[group], one_batch[group]) for group in groups)
 
 
@@ -166,10 +170,10 @@ def test_frozen_models_are_scored_like_others():
     """A teacher is often frozen; its weights must not look useless, and must stay frozen."""
     model = make("bert")
     groups = find_groups(model)
-    expected = taylor(model, groups, batches=batches("bert"))
+    expected = taylor(model, groups, batches=batches("bert"), length=9)
     model.requires_grad_(False)
     with torch.no_grad():
-        scores = taylor(model, groups, batches=batches("bert"))
+        scores = taylor(model, groups, batches=batches("bert"), length=9)
     assert all(torch.equal(scores[group], expected[group]) for group in groups)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -191,7 +195,8 @@ def test_a_single_output_is_a_regression():
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
     loss = model_loss(regression, inputs)
     assert loss.item() == pytest.approx(3 * regression(**inputs).logits.square().mean().item())
-    assert all(score.sum() > 0 for score in taylor(regression, find_groups(regression), batches=[inputs]).values())
+    scores = taylor(regression, find_groups(regression), batches=[inputs], length=9)
+    assert all(score.sum() > 0 for score in scores.values())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
