@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint cards clean
+.PHONY: demo test test-thorough lint cards clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,11 @@ lint: $(VENV)/ready
 	$(BIN)/python scripts/make_attention_docs.py --check
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# All combinations of families and kinds; half an hour.
+test-thorough: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --thorough
 
 cards: $(VENV)/ready
 	$(BIN)/python scripts/make_model_cards.py

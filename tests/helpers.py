@@ -1,7 +1,16 @@
 """What several tests share."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
+
+
+def selected(jobs: Iterable[tuple], is_selected: Callable[..., bool]) -> list[Any]:
+    """All jobs as parameters of a test; those that are not selected run with `--thorough` only."""
+    return [job if is_selected(*job) else pytest.param(*job, marks=pytest.mark.thorough) for job in jobs]
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "output") -> None:

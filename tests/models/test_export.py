@@ -8,12 +8,16 @@ from hf_efficient import PruningConfig, convert_attention, prune
 
 from ..attention.tiny import TINY
 from ..families import CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_model
-from ..helpers import assert_close
+from ..helpers import assert_close, selected
 from ..pruning.forms import FORMS, form_inputs, make_form
 
 SHAPES = [(1, 1), (2, 9), (1, 31), (3, 20), (2, 64), (2, 70), (1, 150)]  # fewer and more than one block
+TWINS = ("local", "linear-relu", "linear-favor", "linear-hedgehog", "kernel-positions")  # as another kind of TINY
 JOBS = [("bert", name) for name in TINY] + [(family, "local") for family in ("llama", "gpt2", "t5", "bart")]
 JOBS += [("llama", name) for name in ("linear-elu", "local_linear", "additive", "strided")]
+JOBS = selected(
+    JOBS, lambda family, name: (family == "bert" and name not in TWINS) or (family, name) == ("t5", "local")
+)
 
 
 def make(family, name):
