@@ -22,7 +22,9 @@ def make(case: str) -> transformers.PreTrainedModel:
     if case == "bert":
         config = transformers.BertConfig(**sizes, vocab_size=60)
         return transformers.BertForSequenceClassification(config).eval()
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60)).eval()
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60)
+    ).eval()
 
 
 @pytest.mark.parametrize("bits", BITS)
