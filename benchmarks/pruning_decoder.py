@@ -6,8 +6,8 @@
 
 The language model of `quality.py` (4 layers, trained from scratch on BBC News, 256 tokens), pruned without training
 with `--calibration` rows of its training texts; perplexity on held-out articles. `default` is `PruningConfig(ratio)`,
-that is heads and neurons; `heads`, `neurons` and `layers` remove nothing else, as far as that goes. `random` scores are
-noise and without reconstruction. Layers leave as a whole, so `removed` may exceed `ratio`.
+that is heads and neurons; `heads`, `neurons` and `layers` remove nothing else, as far as that goes. `random` scores
+are noise, without reconstruction. Layers leave as a whole, so `removed` may exceed `ratio`.
 
 Each cell is written as soon as it is measured; the same command goes on with those that are missing.
 """

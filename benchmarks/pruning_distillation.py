@@ -6,10 +6,10 @@
         docs/images/pruning_distillation.png
 
 The job `reviews` of `pruning.py` and its dense models: all-MiniLM-L6-v2, fine-tuned on snippets of film reviews. Each
-`--ratios` of the encoder's MACs at 128 tokens leaves by `PruningConfig(ratio)`, with 1,024 unlabelled training rows; the
-student is then distilled from the dense model on the 8,500 training rows. `pruned` and `accuracy` are those before and
-after, on the test rows; a difference is to the dense model, paired on the same rows. `speedup` is measured at 8 x 128
-tokens, all models in turns, at the end and anew by each call: let nothing else run then.
+`--ratios` of the encoder's MACs at 128 tokens leaves by `PruningConfig(ratio)`, with 1,024 unlabelled training rows;
+the student is then distilled from the dense model on the 8,500 training rows. `pruned` and `accuracy` are those before
+and after, on the test rows; a difference is to the dense model, paired on the same rows. `speedup` is measured at
+8 x 128 tokens, all models in turns, at the end and anew by each call: let nothing else run then.
 
 Students are kept in `--work`, cells are written as they are measured; the same command goes on with what is missing.
 """

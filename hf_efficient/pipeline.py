@@ -140,7 +140,8 @@ def check(run: "Run") -> None:
     """
     from .data import check_labels
     from .families import family_of
-    from .stages import AttentionStage, PruneStage
+    from .pruning.tokenizer import check_tokenizer
+    from .stages import AttentionStage, PruneStage, VocabularyStage
 
     prepared, config = run.data(), run.config
     family_of(config)
@@ -154,6 +155,8 @@ def check(run: "Run") -> None:
                 config = _check_attention(run, config, stage.settings)
             except (ConfigError, UnsupportedModelError) as error:
                 raise type(error)(f"stages[{number}].attention: {error}") from error
+        elif isinstance(stage.settings, VocabularyStage):
+            check_tokenizer(run.processor)
         elif not pruned:  # a second one starts from what is not known yet
             asked = stage.settings if isinstance(stage.settings, PruneStage) else stage.settings.prune
             if asked is not None:
@@ -248,8 +251,9 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
     from .models.building import is_portable
     from .running import TEACHER
 
-    recipe, prepared = run.recipe, run.data()
+    recipe, own = run.recipe, _reading_as(run, student_folder)
     teacher, student = run.load(run.folder / TEACHER), run.load(student_folder)
+    prepared, original = own.data(), run.data(config=teacher.config)
     length = recipe.measure.sequence_length or recipe.data.max_length or 512
     baseline, warnings = _comparable(run, teacher, length)
     measured = measure(
@@ -264,7 +268,8 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         baseline=baseline,
         folder=student_folder,
         baseline_folder=run.folder / TEACHER,
-        baseline_dataset=run.data(config=teacher.config).test,
+        baseline_dataset=original.test,
+        baseline_collator=original.collator,
     )
     name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
     base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
@@ -280,7 +285,7 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(*warnings, *_about_zeros(measured.size)),
+        warnings=(*warnings, *_about_zeros(measured.size), *_about_tokens(records)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
     )
@@ -326,6 +331,26 @@ def _about_zeros(size: Size) -> tuple[str, ...]:
     return (
         f"{size.sparsity:.0%} of the parameters are zero. Dense kernels multiply zeros like any number: they bring no "
         "speed-up, no fewer MACs and no smaller file.",
+    )
+
+
+def _reading_as(run: "Run", folder: Path) -> "Run":
+    """The run with the tokenizer that lies beside the result, if it is another one than the teacher's."""
+    from .loading import load_processor
+
+    if not any(stage.name == "vocabulary" for stage in run.recipe.stages):
+        return run
+    return run.reading(load_processor(str(folder), images=False))
+
+
+def _about_tokens(records: list[StageRecord]) -> tuple[str, ...]:
+    last = records[-1]
+    if last.name != "vocabulary":
+        return ()
+    before, after = (last.facts[f"tokens_{when}"] for when in ("before", "after"))
+    return (
+        f"The tokenizer has {after:,} of {before:,} tokens, those of the training texts: use the one that lies beside "
+        "the model. Other texts are spelled in more pieces.",
     )
 
 

@@ -34,7 +34,7 @@ from .settings import (
     read,
     recipe_name,
 )
-from .stages import STAGES, AttentionStage, DistillSettings, PruneStage
+from .stages import STAGES, AttentionStage, DistillSettings, PruneStage, VocabularyStage, check_order
 
 __all__ = ["STAGES", "Recipe", "Stage", "shipped_recipes"]
 
@@ -47,7 +47,7 @@ class Stage:
     """One step: a name of `STAGES` and its checked settings."""
 
     name: str
-    settings: AttentionStage | PruneStage | DistillSettings
+    settings: AttentionStage | PruneStage | DistillSettings | VocabularyStage
 
     def to_dict(self) -> dict[str, Any]:
         return {self.name: self.settings.to_dict()}
@@ -84,6 +84,7 @@ class Recipe:
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         _check_columns(self.task, self.data)
+        check_order([stage.name for stage in self.stages], self.task)
 
     @classmethod
     def from_yaml(cls, path_or_name: str | Path) -> "Recipe":

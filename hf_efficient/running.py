@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -32,16 +32,18 @@ from .loading import load_config, load_model, load_processor
 from .models.block import check_stock_sizes
 from .models.building import is_portable
 from .models.configs import block_of
+from .preparing import need_column
 from .pruning.calibration import average_length
 from .pruning.callback import PruningCallback
 from .pruning.config import PruningConfig
 from .pruning.linears import count_zeros
 from .pruning.prune import prune
 from .pruning.schedule import Gradual
+from .pruning.vocabulary import prune_vocabulary
 from .pruning.zeros import KeepZeros, was_sparsified
 from .recipe import Recipe
 from .settings import DistillSettings, TrainingSettings, TransferSettings, check_keys
-from .stages import AttentionStage, PruneStage
+from .stages import AttentionStage, PruneStage, VocabularyStage
 from .training import ExactTrainer, MarkComplete, last_checkpoint
 from .verify import output_digest
 
@@ -149,6 +151,12 @@ class Run:
         tokenizer = copy.deepcopy(self.processor)
         tokenizer.model_max_length = limit
         return tokenizer
+
+    def reading(self, processor: Any) -> "Run":
+        """The same run with another tokenizer."""
+        other = Run(self.recipe, self.folder)
+        other.rows, other.processor = self.rows, processor
+        return other
 
     def inputs(self) -> dict[str, Any]:
         """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""
@@ -286,6 +294,22 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
     return {"train": len(prepared.train)} | pruned | _last_losses(trainer) | run.save(student, target)
 
 
+def run_vocabulary(run: Run, settings: VocabularyStage, source: Path, target: Path) -> dict[str, Any]:
+    model, tokenizer = run.load(source), load_processor(str(source), images=False)
+    small, short = prune_vocabulary(model, tokenizer, training_texts(run))
+    facts = {"tokens_before": len(tokenizer), "tokens_after": len(short)}
+    facts |= {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
+    return facts | run.reading(short).save(small, target)
+
+
+def training_texts(run: Run) -> Iterator[str]:
+    """All that the model reads of the training rows."""
+    data, rows = run.recipe.data, run.rows["train"]
+    columns = [need_column(rows, "text", data.text_column)]
+    columns += [data.text_pair_column] if data.text_pair_column else []
+    return (text for column in columns for text in rows[column])
+
+
 def pruning_callback(gradual: Gradual, length: int) -> PruningCallback:
     """`length`: of the training rows, where the settings do not say at which MACs are counted."""
     config = replace(gradual.config, sequence_length=gradual.config.sequence_length or length)
@@ -296,6 +320,7 @@ RUNNERS: dict[str, Callable[[Run, Any, Path, Path], dict[str, Any]]] = {
     "attention": run_attention,
     "prune": run_prune,
     "distill": run_distill,
+    "vocabulary": run_vocabulary,
 }
 
 

@@ -93,6 +93,17 @@ class PruneStage:
 
 
 @dataclass(frozen=True)
+class VocabularyStage(Settings):
+    """`prune_vocabulary(model, tokenizer, texts)` with the training texts; the last stage, of a text classifier.
+
+        - vocabulary: {}
+
+    Last, since teacher and student read the same ids while distilling; a classifier, since the scores of other tasks
+    count tokens, and there would be others.
+    """
+
+
+@dataclass(frozen=True)
 class CalibrationSettings(Settings):
     """The rows that pruning looks at."""
 
@@ -170,6 +181,31 @@ def read_prune(given: Any, path: str) -> PruneStage:
     return PruneStage(config, calibration)
 
 
+def read_vocabulary(given: Any, path: str) -> VocabularyStage:
+    return read(VocabularyStage, given, path)
+
+
+def check_order(names: list[str], task: str) -> None:
+    """Refuse a vocabulary stage where it cannot be.
+
+    Raises:
+        ConfigError: it is not the last one, or the task is another one than text classification.
+    """
+    if "vocabulary" not in names:
+        return
+    path = f"stages[{names.index('vocabulary')}].vocabulary"
+    if names.index("vocabulary") != len(names) - 1:
+        raise ConfigError(
+            f"{path} must be the last stage, after {', '.join(names[names.index('vocabulary') + 1 :])}: teacher and "
+            "student read the same token ids until then."
+        )
+    if task != "text-classification":
+        raise ConfigError(
+            f"{path} needs task text-classification, got {task!r}, whose score does not allow for other tokens. "
+            "Call prune_vocabulary(model, tokenizer, texts) on the result."
+        )
+
+
 def read_distill(given: Any, path: str) -> DistillSettings:
     """`prune` beside the rest prunes while it is trained:
 
@@ -187,10 +223,11 @@ def _read_gradual(given: Any, path: str) -> Gradual:
     return _made(Gradual, {"config": config} | {key: given[key] for key in timing if key in given}, path)
 
 
-STAGES: dict[str, Callable[[Any, str], AttentionStage | PruneStage | DistillSettings]] = {
+STAGES: dict[str, Callable[[Any, str], AttentionStage | PruneStage | DistillSettings | VocabularyStage]] = {
     "attention": read_attention,
     "prune": read_prune,
     "distill": read_distill,
+    "vocabulary": read_vocabulary,
 }
 
 

@@ -36,6 +36,7 @@ def measure(
     folder: str | Path | None = None,
     baseline_folder: str | Path | None = None,
     baseline_dataset: Any = None,
+    baseline_collator: Callable | None = None,
     evaluation_batch_size: int = 32,
 ) -> Measurement:
     """Measure `model`, and `baseline` (the teacher) next to it.
@@ -47,7 +48,8 @@ def measure(
         threads: CPU threads while timing and evaluating; None leaves them as they are.
         baseline: timed in turn with `model`, evaluated on the same samples; fills `.baseline` and `.comparison`.
         folder, baseline_folder: where the checkpoints lie, for bytes on disk.
-        baseline_dataset: the same samples as the baseline gets them, such as cut shorter; default `dataset`.
+        baseline_dataset, baseline_collator: the same samples as the baseline gets them, such as cut shorter or in
+            other tokens; default `dataset` and `collator`.
 
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
@@ -70,8 +72,11 @@ def measure(
         evaluations = {}
         if dataset is not None:
             for name, each in models.items():
-                rows = baseline_dataset if name == "baseline" and baseline_dataset is not None else dataset
-                evaluations[name] = evaluate_quality(each, rows, collator, task, evaluation_batch_size)
+                rows, collate = dataset, collator
+                if name == "baseline":
+                    rows = dataset if baseline_dataset is None else baseline_dataset
+                    collate = baseline_collator or collator
+                evaluations[name] = evaluate_quality(each, rows, collate, task, evaluation_batch_size)
         measured = {
             name: Measurement(
                 model=type(each).__name__,

@@ -117,8 +117,8 @@ class PruningConfig:
         for name in names:
             if name == "vocabulary":
                 raise ConfigError(
-                    "The vocabulary leaves together with the tokenizer, after everything else: "
-                    "model, tokenizer = prune_vocabulary(model, tokenizer, texts)."
+                    "The vocabulary leaves together with the tokenizer, after everything else: model, tokenizer = "
+                    "prune_vocabulary(model, tokenizer, texts); in a recipe the last stage `vocabulary: {}`."
                 )
             if name not in GRANULARITIES:
                 raise unknown_name("granularity", name, GRANULARITIES)

@@ -21,7 +21,7 @@ from .config import PruningConfig
 FORMAT = "hf_efficient pruning plan"
 VERSION = 1
 MAX_BYTES = 1 << 28
-KEYS = ("format", "version", "model", "config", "chosen", "layers", "units", "tokens", "forecast")
+KEYS = ("format", "version", "model", "config", "chosen", "layers", "units", "forecast")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class PruningPlan:
         layers: for each stack the layers that stay.
         units: for each group (`"encoder.3.heads"`, `"decoder.0.neurons"`) the units that stay. Under grouped-query
             attention a unit of `heads` is a key/value head with its query heads.
-        tokens: the rows of the vocabulary that stay; None: all.
         chosen: False if only the sizes are known, since there were no weights to choose by.
         model: the type of the model it was made for.
         config: how it was made; decides how it is carried out (`reconstruct`).
@@ -88,7 +87,6 @@ class PruningPlan:
 
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     units: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tokens: tuple[int, ...] | None = None
     chosen: bool = True
     model: str | None = None
     config: PruningConfig | None = None
@@ -104,7 +102,6 @@ class PruningPlan:
             "chosen": self.chosen,
             "layers": {name: list(kept) for name, kept in self.layers.items()},
             "units": {name: list(kept) for name, kept in self.units.items()},
-            "tokens": None if self.tokens is None else list(self.tokens),
             "forecast": None if self.forecast is None else asdict(self.forecast),
         }
 
@@ -122,12 +119,11 @@ class PruningPlan:
         for key in data:
             if key not in KEYS:
                 raise unknown_name("key of a pruning plan", key, KEYS)
-        forecast, config, tokens = data.get("forecast"), data.get("config"), data.get("tokens")
+        forecast, config = data.get("forecast"), data.get("config")
         try:
             return cls(
                 layers=_numbers("layers", data.get("layers", {})),
                 units=_numbers("units", data.get("units", {})),
-                tokens=None if tokens is None else _list("tokens", tokens),
                 chosen=bool(data.get("chosen", True)),
                 model=data.get("model"),
                 config=None if config is None else PruningConfig(**config),
