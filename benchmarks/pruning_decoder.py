@@ -2,7 +2,7 @@
 
     python benchmarks/pruning_decoder.py --output benchmarks/results/pruning_decoder_cpu.json
     python benchmarks/pruning_decoder.py --teacher-steps 5 --limit 60 --ratios 0.3        # a quick look
-    python benchmarks/plot_pruning.py benchmarks/results/pruning_decoder_cpu.json docs/images/pruning_decoder.png
+    python benchmarks/plot_pruned.py benchmarks/results/pruning_decoder_cpu.json docs/images/pruning_decoder.png
 
 The language model of `quality.py` (4 layers, trained from scratch on BBC News, 256 tokens), pruned without training
 with `--calibration` rows of its training texts; perplexity on held-out articles. `default` is `PruningConfig(ratio)`,

@@ -2,7 +2,7 @@
 
     python benchmarks/pruning_distillation.py --reviews reviews.tsv --output \
         benchmarks/results/pruning_distillation_cpu.json
-    python benchmarks/plot_distillation.py benchmarks/results/pruning_distillation_cpu.json \
+    python benchmarks/plot_pruned.py benchmarks/results/pruning_distillation_cpu.json \
         docs/images/pruning_distillation.png
 
 The job `reviews` of `pruning.py` and its dense models: all-MiniLM-L6-v2, fine-tuned on snippets of film reviews. Each
