@@ -205,3 +205,53 @@ def test_pruning_benchmark_runs_and_resumes(tmp_path):
     image = tmp_path / "pruning.png"
     plot = [sys.executable, str(ROOT / "benchmarks/plot_pruning.py"), str(output), str(image)]
     assert subprocess.run(plot, capture_output=True, check=False).returncode == 0 and image.stat().st_size > 10_000
+
+
+@pytest.mark.processes
+def test_decoder_benchmark_runs_resumes_and_is_drawn(tmp_path):
+    output, picture = tmp_path / "decoder.json", tmp_path / "decoder.png"
+    command = [sys.executable, str(ROOT / "benchmarks/pruning_decoder.py"), "--threads", "1", "--calibration", "8"]
+    command += ["--teacher-steps", "1", "--limit", "30", "--work", str(tmp_path / "work"), "--output", str(output)]
+
+    def run(*arguments: str) -> dict:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return {(cell["method"], cell["ratio"]): cell for cell in json.loads(output.read_text())["cells"]}
+
+    first = run("--methods", "default", "--ratios", "0.3")
+    assert set(first) == {("dense", 0.0), ("default", 0.3)}
+    second = run("--methods", "default", "layers", "random", "--ratios", "0.3")
+    assert set(second) == {*first, ("layers", 0.3), ("random", 0.3)}
+    assert all(second[key] == cell for key, cell in first.items())  # kept, not measured again
+    assert all(cell["removed"] >= 0.3 and cell["perplexity"] > 1 for key, cell in second.items() if key[1])
+    _draw(output, picture)
+
+
+@pytest.mark.processes
+def test_distillation_after_pruning_runs_resumes_and_is_drawn(tmp_path):
+    reviews, output = tmp_path / "reviews.tsv", tmp_path / "distilled.json"
+    rows = [f"{i}\t{i % 2 * 2 - 1}\t{('bad', 'good')[i % 2]} film number {i}" for i in range(60)]
+    reviews.write_text("\n".join(rows))
+    command = [sys.executable, str(ROOT / "benchmarks/pruning_distillation.py"), "--threads", "1", "--rounds", "2"]
+    command += ["--calibration", "16", "--limit", "12", "--steps", "1", "--teacher-steps", "1", "--seeds", "0"]
+    command += ["--reviews", str(reviews), "--work", str(tmp_path / "work"), "--output", str(output), "--ratios"]
+
+    def run(*ratios: str) -> dict:
+        done = subprocess.run([*command, *ratios], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return {cell["ratio"]: cell for cell in json.loads(output.read_text())["cells"]}
+
+    first = run("0.5")
+    second = run("0.5", "0.8")
+    assert set(second) == {0.5, 0.8}
+    assert all(cell["speedup"] > 1 and 0 <= cell["accuracy"] <= 1 for cell in second.values())
+    assert second[0.5]["accuracy"] == first[0.5]["accuracy"]
+    assert second[0.5]["seconds_of_training"] == first[0.5]["seconds_of_training"]  # kept, not made again
+    _draw(output, tmp_path / "distilled.png")
+
+
+def _draw(report: Path, picture: Path) -> None:
+    program = [sys.executable, str(ROOT / "benchmarks/plot_pruned.py"), str(report), str(picture)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
