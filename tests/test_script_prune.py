@@ -41,7 +41,14 @@ def test_a_sweep(flags, tmp_path):
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [row["ratio"] for row in rows] == [0.0, 0.3, 0.6]
     assert all(row["removed_macs"] >= row["ratio"] for row in rows) and {row["metric"] for row in rows} == {"accuracy"}
-    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("sweep.png", "importance.png"):
+        assert (tmp_path / "sweep" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_of_layers_has_no_units_to_draw(flags, tmp_path):
+    more = ["--sweep", "0.5", "--granularity", "layer", "--importance", "block_influence"]
+    run(parse([*flags, *more, "--output_dir", str(tmp_path / "sweep")]))
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["sweep.json", "sweep.png"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, DataError
 from .calibration import answer_loss, model_loss
 from .config import IMPORTANCES as NAMES
-from .config import TRAINED_IMPORTANCES
+from .config import TRAINED_IMPORTANCES, PruningConfig
 from .costs import unit_cost
 from .groups import Group, output_weight, unit_parameters
 from .statistics import input_squares, mask_gradients
@@ -91,6 +91,20 @@ def random(model: PreTrainedModel, groups: list[Group], *, length: int, seed: in
         group: torch.rand(group.units, generator=generator) * unit_cost(model, group, "macs", length)
         for group in groups
     }
+
+
+def score_units(
+    model: PreTrainedModel, groups: list[Group], config: PruningConfig, batches: Iterable[Batch], length: int
+) -> Scores:
+    """`[units]` float32 for each group by `config.importance`; `length` in tokens, for what costs are compared with.
+
+    Raises:
+        DataError: scores that cannot be compared.
+    """
+    found = IMPORTANCES[config.importance](model, groups, batches=batches, length=length, seed=config.seed)
+    for group, values in found.items():
+        check_scores(group, values, config.importance)
+    return {group: values.float() for group, values in found.items()}
 
 
 def check_scores(group: Group, values: torch.Tensor, importance: str) -> None:

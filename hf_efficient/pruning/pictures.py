@@ -1,4 +1,4 @@
-"""The picture of a sweep: what is left of the quality, over how much was removed.
+"""Pictures of a sweep: what is left of the quality over how much was removed, and how importance is spread.
 
 Needs matplotlib (`pip install "hf-efficient[plots]"`).
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.plots import new_figure, save_figure
+from .importance import Scores
 
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -31,4 +32,26 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def plot_importance(scores: Scores, path: str | Path) -> Path:
+    """A panel for each stack and kind of unit, a box for each layer: the middle half of the scores and all others as
+    dots. Scores of zero or below have no place on the logarithmic axis."""
+    panels: dict[tuple[str, str], list[tuple[str, Any]]] = {}
+    for group, values in scores.items():
+        name = ", ".join(str(layer) for layer in group.layers) if len(group.layers) < 3 else "all"
+        panels.setdefault((group.stack, group.kind), []).append((name, values[values > 0].tolist()))
+    figure = new_figure(1 + 4.5 * len(panels), 4)
+    for number, ((stack, kind), boxes) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        drawn = axes.boxplot([values for _, values in boxes], widths=0.6, whis=(5, 95), flierprops={"markersize": 2})
+        for median in drawn["medians"]:
+            median.set_color("#0072b2")
+        axes.set_xticks(range(1, len(boxes) + 1), [name for name, _ in boxes])
+        axes.set(xlabel=f"layer ({stack})", yscale="log", title=kind.replace("_", " "))
+        axes.set_ylabel("importance of a unit" if number == 1 else "")
+        axes.grid(color="#eceff3", axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     return save_figure(figure, path)

@@ -3,7 +3,8 @@
     run(parse(["--model", "out/teacher", "--dataset", "bundled:bbc-news", "--task", "text-classification",
                "--ratio", "0.5", "--output_dir", "out/small"]))
 
-The folder holds the model with its tokenizer and `plan.json`; that of a sweep `sweep.json` and `sweep.png`.
+The folder holds the model with its tokenizer and `plan.json`; that of a sweep `sweep.json`, `sweep.png`, and, where
+heads or neurons leave, `importance.png`: their scores, layer by layer.
 """
 
 import json
@@ -19,12 +20,15 @@ from ..data import TASKS, PreparedData, check_labels, load_dataset_any, prepare
 from ..errors import CheckpointError, ConfigError, unknown_name
 from ..loading import load_model, load_processor
 from ..measure.quality import evaluate_quality
+from .calibration import average_length, check_calibration
 from .config import PruningConfig
 from .forecast import plan_table
-from .pictures import plot_sweep
+from .groups import find_groups
+from .importance import score_units
+from .pictures import plot_importance, plot_sweep
 from .prune import plan, prune
 
-PLAN, SWEEP, PICTURE = "plan.json", "sweep.json", "sweep.png"
+PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
 
 
 @dataclass
@@ -112,6 +116,7 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     if script.ratio is None:
         (folder / SWEEP).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         plot_sweep(rows, folder / PICTURE)
+        _plot_importance(script, model, batches, folder / IMPORTANCE)
     else:
         print(plan_table(found))
         small.save_pretrained(folder)
@@ -119,6 +124,14 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
         if processor is not None:
             processor.save_pretrained(folder)
     return rows
+
+
+def _plot_importance(script: ScriptArguments, model: PreTrainedModel, batches: list, path: Path) -> None:
+    config = script.config(script.ratios[0])
+    groups = [group for group in find_groups(model) if group.kind in config.unit_kinds]
+    if groups:
+        calibration = check_calibration(model, batches)
+        plot_importance(score_units(model, groups, config, calibration, average_length(calibration, model)), path)
 
 
 def _data(script: ScriptArguments, processor: Any) -> PreparedData:

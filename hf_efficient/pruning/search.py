@@ -21,7 +21,7 @@ from .config import PruningConfig
 from .correction import Kept, correct
 from .costs import Costs
 from .groups import Group, find_groups
-from .importance import IMPORTANCES, Scores, check_scores
+from .importance import Scores, score_units
 from .layers import layer_scores
 from .plan import PruningPlan
 from .rearrangement import rearrange
@@ -73,14 +73,11 @@ class Search:
         left; from scores of the model as it is now."""
         config, present = self.config, self._present(small, plan)
         names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
-        score = IMPORTANCES[config.importance]
-        found = score(small, list(present), batches=self.batches, length=self.length, seed=config.seed)
         scores: Scores = {}
-        for now, values in found.items():
-            check_scores(now, values, config.importance)
+        for now, values in score_units(small, list(present), config, self.batches, self.length).items():
             group = present[now]
             scores[group] = torch.full((group.units,), -torch.inf)  # what is gone stays gone
-            scores[group][names[group]] = values.float()
+            scores[group][names[group]] = values
         kept = self._spend(scores, plan, costs, start, target)
         if not config.rearrange:
             return kept
