@@ -26,7 +26,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python scripts/make_model_cards.py --check
-	$(BIN)/python scripts/make_attention_docs.py --check
+	$(BIN)/python scripts/make_docs.py --check
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -37,7 +37,7 @@ test-thorough: lint
 
 cards: $(VENV)/ready
 	$(BIN)/python scripts/make_model_cards.py
-	$(BIN)/python scripts/make_attention_docs.py
+	$(BIN)/python scripts/make_docs.py
 
 clean:
 	rm -rf $(VENV) out

@@ -1,7 +1,7 @@
-"""Bring `benchmarks/results` into the tables of the attention pages and of the README, from the JSON alone.
+"""Bring `benchmarks/results` into the tables of the pages and of the README, from the JSON alone.
 
-python scripts/make_attention_docs.py             # what lies between `<!-- measured: ... -->` and `<!-- end -->`
-python scripts/make_attention_docs.py --check     # fail if a table is not what the results say
+python scripts/make_docs.py             # what lies between `<!-- measured: ... -->` and `<!-- end -->`
+python scripts/make_docs.py --check     # fail if a table is not what the results say
 """
 
 import argparse
@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention_summary as summary  # noqa: E402
+import pruning  # noqa: E402
 from attention_methods import CONFIGS  # noqa: E402
 
 from hf_efficient import AttentionConfig  # noqa: E402
@@ -194,11 +195,64 @@ def _score(cell: dict | None) -> str:
     return f"{cell['value']:.1f}"
 
 
+def pruned(report: dict) -> str:
+    """Points lost without training: methods down, ratios across."""
+    found = pruning.summarize(report["cells"])
+    ratios = sorted({ratio for _, _, ratio in found if ratio})
+    methods = [method for _, method, _ in found if method != pruning.DENSE]
+    rows = []
+    for method in dict.fromkeys(methods):
+        own = [found.get(("reviews", method, ratio)) for ratio in ratios]
+        seeds = sorted({entry["seeds"] for entry in own if entry})
+        shown = [
+            f"{100 * entry['difference']:+.1f} ± {100 * entry['difference_error']:.1f}" if entry else ""
+            for entry in own
+        ]
+        rows.append((f"`{method}`", *shown, " or ".join(str(number) for number in seeds)))
+    dense = found["reviews", pruning.DENSE, 0.0]["accuracy"]
+    note = (
+        f"\nPoints of accuracy against the dense {dense:.1%}, ± the standard error over test rows; "
+        f"{report['settings']['calibration']:,} training rows, commit {report['cells'][-1]['commit'][:7]}.\n"
+    )
+    return table(("MACs removed", *(f"{ratio:.0%}" for ratio in ratios), "seeds"), rows) + note
+
+
+def distilled(report: dict) -> str:
+    rows = []
+    for cell in report["cells"]:
+        accuracy = tuple(f"{cell[name]:.1%}" for name in ("dense_accuracy", "pruned", "accuracy"))
+        lost = f"{100 * cell['difference']:+.1f} ± {100 * cell['difference_error']:.1f}"
+        rows.append((f"{cell['removed']:.0%}", f"{cell['speedup']:.1f}x", *accuracy, lost, str(cell["seed"])))
+    headers = ("MACs removed", "speed-up", "dense", "pruned", "distilled", "difference", "seed")
+    return table(headers, rows) + f"\nTimed at 8 x 128 tokens, {report['threads']} threads.\n"
+
+
+def decoder(report: dict) -> str:
+    """Perplexity as a multiple of the dense model's: methods down, ratios across."""
+    cells = {(cell["method"], cell["ratio"]): cell for cell in report["cells"]}
+    dense = cells["dense", 0.0]["perplexity"]
+    ratios = sorted({ratio for _, ratio in cells if ratio})
+    rows = []
+    for method in dict.fromkeys(method for method, ratio in cells if ratio):
+        own = [cells.get((method, ratio)) for ratio in ratios]
+        shown = [f"{cell['perplexity'] / dense:.2f}" + _overshot(cell) if cell else "" for cell in own]
+        rows.append((f"`{method}`", *shown))
+    headers = ("MACs removed", *(f"{ratio:.0%}" for ratio in ratios))
+    return table(headers, rows) + f"\nTimes the perplexity of the dense model, {dense:.1f}.\n"
+
+
+def _overshot(cell: dict) -> str:
+    return f" ({cell['removed']:.0%})" if cell["removed"] > cell["ratio"] + 0.05 else ""
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the results, and what makes a table of them
     "chooser": ("attention_cpu", chooser),
     "settings": ("attention_cpu", settings),
     "decoding": ("decode_cpu", decoding),
     "quality": ("quality_cpu", quality),
+    "pruned": ("pruning_cpu", pruned),
+    "distilled": ("pruning_distillation_cpu", distilled),
+    "decoder": ("pruning_decoder_cpu", decoder),
     **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},
 }
 
