@@ -15,6 +15,7 @@ Students are kept in `--work`, cells are written as they are measured; the same 
 """
 
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -50,11 +51,12 @@ TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "warmup_steps": 0.1,  # a fraction
     "lr_scheduler_type": "linear",
+    "train_sampling_strategy": "group_by_length",
 }
 
 
 def distil(student: PreTrainedModel, teacher: PreTrainedModel, data: PreparedData, options, seed: int) -> None:
-    """In place."""
+    """In place. The trainer freezes the teacher that it is given, and what is cut from a frozen model is frozen."""
     with tempfile.TemporaryDirectory() as output:
         args = DistillationArguments(
             output_dir=output,
@@ -69,7 +71,11 @@ def distil(student: PreTrainedModel, teacher: PreTrainedModel, data: PreparedDat
             **TRAINING,
         )
         trainer = DistillationTrainer(
-            model=student, teacher=teacher, args=args, train_dataset=data.train, data_collator=data.collator
+            model=student,
+            teacher=copy.deepcopy(teacher),
+            args=args,
+            train_dataset=data.train,
+            data_collator=data.collator,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()

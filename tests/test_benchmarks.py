@@ -241,9 +241,9 @@ def test_distillation_after_pruning_runs_resumes_and_is_drawn(tmp_path):
         assert done.returncode == 0, done.stderr
         return {cell["ratio"]: cell for cell in json.loads(output.read_text())["cells"]}
 
-    first = run("0.5")
+    first = run("0.5", "0.6")
     second = run("0.5", "0.8")
-    assert set(second) == {0.5, 0.8}
+    assert set(second) == {0.5, 0.6, 0.8}
     assert all(cell["speedup"] > 1 and 0 <= cell["accuracy"] <= 1 for cell in second.values())
     assert second[0.5]["accuracy"] == first[0.5]["accuracy"]
     assert second[0.5]["seconds_of_training"] == first[0.5]["seconds_of_training"]  # kept, not made again
