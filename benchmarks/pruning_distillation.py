@@ -12,6 +12,11 @@ and after, on the test rows; a difference is to the dense model, paired on the s
 8 x 128 tokens, all models in turns, at the end and anew by each call: let nothing else run then. Ratio 0 is the
 control, the dense model trained on as the students are: what it gains they owe to the training, not to the pruning.
 
+`RATIOS` are those that reach 2, 4 and 8 times the speed on the machine of the results; `metric="latency"` came within
+4% of what it was asked for, but below: 1.98, 3.85 and 7.85 times. `TRAINING` was tried at 0.79 on 2,000 of the
+training rows, held out: +1.5 ± 0.6 points against the dense model. Hidden states 30 times as heavy and no dropout made
++1.7 ± 0.6 of it, no difference to speak of, so that was left alone; nothing else was tried.
+
 Students are kept in `--work`, cells are written as they are measured; the same command goes on with what is missing.
 """
 
@@ -44,7 +49,7 @@ from hf_efficient.reporting.environment import Environment, package_commit
 from hf_efficient.reporting.tables import markdown
 
 NAME, SPEED_BATCH, SPEED_LENGTH = "reviews", 8, 128
-RATIOS = (0.0, 0.53, 0.79, 0.91)
+RATIOS = (0.0, 0.54, 0.79, 0.91)
 TRAINING: dict[str, Any] = {
     "losses": {"kd": 1.0, "ce": 0.5, "hidden": 1.0},
     "temperature": 2.0,
@@ -173,7 +178,8 @@ class Bench:
         if self.options.output:
             self.options.output.parent.mkdir(parents=True, exist_ok=True)
             part = self.options.output.with_suffix(".part")
-            report = self.header | {"settings": self.settings, "cells": list(self.cells.values())}
+            cells = [self.cells[key] for key in sorted(self.cells)]
+            report = self.header | {"settings": self.settings, "cells": cells}
             part.write_text(json.dumps(report, indent=1) + "\n")
             part.replace(self.options.output)
 
