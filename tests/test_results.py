@@ -188,3 +188,10 @@ def test_the_default_is_better_than_every_peer(peer, ratio):
     ours, other = PRUNED["reviews", "default", ratio], PRUNED["reviews", peer, ratio]
     assert other["seeds"] == 3 and other["removed"] == pytest.approx(ratio, abs=0.01)
     assert ours["accuracy"] >= other["accuracy"]
+
+
+def test_a_decoder_keeps_its_perplexity():
+    report = json.loads((RESULTS / "pruning_decoder_cpu.json").read_text())
+    cells = {(cell["method"], cell["ratio"]): cell["perplexity"] for cell in report["cells"]}
+    assert cells["default", 0.3] <= 2 * cells["dense", 0.0]
+    assert cells["default", 0.3] < cells["default without reconstruction", 0.3] < cells["random", 0.3]
