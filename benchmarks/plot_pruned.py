@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-COLORS = {"default": "#c2410c", "heads": "#3b82c4", "neurons": "#2f9e8f", "layers": "#6d3fc0", "magnitude": "#d6336c"}
+COLORS = {"default": "#c2410c", "heads": "#3b82c4", "neurons": "#2f9e8f", "layers": "#6d3fc0"}
+COLORS |= {"magnitude": "#d6336c", "taylor": "#3f8f3f", "activation": "#a07fe0"}
 INK, CONTROL = "#1a1a1a", "#999999"
 
 
@@ -53,7 +54,7 @@ def decoder(axes: Axes, cells: list[dict[str, Any]]) -> None:
     for method in dict.fromkeys(cell["method"] for cell in cells if cell["method"] != "dense"):
         base = method.split()[0]
         points = sorted((cell["removed"], cell["perplexity"] / dense) for cell in cells if cell["method"] == method)
-        style = {"color": COLORS.get(base, CONTROL), "linestyle": "-" if method == base else ":"}
+        style = {"color": COLORS.get(base, CONTROL), "linestyle": "-" if method in COLORS else ":"}
         axes.plot(*zip(*points, strict=True), **style, marker="o", markersize=3, label=method)
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label=f"dense: {dense:.0f}")
     axes.set(xlabel="MACs of the layers removed", ylabel="perplexity, times that of the dense model", yscale="log")
