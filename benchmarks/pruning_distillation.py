@@ -62,7 +62,7 @@ TRAINING: dict[str, Any] = {
 
 
 def distil(student: PreTrainedModel, teacher: PreTrainedModel, data: PreparedData, options, seed: int) -> None:
-    """In place. The trainer freezes the teacher that it is given, and what is cut from a frozen model is frozen."""
+    """In place."""
     with tempfile.TemporaryDirectory() as output:
         args = DistillationArguments(
             output_dir=output,
@@ -78,7 +78,7 @@ def distil(student: PreTrainedModel, teacher: PreTrainedModel, data: PreparedDat
         )
         trainer = DistillationTrainer(
             model=student,
-            teacher=copy.deepcopy(teacher),
+            teacher=teacher,
             args=args,
             train_dataset=data.train,
             data_collator=data.collator,

@@ -30,6 +30,7 @@ TARGETS = (1.3, 1.5, 2.0, 3.0, 4.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--allocation", default="global")
@@ -47,7 +48,7 @@ def main() -> None:
         "importance": "magnitude",
         "allocation": options.allocation,
     }
-    models = {f"{target}": prune(dense, PruningConfig(ratio=1 - 1 / target, **settings)) for target in TARGETS}
+    models = {f"{target}": prune(dense, PruningConfig(ratio=1 - 1 / target, **settings)) for target in options.targets}
     timing = compare_latency(
         {"dense": dense} | models,
         lambda model: dummy_inputs(model, BATCH, LENGTH),
@@ -55,7 +56,7 @@ def main() -> None:
         threads=options.threads,
     )
     rows = []
-    for target, (name, model) in zip(TARGETS, models.items(), strict=True):
+    for target, (name, model) in zip(options.targets, models.items(), strict=True):
         reached = timing.paired_speedup("dense", name)
         rows.append(
             {

@@ -245,6 +245,34 @@ def _overshot(cell: dict) -> str:
     return f" ({cell['removed']:.0%})" if cell["removed"] > cell["ratio"] + 0.05 else ""
 
 
+def pruned_speed(report: dict) -> str:
+    """What becomes of removed MACs: ways to remove them down, ratios across."""
+    cells = {(cell["variant"], cell["ratio"]): cell for cell in report["results"] if cell["ratio"]}
+    ratios = sorted({ratio for _, ratio in cells})
+    rows = []
+    for variant in dict.fromkeys(variant for variant, _ in cells):
+        own = [cells.get((variant, ratio)) for ratio in ratios]
+        shown = [f"{cell['speedup']:.2f}x of {cell['mac_ratio']:.2f}x" if cell else "" for cell in own]
+        rows.append((f"`{variant}`", *shown))
+    headers = ("asked for", *(f"ratio {ratio}" for ratio in ratios))
+    return table(headers, rows) + _timed(report)
+
+
+def latency(report: dict) -> str:
+    """Speed-ups asked for and reached."""
+    found = report["results"]
+    headers = ("asked for", *(f"{entry['target']}x" for entry in found))
+    return table(headers, [("reached", *(f"{entry['reached']:.2f}x" for entry in found))]) + _timed(report)
+
+
+def _timed(report: dict) -> str:
+    used, machine = report["settings"], report["environment"]
+    return (
+        f"\nMiniLM at {used['batch']} x {used['length']} tokens, {used['dtype']}, {machine['cpu']}, {used['threads']} "
+        f"threads, medians of {used['rounds']} rounds in turns, commit {report['commit'][:7]}.\n"
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the results, and what makes a table of them
     "chooser": ("attention_cpu", chooser),
     "settings": ("attention_cpu", settings),
@@ -253,6 +281,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the 
     "pruned": ("pruning_cpu", pruned),
     "distilled": ("pruning_distillation_cpu", distilled),
     "decoder": ("pruning_decoder_cpu", decoder),
+    "pruned_speed": ("pruning_speed_cpu", pruned_speed),
+    "latency": ("pruning_latency_cpu", latency),
     **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},
 }
 

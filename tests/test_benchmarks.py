@@ -1,6 +1,7 @@
 """The benchmark programs run, and the peers that they compare with do the work that is said of them."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -205,6 +206,20 @@ def test_pruning_benchmark_runs_and_resumes(tmp_path):
     image = tmp_path / "pruning.png"
     plot = [sys.executable, str(ROOT / "benchmarks/plot_pruning.py"), str(output), str(image)]
     assert subprocess.run(plot, capture_output=True, check=False).returncode == 0 and image.stat().st_size > 10_000
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("program", ["pruning_speed", pytest.param("pruning_latency", marks=pytest.mark.thorough)])
+def test_benchmarks_of_pruned_speed_run(program, tmp_path):
+    output = tmp_path / "speed.json"
+    command = [sys.executable, str(ROOT / f"benchmarks/{program}.py"), "--rounds", "1", "--output", str(output)]
+    command += ["--targets", "2.0"] if program == "pruning_latency" else []
+    environment = os.environ | {"HF_EFFICIENT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["results"]
+    measured = "reached" if program == "pruning_latency" else "speedup"
+    assert rows and all(row[measured] > 0 and row["heads"] and row["neurons"] for row in rows)
 
 
 @pytest.mark.processes

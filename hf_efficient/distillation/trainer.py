@@ -37,7 +37,8 @@ class DistillationTrainer(StepTrainer):
     Parameters:
         model: the student, a transformers model or a PEFT model around one.
         args: the losses and all training settings.
-        teacher: a loaded model of the same kind. It is frozen, put in eval mode and moved to the student's device.
+        teacher: a loaded model of the same kind. It is put in eval mode and moved to the student's device, and
+            runs without gradients; its weights and their `requires_grad` stay as they are.
         kwargs: as in `Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, ...
 
     Logs `loss_<name>` for each term, unweighted; evaluation adds `eval_loss_<name>` and `eval_teacher_agreement`, the
@@ -85,8 +86,8 @@ class DistillationTrainer(StepTrainer):
         self.teacher = self._prepare_teacher(teacher)
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        """Frozen, in eval mode, on the device; never given to accelerate, which would take it for a second student."""
-        teacher.requires_grad_(False).eval()
+        """In eval mode, on the device; never given to accelerate, which would take it for a second student."""
+        teacher.eval()
         if self.args.teacher_dtype is not None:
             teacher = teacher.to(getattr(torch, self.args.teacher_dtype))
         is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
