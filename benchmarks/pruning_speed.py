@@ -11,6 +11,7 @@ rounds of the ratio within a round. On a machine with other work use `--threads 
 import argparse
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,12 +38,12 @@ VARIANTS = {  # what is compared: settings of PruningConfig
 }
 
 
-def make_models() -> dict[str, tuple]:
+def make_models(ratios: Sequence[float]) -> dict[str, tuple]:
     """Name -> (variant, ratio, model); the dense one first. What cannot be reached (neurons alone) is left out."""
     dense = AutoModelForSequenceClassification.from_pretrained(bundled_model("minilm-l6"), num_labels=5)
     models = {"dense": ("dense", 0.0, dense)}
     for variant, settings in VARIANTS.items():
-        for ratio in RATIOS:
+        for ratio in ratios:
             if variant == "neurons only" and ratio > 0.5:
                 continue  # FFNs are 63% of the MACs
             small = prune(dense, PruningConfig(ratio=ratio, importance="magnitude", **settings))
@@ -79,13 +80,14 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    models = make_models()
+    models = make_models(options.ratios)
     dense = models["dense"][2]
     timing = compare_latency(
         {name: model for name, (_, _, model) in models.items()},

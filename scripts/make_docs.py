@@ -6,7 +6,9 @@ python scripts/make_docs.py --check     # fail if a table is not what the result
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -218,13 +220,25 @@ def pruned(report: dict) -> str:
 
 
 def distilled(report: dict) -> str:
+    """Before and after training: a row for each ratio, the mean of its seeds."""
     rows = []
-    for cell in report["cells"]:
-        accuracy = tuple(f"{cell[name]:.1%}" for name in ("dense_accuracy", "pruned", "accuracy"))
-        lost = f"{100 * cell['difference']:+.1f} ± {100 * cell['difference_error']:.1f}"
-        rows.append((f"{cell['removed']:.0%}", f"{cell['speedup']:.1f}x", *accuracy, lost, str(cell["seed"])))
-    headers = ("MACs removed", "speed-up", "dense", "pruned", "distilled", "difference", "seed")
-    return table(headers, rows) + f"\nTimed at 8 x 128 tokens, {report['threads']} threads.\n"
+    for ratio in sorted({cell["ratio"] for cell in report["cells"]}):
+        own = [cell for cell in report["cells"] if cell["ratio"] == ratio]
+        removed, speedup, dense, cut, after, difference = (
+            statistics.fmean(cell[name] for cell in own)
+            for name in ("removed", "speedup", "dense_accuracy", "pruned", "accuracy", "difference")
+        )
+        error = math.hypot(*(cell["difference_error"] for cell in own)) / len(own)
+        accuracy = (f"{value:.1%}" for value in (dense, cut, after))
+        lost = f"{100 * difference:+.1f} ± {100 * error:.1f}"
+        rows.append((f"{removed:.0%}" if ratio else "none", f"{speedup:.1f}x", *accuracy, lost, str(len(own))))
+    headers = ("MACs removed", "speed-up", "dense", "pruned", "then distilled", "difference", "seeds")
+    training = report["settings"]
+    note = (
+        f"\n{training['epochs']:g} epochs; timed at 8 x 128 tokens, {report['environment']['cpu']}, "
+        f"{report['threads']} threads, commit {report['cells'][-1]['commit'][:7]}.\n"
+    )
+    return table(headers, rows) + note
 
 
 def decoder(report: dict) -> str:

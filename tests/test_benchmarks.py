@@ -209,16 +209,20 @@ def test_pruning_benchmark_runs_and_resumes(tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("program", ["pruning_speed", pytest.param("pruning_latency", marks=pytest.mark.thorough)])
-def test_benchmarks_of_pruned_speed_run(program, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "few", "measured"),
+    [
+        ("pruning_speed", ["--ratios", "0.5"], "speedup"),
+        pytest.param("pruning_latency", ["--targets", "2.0"], "reached", marks=pytest.mark.thorough),
+    ],
+)
+def test_benchmarks_of_pruned_speed_run(program, few, measured, tmp_path):
     output = tmp_path / "speed.json"
-    command = [sys.executable, str(ROOT / f"benchmarks/{program}.py"), "--rounds", "1", "--output", str(output)]
-    command += ["--targets", "2.0"] if program == "pruning_latency" else []
+    command = [sys.executable, str(ROOT / f"benchmarks/{program}.py"), *few, "--rounds", "2", "--output", str(output)]
     environment = os.environ | {"HF_EFFICIENT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["results"]
-    measured = "reached" if program == "pruning_latency" else "speedup"
     assert rows and all(row[measured] > 0 and row["heads"] and row["neurons"] for row in rows)
 
 
