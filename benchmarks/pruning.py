@@ -39,7 +39,7 @@ from typing import Any
 
 import transformers
 from datasets import ClassLabel, Dataset, disable_progress_bars
-from pruning_peers import PEERS, Calibration, Pruned, count_parameters
+from pruning_peers import PEERS, Calibration, OutOfReach, Pruned, count_parameters
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_efficient import PruningConfig, prune
@@ -229,7 +229,7 @@ class Bench:
                 start = time.perf_counter()
                 try:
                     found = dense if method == DENSE else prune_with(method, teacher, ratio, calibration, seed)
-                except ConfigError as error:  # uniform allocation cannot reach every ratio
+                except (ConfigError, OutOfReach) as error:  # uniform allocation, say, cannot reach every ratio
                     print(f"{name} {seed} {method} {ratio}: left out. {error}", flush=True)
                     continue
                 seconds = time.perf_counter() - start

@@ -33,6 +33,10 @@ Batch = dict[str, torch.Tensor]
 Masks = list[torch.Tensor]  # one of every layer, in order: `[heads]` or `[neurons]`
 
 
+class OutOfReach(ValueError):
+    """The peer cannot remove as much as it is asked for."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Labelled batches, and the number of tokens at which MACs are counted."""
@@ -75,7 +79,8 @@ def torch_pruning(importance: str) -> Peer:
                 high, best = middle, Pruned(small, macs, count_parameters(small))
             else:
                 low = middle
-        assert best is not None, f"torch-pruning does not reach {ratio}"
+        if best is None:
+            raise OutOfReach(f"torch-pruning keeps more than that, here {macs / dense:.0%} of the MACs.")
         return best
 
     return run

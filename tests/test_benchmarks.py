@@ -13,7 +13,7 @@ import transformers
 
 from benchmarks.attention_methods import CAUSAL, CONFIGS, DIM, HEADS, PEERS, installed, make_method, our_names
 from benchmarks.pruning_peers import PEERS as PRUNING_PEERS
-from benchmarks.pruning_peers import Calibration, normal_equations, rearrange_mask, search_masks, solve_scales
+from benchmarks.pruning_peers import Calibration, OutOfReach, normal_equations, rearrange_mask, search_masks, solve_scales
 from hf_efficient.pruning.costs import total_cost
 
 from .helpers import assert_close
@@ -158,6 +158,13 @@ def test_a_pruning_peer_gives_what_it_says(name):
     with torch.no_grad():
         assert not torch.allclose(found.model(**inputs).logits, model(**inputs).logits, atol=1e-4)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_torch_pruning_says_what_it_cannot_reach():
+    pytest.importorskip("torch_pruning")
+    model, calibration = _tiny_bert()
+    with pytest.raises(OutOfReach, match="of the MACs"):
+        PRUNING_PEERS["torch-pruning l2"](model, 0.999, calibration, 0)
 
 
 def _tiny_bert() -> tuple[transformers.PreTrainedModel, Calibration]:
