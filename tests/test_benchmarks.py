@@ -13,7 +13,14 @@ import transformers
 
 from benchmarks.attention_methods import CAUSAL, CONFIGS, DIM, HEADS, PEERS, installed, make_method, our_names
 from benchmarks.pruning_peers import PEERS as PRUNING_PEERS
-from benchmarks.pruning_peers import Calibration, OutOfReach, normal_equations, rearrange_mask, search_masks, solve_scales
+from benchmarks.pruning_peers import (
+    Calibration,
+    OutOfReach,
+    normal_equations,
+    rearrange_mask,
+    search_masks,
+    solve_scales,
+)
 from hf_efficient.pruning.costs import total_cost
 
 from .helpers import assert_close
