@@ -197,6 +197,18 @@ def test_the_default_is_better_than_every_peer(peer, ratio):
     assert ours["accuracy"] >= other["accuracy"]
 
 
+# Times as fast, measured -> points that may be lost after at most three epochs of distillation.
+DISTILLED = {2: 0.3, 4: 1.0, 8: 2.5}
+
+
+@pytest.mark.parametrize("speedup", DISTILLED)
+def test_what_is_distilled_after_pruning_loses_as_little_as_promised(speedup):
+    report = json.loads((RESULTS / "pruning_distillation_cpu.json").read_text())
+    assert report["settings"]["epochs"] <= 3
+    reached = [cell for cell in report["cells"] if speedup <= cell["speedup"] < 1.5 * speedup]
+    assert reached and all(100 * cell["difference"] >= -DISTILLED[speedup] for cell in reached)
+
+
 def test_a_decoder_keeps_its_perplexity():
     report = json.loads((RESULTS / "pruning_decoder_cpu.json").read_text())
     cells = {(cell["method"], cell["ratio"]): cell["perplexity"] for cell in report["cells"]}
