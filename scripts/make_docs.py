@@ -197,21 +197,23 @@ def _score(cell: dict | None) -> str:
     return f"{cell['value']:.1f}"
 
 
-def pruned(report: dict) -> str:
+def pruned(job: str, report: dict) -> str:
     """Points lost without training: methods down, ratios across."""
     found = pruning.summarize(report["cells"])
     ratios = sorted({ratio for _, _, ratio in found if ratio})
     methods = [method for _, method, _ in found if method != pruning.DENSE]
     rows = []
     for method in dict.fromkeys(methods):
-        own = [found.get(("reviews", method, ratio)) for ratio in ratios]
+        own = [found.get((job, method, ratio)) for ratio in ratios]
         seeds = sorted({entry["seeds"] for entry in own if entry})
         shown = [
-            f"{100 * entry['difference']:+.1f} ± {100 * entry['difference_error']:.1f}" if entry else ""
-            for entry in own
+            f"{100 * entry['difference']:+.1f} ± {100 * entry['difference_error']:.1f}" + _overshot(entry, ratio)
+            if entry
+            else ""
+            for ratio, entry in zip(ratios, own, strict=True)
         ]
         rows.append((f"`{method}`", *shown, " or ".join(str(number) for number in seeds)))
-    dense = found["reviews", pruning.DENSE, 0.0]["accuracy"]
+    dense = found[job, pruning.DENSE, 0.0]["accuracy"]
     note = (
         f"\nPoints of accuracy against the dense {dense:.1%}, ± the standard error over test rows; "
         f"{report['settings']['calibration']:,} training rows, commit {report['cells'][-1]['commit'][:7]}.\n"
@@ -249,14 +251,15 @@ def decoder(report: dict) -> str:
     rows = []
     for method in dict.fromkeys(method for method, ratio in cells if ratio):
         own = [cells.get((method, ratio)) for ratio in ratios]
-        shown = [f"{cell['perplexity'] / dense:.2f}" + _overshot(cell) if cell else "" for cell in own]
+        shown = [f"{cell['perplexity'] / dense:.2f}" + _overshot(cell, cell["ratio"]) if cell else "" for cell in own]
         rows.append((f"`{method}`", *shown))
     headers = ("MACs removed", *(f"{ratio:.0%}" for ratio in ratios))
     return table(headers, rows) + f"\nTimes the perplexity of the dense model, {dense:.1f}.\n"
 
 
-def _overshot(cell: dict) -> str:
-    return f" ({cell['removed']:.0%})" if cell["removed"] > cell["ratio"] + 0.05 else ""
+def _overshot(cell: dict, ratio: float) -> str:
+    """What has left, where it is much more than was asked for: whole layers."""
+    return f" ({cell['removed']:.0%})" if cell["removed"] > ratio + 0.02 else ""
 
 
 def pruned_speed(report: dict) -> str:
@@ -292,7 +295,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the 
     "settings": ("attention_cpu", settings),
     "decoding": ("decode_cpu", decoding),
     "quality": ("quality_cpu", quality),
-    "pruned": ("pruning_cpu", pruned),
+    "pruned": ("pruning_cpu", partial(pruned, "reviews")),
+    "pruned_news": ("pruning_bbc_cpu", partial(pruned, "bbc-news")),
     "distilled": ("pruning_distillation_cpu", distilled),
     "decoder": ("pruning_decoder_cpu", decoder),
     "pruned_speed": ("pruning_speed_cpu", pruned_speed),

@@ -186,6 +186,7 @@ def test_pruning_without_training_loses_as_little_as_promised(ratio):
 @pytest.mark.parametrize("ratio", MAY_LOSE)
 @pytest.mark.parametrize("peer", pruning.PEERS)
 def test_the_default_is_better_than_every_peer(peer, ratio):
+    """Below 40% nothing is lost that could be told from chance: Kwon 2022 stands 0.1 point higher at 20%."""
     ours, other = PRUNED["reviews", "default", ratio], PRUNED["reviews", peer, ratio]
     assert other["seeds"] == 3 and other["removed"] == pytest.approx(ratio, abs=0.01)
     assert ours["accuracy"] >= other["accuracy"]
@@ -201,6 +202,23 @@ def test_what_is_distilled_after_pruning_loses_as_little_as_promised(speedup):
     assert report["settings"]["epochs"] <= 3
     reached = [cell for cell in report["cells"] if speedup <= cell["speedup"] < 1.5 * speedup]
     assert reached and all(100 * cell["difference"] >= -DISTILLED[speedup] for cell in reached)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
+def test_the_default_is_better_than_every_peer_on_news(ratio):
+    report = json.loads((RESULTS / "pruning_bbc_cpu.json").read_text())
+    found = pruning.summarize(report["cells"])
+    ours = found["bbc-news", "default", ratio]
+    assert ours["seeds"] == 3
+    for method in (*pruning.PEERS, "random"):
+        other = found.get(("bbc-news", method, ratio))
+        assert other is not None and ours["accuracy"] > other["accuracy"]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3])
+def test_a_little_pruning_loses_nothing_that_can_be_measured(ratio):
+    found = PRUNED["reviews", "default", ratio]
+    assert found["seeds"] == 3 and abs(found["difference"]) < found["difference_error"]
 
 
 def test_a_decoder_keeps_its_perplexity():
