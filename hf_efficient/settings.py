@@ -201,7 +201,7 @@ class LongerSettings(Settings):
 
 @dataclass(frozen=True)
 class DistillSettings(TrainingSettings):
-    """Training against the teacher. `losses` gives the weight of each name in `distillation.losses.LOSSES`."""
+    """Training against the teacher. `losses` gives the weight of each name in `distillation.terms.LOSSES`."""
 
     losses: dict[str, float] = field(
         default_factory=lambda: {"kd": 1.0},
@@ -229,7 +229,7 @@ class DistillSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from .distillation.losses import LOSSES
+        from .distillation.terms import LOSSES
 
         for name in self.losses:
             if name not in LOSSES:

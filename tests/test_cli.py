@@ -36,7 +36,7 @@ def test_list_and_env_are_readable_by_machines():
 
 
 def test_the_listed_losses_are_those_there_are():
-    from hf_efficient.distillation.losses import LOSSES
+    from hf_efficient.distillation.terms import LOSSES
 
     assert json.loads(_cli("list", "losses", "--json").stdout)["losses"] == list(LOSSES)
 

@@ -16,7 +16,9 @@ from transformers import TrainingArguments
 from ..errors import ConfigError, unknown_name
 from .divergences import DIVERGENCES
 from .layer_map import MAPS
-from .losses import HIDDEN_DISTANCES, LOSSES
+from .losses import HIDDEN_DISTANCES
+from .relations import ATTENTION_LOSSES
+from .terms import LOSSES
 
 SOFT_POSITIONS = ("labels", "attended")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +39,8 @@ class DistillationArguments(TrainingArguments):
         default_factory=lambda: {"ce": 1.0, "kd": 1.0},
         metadata={
             "help": 'Weight of each loss, on the command line as JSON: \'{"ce": 1, "kd": 1}\'. '
-            "ce: hard labels; kd: the teacher's soft labels; hidden: hidden states of mapped layers."
+            "ce: hard labels; kd: the teacher's soft labels; hidden: hidden states of mapped layers; attention: "
+            "attention weights of mapped layers; relation: relations among queries, keys and values (MiniLM v2)."
         },
     )
     temperature: float = field(
@@ -62,6 +65,21 @@ class DistillationArguments(TrainingArguments):
     hidden_loss: str = field(
         default="mse", metadata={"help": "Distance of hidden states: mse, or cosine (1 - cosine similarity)."}
     )
+    attention_loss: str = field(
+        default="kl",
+        metadata={"help": "Distance of attentions: kl of the weights (MiniLM), or mse of the scores (TinyBERT)."},
+    )
+    relation_heads: int | None = field(
+        default=None,
+        metadata={"help": "Into how many heads relation cuts queries, keys and values; default: the teacher's heads."},
+    )
+    relation_layers: list | str | dict | None = field(
+        default=None,
+        metadata={
+            "help": "Which layers relation compares, as in layer_map; default: the last ones. For teachers of 24 "
+            "layers and more one of the upper middle is better (Wang et al. 2021): [[6, 19]]."
+        },
+    )
     layer_map: list | str | dict | None = field(
         default="auto",
         metadata={
@@ -83,16 +101,19 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.losses = _check_losses(self.losses)
-        self.layer_map = _read_layer_map(self.layer_map)
+        self.layer_map = _read_layer_map("layer_map", self.layer_map)
+        if self.relation_layers is not None:
+            self.relation_layers = _read_layer_map("relation_layers", self.relation_layers)
         _check_name("divergence", self.divergence, DIVERGENCES)
         _check_name("soft_positions", self.soft_positions, SOFT_POSITIONS)
         _check_name("hidden_loss", self.hidden_loss, HIDDEN_DISTANCES)
+        _check_name("attention_loss", self.attention_loss, ATTENTION_LOSSES)
+        for name, what in (("teacher_max_length", "1 token or more"), ("relation_heads", "1 or more")):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be {what}, got {value!r}.")
         if self.teacher_dtype is not None:
             _check_name("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        if self.teacher_max_length is not None and (
-            type(self.teacher_max_length) is not int or self.teacher_max_length < 1
-        ):
-            raise ConfigError(f"teacher_max_length must be 1 token or more, got {self.teacher_max_length!r}.")
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise ConfigError(
                 f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}; "
@@ -135,12 +156,12 @@ def _check_losses(losses: object) -> dict[str, float]:
     return active
 
 
-def _read_layer_map(layer_map: Any) -> Any:
+def _read_layer_map(what: str, layer_map: Any) -> Any:
     if isinstance(layer_map, str) and layer_map.lstrip().startswith(("[", "{")):
-        layer_map = _json("layer_map", layer_map)
+        layer_map = _json(what, layer_map)
     for name in layer_map.values() if isinstance(layer_map, dict) else [layer_map]:
         if isinstance(name, str) and name not in MAPS:
-            raise unknown_name("layer_map", name, MAPS)
+            raise unknown_name(what, name, MAPS)
     return layer_map
 
 

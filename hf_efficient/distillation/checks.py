@@ -55,10 +55,11 @@ def check_cut(task: Task, losses: Collection[str], length: int | None) -> None:
             f"teacher_max_length={length} is for tasks with one answer for a whole text. Extend the teacher's "
             "positions, cut the data at its length, or train without it: losses={'ce': 1.0}."
         )
-    if "hidden" in losses:
+    compared = [name for name in ("hidden", "attention", "relation") if name in losses]
+    if compared:
         raise ConfigError(
-            f"teacher_max_length={length} leaves the teacher without states for the tokens behind it. Leave `hidden` "
-            "out of losses, or cut the data at the teacher's length."
+            f"teacher_max_length={length} leaves the teacher without states for the tokens behind it. Leave "
+            f"{' and '.join(f'`{name}`' for name in compared)} out of losses, or cut the data at the teacher's length."
         )
 
 

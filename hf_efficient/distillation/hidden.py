@@ -11,7 +11,7 @@ their own.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from ..errors import CheckpointError, ConfigError
-from .layer_map import Pairs, depths, kept_layers, layer_pairs, width
+from ..errors import CheckpointError
+from .layer_map import LayerMap, Pairs, map_layers, width
 
 ATTRIBUTE = "_distillation_projections"
 SIDE_FILE = "distillation_projections.safetensors"
-
-LayerMap = str | Sequence[Sequence[int]] | dict[str, Any]
 
 
 class HiddenPairs:
@@ -80,14 +78,7 @@ def make_pairs(student: nn.Module, teacher: nn.Module, layer_map: LayerMap, stac
     Raises:
         ConfigError: the map does not fit the models.
     """
-    student_depths, teacher_depths = depths(student, stacks), depths(teacher, stacks)
-    kept = kept_layers(student, stacks)
-    if isinstance(layer_map, dict) and set(layer_map) != set(stacks):
-        raise ConfigError(f"layer_map has the keys {sorted(layer_map)}; this model's stacks are {sorted(stacks)}.")
-    pairs = {}
-    for stack in stacks:
-        spec = layer_map[stack] if isinstance(layer_map, dict) else layer_map
-        pairs[stack] = layer_pairs(spec, student_depths[stack], teacher_depths[stack], kept.get(stack))
+    pairs = map_layers(student, teacher, layer_map, stacks)
     projections = nn.ModuleDict()
     sizes = width(student), width(teacher)
     if sizes[0] != sizes[1]:

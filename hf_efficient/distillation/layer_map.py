@@ -26,6 +26,7 @@ from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from .batch import base_of
 
 Pairs = list[tuple[int, int]]
+LayerMap = str | Sequence[Sequence[int]] | dict[str, Any]
 
 MAPS = ("auto", "uniform", "last", "linspace")
 
@@ -73,6 +74,47 @@ def layer_pairs(
         chosen = chosen_layers(layer_map, student_layers, teacher_layers)
     embeddings = [(0, 0)] if layer_map in ("auto", "uniform") else []
     return embeddings + [(m + 1, layer + 1) for m, layer in enumerate(chosen)]
+
+
+def map_layers(
+    student: nn.Module, teacher: nn.Module, layer_map: LayerMap, stacks: tuple[str, ...]
+) -> dict[str, Pairs]:
+    """The pairs of every stack of these two models.
+
+    Raises:
+        ConfigError: the map does not fit the models.
+    """
+    student_depths, teacher_depths = depths(student, stacks), depths(teacher, stacks)
+    kept = kept_layers(student, stacks)
+    if isinstance(layer_map, dict) and set(layer_map) != set(stacks):
+        raise ConfigError(f"The layer map has the keys {sorted(layer_map)}; this model's stacks are {sorted(stacks)}.")
+    pairs = {}
+    for stack in stacks:
+        spec = layer_map[stack] if isinstance(layer_map, dict) else layer_map
+        pairs[stack] = layer_pairs(spec, student_depths[stack], teacher_depths[stack], kept.get(stack))
+    return pairs
+
+
+def map_attentions(
+    student: nn.Module, teacher: nn.Module, layer_map: LayerMap | None, stacks: tuple[str, ...]
+) -> dict[str, Pairs]:
+    """As `map_layers`, for what only layers have: no embeddings. `None` pairs the last layers alone.
+
+    Raises:
+        ConfigError: the map does not fit the models, or a stack has nothing but embeddings in it.
+    """
+    if layer_map is None:
+        ends = depths(student, stacks), depths(teacher, stacks)
+        return {stack: [(ends[0][stack], ends[1][stack])] for stack in stacks}
+    found = map_layers(student, teacher, layer_map, stacks)
+    pairs = {stack: [pair for pair in own if min(pair) > 0] for stack, own in found.items()}
+    for stack, own in pairs.items():
+        if not own:
+            raise ConfigError(
+                f"The layer map {layer_map!r} compares no two layers of the {stack}: 0 is the embeddings, which "
+                "have no attention. Give pairs from 1 up."
+            )
+    return pairs
 
 
 def _check_pairs(pairs: Sequence[Sequence[int]], student_layers: int, teacher_layers: int) -> Pairs:

@@ -6,12 +6,10 @@
 Rules kept by all of them: rows are selected by the mask first, so what lies under padding is never read; arithmetic is
 in float32 at least; nothing valid gives a sum of 0 that is still connected to the graph. `count` is `mask.sum()`.
 
-`LOSSES` at the end is the table of names that `DistillationArguments.losses` accepts.
+`terms` has the table of names that `DistillationArguments.losses` accepts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +17,6 @@ from torch import Tensor
 
 from ..errors import DataError, unknown_name
 from .divergences import find_divergence, log_probabilities
-
-if TYPE_CHECKING:
-    from .batch import Batch
-    from .hidden import HiddenPairs
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
@@ -102,75 +96,4 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "
 HIDDEN_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),
     "cosine": lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1),
-}
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What the losses need beside the batch: the numbers of `DistillationArguments` and the mapped layers."""
-
-    temperature: float
-    temperature_squared: bool
-    divergence: str
-    beta: float
-    hidden_loss: str
-    pairs: "HiddenPairs"
-
-
-@dataclass(frozen=True)
-class Loss:
-    """One name of the table.
-
-    parts: the names of what is summed apart, each with its own denominator; most losses have one.
-    masks: what counts in a batch, by part.
-    sums: the sum of each part, from (batch, student outputs, teacher outputs, settings).
-    """
-
-    parts: tuple[str, ...]
-    masks: Callable[["Batch"], dict[str, Tensor]]
-    sums: Callable[["Batch", Any, Any, LossSettings], dict[str, Tensor]]
-    needs_teacher: bool = True
-    needs_hidden_states: bool = False
-
-
-def _ce_sums(batch: "Batch", student: Any, teacher: Any, settings: LossSettings) -> dict[str, Tensor]:
-    labels, mask = batch.label_targets()
-    return {"ce": ce_loss(student.logits, labels, mask, problem=batch.problem)[0]}
-
-
-def _kd_sums(batch: "Batch", student: Any, teacher: Any, settings: LossSettings) -> dict[str, Tensor]:
-    total, _ = kd_loss(
-        student.logits,
-        teacher.logits,
-        batch.soft_mask(),
-        problem=batch.problem,
-        temperature=settings.temperature,
-        temperature_squared=settings.temperature_squared,
-        divergence=settings.divergence,
-        beta=settings.beta,
-    )
-    return {"kd": total}
-
-
-def _hidden_masks(batch: "Batch") -> dict[str, Tensor]:
-    return {f"hidden_{stack}": mask for stack, mask in batch.token_masks().items()}
-
-
-def _hidden_sums(batch: "Batch", student: Any, teacher: Any, settings: LossSettings) -> dict[str, Tensor]:
-    """The mean over all mapped layers of both stacks: each pair's sum is divided by the number of pairs."""
-    sums = {}
-    for stack, mask in batch.token_masks().items():
-        values = [
-            hidden_loss(s, t, mask, kind=settings.hidden_loss)[0] for s, t in settings.pairs(stack, student, teacher)
-        ]
-        sums[f"hidden_{stack}"] = torch.stack(values).sum() / len(settings.pairs)
-    return sums
-
-
-LOSSES: dict[str, Loss] = {
-    "ce": Loss(("ce",), masks=lambda batch: {"ce": batch.label_targets()[1]}, sums=_ce_sums, needs_teacher=False),
-    "kd": Loss(("kd",), masks=lambda batch: {"kd": batch.soft_mask()}, sums=_kd_sums),
-    "hidden": Loss(
-        ("hidden_encoder", "hidden_decoder"), masks=_hidden_masks, sums=_hidden_sums, needs_hidden_states=True
-    ),
 }

@@ -26,7 +26,10 @@ from .arguments import DistillationArguments
 from .batch import Batch, base_of, first_tokens, forward_names
 from .checks import check_cut, check_models
 from .forward import call_inside
-from .losses import LOSSES, MULTI_LABEL, REGRESSION, LossSettings
+from .layer_map import Pairs, map_attentions
+from .losses import MULTI_LABEL, REGRESSION
+from .recorded import Modules, recording, self_attentions
+from .terms import LOSSES, Answer, LossSettings
 
 AGREEMENT = "teacher_agreement"
 
@@ -82,7 +85,11 @@ class DistillationTrainer(StepTrainer):
             beta=args.jsd_beta,
             hidden_loss=args.hidden_loss,
             pairs=self.pairs,
+            attention_loss=args.attention_loss,
+            relation_heads=args.relation_heads,
+            attention_pairs=self._attention_pairs(model, teacher),
         )
+        self._recorded = {"student": self._to_record(model, 0), "teacher": self._to_record(teacher, 1)}
         self.teacher = self._prepare_teacher(teacher)
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -92,6 +99,27 @@ class DistillationTrainer(StepTrainer):
             teacher = teacher.to(getattr(torch, self.args.teacher_dtype))
         is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
         return teacher if is_placed else teacher.to(self.args.device)
+
+    def _attention_pairs(self, model: nn.Module, teacher: nn.Module) -> dict[str, dict[str, Pairs]]:
+        """The layers whose attentions are compared, by loss and stack."""
+        maps = {"attention": self.args.layer_map, "relation": self.args.relation_layers}
+        return {
+            name: map_attentions(model, teacher, maps[name], self.task.stacks)
+            for name, loss in self._losses.items()
+            if loss.needs_attentions
+        }
+
+    def _to_record(self, model: nn.Module, side: int) -> Modules:
+        """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
+        wanted = {
+            (stack, pair[side] - 1)
+            for pairs in self._settings.attention_pairs.values()
+            for stack, own in pairs.items()
+            for pair in own
+        }
+        if not wanted:
+            return {}
+        return {place: module for place, module in self_attentions(model, self.task.stacks).items() if place in wanted}
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -144,26 +172,27 @@ class DistillationTrainer(StepTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _run_student(
-        self, model: nn.Module, batch: Batch, teacher_outputs: Any
+        self, model: nn.Module, batch: Batch, teacher: Answer | None
     ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
         """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
         inputs = self._model_inputs("student", batch)
 
         def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-            outputs = forward(**inputs)
-            sums = {n: loss.sums(batch, outputs, teacher_outputs, self._settings) for n, loss in self._losses.items()}
+            with recording(self._recorded["student"]) as attentions:
+                answer = Answer(forward(**inputs), attentions)
+            sums = {name: loss.sums(batch, answer, teacher, self._settings) for name, loss in self._losses.items()}
             # Detached: DDP takes parameters that only these logits reach for unused, as they are.
-            return sums, outputs.logits.detach()
+            return sums, answer.outputs.logits.detach()
 
         return call_inside(model, self.accelerator.unwrap_model(model, keep_torch_compile=False), body)
 
     @torch.no_grad()
-    def _run_teacher(self, batch: Batch) -> Any:
+    def _run_teacher(self, batch: Batch) -> Answer:
         inputs = self._model_inputs("teacher", batch)
         if self.args.teacher_max_length is not None:
             inputs = first_tokens(inputs, self.args.teacher_max_length)
-        with self.accelerator.autocast():
-            return self.teacher(**inputs)
+        with self.accelerator.autocast(), recording(self._recorded["teacher"]) as attentions:
+            return Answer(self.teacher(**inputs), attentions)
 
     def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
         """What this model's forward takes, never labels: no loss of the model's own, same decoder inputs for both."""
@@ -193,13 +222,13 @@ class DistillationTrainer(StepTrainer):
         if batch.labels is None and "ce" in self._losses:  # predict() on unlabelled data
             with torch.no_grad():
                 return None, model(**self._model_inputs("student", batch)).logits, None
-        teacher_outputs = self._run_teacher(batch)
+        teacher = self._run_teacher(batch)
         with torch.no_grad():
-            sums, logits = self._run_student(model, batch, teacher_outputs)
+            sums, logits = self._run_student(model, batch, teacher)
         counts = self._counts(batch)
         for part, total in (item for parts in sums.values() for item in parts.items()):
             self.eval_meter.add(part, total, counts[part])
-        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher_outputs.logits))
+        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher.outputs.logits))
         loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
         if prediction_loss_only:
             return loss, None, None

@@ -6,13 +6,13 @@ import torch
 from hf_efficient.distillation.divergences import DIVERGENCES
 from hf_efficient.distillation.losses import (
     HIDDEN_DISTANCES,
-    LOSSES,
     MULTI_LABEL,
     REGRESSION,
     ce_loss,
     hidden_loss,
     kd_loss,
 )
+from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.errors import ConfigError, DataError
 
 from . import naive
@@ -182,5 +182,5 @@ def test_errors(mask):
 
 
 def test_the_table():
-    assert list(LOSSES) == ["ce", "kd", "hidden"]
+    assert list(LOSSES) == ["ce", "kd", "hidden", "attention", "relation"]
     assert [name for name, loss in LOSSES.items() if not loss.needs_teacher] == ["ce"]

@@ -13,7 +13,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 from hf_efficient.distillation import hidden
 from hf_efficient.distillation.batch import Batch, task_of
 from hf_efficient.distillation.hidden import ATTRIBUTE, selects_positions
-from hf_efficient.distillation.losses import LOSSES
+from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 
@@ -262,10 +262,10 @@ def test_the_teacher_stays_as_it_is(tmp_path):
     trainer = make_trainer("bert", tmp_path, pair=(student, teacher.train()), losses=ALL, max_steps=3)
     trainer.train()
     batch = trainer._batch(collate(examples("bert")))
-    assert torch.equal(trainer._run_teacher(batch).logits, trainer._run_teacher(batch).logits)
+    assert torch.equal(trainer._run_teacher(batch).outputs.logits, trainer._run_teacher(batch).outputs.logits)
     assert torch.equal(weights(teacher), before)
     assert all(p.requires_grad and p.grad is None for p in teacher.parameters())  # what is cut from it can be trained
-    assert not trainer._run_teacher(batch).logits.requires_grad
+    assert not trainer._run_teacher(batch).outputs.logits.requires_grad
     assert teacher not in trainer.accelerator._models
 
 

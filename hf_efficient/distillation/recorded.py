@@ -1,0 +1,95 @@
+"""Queries, keys and values of chosen attentions, as the attention function gets them.
+
+    with recording(modules) as seen:                 # {("encoder", 3): attention module}
+        model(**inputs)
+    seen["encoder", 3].query                         # [batch, heads, length, head_dim], after rotary positions
+
+All families of the table call transformers' attention interface, so one place sees them all: under SDPA, flash or our
+own variants, with fused or pruned projections. `output_attentions` could not: SDPA has no weights to give, and those
+that eager attention gives while training have gone through dropout.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..families import find_stacks, is_known
+from .batch import base_of
+
+Place = tuple[str, int]  # stack, and layer from 0
+Modules = dict[Place, nn.Module]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What one attention compares: query `[B, H, T, D]`, key `[B, K, T, D]`, value `[B, K, T, Dv]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+
+
+def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
+    """The self-attention modules of a model, by stack and layer.
+
+    Raises:
+        UnsupportedModelError: a family outside the table.
+        ConfigError: eager attention, which does not go through the interface.
+    """
+    base = base_of(model)
+    if not is_known(base.config):
+        raise UnsupportedModelError(
+            f"The losses `attention` and `relation` need a family of the table; {base.config.model_type!r} is none. "
+            "Leave them out of losses."
+        )
+    found = {
+        (name, index): layer.get_submodule(stack.attention.module)
+        for name, (stack, layers) in zip(stacks, find_stacks(base), strict=False)
+        for index, layer in enumerate(layers)
+    }
+    for module in found.values():
+        if _implementation(module) not in ALL_ATTENTION_FUNCTIONS:
+            raise ConfigError(
+                f"The losses `attention` and `relation` cannot look into {_implementation(module)!r} attention. Call "
+                f'{type(base).__name__}.set_attn_implementation("sdpa"), or load the model with it.'
+            )
+    return found
+
+
+@contextmanager
+def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projected]]:
+    """Within it the attention function notes what the given modules hand to it."""
+    places = {module: place for place, module in modules.items()}
+    seen: dict[Place, Projected] = {}
+
+    def noting(function: Callable) -> Callable:
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if module in places:
+                scaling = kwargs.get("scaling")
+                seen[places[module]] = Projected(
+                    query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling
+                )
+            return function(module, query, key, value, *args, **kwargs)
+
+        return attend
+
+    own = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before = dict(own)
+    for name in {_implementation(module) for module in modules.values()}:
+        ALL_ATTENTION_FUNCTIONS[name] = noting(ALL_ATTENTION_FUNCTIONS[name])
+    try:
+        yield seen
+    finally:
+        own.clear()
+        own.update(before)
+
+
+def _implementation(module: nn.Module) -> str:
+    config: Any = module.config
+    return config._attn_implementation
