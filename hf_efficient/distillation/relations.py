@@ -3,8 +3,8 @@
     attention   the weights of each head, or the scores before the softmax     MiniLM, Wang et al. 2020; TinyBERT
     relation    softmax(X X' / sqrt(d)) of X = Q, K and V, cut into `heads`     MiniLM v2, Wang et al. 2021
 
-A position counts once, as a query, where `mask` is true; keys are the true positions of the same example, up to the query
-itself where `causal`. Weights are those of the bare scores: without dropout, windows and relative position biases.
+A position counts once, as a query, where `mask` is true; keys are the true positions of the same example, up to the
+query itself where `causal`. Weights are those of the bare scores: no dropout, windows or relative position biases.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
-from .divergences import LOG_ZERO, kl
+from .divergences import LOG_ZERO, kl, log_probabilities
 from .recorded import Projected
 
 ATTENTION_LOSSES = ("kl", "mse")
@@ -47,9 +47,9 @@ def relation_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum over X = Q, K, V of KL(teacher's relations of X || student's), mean over the relation heads.
 
-    The heads of each model are laid side by side and cut anew into `heads` pieces, so that neither the numbers of heads
-    nor the widths need agree (Wang et al. 2021, section 3.1). `None`: as many as the teacher's heads, or the next
-    smaller number that divides all widths.
+    The heads of each model are laid side by side and cut anew into `heads` pieces, so that neither the numbers of
+    heads nor the widths need agree (Wang et al. 2021, section 3.1). `None`: as many as the teacher's heads, or the
+    next smaller number that divides all widths.
 
     Raises:
         ConfigError: `heads` does not divide a width.
@@ -101,9 +101,7 @@ def _compare(
     if kind == "mse":
         values = ((student - teacher).square() * seen).sum(-1) / seen.sum(-1).clamp_min(1)
     else:
-        values = kl(
-            *(scores.masked_fill(~seen, LOG_ZERO).log_softmax(-1).clamp_min(LOG_ZERO) for scores in (teacher, student))
-        )
+        values = kl(*(log_probabilities(scores.masked_fill(~seen, LOG_ZERO)) for scores in (teacher, student)))
     values = values.mean(dim=1)
     values = values[mask] if mask.dim() == 2 else values.mean(dim=1)[mask]
     return values.sum(), mask.sum()

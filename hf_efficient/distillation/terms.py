@@ -124,8 +124,8 @@ def _layer(answer: Answer, stack: str, position: int) -> Projected:
     found = answer.attentions.get((stack, position - 1))
     if found is None:
         raise UnsupportedModelError(
-            f"Layer {position} of the {stack} called no attention that could be recorded, so the losses `attention` and "
-            "`relation` cannot be had of this model. Leave them out of losses."
+            f"Layer {position} of the {stack} called no attention that could be recorded, so the losses `attention` "
+            "and `relation` cannot be had of this model. Leave them out of losses."
         )
     return found
 

@@ -66,3 +66,43 @@ def hidden(student: Tensor, teacher: Tensor, mask: Tensor, kind: str) -> float:
                 dot = sum(x * y for x, y in zip(s, u, strict=True))
                 total += 1 - dot / math.sqrt(sum(x * x for x in s) * sum(y * y for y in u))
     return total
+
+
+def attention(student, teacher, mask: Tensor, causal: bool, kind: str) -> float:
+    """Two `Projected` without grouped keys, and a mask [batch, length]."""
+    total, heads = 0.0, student.query.shape[1]
+    for b, i, seen in _queries(mask, causal):
+        for h in range(heads):
+            s, t = ([x.scaling * _dot(x.query[b, h, i], x.key[b, h, j]) for j in seen] for x in (student, teacher))
+            if kind == "mse":
+                total += sum((x - y) ** 2 for x, y in zip(s, t, strict=True)) / len(seen) / heads
+            else:
+                total += kl(softmax(t, 1.0), softmax(s, 1.0)) / heads
+    return total
+
+
+def relation(student, teacher, mask: Tensor, causal: bool, heads: int) -> float:
+    total = 0.0
+    for name in ("query", "key", "value"):
+        for b, i, seen in _queries(mask, causal):
+            for piece in range(heads):
+                rows = []
+                for side in (student, teacher):
+                    flat = getattr(side, name).transpose(1, 2).flatten(2)[b]
+                    width = flat.shape[-1] // heads
+                    own = flat[:, piece * width : (piece + 1) * width]
+                    rows.append([_dot(own[i], own[j]) / math.sqrt(width) for j in seen])
+                total += kl(softmax(rows[1], 1.0), softmax(rows[0], 1.0)) / heads
+    return total
+
+
+def _queries(mask: Tensor, causal: bool):
+    """(example, query, the keys that it sees) for all that is not padding."""
+    for b in range(mask.shape[0]):
+        for i in range(mask.shape[1]):
+            if mask[b, i]:
+                yield b, i, [j for j in range(i + 1 if causal else mask.shape[1]) if mask[b, j]]
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return sum(a * b for a, b in zip(x.tolist(), y.tolist(), strict=True))

@@ -21,7 +21,7 @@ from hf_efficient.distillation.trainer import DistillationTrainer
 
 from .tiny import CASES, arguments, collate, examples, make_pair
 
-LOSSES = ("ce", "kd", "hidden")
+LOSSES = ("ce", "kd", "hidden", "attention", "relation")
 
 
 def flat(trainer: DistillationTrainer) -> torch.Tensor:
