@@ -180,7 +180,7 @@ def _names() -> dict[str, list[str]]:
     return {
         "attention": list(KINDS),
         "importance": list(IMPORTANCES),
-        "losses": ["ce", "kd", "hidden"],
+        "losses": ["ce", "kd", "hidden", "attention", "relation"],
         "families": list(FAMILIES),
         "tasks": list(TASKS),
         "recipes": list(shipped_recipes()),

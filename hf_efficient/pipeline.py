@@ -232,7 +232,8 @@ def _check_length(key: str, length: int | None, limit: int) -> None:
 
 def _check_cut(path: str, task: str, losses: Mapping[str, float], cut: int | None) -> None:
     """A teacher that reads only the beginning can answer for a whole text, and for nothing else."""
-    if cut is None or (task == "text-classification" and not losses.get("hidden")):
+    by_token = any(losses.get(name) for name in ("hidden", "attention", "relation"))
+    if cut is None or (task == "text-classification" and not by_token):
         return
     raise ConfigError(
         f"{path}: the teacher takes {cut} tokens and the student gets more, so it can answer for a whole text (task "

@@ -239,7 +239,7 @@ def test_the_models_get_their_own_columns(tmp_path):
 
 def test_only_mapped_hidden_states_are_kept(tmp_path):
     trainer = make_trainer("t5", tmp_path, losses=ALL, layer_map=[[1, 3]])
-    outputs = trainer._run_teacher(trainer._batch(collate(examples("t5"))))
+    outputs = trainer._run_teacher(trainer._batch(collate(examples("t5")))).outputs
     for states in (outputs.encoder_hidden_states, outputs.decoder_hidden_states):
         only = [False, False, False, True, False] if selects_positions() else [True] * 5
         assert [state is not None for state in states] == only
