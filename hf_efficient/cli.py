@@ -180,7 +180,7 @@ def _names() -> dict[str, list[str]]:
     return {
         "attention": list(KINDS),
         "importance": list(IMPORTANCES),
-        "losses": ["ce", "kd", "hidden", "attention", "relation"],
+        "losses": ["ce", "kd", "hidden", "attention", "relation", "attention_output", "embedding"],
         "families": list(FAMILIES),
         "tasks": list(TASKS),
         "recipes": list(shipped_recipes()),

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_efficient.distillation.hidden import SIDE_FILE
+from hf_efficient.distillation.projections import SIDE_FILE
 from hf_efficient.distillation.script import parse, run
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ..errors import ConfigError, unknown_name
 from .divergences import DIVERGENCES
 from .layer_map import MAPS
-from .losses import HIDDEN_DISTANCES
+from .losses import HIDDEN_DISTANCES, POOLINGS
 from .relations import ATTENTION_LOSSES
 from .terms import LOSSES
 
@@ -40,11 +40,17 @@ class DistillationArguments(TrainingArguments):
         metadata={
             "help": 'Weight of each loss, on the command line as JSON: \'{"ce": 1, "kd": 1}\'. '
             "ce: hard labels; kd: the teacher's soft labels; hidden: hidden states of mapped layers; attention: "
-            "attention weights of mapped layers; relation: relations among queries, keys and values (MiniLM v2)."
+            "attention weights of mapped layers; relation: relations among queries, keys and values (MiniLM v2); "
+            "attention_output: what the attentions of mapped layers give; embedding: pooled vectors of models without "
+            "a head."
         },
     )
     temperature: float = field(
         default=2.0, metadata={"help": "Both models' logits are divided by it before the kd divergence."}
+    )
+    temperature_final: float | None = field(
+        default=None,
+        metadata={"help": "The temperature goes in equal steps from `temperature` to this one; default: it stays."},
     )
     temperature_squared: bool = field(
         default=True,
@@ -80,12 +86,33 @@ class DistillationArguments(TrainingArguments):
             "layers and more one of the upper middle is better (Wang et al. 2021): [[6, 19]]."
         },
     )
+    embedding_loss: str = field(
+        default="cosine", metadata={"help": "Distance of embeddings: cosine (1 - cosine similarity), or mse."}
+    )
+    pooling: str = field(
+        default="mean",
+        metadata={"help": "The embedding of a text: mean of its tokens, cls (the first one) or last (the last one)."},
+    )
     layer_map: list | str | dict | None = field(
         default="auto",
         metadata={
             "help": "Which teacher layer each student layer learns from: auto (the layers that the student kept of "
             "its teacher, else uniform), uniform, last, linspace, or JSON pairs [[student, teacher], ...] in which 0 "
             'is the embeddings; for encoder-decoders also {"encoder": ..., "decoder": ...}.'
+        },
+    )
+    truncate_vocabulary: bool = field(
+        default=False,
+        metadata={
+            "help": "Compare only the entries that both vocabularies have: for models with the same tokenizer whose "
+            "embeddings are padded to different sizes."
+        },
+    )
+    share_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "The student keeps the teacher's encoder (distil-whisper): it is frozen, and run once for both. "
+            "For encoder-decoders."
         },
     )
     teacher_dtype: str | None = field(
@@ -112,13 +139,16 @@ class DistillationArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be {what}, got {value!r}.")
+        _check_name("embedding_loss", self.embedding_loss, HIDDEN_DISTANCES)
+        _check_name("pooling", self.pooling, POOLINGS)
         if self.teacher_dtype is not None:
             _check_name("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
-        if not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise ConfigError(
-                f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}; "
-                "usual are 1 to 10."
-            )
+        for name in ("temperature", "temperature_final"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= MAX_TEMPERATURE:
+                raise ConfigError(
+                    f"{name} must be above 0 and at most {MAX_TEMPERATURE:g}, got {value!r}; usual are 1 to 10."
+                )
         if not 0 < self.jsd_beta < 1:
             raise ConfigError(
                 f"jsd_beta must be between 0 and 1, got {self.jsd_beta!r}. "
@@ -128,6 +158,11 @@ class DistillationArguments(TrainingArguments):
             self.greater_is_better = False  # TrainingArguments knows only names that end in `loss`
         super().__post_init__()
         self._refuse_what_would_be_ignored()
+
+    def temperature_at(self, progress: float) -> float:
+        """The temperature when a fraction `progress` of all optimizer steps is done."""
+        final = self.temperature if self.temperature_final is None else self.temperature_final
+        return self.temperature + (final - self.temperature) * progress
 
     def _refuse_what_would_be_ignored(self) -> None:
         reasons = {

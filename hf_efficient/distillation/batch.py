@@ -3,6 +3,7 @@
     task = task_of(model)                          # Task(kind="causal_lm", ...)
     batch = Batch(inputs, task)
     labels, mask = batch.label_targets()           # aligned with the logits: y[t + 1] for a causal model
+    logits = batch.logits(model(**inputs))         # one tensor, whatever the head calls its outputs
 
 The masks made here are both what a loss sums over and what its denominator counts, so the two cannot disagree.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, UnsupportedModelError
+from ..families import find_stacks, is_known
 from .losses import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 IGNORED = -100
@@ -31,22 +33,28 @@ KINDS = {
     "ForImageClassification": "examples",
     "ForAudioClassification": "examples",
     "ForVideoClassification": "examples",
+    "ForQuestionAnswering": "spans",
 }
+LABELS = frozenset({"labels", "start_positions", "end_positions"})
 
 
 @dataclass(frozen=True)
 class Task:
     """What a model's head predicts.
 
-    kind: `causal_lm` (logits[t] predict labels[t + 1]), `tokens` (logits[t] predict labels[t]) or `examples`.
+    kind: `causal_lm` (logits[t] predict labels[t + 1]), `tokens` (logits[t] predict labels[t]), `examples`, `spans`
+        (the first and the last token of an answer) or `embeddings` (no head: hidden states alone).
+    num_labels: the classes of a classification head, else 0.
     problem: transformers' `problem_type`, `None` while it has to be guessed from the labels.
     stacks: `("encoder", "decoder")` where the forward takes decoder inputs, else `("encoder",)`.
+    is_causal: the only stack is a decoder: its tokens see those before them.
     """
 
     kind: str
     problem: str | None
     num_labels: int
     stacks: tuple[str, ...] = ("encoder",)
+    is_causal: bool = False
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -72,18 +80,37 @@ def task_of(model: nn.Module) -> Task:
     kind = KINDS.get(base.loss_type or "")
     if kind is None and name.endswith("LMHeadModel"):  # GPT2LMHeadModel and its generation have no loss_type
         kind = "causal_lm"
+    stacks = ("encoder", "decoder") if "decoder_input_ids" in forward_names(model) else ("encoder",)
+    if kind is None and _is_headless(base) and len(stacks) == 1:
+        kind = "embeddings"
     if kind is None:
         raise UnsupportedModelError(
             f"{name} cannot be distilled: its head is none of {', '.join(KINDS)}. Load the model with one of "
-            "AutoModelForSequenceClassification, ForTokenClassification, ForMaskedLM, ForCausalLM, ForSeq2SeqLM or "
-            "ForImageClassification."
+            "AutoModelForSequenceClassification, ForTokenClassification, ForQuestionAnswering, ForMaskedLM, "
+            "ForCausalLM, ForSeq2SeqLM or ForImageClassification; or, for embeddings, an encoder or decoder with "
+            "AutoModel (T5EncoderModel for T5)."
         )
-    stacks = ("encoder", "decoder") if "decoder_input_ids" in forward_names(model) else ("encoder",)
     if kind == "causal_lm" and len(stacks) == 2:
         kind = "tokens"
-    examples = kind == "examples"
-    problem = base.config.problem_type if examples else SINGLE_LABEL
-    return Task(kind=kind, problem=problem, num_labels=base.config.num_labels if examples else 0, stacks=stacks)
+    has_classes = kind == "examples" or base.loss_type == "ForTokenClassification"
+    return Task(
+        kind=kind,
+        problem=base.config.problem_type if kind == "examples" else SINGLE_LABEL,
+        num_labels=base.config.num_labels if has_classes else 0,
+        stacks=stacks,
+        is_causal=len(stacks) == 1 and (kind == "causal_lm" or _is_decoder(base)),
+    )
+
+
+def _is_decoder(model: PreTrainedModel) -> bool:
+    return is_known(model.config) and [stack.name for stack, _ in find_stacks(model)] == ["decoder"]
+
+
+def _is_headless(model: PreTrainedModel) -> bool:
+    """Whether it only gives hidden states: `BertModel`, `T5EncoderModel`, `ViTModel`; not `CLIPModel` with its two."""
+    names = forward_names(model)
+    towers = {"input_ids", "pixel_values"} & names
+    return type(model).__name__.endswith("Model") and not names & {*LABELS, "next_sentence_label"} and len(towers) == 1
 
 
 class Batch:
@@ -101,7 +128,7 @@ class Batch:
         self.inputs = inputs
         self.task = task
         self.soft_positions = soft_positions
-        self.labels: Tensor | None = inputs.get("labels")
+        self.labels = _labels(inputs, task)
         first = self.labels if self.labels is not None else next(v for v in inputs.values() if torch.is_tensor(v))
         self.size, self.device = first.shape[0], first.device
         self.rows = self.size if rows is None else min(rows, self.size)
@@ -126,6 +153,8 @@ class Batch:
                 'train on the teacher alone with losses={"kd": 1.0}.'
             )
         labels = self.labels
+        if self.task.kind == "spans":  # positions behind the end of a text that was cut are nowhere in it
+            return labels, self._real((labels >= 0) & (labels < self._length()))
         if self.task.kind == "causal_lm":
             labels = torch.cat([labels[:, 1:], labels.new_full((self.size, 1), IGNORED)], dim=1)
         if self.task.kind != "examples" or self.problem == SINGLE_LABEL:
@@ -135,13 +164,36 @@ class Batch:
         return labels, self._real(torch.ones_like(labels, dtype=torch.bool))
 
     def soft_mask(self) -> Tensor:
-        """Where the student's outputs are compared with the teacher's: [batch, length], [batch] or [batch, labels]."""
+        """Where the student's outputs are compared with the teacher's.
+
+        [batch, length] for tokens; [batch] or [batch, labels] for examples; [batch, 2] for spans.
+        """
+        if self.task.kind == "spans":
+            return self._real(torch.ones((self.size, 2), dtype=torch.bool, device=self.device))
+        if self.task.kind == "embeddings":
+            return self.example_mask()
         if self.task.kind == "examples":
             shape = (self.size,) if self.problem == SINGLE_LABEL else (self.size, self.task.num_labels)
             return self._real(torch.ones(shape, dtype=torch.bool, device=self.device))
         if self.labels is not None and self.soft_positions == "labels":
             return self.label_targets()[1]
         return self.token_masks()[self.task.stacks[-1]]
+
+    def example_mask(self) -> Tensor:
+        """[batch]"""
+        return self._real(torch.ones(self.size, dtype=torch.bool, device=self.device))
+
+    def logits(self, outputs: Any) -> Tensor | None:
+        """What the head says: [batch, length, classes] or [batch, classes]; of spans [batch, 2, length].
+
+        An answer cannot begin or end in padding: the logits of spans are the lowest number there.
+        """
+        if self.task.kind == "embeddings":
+            return None
+        if self.task.kind != "spans":
+            return outputs.logits
+        both = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
+        return both.masked_fill(~self.token_masks()["encoder"][:, None], torch.finfo(both.dtype).min)
 
     def token_masks(self) -> dict[str, Tensor]:
         """Positions that are not padding, for each stack: [batch, length], or [batch] for images."""
@@ -156,6 +208,9 @@ class Batch:
         if "decoder_attention_mask" in self.inputs or "decoder_input_ids" in self.inputs:
             return self._mask("decoder_attention_mask", ("decoder_input_ids",))
         return encoder_mask  # BART-like classifiers feed the shifted input to the decoder
+
+    def _length(self) -> int:
+        return self.token_masks()["encoder"].shape[1]
 
     def _mask(self, name: str, inputs: tuple[str, ...]) -> Tensor:
         mask = self.inputs.get(name)
@@ -174,6 +229,14 @@ class Batch:
             mask = mask.clone()
             mask[self.rows :] = False
         return mask
+
+
+def _labels(inputs: dict[str, Any], task: Task) -> Tensor | None:
+    """`labels`; of spans [batch, 2] from `start_positions` and `end_positions`."""
+    if task.kind != "spans":
+        return inputs.get("labels")
+    ends = [inputs.get("start_positions"), inputs.get("end_positions")]
+    return None if any(end is None for end in ends) else torch.stack([end.flatten() for end in ends], dim=1)
 
 
 def first_tokens(inputs: dict[str, Any], length: int) -> dict[str, Any]:

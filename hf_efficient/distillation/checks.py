@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
@@ -10,11 +11,14 @@ from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, UnsupportedModelError
 from .batch import Task, base_of, task_of
+from .terms import LOSSES, check_losses_of
 
 NEEDS_DECODER_INPUTS = "prepare_decoder_input_ids_from_labels"
 
 
-def check_models(student: nn.Module, teacher: nn.Module, losses: dict[str, float]) -> Task:
+def check_models(
+    student: nn.Module, teacher: nn.Module, losses: Collection[str], *, truncate_vocabulary: bool = False
+) -> Task:
     """Compare student and teacher; gives the student's task.
 
     Raises:
@@ -25,8 +29,10 @@ def check_models(student: nn.Module, teacher: nn.Module, losses: dict[str, float
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
     if task.kind != teacher_task.kind or task.stacks != teacher_task.stacks:
         raise UnsupportedModelError(f"{names} do different things. Load both with the same AutoModelFor... class.")
-    _check_vocabularies(student, teacher)
-    if task.kind == "examples" and "kd" in losses:
+    check_losses_of(task, losses)
+    if not truncate_vocabulary:
+        _check_vocabularies(student, teacher)
+    if "kd" in losses:
         _check_labels(task, teacher_task, student, teacher)
     if task.kind == "tokens" and len(task.stacks) == 2 and not hasattr(base_of(student), NEEDS_DECODER_INPUTS):
         raise UnsupportedModelError(
@@ -55,11 +61,37 @@ def check_cut(task: Task, losses: Collection[str], length: int | None) -> None:
             f"teacher_max_length={length} is for tasks with one answer for a whole text. Extend the teacher's "
             "positions, cut the data at its length, or train without it: losses={'ce': 1.0}."
         )
-    compared = [name for name in ("hidden", "attention", "relation") if name in losses]
+    compared = [name for name in losses if LOSSES[name].maps_layers]
     if compared:
         raise ConfigError(
             f"teacher_max_length={length} leaves the teacher without states for the tokens behind it. Leave "
             f"{' and '.join(f'`{name}`' for name in compared)} out of losses, or cut the data at the teacher's length."
+        )
+
+
+def check_shared_encoder(task: Task, student: nn.Module, teacher: nn.Module, losses: Collection[str]) -> None:
+    """Whether the student's encoder is the teacher's, so that one run serves both.
+
+    Raises:
+        ConfigError: models without an encoder of their own, other weights in it, or losses that look into it.
+    """
+    if len(task.stacks) < 2 or task.kind != "tokens":
+        raise ConfigError("share_encoder=True is for encoder-decoders that generate, such as T5, BART and Whisper.")
+    looking = [name for name in losses if LOSSES[name].maps_layers]
+    if looking:
+        raise ConfigError(
+            f"share_encoder=True runs the encoder once, so {' and '.join(f'`{name}`' for name in looking)} would "
+            "compare it with itself. Leave them out of losses, or share_encoder."
+        )
+    own, other = (base_of(model).get_encoder().state_dict() for model in (student, teacher))
+    same = own.keys() == other.keys() and all(
+        own[name].shape == other[name].shape and torch.equal(own[name].float().cpu(), other[name].float().cpu())
+        for name in own
+    )
+    if not same:
+        raise ConfigError(
+            "share_encoder=True needs a student whose encoder has the teacher's weights: "
+            'build_student(teacher, layers={"decoder": 2}) keeps it whole.'
         )
 
 
@@ -91,12 +123,24 @@ def _check_separate(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def _check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
+def common_vocabulary(student: nn.Module, teacher: nn.Module) -> int | None:
+    """How many entries both vocabularies have, if their sizes differ."""
+    sizes = _vocabularies(student, teacher)
+    return None if len(set(sizes)) < 2 else min(sizes)
+
+
+def _vocabularies(student: nn.Module, teacher: nn.Module) -> list[int]:
+    """Of the models that have one."""
     sizes = [getattr(base_of(model).config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    return [size for size in sizes if size is not None]
+
+
+def _check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
+    sizes = _vocabularies(student, teacher)
+    if len(set(sizes)) > 1:
         raise UnsupportedModelError(
             f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]} and both read the same "
-            "input_ids. With the same tokenizer and padded embeddings call resize_token_embeddings on one of them; "
+            "input_ids. If the tokenizer is the same and only embeddings are padded, set truncate_vocabulary=True; "
             "models with different tokenizers cannot be compared token by token."
         )
 

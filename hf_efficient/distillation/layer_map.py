@@ -160,7 +160,7 @@ def _integer(config: PreTrainedConfig, name: str) -> int:
     value = getattr(config, name, None)
     if not isinstance(value, int):
         raise UnsupportedModelError(
-            f"The `hidden` loss needs one {name} in the config; a {config.model_type!r} config has {value!r}. "
-            "Leave `hidden` out of losses."
+            f"Losses that compare layers need one {name} in the config; a {config.model_type!r} config has {value!r}. "
+            "Leave them out of losses."
         )
     return value

@@ -93,6 +93,24 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "
     return values.sum(), mask.sum()
 
 
+def pool(states: Tensor, mask: Tensor, kind: str = "mean") -> Tensor:
+    """One vector for each example: the mean of its tokens, its first (`cls`) or its last one.
+
+    Shapes: states [batch, positions, width]; mask [batch, positions], or [batch] for images, whose positions all
+    count; gives [batch, width]. An example without any token gives zeros.
+    """
+    if kind not in POOLINGS:
+        raise unknown_name("pooling", kind, POOLINGS)
+    where = mask if mask.dim() == 2 else mask[:, None].expand(-1, states.shape[1])
+    wide = states.to(torch.promote_types(states.dtype, torch.float32)).masked_fill(~where[..., None], 0)
+    if kind == "mean":
+        return wide.sum(1) / where.sum(1, keepdim=True).clamp_min(1)
+    ends = where.long() if kind == "cls" else where.long().cumsum(1)  # argmax gives the first of equals
+    return wide[torch.arange(len(wide), device=wide.device), ends.argmax(1)]
+
+
+POOLINGS = ("mean", "cls", "last")
+
 HIDDEN_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),
     "cosine": lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1),

@@ -3,6 +3,7 @@
     with recording(modules) as seen:                 # {("encoder", 3): attention module}
         model(**inputs)
     seen["encoder", 3].query                         # [batch, heads, length, head_dim], after rotary positions
+    seen["encoder", 3].output                        # [batch, length, width], what the module gives
 
 All families of the table call transformers' attention interface, so one place sees them all: under SDPA, flash or our
 own variants, with fused or pruned projections. `output_attentions` could not: SDPA has no weights to give, and those
@@ -11,9 +12,10 @@ that eager attention gives while training have gone through dropout.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,12 +29,16 @@ Modules = dict[Place, nn.Module]
 
 @dataclass(frozen=True)
 class Projected:
-    """What one attention compares: query `[B, H, T, D]`, key `[B, K, T, D]`, value `[B, K, T, Dv]`."""
+    """What one attention compares: query `[B, H, T, D]`, key `[B, K, T, D]`, value `[B, K, T, Dv]`.
+
+    output: what its module gives, `[B, T, width]`; empty until it has.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     scaling: float
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
@@ -45,8 +51,8 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
     base = base_of(model)
     if not is_known(base.config):
         raise UnsupportedModelError(
-            f"The losses `attention` and `relation` need a family of the table; {base.config.model_type!r} is none. "
-            "Leave them out of losses."
+            "The losses `attention`, `relation` and `attention_output` need a family of the table; "
+            f"{base.config.model_type!r} is none. Leave them out of losses."
         )
     found = {
         (name, index): layer.get_submodule(stack.attention.module)
@@ -56,7 +62,8 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
     for module in found.values():
         if _implementation(module) not in ALL_ATTENTION_FUNCTIONS:
             raise ConfigError(
-                f"The losses `attention` and `relation` cannot look into {_implementation(module)!r} attention. Call "
+                "The losses `attention`, `relation` and `attention_output` cannot look into "
+                f"{_implementation(module)!r} attention. Call "
                 f'{type(base).__name__}.set_attn_implementation("sdpa"), or load the model with it.'
             )
     return found
@@ -64,7 +71,7 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
 
 @contextmanager
 def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projected]]:
-    """Within it the attention function notes what the given modules hand to it."""
+    """Within it the attention function notes what the given modules hand to it, and they what they give."""
     places = {module: place for place, module in modules.items()}
     seen: dict[Place, Projected] = {}
 
@@ -79,6 +86,12 @@ def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projec
 
         return attend
 
+    def note_output(module: nn.Module, args: Any, output: Any) -> None:
+        place = places[module]
+        if place in seen:
+            seen[place] = replace(seen[place], output=output if torch.is_tensor(output) else output[0])
+
+    hooks = [module.register_forward_hook(note_output) for module in places]
     own = ALL_ATTENTION_FUNCTIONS._local_mapping
     before = dict(own)
     for name in {_implementation(module) for module in modules.values()}:
@@ -88,6 +101,8 @@ def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projec
     finally:
         own.clear()
         own.update(before)
+        for hook in hooks:
+            hook.remove()
 
 
 def _implementation(module: nn.Module) -> str:

@@ -4,47 +4,45 @@ LOSSES["kd"].masks(batch)                              # {"kd": where it counts}
 LOSSES["kd"].sums(batch, student, teacher, settings)   # {"kd": the sum there}
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from .batch import Batch
-from .hidden import HiddenPairs
+from ..errors import ConfigError, UnsupportedModelError
+from .answers import Answer
+from .batch import Batch, Task
 from .layer_map import Pairs
-from .losses import ce_loss, hidden_loss, kd_loss
-from .recorded import Place, Projected
+from .losses import ce_loss, hidden_loss, kd_loss, pool
+from .projections import project
+from .recorded import Projected
 from .relations import attention_loss, relation_loss
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one model makes of a batch: its outputs, and what its attentions compare, where that was asked for."""
-
-    outputs: Any
-    attentions: Mapping[Place, Projected] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LossSettings:
     """What the losses need beside the batch: the numbers of `DistillationArguments`, and the layers that are compared.
 
-    attention_pairs: for the losses `attention` and `relation` by stack the (student, teacher) layers, from 1.
+    pairs: by loss and stack the (student, teacher) layers that it compares; 0 is the embeddings.
+    projections: by `place_name`, and `embedding`, where the widths differ.
+    vocabulary: how many entries both vocabularies share, where one of them is padded.
     """
 
     temperature: float
-    temperature_squared: bool
-    divergence: str
-    beta: float
-    hidden_loss: str
-    pairs: HiddenPairs
+    temperature_squared: bool = True
+    divergence: str = "forward"
+    beta: float = 0.5
+    hidden_loss: str = "mse"
     attention_loss: str = "kl"
     relation_heads: int | None = None
-    attention_pairs: Mapping[str, Mapping[str, Pairs]] = field(default_factory=dict)
+    embedding_loss: str = "cosine"
+    pooling: str = "mean"
+    pairs: Mapping[str, Mapping[str, Pairs]] = field(default_factory=dict)
+    projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,26 +52,58 @@ class Loss:
     parts: the names of what is summed apart, each with its own denominator; most losses have one.
     masks: what counts in a batch, by part.
     sums: the sum of each part, from (batch, student, teacher, settings).
-    needs_teacher, needs_hidden_states, needs_attentions: what must be there for it.
+    needs_teacher, needs_head, needs_attentions, maps_layers: what must be there for it.
     """
 
     parts: tuple[str, ...]
     masks: Callable[[Batch], dict[str, Tensor]]
     sums: Callable[[Batch, Answer, Any, LossSettings], dict[str, Tensor]]
     needs_teacher: bool = True
-    needs_hidden_states: bool = False
+    needs_head: bool = False
     needs_attentions: bool = False
+    maps_layers: bool = False
+
+
+def place_name(loss: str, stack: str, pair: tuple[int, int]) -> str:
+    """The name of the projection of one compared pair of layers."""
+    prefix = "" if loss == "hidden" else f"{loss}_"
+    return f"{prefix}{stack}_{pair[0]}_{pair[1]}"
+
+
+def check_losses_of(task: Task, losses: Collection[str]) -> None:
+    """Whether a model with this head has what the losses compare.
+
+    Raises:
+        ConfigError: a loss of logits without a head, or of embeddings with one.
+    """
+    headless = task.kind == "embeddings"
+    wrong = [name for name in losses if (LOSSES[name].needs_head if headless else name == "embedding")]
+    if not wrong:
+        return
+    reason = (
+        "these models have no head, so there are no logits; use `embedding`, `hidden`, `attention`, `relation` or "
+        "`attention_output`"
+        if headless
+        else "it is for models without a head: load both with AutoModel"
+    )
+    raise ConfigError(f"losses has {' and '.join(f'`{name}`' for name in wrong)}, but {reason}.")
+
+
+def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
+    """The logits of the entries that both vocabularies have."""
+    return (student, teacher) if vocabulary is None else (student[..., :vocabulary], teacher[..., :vocabulary])
 
 
 def _ce_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
     labels, mask = batch.label_targets()
-    return {"ce": ce_loss(student.outputs.logits, labels, mask, problem=batch.problem)[0]}
+    assert student.logits is not None  # `check_losses_of`
+    return {"ce": ce_loss(student.logits, labels, mask, problem=batch.problem)[0]}
 
 
 def _kd_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
+    assert student.logits is not None and teacher.logits is not None
     total, _ = kd_loss(
-        student.outputs.logits,
-        teacher.outputs.logits,
+        *comparable(student.logits, teacher.logits, settings.vocabulary),
         batch.soft_mask(),
         problem=batch.problem,
         temperature=settings.temperature,
@@ -84,70 +114,109 @@ def _kd_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSetti
     return {"kd": total}
 
 
+def _embedding_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
+    mask = batch.token_masks()["encoder"]
+    assert student.last is not None and teacher.last is not None
+    own, other = (pool(state, mask, settings.pooling)[:, None] for state in (student.last, teacher.last))
+    own = project(settings.projections, "embedding", own)
+    return {"embedding": hidden_loss(own, other, batch.example_mask(), kind=settings.embedding_loss)[0]}
+
+
 def _masks_of_stacks(name: str, batch: Batch) -> dict[str, Tensor]:
     return {f"{name}_{stack}": mask for stack, mask in batch.token_masks().items()}
 
 
-def _hidden_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
-    """The mean over all mapped layers of both stacks: each pair's sum is divided by the number of pairs."""
-    sums = {}
-    for stack, mask in batch.token_masks().items():
-        states = settings.pairs(stack, student.outputs, teacher.outputs)
-        values = [hidden_loss(s, t, mask, kind=settings.hidden_loss)[0] for s, t in states]
-        sums[f"hidden_{stack}"] = torch.stack(values).sum() / len(settings.pairs)
-    return sums
+@dataclass(frozen=True)
+class Compared:
+    """One pair of layers, in one batch."""
+
+    batch: Batch
+    stack: str
+    pair: tuple[int, int]
+    mask: Tensor
+    student: Answer
+    teacher: Answer
+    settings: LossSettings
+
+    @property
+    def is_causal(self) -> bool:
+        return self.stack == "decoder" or self.batch.task.is_causal
+
+    def attentions(self) -> tuple[Projected, Projected]:
+        found = []
+        for side, layer in zip((self.student, self.teacher), self.pair, strict=True):
+            seen = side.attentions.get((self.stack, layer - 1))
+            if seen is None:
+                raise UnsupportedModelError(
+                    f"Layer {layer} of the {self.stack} called no attention that could be recorded, so the losses "
+                    "`attention`, `relation` and `attention_output` cannot be had of this model. Leave them out of "
+                    "losses."
+                )
+            found.append(seen)
+        return found[0], found[1]
+
+    def project(self, loss: str, state: Tensor) -> Tensor:
+        return project(self.settings.projections, place_name(loss, self.stack, self.pair), state)
 
 
-def _attention_sums(
-    name: str, batch: Batch, student: Answer, teacher: Answer, settings: LossSettings
+def _hidden(at: Compared) -> Tensor:
+    own, other = at.student.states[at.stack, at.pair[0]], at.teacher.states[at.stack, at.pair[1]]
+    return hidden_loss(at.project("hidden", own), other, at.mask, kind=at.settings.hidden_loss)[0]
+
+
+def _attention(at: Compared) -> Tensor:
+    return attention_loss(*at.attentions(), at.mask, causal=at.is_causal, kind=at.settings.attention_loss)[0]
+
+
+def _relation(at: Compared) -> Tensor:
+    return relation_loss(*at.attentions(), at.mask, causal=at.is_causal, heads=at.settings.relation_heads)[0]
+
+
+def _attention_output(at: Compared) -> Tensor:
+    own, other = at.attentions()
+    return hidden_loss(at.project("attention_output", own.output), other.output, at.mask)[0]
+
+
+def _sums_of_layers(
+    name: str,
+    compare: Callable[[Compared], Tensor],
+    batch: Batch,
+    student: Answer,
+    teacher: Answer,
+    settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """The mean over the compared layers of both stacks."""
-    compare = (
-        partial(attention_loss, kind=settings.attention_loss)
-        if name == "attention"
-        else partial(relation_loss, heads=settings.relation_heads)
-    )
-    pairs = settings.attention_pairs[name]
+    """The mean over all compared layers of both stacks: each pair's sum is divided by the number of pairs."""
+    pairs = settings.pairs[name]
     count = sum(map(len, pairs.values()))
     sums = {}
     for stack, mask in batch.token_masks().items():
-        causal = stack == "decoder" or batch.task.kind == "causal_lm"
-        values = [
-            compare(_layer(student, stack, own), _layer(teacher, stack, other), mask, causal=causal)[0]
-            for own, other in pairs[stack]
-        ]
+        values = [compare(Compared(batch, stack, pair, mask, student, teacher, settings)) for pair in pairs[stack]]
         sums[f"{name}_{stack}"] = torch.stack(values).sum() / count
     return sums
 
 
-def _layer(answer: Answer, stack: str, position: int) -> Projected:
-    found = answer.attentions.get((stack, position - 1))
-    if found is None:
-        raise UnsupportedModelError(
-            f"Layer {position} of the {stack} called no attention that could be recorded, so the losses `attention` "
-            "and `relation` cannot be had of this model. Leave them out of losses."
-        )
-    return found
-
-
-def _of_attentions(name: str) -> Loss:
+def _of_layers(name: str, compare: Callable[[Compared], Tensor], **needs: bool) -> Loss:
     return Loss(
         (f"{name}_encoder", f"{name}_decoder"),
         masks=partial(_masks_of_stacks, name),
-        sums=partial(_attention_sums, name),
-        needs_attentions=True,
+        sums=partial(_sums_of_layers, name, compare),
+        maps_layers=True,
+        **needs,
     )
 
 
 LOSSES: dict[str, Loss] = {
-    "ce": Loss(("ce",), masks=lambda batch: {"ce": batch.label_targets()[1]}, sums=_ce_sums, needs_teacher=False),
-    "kd": Loss(("kd",), masks=lambda batch: {"kd": batch.soft_mask()}, sums=_kd_sums),
-    "hidden": Loss(
-        ("hidden_encoder", "hidden_decoder"),
-        masks=partial(_masks_of_stacks, "hidden"),
-        sums=_hidden_sums,
-        needs_hidden_states=True,
+    "ce": Loss(
+        ("ce",),
+        masks=lambda batch: {"ce": batch.label_targets()[1]},
+        sums=_ce_sums,
+        needs_teacher=False,
+        needs_head=True,
     ),
-    "attention": _of_attentions("attention"),
-    "relation": _of_attentions("relation"),
+    "kd": Loss(("kd",), masks=lambda batch: {"kd": batch.soft_mask()}, sums=_kd_sums, needs_head=True),
+    "hidden": _of_layers("hidden", _hidden),
+    "attention": _of_layers("attention", _attention, needs_attentions=True),
+    "relation": _of_layers("relation", _relation, needs_attentions=True),
+    "attention_output": _of_layers("attention_output", _attention_output, needs_attentions=True),
+    "embedding": Loss(("embedding",), masks=lambda batch: {"embedding": batch.example_mask()}, sums=_embedding_sums),
 }

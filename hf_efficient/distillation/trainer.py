@@ -11,25 +11,37 @@ All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEF
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
 from ..training import Counts, StepTrainer
-from . import hidden
+from .answers import Answer, read_answer
 from .arguments import DistillationArguments
-from .batch import Batch, base_of, first_tokens, forward_names
-from .checks import check_cut, check_models
+from .batch import LABELS, Batch, base_of, first_tokens, forward_names
+from .checks import check_cut, check_models, check_shared_encoder, common_vocabulary
 from .forward import call_inside
-from .layer_map import Pairs, map_attentions
+from .hidden_states import wanted_states
+from .layer_map import Pairs, map_attentions, map_layers, width
 from .losses import MULTI_LABEL, REGRESSION
+from .projections import (
+    ATTRIBUTE,
+    attach,
+    detach,
+    load_projections,
+    make_projections,
+    own_tensors,
+    save_projections,
+)
 from .recorded import Modules, recording, self_attentions
-from .terms import LOSSES, Answer, LossSettings
+from .terms import LOSSES, LossSettings, comparable, place_name
 
 AGREEMENT = "teacher_agreement"
 
@@ -66,31 +78,33 @@ class DistillationTrainer(StepTrainer):
                 raise ConfigError(
                     f"{name} cannot be used: DistillationTrainer needs the loaded student and its own loss."
                 )
-        self.task = check_models(model, teacher, args.losses)
+        self.task = check_models(model, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
         check_cut(self.task, args.losses, args.teacher_max_length)
+        if args.share_encoder:
+            check_shared_encoder(self.task, model, teacher, args.losses)
         super().__init__(model, args, **kwargs)
-        self._names = {"student": forward_names(model) - {"labels"}, "teacher": forward_names(teacher) - {"labels"}}
+        self._names = {"student": forward_names(model) - LABELS, "teacher": forward_names(teacher) - LABELS}
         self._losses = {name: LOSSES[name] for name in args.losses}
-        with_hidden = any(loss.needs_hidden_states for loss in self._losses.values())
-        self.pairs = (
-            hidden.make_pairs(model, teacher, args.layer_map, self.task.stacks)
-            if with_hidden
-            else hidden.HiddenPairs({}, nn.ModuleDict())
-        )
-        self.pairs.projections.to(args.device)
+        self.pairs = self._pairs(model, teacher)
+        self.projections = self._projections(model, teacher).to(args.device)
         self._settings = LossSettings(
             temperature=args.temperature,
             temperature_squared=args.temperature_squared,
             divergence=args.divergence,
             beta=args.jsd_beta,
             hidden_loss=args.hidden_loss,
-            pairs=self.pairs,
             attention_loss=args.attention_loss,
             relation_heads=args.relation_heads,
-            attention_pairs=self._attention_pairs(model, teacher),
+            embedding_loss=args.embedding_loss,
+            pooling=args.pooling,
+            pairs=self.pairs,
+            projections=self.projections,
+            vocabulary=common_vocabulary(model, teacher) if args.truncate_vocabulary else None,
         )
         self._recorded = {"student": self._to_record(model, 0), "teacher": self._to_record(teacher, 1)}
         self.teacher = self._prepare_teacher(teacher)
+        if args.share_encoder:
+            base_of(model).get_encoder().requires_grad_(False)
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """In eval mode, on the device; never given to accelerate, which would take it for a second student."""
@@ -100,20 +114,36 @@ class DistillationTrainer(StepTrainer):
         is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
         return teacher if is_placed else teacher.to(self.args.device)
 
-    def _attention_pairs(self, model: nn.Module, teacher: nn.Module) -> dict[str, dict[str, Pairs]]:
-        """The layers whose attentions are compared, by loss and stack."""
-        maps = {"attention": self.args.layer_map, "relation": self.args.relation_layers}
-        return {
-            name: map_attentions(model, teacher, maps[name], self.task.stacks)
-            for name, loss in self._losses.items()
-            if loss.needs_attentions
-        }
+    def _pairs(self, model: nn.Module, teacher: nn.Module) -> dict[str, dict[str, Pairs]]:
+        """The layers that each loss compares, by stack."""
+        pairs = {}
+        for name, loss in self._losses.items():
+            if loss.needs_attentions:
+                layer_map = self.args.relation_layers if name == "relation" else self.args.layer_map
+                pairs[name] = map_attentions(model, teacher, layer_map, self.task.stacks)
+            elif loss.maps_layers:
+                pairs[name] = map_layers(model, teacher, self.args.layer_map, self.task.stacks)
+        return pairs
+
+    def _projections(self, model: nn.Module, teacher: nn.Module) -> nn.ModuleDict:
+        """For what has the width of the model; queries, keys and values are compared without."""
+        names = [
+            place_name(loss, stack, pair)
+            for loss in ("hidden", "attention_output")
+            for stack, own in self.pairs.get(loss, {}).items()
+            for pair in own
+        ]
+        names += ["embedding"] if "embedding" in self._losses else []
+        if not names:
+            return nn.ModuleDict()
+        return make_projections(names, (width(model), width(teacher)), next(model.parameters()).dtype)
 
     def _to_record(self, model: nn.Module, side: int) -> Modules:
         """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
         wanted = {
             (stack, pair[side] - 1)
-            for pairs in self._settings.attention_pairs.values()
+            for name, pairs in self.pairs.items()
+            if self._losses[name].needs_attentions
             for stack, own in pairs.items()
             for pair in own
         }
@@ -169,22 +199,28 @@ class DistillationTrainer(StepTrainer):
             for name, value in terms.items():
                 self.train_meter.add(name, value.detach(), 0.0)
         loss = self._weighted(terms)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": self._outputs(logits)}) if return_outputs else loss
 
     def _run_student(
         self, model: nn.Module, batch: Batch, teacher: Answer | None
-    ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    ) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
         inputs = self._model_inputs("student", batch)
+        settings = replace(self._settings, temperature=self.args.temperature_at(self._progress()))
+        if self.args.share_encoder and teacher is not None:
+            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=teacher.encoded)
 
-        def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+        def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
             with recording(self._recorded["student"]) as attentions:
-                answer = Answer(forward(**inputs), attentions)
-            sums = {name: loss.sums(batch, answer, teacher, self._settings) for name, loss in self._losses.items()}
+                answer = read_answer(batch, forward(**inputs), attentions)
+            sums = {name: loss.sums(batch, answer, teacher, settings) for name, loss in self._losses.items()}
             # Detached: DDP takes parameters that only these logits reach for unused, as they are.
-            return sums, answer.outputs.logits.detach()
+            return sums, None if answer.logits is None else answer.logits.detach()
 
         return call_inside(model, self.accelerator.unwrap_model(model, keep_torch_compile=False), body)
+
+    def _progress(self) -> float:
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
     @torch.no_grad()
     def _run_teacher(self, batch: Batch) -> Answer:
@@ -192,7 +228,7 @@ class DistillationTrainer(StepTrainer):
         if self.args.teacher_max_length is not None:
             inputs = first_tokens(inputs, self.args.teacher_max_length)
         with self.accelerator.autocast(), recording(self._recorded["teacher"]) as attentions:
-            return Answer(self.teacher(**inputs), attentions)
+            return read_answer(batch, self.teacher(**inputs), attentions)
 
     def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
         """What this model's forward takes, never labels: no loss of the model's own, same decoder inputs for both."""
@@ -203,9 +239,7 @@ class DistillationTrainer(StepTrainer):
             inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=batch.labels)
         if "use_cache" in self._names[who]:
             inputs["use_cache"] = False
-        if len(self.pairs):
-            inputs["output_hidden_states"] = self.pairs.wanted(("student", "teacher").index(who))
-        return inputs
+        return inputs | wanted_states(self.pairs.get("hidden", {}), ("student", "teacher").index(who))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -221,20 +255,24 @@ class DistillationTrainer(StepTrainer):
         batch = self._batch(inputs, rows=self.real_rows(inputs))
         if batch.labels is None and "ce" in self._losses:  # predict() on unlabelled data
             with torch.no_grad():
-                return None, model(**self._model_inputs("student", batch)).logits, None
+                return None, self._outputs(batch.logits(model(**self._model_inputs("student", batch)))), None
         teacher = self._run_teacher(batch)
         with torch.no_grad():
             sums, logits = self._run_student(model, batch, teacher)
         counts = self._counts(batch)
         for part, total in (item for parts in sums.values() for item in parts.items()):
             self.eval_meter.add(part, total, counts[part])
-        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher.outputs.logits))
+        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher.logits, self._settings.vocabulary))
         loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
         if prediction_loss_only:
             return loss, None, None
         has_labels = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
         labels = nested_detach(tuple(inputs[name] for name in self.label_names)) if has_labels else None
-        return loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels
+        return loss, self._outputs(logits), labels[0] if labels is not None and len(labels) == 1 else labels
+
+    def _outputs(self, logits: Tensor | None) -> Any:
+        """As `Trainer` gives them to `compute_metrics`: the start and end logits of spans apart."""
+        return tuple(logits.unbind(1)) if logits is not None and self.task.kind == "spans" else logits
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`; the losses are means over all positions of the data set, not means of batch means."""
@@ -264,11 +302,10 @@ class DistillationTrainer(StepTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer.train`. The projections are part of the student only while it trains."""
-        projections = self.pairs.projections
-        if not projections:
+        if not self.projections:
             return super().train(*args, **kwargs)
-        if not hasattr(self.model, hidden.ATTRIBUTE):
-            hidden.attach(self.model, projections)
+        if not hasattr(self.model, ATTRIBUTE):
+            attach(self.model, self.projections)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -277,30 +314,30 @@ class DistillationTrainer(StepTrainer):
 
     def remove_projections(self) -> None:
         """Take the projections off the student; `train` does it, except under FSDP and DeepSpeed, which own them."""
-        if hasattr(self.model, hidden.ATTRIBUTE):
-            hidden.detach(self.model, self.pairs.projections)
+        if hasattr(self.model, ATTRIBUTE):
+            detach(self.model, self.projections)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """No weight decay on the projections: decay towards 0 would pull the student's states with it."""
-        return [name for name in super().get_decay_parameter_names(model) if hidden.ATTRIBUTE not in name.split(".")]
+        return [name for name in super().get_decay_parameter_names(model) if ATTRIBUTE not in name.split(".")]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         tensors = None
-        if hasattr(self.model, hidden.ATTRIBUTE):
-            tensors = hidden.own_tensors(state_dict, self.pairs.projections)
+        if hasattr(self.model, ATTRIBUTE):
+            tensors = own_tensors(state_dict, self.projections)
         super()._save(output_dir, state_dict)
         if tensors and self.args.should_save:
-            hidden.save_projections(output_dir or self.args.output_dir, tensors)
+            save_projections(output_dir or self.args.output_dir, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.pairs.projections and not self.is_fsdp_enabled:  # an FSDP checkpoint holds them with the model
-            hidden.load_projections(resume_from_checkpoint, self.pairs.projections)
+        if self.projections and not self.is_fsdp_enabled:  # an FSDP checkpoint holds them with the model
+            load_projections(resume_from_checkpoint, self.projections)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.pairs.projections and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            hidden.load_projections(self.state.best_model_checkpoint, self.pairs.projections)
+        if self.projections and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_projections(self.state.best_model_checkpoint, self.projections)
 
     def _weighted(self, terms: dict[str, Any]) -> Any:
         return sum(self.args.losses[name] * value for name, value in terms.items())
@@ -311,13 +348,16 @@ def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:
     return torch.stack([total / counts[part].clamp_min(1) for part, total in parts.items()]).sum()
 
 
-def _agreement(batch: Batch, student: Tensor, teacher: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(positions with the same prediction, positions). Regression has no predictions to agree on."""
-    if batch.problem == REGRESSION:
+def _agreement(
+    batch: Batch, student: Tensor | None, teacher: Tensor | None, vocabulary: int | None
+) -> tuple[Tensor | float, Tensor | float]:
+    """(positions with the same prediction, positions). Regression and embeddings have no predictions to agree on."""
+    if student is None or teacher is None or batch.problem == REGRESSION:
         return 0.0, 0.0
     mask = batch.soft_mask()
     if batch.problem == MULTI_LABEL:
         same = (student > 0) == (teacher > 0)
     else:
-        same = student.argmax(dim=-1) == teacher.argmax(dim=-1)
+        own, other = comparable(student, teacher, vocabulary)
+        same = own.argmax(dim=-1) == other.argmax(dim=-1)
     return (same & mask).sum(), mask.sum()

@@ -19,14 +19,15 @@ from safetensors.torch import save_file
 
 from hf_efficient.distillation.trainer import DistillationTrainer
 
-from .tiny import CASES, arguments, collate, examples, make_pair
+from .tiny import CASES, arguments, collate, examples, losses_of, make_pair
 
-LOSSES = ("ce", "kd", "hidden", "attention", "relation")
+RUNS = [(f"{case}-{loss}", case, {loss: 1.0}, False) for case in CASES for loss in losses_of(case)]
+RUNS.append(("evaluate-first", "bert", {"ce": 1.0, "kd": 0.5, "hidden": 2.0}, True))
 
 
 def flat(trainer: DistillationTrainer) -> torch.Tensor:
     """All weights of student and projections in one vector."""
-    modules = (trainer.model, trainer.pairs.projections)
+    modules = (trainer.model, trainer.projections)
     return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()]).double()
 
 
@@ -64,10 +65,8 @@ def run(split: str) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
     """Reports and weights of every case for a split such as `4x2`."""
     batch_size, accumulation = map(int, split.split("x"))
     settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    runs = [(f"{case}-{loss}", case, {loss: 1.0}, False) for case in CASES for loss in LOSSES]
-    runs.append(("evaluate-first", "bert", {"ce": 1.0, "kd": 0.5, "hidden": 2.0}, True))
     reports, tensors = {}, {}
-    for name, case, losses, evaluate_first in runs:
+    for name, case, losses, evaluate_first in RUNS:
         key = f"{split}/{name}"
         reports[key], vectors = step(case, losses, evaluate_first=evaluate_first, **settings)
         tensors |= {f"{key}.{kind}": value for kind, value in vectors.items()}

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from hf_efficient.distillation.hidden import SIDE_FILE, load_projections, save_projections
+from hf_efficient.distillation.projections import SIDE_FILE, load_projections, save_projections
 from hf_efficient.errors import CheckpointError
 
 from .test_trainer import ALL, make_trainer, weights
@@ -39,12 +39,12 @@ def test_resuming_equals_not_having_stopped(wrap, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     again = make_trainer("bert", tmp_path / "run", pair=wrap(make_pair("bert", seed=0)), **SETTINGS)
     with torch.no_grad():
-        for parameter in again.pairs.projections.parameters():
+        for parameter in again.projections.parameters():
             parameter.zero_()
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
     assert torch.equal(weights(again.model), weights(straight.model))
-    assert torch.equal(weights(again.pairs.projections), weights(straight.pairs.projections))
+    assert torch.equal(weights(again.projections), weights(straight.projections))
 
 
 def test_a_checkpoint_without_its_projections_is_an_error(tmp_path):
@@ -58,9 +58,9 @@ def test_a_checkpoint_without_its_projections_is_an_error(tmp_path):
 def test_projections_of_other_layers_are_an_error(tmp_path):
     trainer = make_trainer("bert", tmp_path, losses=ALL)
     other = make_trainer("bert", tmp_path, losses=ALL, layer_map="last")
-    save_projections(tmp_path, other.pairs.projections.state_dict())
+    save_projections(tmp_path, other.projections.state_dict())
     with pytest.raises(CheckpointError, match="does not fit"):
-        load_projections(tmp_path, trainer.pairs.projections)
+        load_projections(tmp_path, trainer.projections)
     assert not list(Path(tmp_path).glob("*.tmp"))
 
 
@@ -91,4 +91,4 @@ def test_the_best_checkpoint_comes_back_with_its_projections(tmp_path):
     )  # the loss falls, and the highest was asked for
     assert trainer.evaluate()["eval_loss_hidden"] == pytest.approx(max(logs))
     side = load_file(tmp_path / "checkpoint-3" / SIDE_FILE)
-    assert all(torch.equal(side[key], value) for key, value in trainer.pairs.projections.state_dict().items())
+    assert all(torch.equal(side[key], value) for key, value in trainer.projections.state_dict().items())

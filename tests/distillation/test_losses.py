@@ -182,5 +182,5 @@ def test_errors(mask):
 
 
 def test_the_table():
-    assert list(LOSSES) == ["ce", "kd", "hidden", "attention", "relation"]
+    assert list(LOSSES) == ["ce", "kd", "hidden", "attention", "relation", "attention_output", "embedding"]
     assert [name for name, loss in LOSSES.items() if not loss.needs_teacher] == ["ce"]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from . import split_driver
-from .tiny import CASES, arguments, collate, examples, make_pair
+from .tiny import arguments, collate, examples, make_pair
 
 ROOT = Path(__file__).parents[2]
-NAMES = [*(f"{case}-{loss}" for case in CASES for loss in split_driver.LOSSES), "evaluate-first"]
+NAMES = [name for name, *_ in split_driver.RUNS]
 SPLITS = {"4x4": 1, "8x1": 2, "4x2": 2}
 TOLERANCE = 1e-10
 

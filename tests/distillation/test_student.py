@@ -8,7 +8,7 @@ from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
 from .test_trainer import make_trainer
-from .tiny import CASES, collate, examples, make_pair
+from .tiny import ARCHITECTURES, collate, examples, make_pair
 
 
 def layers_of(model, stack="encoder"):
@@ -17,7 +17,7 @@ def layers_of(model, stack="encoder"):
     return base.get_submodule(paths[model.config.model_type])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ARCHITECTURES)
 def test_the_student_has_the_weights_of_the_kept_layers(case):
     _, teacher = make_pair(case)
     student = build_student(teacher, layers=2)
@@ -30,7 +30,7 @@ def test_the_student_has_the_weights_of_the_kept_layers(case):
     assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ARCHITECTURES)
 def test_all_layers_give_the_same_outputs_and_fewer_do_not(case):
     _, teacher = make_pair(case)
     batch = collate(examples(case))
@@ -71,13 +71,13 @@ def test_saved_and_loaded_without_us(tmp_path):
     assert loaded.config.efficient["kept_layers"] == {"encoder": [0, 3]}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ARCHITECTURES)
 def test_the_layer_map_follows_the_kept_layers(case, tmp_path):
     _, teacher = make_pair(case)
     student = build_student(teacher, layers=[0, 3])
     trainer = make_trainer(case, tmp_path, pair=(student, teacher), losses={"hidden": 1.0})
-    assert all(pairs == [(0, 0), (1, 1), (2, 4)] for pairs in trainer.pairs.pairs.values())
-    assert len(trainer.pairs.pairs) == (2 if case == "t5" else 1)
+    assert all(pairs == [(0, 0), (1, 1), (2, 4)] for pairs in trainer.pairs["hidden"].values())
+    assert len(trainer.pairs["hidden"]) == (2 if case == "t5" else 1)
 
 
 @pytest.mark.parametrize(

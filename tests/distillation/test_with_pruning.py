@@ -3,7 +3,7 @@
 import torch
 
 from hf_efficient import PruningCallback, PruningConfig
-from hf_efficient.distillation.hidden import ATTRIBUTE
+from hf_efficient.distillation.projections import ATTRIBUTE
 from hf_efficient.families import find_stacks
 
 from .test_trainer import ALL, make_trainer

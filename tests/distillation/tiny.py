@@ -1,13 +1,18 @@
-"""Tiny student and teacher pairs of four architectures with ragged data, made from a seed in milliseconds."""
+"""Tiny student and teacher pairs of all kinds of tasks with ragged data, made from a seed in milliseconds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -18,6 +23,7 @@ from transformers import (
 )
 
 from hf_efficient.distillation.arguments import DistillationArguments
+from hf_efficient.distillation.terms import LOSSES
 
 VOCABULARY = 40
 LABELS = 3
@@ -34,9 +40,11 @@ class Case:
     example: Callable[[torch.Generator], Example]
 
 
-def bert(hidden: int = 16, layers: int = 2, **config: Any) -> PreTrainedModel:
+def bert(
+    hidden: int = 16, layers: int = 2, *, head: type[PreTrainedModel] = BertForSequenceClassification, **config: Any
+) -> PreTrainedModel:
     settings = {"num_labels": LABELS, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | config
-    return BertForSequenceClassification(
+    return head(
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=hidden,
@@ -47,6 +55,10 @@ def bert(hidden: int = 16, layers: int = 2, **config: Any) -> PreTrainedModel:
             **settings,
         )
     )
+
+
+def bert_pool(hidden: int = 16, layers: int = 2) -> PreTrainedModel:
+    return bert(hidden, layers, head=partial(BertModel, add_pooling_layer=False))
 
 
 def llama(hidden: int = 16, layers: int = 2) -> PreTrainedModel:
@@ -110,6 +122,33 @@ def text_example(generator: torch.Generator) -> Example:
     return {"input_ids": _tokens(generator), "labels": _label(generator)}
 
 
+def token_example(generator: torch.Generator) -> Example:
+    tokens = _tokens(generator)
+    labels = torch.randint(-1, LABELS, (len(tokens),), generator=generator)
+    return {"input_ids": tokens, "labels": labels.where(labels >= 0, -100).tolist()}
+
+
+def masked_example(generator: torch.Generator) -> Example:
+    """Every third token has to be guessed."""
+    tokens = _tokens(generator)
+    return {
+        "input_ids": [1 if i % 3 == 0 else token for i, token in enumerate(tokens)],
+        "labels": [token if i % 3 == 0 else -100 for i, token in enumerate(tokens)],
+    }
+
+
+def span_example(generator: torch.Generator) -> Example:
+    """The last position may lie behind the text: such an answer does not count."""
+    tokens = _tokens(generator)
+    first, last = sorted(torch.randint(0, len(tokens), (2,), generator=generator).tolist())
+    is_cut = int(torch.randint(0, 4, (), generator=generator)) == 0
+    return {"input_ids": tokens, "start_positions": first, "end_positions": 100 if is_cut else last}
+
+
+def unlabelled_example(generator: torch.Generator) -> Example:
+    return {"input_ids": _tokens(generator)}
+
+
 def causal_example(generator: torch.Generator) -> Example:
     """The first tokens are a prompt, which is not trained on."""
     tokens = _tokens(generator)
@@ -130,10 +169,26 @@ def image_example(generator: torch.Generator) -> Example:
 
 CASES: dict[str, Case] = {
     "bert": Case(bert, text_example),
+    "token": Case(partial(bert, head=BertForTokenClassification), token_example),
+    "masked": Case(partial(bert, head=BertForMaskedLM), masked_example),
+    "span": Case(partial(bert, head=BertForQuestionAnswering, num_labels=2), span_example),
+    "embedding": Case(bert_pool, unlabelled_example),
     "llama": Case(llama, causal_example),
     "t5": Case(t5, seq2seq_example),
     "vit": Case(vit, image_example),
 }
+
+
+ARCHITECTURES = ("bert", "llama", "t5", "vit")
+HEADLESS = ("embedding",)
+WITH_HEAD = tuple(case for case in CASES if case not in HEADLESS)
+
+
+def losses_of(case: str) -> tuple[str, ...]:
+    """The names of the table that this case can be trained on."""
+    return tuple(
+        name for name, loss in LOSSES.items() if (not loss.needs_head if case in HEADLESS else name != "embedding")
+    )
 
 
 def examples(case: str, count: int = 16, seed: int = 0) -> list[Example]:

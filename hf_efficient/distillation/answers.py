@@ -1,0 +1,39 @@
+"""What one model makes of a batch: the tensors that the losses compare, whatever its class calls its outputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .batch import Batch
+from .recorded import Place, Projected
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    Fields:
+        logits: as `Batch.logits` gives them; `None` for models without a head.
+        states: the hidden states asked for, by stack and position (0 is the embeddings, l the output of layer l).
+        last: the last hidden state of a model without a head.
+        encoded: what the encoder of an encoder-decoder gives.
+        attentions: what the attentions asked for were given, by stack and layer from 0.
+    """
+
+    logits: Tensor | None
+    states: Mapping[Place, Tensor] = field(default_factory=dict)
+    last: Tensor | None = None
+    encoded: Tensor | None = None
+    attentions: Mapping[Place, Projected] = field(default_factory=dict)
+
+
+def read_answer(batch: Batch, outputs: Any, attentions: Mapping[Place, Projected]) -> Answer:
+    """From the outputs of a transformers model."""
+    stacks = batch.task.stacks
+    states = {}
+    for stack in stacks:
+        layers = outputs.get(f"{stack}_hidden_states" if len(stacks) > 1 else "hidden_states") or ()
+        states |= {(stack, position): state for position, state in enumerate(layers) if state is not None}
+    last = outputs.last_hidden_state if batch.task.kind == "embeddings" else None
+    return Answer(batch.logits(outputs), states, last, outputs.get("encoder_last_hidden_state"), attentions)
