@@ -10,13 +10,13 @@ All flags of `transformers.TrainingArguments` work too; `--help` lists them.
 
 import sys
 
-from hf_efficient.distillation.script import parse, run
+from hf_efficient.distillation.script import read, run
 from hf_efficient.errors import HfEfficientError
 
 
 def main() -> int:
     try:
-        run(*parse(sys.argv[1:]))
+        run(*read(sys.argv[1:]))
     except HfEfficientError as error:
         print(f"distill.py: {error}", file=sys.stderr)
         return 2

@@ -19,8 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_efficient.distillation.caching_script import read as read_cache
+from hf_efficient.distillation.caching_script import run as cached
 from hf_efficient.distillation.projections import SIDE_FILE
-from hf_efficient.distillation.script import parse, run
+from hf_efficient.distillation.script import read, run
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +67,7 @@ def words(workplace, *more, student=("--student_layers", "1")):
 
 
 def test_a_table_a_teacher_and_a_student(workplace):
-    metrics = run(*parse(words(workplace, "--losses", '{"ce": 1, "kd": 1, "hidden": 1}')))
+    metrics = run(*read(words(workplace, "--losses", '{"ce": 1, "kd": 1, "hidden": 1}')))
     assert {"eval_accuracy", "eval_loss_ce", "eval_loss_kd", "eval_loss_hidden", "eval_teacher_agreement"} <= set(
         metrics
     )
@@ -80,26 +82,26 @@ def test_a_table_a_teacher_and_a_student(workplace):
 def test_an_existing_student_learns_the_labels_of_the_teacher(workplace):
     config = BertConfig.from_pretrained(workplace / "teacher", num_hidden_layers=1, hidden_size=8)
     BertForSequenceClassification(config).save_pretrained(workplace / "student")
-    run(*parse(words(workplace, student=("--student", str(workplace / "student")))))
+    run(*read(words(workplace, student=("--student", str(workplace / "student")))))
     assert AutoModelForSequenceClassification.from_pretrained(workplace / "out").config.hidden_size == 8
 
 
 def test_an_output_folder_in_use(workplace):
-    run(*parse(words(workplace)))
+    run(*read(words(workplace)))
     with pytest.raises(CheckpointError, match="--overwrite"):
-        run(*parse(words(workplace)))
+        run(*read(words(workplace)))
     before = (workplace / "out" / "model.safetensors").stat().st_mtime_ns
-    run(*parse(words(workplace, "--resume_from_checkpoint", "true", "--max_steps", "6")))
+    run(*read(words(workplace, "--resume_from_checkpoint", "true", "--max_steps", "6")))
     assert json.loads((workplace / "out" / "checkpoint-6" / "trainer_state.json").read_text())["global_step"] == 6
-    run(*parse(words(workplace, "--overwrite")))
+    run(*read(words(workplace, "--overwrite")))
     assert (workplace / "out" / "model.safetensors").stat().st_mtime_ns > before
 
 
 def test_nothing_to_resume(workplace):
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        run(*parse(words(workplace, "--resume_from_checkpoint", "true")))
+        run(*read(words(workplace, "--resume_from_checkpoint", "true")))
     with pytest.raises(CheckpointError, match="no such folder"):
-        run(*parse(words(workplace, "--resume_from_checkpoint", str(workplace / "none"))))
+        run(*read(words(workplace, "--resume_from_checkpoint", str(workplace / "none"))))
 
 
 def test_flags_win_over_the_file(workplace):
@@ -109,25 +111,25 @@ def test_flags_win_over_the_file(workplace):
         f"output_dir: {workplace}/out\nstudent_layers: 2\nlearning_rate: 1e-4\ntemperature: 3\n"
         "losses: {kd: 2, ce: 0}\nlayer_map: [[1, 2]]\nuse_cpu: true\n"
     )
-    script, args = parse(["--config", str(file), "--temperature", "5"])
+    script, args = read(["--config", str(file), "--temperature", "5"])
     assert (script.student_layers, args.learning_rate, args.temperature) == (2, 1e-4, 5.0)
     assert (args.losses, args.layer_map, args.use_cpu) == ({"kd": 2.0}, [[1, 2]], True)
     file.write_text("temprature: 3\n")
     with pytest.raises(ConfigError, match="Did you mean 'temperature'"):
-        parse(["--config", str(file)])
+        read(["--config", str(file)])
     with pytest.raises(ConfigError, match="No such config file"):
-        parse(["--config", str(workplace / "none.yaml")])
+        read(["--config", str(workplace / "none.yaml")])
 
 
 def test_wrong_settings(workplace):
     with pytest.raises(ConfigError, match="one of them"):
-        parse(words(workplace, student=()))
+        read(words(workplace, student=()))
     with pytest.raises(ConfigError, match="one of them"):
-        parse(words(workplace, "--student", "x"))
+        read(words(workplace, "--student", "x"))
     with pytest.raises(ConfigError, match="Did you mean 'text-classification'"):
-        parse(words(workplace, "--task", "text-clasification"))
+        read(words(workplace, "--task", "text-clasification"))
     with pytest.raises(DataError, match="Did you mean 'rows"):
-        run(*parse(words(workplace, "--dataset", str(workplace / "row.csv"))))
+        run(*read(words(workplace, "--dataset", str(workplace / "row.csv"))))
 
 
 def test_labels_are_compared_before_weights_are_loaded(workplace):
@@ -136,7 +138,7 @@ def test_labels_are_compared_before_weights_are_loaded(workplace):
     config.id2label, config.label2id = {0: "odd", 1: "even"}, {"odd": 0, "even": 1}
     config.save_pretrained(workplace / "teacher")
     with pytest.raises(DataError, match="another order"):
-        run(*parse(words(workplace)))
+        run(*read(words(workplace)))
 
 
 def test_the_metric_is_accuracy():
@@ -166,3 +168,34 @@ def test_the_program(workplace):
     assert json.loads((workplace / "out" / "all_results.json").read_text())["eval_loss_kd"] > 0
     state = json.loads((workplace / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(4 / 3)  # 24 rows in steps of 2 x 4: both processes took part
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(workplace, capsys):
+    losses = '{"ce": 1, "kd": 0.5, "hidden": 2}'
+    assert run(*read(words(workplace, "--losses", losses, "--dry_run", "--gradient_accumulation_steps", "2"))) == {}
+    page = capsys.readouterr().out
+    for line in (
+        "student     BertForSequenceClassification, ",
+        "layers      hidden, encoder: 0 from 0, 1 from 3",
+        "loss        0.5 x kd, ",
+        "steps       4 of 16 examples (8 x 2 accumulated x 1 processes)",
+        "memory ",
+    ):
+        assert line in page
+    assert not (workplace / "out").exists()
+    with pytest.raises(ConfigError, match=r"0 \(embeddings\) to 3"):
+        run(*read(words(workplace, "--losses", losses, "--layer_map", "[[1, 9]]", "--dry_run")))
+
+
+def test_a_cached_teacher_gives_the_same_student(workplace):
+    given = {"teacher": "teacher", "dataset": "rows.csv", "output_dir": "cache"}
+    flags = [f"--{name}={workplace / value}" for name, value in given.items()]
+    cache = cached(read_cache([*flags, "--task=text-classification", "--use_cpu"]))
+    assert len(cache) == 30
+    live = run(*read(words(workplace)))
+    again = words(workplace, "--output_dir", str(workplace / "cached"), "--teacher_cache", str(workplace / "cache"))
+    from_cache = run(*read(again))
+    for name in ("eval_loss_kd", "eval_teacher_agreement", "eval_accuracy"):
+        assert from_cache[name] == pytest.approx(live[name], rel=1e-5)
+    with pytest.raises(DataError, match="not among the 30"):
+        run(*read([*again, "--overwrite", "--max_length", "2"]))

@@ -8,22 +8,25 @@ from torch import Tensor
 
 from .batch import Batch
 from .recorded import Place, Projected
+from .top_k import TopLogits
 
 
 @dataclass(frozen=True)
 class Answer:
     """
     Fields:
-        logits: as `Batch.logits` gives them; `None` for models without a head.
+        logits: as `Batch.logits` gives them, or of a cached teacher the largest; `None` for models without a head.
         states: the hidden states asked for, by stack and position (0 is the embeddings, l the output of layer l).
         last: the last hidden state of a model without a head.
+        pooled: the embedding, where a cached teacher gives it in place of `last`.
         encoded: what the encoder of an encoder-decoder gives.
         attentions: what the attentions asked for were given, by stack and layer from 0.
     """
 
-    logits: Tensor | None
+    logits: Tensor | TopLogits | None
     states: Mapping[Place, Tensor] = field(default_factory=dict)
     last: Tensor | None = None
+    pooled: Tensor | None = None
     encoded: Tensor | None = None
     attentions: Mapping[Place, Projected] = field(default_factory=dict)
 
@@ -36,4 +39,5 @@ def read_answer(batch: Batch, outputs: Any, attentions: Mapping[Place, Projected
         layers = outputs.get(f"{stack}_hidden_states" if len(stacks) > 1 else "hidden_states") or ()
         states |= {(stack, position): state for position, state in enumerate(layers) if state is not None}
     last = outputs.last_hidden_state if batch.task.kind == "embeddings" else None
-    return Answer(batch.logits(outputs), states, last, outputs.get("encoder_last_hidden_state"), attentions)
+    encoded = outputs.get("encoder_last_hidden_state")
+    return Answer(batch.logits(outputs), states, last, encoded=encoded, attentions=attentions)

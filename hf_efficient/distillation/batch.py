@@ -9,6 +9,7 @@ The masks made here are both what a loss sums over and what its denominator coun
 """
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +180,20 @@ class Batch:
             return self.label_targets()[1]
         return self.token_masks()[self.task.stacks[-1]]
 
+    def model_inputs(self, names: Collection[str], model: PreTrainedModel) -> dict[str, Any]:
+        """What a forward that takes `names` is given: never labels, and for seq2seq the decoder inputs of `model`.
+
+        So no model computes a loss of its own, and both get the same decoder inputs.
+        """
+        inputs = {name: value for name, value in self.inputs.items() if name in names and name not in LABELS}
+        seq2seq = self.task.kind == "tokens" and len(self.task.stacks) == 2
+        if seq2seq and inputs.get("decoder_input_ids") is None and self.labels is not None:
+            prepare: Any = model.prepare_decoder_input_ids_from_labels
+            inputs["decoder_input_ids"] = prepare(labels=self.labels)
+        if "use_cache" in names:
+            inputs["use_cache"] = False
+        return inputs
+
     def example_mask(self) -> Tensor:
         """[batch]"""
         return self._real(torch.ones(self.size, dtype=torch.bool, device=self.device))
@@ -192,7 +207,11 @@ class Batch:
             return None
         if self.task.kind != "spans":
             return outputs.logits
-        both = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
+        return self.span_logits(outputs.start_logits, outputs.end_logits)
+
+    def span_logits(self, start: Tensor, end: Tensor) -> Tensor:
+        """[batch, 2, length] from two [batch, length]."""
+        both = torch.stack([start, end], dim=1)
         return both.masked_fill(~self.token_masks()["encoder"][:, None], torch.finfo(both.dtype).min)
 
     def token_masks(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import DataError, unknown_name
 from .divergences import find_divergence, log_probabilities
+from .top_k import TopLogits
 
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
@@ -51,7 +52,7 @@ def ce_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, problem: str = SING
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopLogits,
     mask: Tensor,
     *,
     problem: str = SINGLE_LABEL,
@@ -65,13 +66,18 @@ def kd_loss(
     The gradient of the softened divergence shrinks as 1/T^2; `temperature_squared` undoes that. Multi-label logits are
     compared as independent yes/no distributions, regression outputs by squared error (no temperature).
 
-    Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels].
+    Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels]. A
+    teacher's `TopLogits` are compared at their own temperature.
     """
+    compare = find_divergence(divergence)
+    if isinstance(teacher, TopLogits):
+        values = compare(*teacher.where(mask).buckets(select(student, mask)), beta)
+        return values.sum() * (temperature**2 if temperature_squared else 1.0), mask.sum()
     student, teacher = select(student, mask), select(teacher, mask)
     if problem == REGRESSION:
         return F.mse_loss(student, teacher, reduction="sum"), mask.sum()
     binary = problem == MULTI_LABEL
-    values = find_divergence(divergence)(
+    values = compare(
         log_probabilities(teacher, temperature, binary=binary),
         log_probabilities(student, temperature, binary=binary),
         beta,

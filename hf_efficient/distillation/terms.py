@@ -20,6 +20,7 @@ from .losses import ce_loss, hidden_loss, kd_loss, pool
 from .projections import project
 from .recorded import Projected
 from .relations import attention_loss, relation_loss
+from .top_k import TopLogits
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,23 @@ def check_losses_of(task: Task, losses: Collection[str]) -> None:
     raise ConfigError(f"losses has {' and '.join(f'`{name}`' for name in wrong)}, but {reason}.")
 
 
-def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
+def comparable(
+    student: Tensor, teacher: Tensor | TopLogits, vocabulary: int | None
+) -> tuple[Tensor, Tensor | TopLogits]:
     """The logits of the entries that both vocabularies have."""
-    return (student, teacher) if vocabulary is None else (student[..., :vocabulary], teacher[..., :vocabulary])
+    if vocabulary is None or isinstance(teacher, TopLogits):
+        return student, teacher
+    return student[..., :vocabulary], teacher[..., :vocabulary]
 
 
 def _ce_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
     labels, mask = batch.label_targets()
-    assert student.logits is not None  # `check_losses_of`
+    assert isinstance(student.logits, Tensor)  # `check_losses_of`
     return {"ce": ce_loss(student.logits, labels, mask, problem=batch.problem)[0]}
 
 
 def _kd_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
-    assert student.logits is not None and teacher.logits is not None
+    assert isinstance(student.logits, Tensor) and teacher.logits is not None
     total, _ = kd_loss(
         *comparable(student.logits, teacher.logits, settings.vocabulary),
         batch.soft_mask(),
@@ -116,10 +121,16 @@ def _kd_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSetti
 
 def _embedding_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
     mask = batch.token_masks()["encoder"]
-    assert student.last is not None and teacher.last is not None
-    own, other = (pool(state, mask, settings.pooling)[:, None] for state in (student.last, teacher.last))
+    own, other = (_embedding(side, mask, settings.pooling)[:, None] for side in (student, teacher))
     own = project(settings.projections, "embedding", own)
     return {"embedding": hidden_loss(own, other, batch.example_mask(), kind=settings.embedding_loss)[0]}
+
+
+def _embedding(answer: Answer, mask: Tensor, pooling: str) -> Tensor:
+    if answer.pooled is not None:
+        return answer.pooled
+    assert answer.last is not None
+    return pool(answer.last, mask, pooling)
 
 
 def _masks_of_stacks(name: str, batch: Batch) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from ..errors import ConfigError
 from ..training import Counts, StepTrainer
 from .answers import Answer, read_answer
 from .arguments import DistillationArguments
-from .batch import LABELS, Batch, base_of, first_tokens, forward_names
+from .batch import Batch, base_of, first_tokens, forward_names
+from .cache import TeacherCache
 from .checks import check_cut, check_models, check_shared_encoder, common_vocabulary
 from .forward import call_inside
 from .hidden_states import wanted_states
@@ -42,6 +43,7 @@ from .projections import (
 )
 from .recorded import Modules, recording, self_attentions
 from .terms import LOSSES, LossSettings, comparable, place_name
+from .top_k import TopLogits
 
 AGREEMENT = "teacher_agreement"
 
@@ -53,7 +55,8 @@ class DistillationTrainer(StepTrainer):
         model: the student, a transformers model or a PEFT model around one.
         args: the losses and all training settings.
         teacher: a loaded model of the same kind. It is put in eval mode and moved to the student's device, and
-            runs without gradients; its weights and their `requires_grad` stay as they are.
+            runs without gradients; its weights and their `requires_grad` stay as they are. Or a `TeacherCache` of its
+            answers to these data.
         kwargs: as in `Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, ...
 
     Logs `loss_<name>` for each term, unweighted; evaluation adds `eval_loss_<name>` and `eval_teacher_agreement`, the
@@ -68,7 +71,7 @@ class DistillationTrainer(StepTrainer):
         model: PreTrainedModel | nn.Module,
         args: DistillationArguments,
         *,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | TeacherCache,
         **kwargs: Any,
     ):
         if not isinstance(args, DistillationArguments):
@@ -78,12 +81,15 @@ class DistillationTrainer(StepTrainer):
                 raise ConfigError(
                     f"{name} cannot be used: DistillationTrainer needs the loaded student and its own loss."
                 )
+        self.cache = teacher if isinstance(teacher, TeacherCache) else None
+        if self.cache is not None:
+            teacher = self.cache.skeleton()
         self.task = check_models(model, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
         check_cut(self.task, args.losses, args.teacher_max_length)
         if args.share_encoder:
             check_shared_encoder(self.task, model, teacher, args.losses)
         super().__init__(model, args, **kwargs)
-        self._names = {"student": forward_names(model) - LABELS, "teacher": forward_names(teacher) - LABELS}
+        self._names = {"student": forward_names(model), "teacher": forward_names(teacher)}
         self._losses = {name: LOSSES[name] for name in args.losses}
         self.pairs = self._pairs(model, teacher)
         self.projections = self._projections(model, teacher).to(args.device)
@@ -101,8 +107,11 @@ class DistillationTrainer(StepTrainer):
             projections=self.projections,
             vocabulary=common_vocabulary(model, teacher) if args.truncate_vocabulary else None,
         )
+        if self.cache is not None:
+            self.cache.check(args, self.pairs)
+            self.data_collator = self.cache.collator(self.data_collator)
         self._recorded = {"student": self._to_record(model, 0), "teacher": self._to_record(teacher, 1)}
-        self.teacher = self._prepare_teacher(teacher)
+        self.teacher = None if self.cache is not None else self._prepare_teacher(teacher)
         if args.share_encoder:
             base_of(model).get_encoder().requires_grad_(False)
 
@@ -224,6 +233,8 @@ class DistillationTrainer(StepTrainer):
 
     @torch.no_grad()
     def _run_teacher(self, batch: Batch) -> Answer:
+        if self.cache is not None:
+            return self.cache.answer(batch)
         inputs = self._model_inputs("teacher", batch)
         if self.args.teacher_max_length is not None:
             inputs = first_tokens(inputs, self.args.teacher_max_length)
@@ -231,14 +242,8 @@ class DistillationTrainer(StepTrainer):
             return read_answer(batch, self.teacher(**inputs), attentions)
 
     def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
-        """What this model's forward takes, never labels: no loss of the model's own, same decoder inputs for both."""
-        inputs = {name: value for name, value in batch.inputs.items() if name in self._names[who]}
-        seq2seq = self.task.kind == "tokens" and len(self.task.stacks) == 2
-        if seq2seq and inputs.get("decoder_input_ids") is None and batch.labels is not None:
-            student: Any = base_of(self.accelerator.unwrap_model(self.model))
-            inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=batch.labels)
-        if "use_cache" in self._names[who]:
-            inputs["use_cache"] = False
+        student = base_of(self.accelerator.unwrap_model(self.model))
+        inputs = batch.model_inputs(self._names[who], student)
         return inputs | wanted_states(self.pairs.get("hidden", {}), ("student", "teacher").index(who))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -339,6 +344,10 @@ class DistillationTrainer(StepTrainer):
         if self.projections and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_projections(self.state.best_model_checkpoint, self.projections)
 
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The parts of one loss, as they are counted and summed."""
+        return self._losses[name].parts
+
     def _weighted(self, terms: dict[str, Any]) -> Any:
         return sum(self.args.losses[name] * value for name, value in terms.items())
 
@@ -349,13 +358,15 @@ def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:
 
 
 def _agreement(
-    batch: Batch, student: Tensor | None, teacher: Tensor | None, vocabulary: int | None
+    batch: Batch, student: Tensor | None, teacher: Tensor | TopLogits | None, vocabulary: int | None
 ) -> tuple[Tensor | float, Tensor | float]:
     """(positions with the same prediction, positions). Regression and embeddings have no predictions to agree on."""
     if student is None or teacher is None or batch.problem == REGRESSION:
         return 0.0, 0.0
     mask = batch.soft_mask()
-    if batch.problem == MULTI_LABEL:
+    if isinstance(teacher, TopLogits):
+        same = student.argmax(dim=-1) == teacher.ids[..., 0]
+    elif batch.problem == MULTI_LABEL:
         same = (student > 0) == (teacher > 0)
     else:
         own, other = comparable(student, teacher, vocabulary)

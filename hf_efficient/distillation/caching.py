@@ -1,0 +1,225 @@
+"""Run a teacher over data once and keep its answers.
+
+    cache_teacher(teacher, [train, test], "out/cache", data_collator=collator, top_k=64, temperature=2.0)
+
+Under `accelerate launch` the processes share the shards out. Each shard is written under a temporary name and renamed;
+a call that was killed goes on with those that are missing, and one that asks for something else is refused.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, default_data_collator
+
+from ..errors import CheckpointError, ConfigError
+from .answers import read_answer
+from .batch import Batch, base_of, forward_names, task_of
+from .cache import MANIFEST, Manifest, TeacherCache
+from .cached_rows import KEY, Layout, row_keys
+from .hidden_states import wanted_states
+from .layer_map import depths, width
+from .losses import POOLINGS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_CLASSES = 4096  # of each token; a whole vocabulary would fill the disk
+DTYPES = ("float16", "float32", "float64")
+
+
+def cache_teacher(
+    teacher: PreTrainedModel,
+    dataset: "Dataset | Sequence[Dataset]",
+    folder: str | Path,
+    *,
+    data_collator: Callable[[list], Any] = default_data_collator,
+    batch_size: int = 8,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    hidden_states: Sequence[int] = (),
+    pooling: str = "mean",
+    dtype: str | None = None,
+    shard_size: int = 1000,
+) -> TeacherCache:
+    """Write the teacher's answers to all examples into `folder`, and open them.
+
+    Classifiers, question answering and embeddings (pooled) are kept whole. Of a vocabulary the `top_k` largest logits
+    of each token are kept with the log-sum-exp of all at `temperature`, which is then that of the training:
+    k (4 + 2) + 4 bytes a token, k (4 + 4) + 4 above 65,536 entries; k x 2 less with dtype="float16".
+
+    Parameters:
+        teacher: a loaded model, on the device where it shall run; it is put in eval mode.
+        dataset: tokenised examples, or several data sets (train and test) for one cache.
+        data_collator: the one of the training.
+        top_k: `None` keeps all logits, up to 4,096 classes for each token.
+        hidden_states: which of them to keep for the `hidden` loss, as in `layer_map`; 0 is the embeddings.
+        dtype: `float16`, `float32` or `float64` on disk; default: what the teacher computes, at least float32.
+        shard_size: examples in one table.
+
+    Raises:
+        ConfigError: an option out of range, or a vocabulary without `top_k`.
+        CheckpointError: the folder holds something else, or the cache of another teacher, data or options.
+    """
+    import datasets
+
+    parts = [dataset] if hasattr(dataset, "column_names") else list(dataset)
+    kept = [_columns_of(part, teacher) for part in parts]
+    rows = datasets.concatenate_datasets(kept) if len(kept) > 1 else kept[0]
+    layout = _layout(teacher, top_k, temperature, hidden_states, pooling, dtype)
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("rows of the data", len(rows))):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
+    manifest = Manifest(
+        layout=layout,
+        model_class=type(base_of(teacher)).__name__,
+        teacher=fingerprint(teacher),
+        inputs=tuple(sorted(forward_names(teacher))),
+        rows=len(rows),
+        shard_size=shard_size,
+    )
+    state, folder = PartialState(), Path(folder)
+    with state.main_process_first():
+        _begin(folder, manifest, teacher)
+    teacher.eval()
+    for index, name in enumerate(manifest.shards):
+        if index % state.num_processes == state.process_index:
+            part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
+            _write_shard(folder / name, part, teacher, manifest, data_collator, batch_size)
+    state.wait_for_everyone()
+    return TeacherCache(folder)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 of the weights and of what the config says about the computation."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _layout(
+    teacher: PreTrainedModel,
+    top_k: int | None,
+    temperature: float,
+    hidden_states: Sequence[int],
+    pooling: str,
+    dtype: str | None,
+) -> Layout:
+    task = task_of(teacher)
+    if dtype is None:
+        dtype = "float64" if teacher.dtype == torch.float64 else "float32"
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}.")
+    classes = 0 if task.kind in ("embeddings", "spans") else task.num_labels
+    if task.kind in ("tokens", "causal_lm") and not classes:
+        classes = base_of(teacher).config.get_text_config().vocab_size
+    if top_k is not None and (task.kind not in ("tokens", "causal_lm") or type(top_k) is not int or top_k < 1):
+        raise ConfigError(f"top_k={top_k!r} must be 1 or more, and is for models with an answer for each token.")
+    top_k = None if top_k is not None and top_k >= classes else top_k
+    if task.kind in ("tokens", "causal_lm") and top_k is None and classes > MAX_CLASSES:
+        raise ConfigError(
+            f"All {classes} logits of each token would be {classes * 4 / 1024:.0f} KiB a token. Give top_k=64, and "
+            "the temperature of the training."
+        )
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be above 0, got {temperature!r}.")
+    depth = min(depths(teacher, task.stacks).values()) if hidden_states else 0
+    if any(type(p) is not int or not 0 <= p <= depth for p in hidden_states):
+        raise ConfigError(f"hidden_states={list(hidden_states)} must be positions from 0 (embeddings) to {depth}.")
+    return Layout(
+        task=task,
+        classes=classes,
+        top_k=top_k,
+        temperature=float(temperature) if top_k is not None else 1.0,
+        hidden_states=tuple(sorted(set(hidden_states))),
+        hidden_size=width(teacher) if hidden_states or task.kind == "embeddings" else 0,
+        pooling=pooling,
+        dtype=dtype,
+    )
+
+
+def _columns_of(rows: "Dataset", teacher: PreTrainedModel) -> "Dataset":
+    """What the teacher reads, and labels; text columns that are left over would break the collator."""
+    names = forward_names(teacher) | {"label", "label_ids"}
+    return rows.remove_columns([name for name in rows.column_names if name not in names])
+
+
+def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> None:
+    """A new cache, or one to go on with."""
+    if (folder / MANIFEST).is_file():
+        found = Manifest.read(folder)
+        differing = [name for name, value in vars(manifest).items() if getattr(found, name) != value]
+        if differing:
+            raise CheckpointError(
+                f"{folder} is a teacher cache with another {' and '.join(differing)}. Choose another folder, or "
+                "delete this one."
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty and no teacher cache. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = type(teacher.config).from_dict(base_of(teacher).config.to_dict())
+    config.save_pretrained(folder)
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(manifest.to_json(), encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def _write_shard(
+    path: Path,
+    rows: "Dataset",
+    teacher: PreTrainedModel,
+    manifest: Manifest,
+    collate: Callable[[list], Any],
+    batch_size: int,
+) -> None:
+    """Nothing where the shard is there already, of these examples.
+
+    Raises:
+        CheckpointError: the shard is there, of other examples.
+    """
+    import datasets
+
+    layout = manifest.layout
+
+    def batches() -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+        for start in range(0, len(rows), batch_size):
+            inputs = dict(collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
+            yield inputs, row_keys(Batch(inputs, layout.task), manifest.inputs)
+
+    if path.is_dir():
+        if list(datasets.load_from_disk(str(path))[KEY]) != [key for _, keys in batches() for key in keys]:
+            raise CheckpointError(f"{path} holds answers to other examples. Choose another folder for this data.")
+        return
+    table: dict[str, list[Any]] = {name: [] for name in (KEY, *layout.columns())}
+    for inputs, keys in batches():
+        table[KEY] += keys
+        for name, values in _answers(teacher, inputs, layout).items():
+            table[name] += values
+    types = {name: datasets.LargeList(datasets.Value(column.dtype)) for name, column in layout.columns().items()}
+    features = datasets.Features({KEY: datasets.Value("binary")} | types)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(str(temporary))
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def _answers(teacher: PreTrainedModel, inputs: dict[str, Any], layout: Layout) -> dict[str, list[np.ndarray]]:
+    placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    batch = Batch(placed, layout.task)
+    pairs = {stack: [(position, position) for position in layout.hidden_states] for stack in layout.task.stacks}
+    given = batch.model_inputs(forward_names(teacher), base_of(teacher))
+    return layout.pack(batch, read_answer(batch, teacher(**given, **wanted_states(pairs, 1)), {}))
