@@ -34,7 +34,7 @@ from typing import Any
 import transformers
 from datasets import ClassLabel, Dataset
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_efficient import AttentionConfig, DistillationArguments, DistillationTrainer, convert_attention
 from hf_efficient.attention.kinds import ATTENTIONS
@@ -122,16 +122,19 @@ def classifier(rows: Any, length: int) -> tuple[PreTrainedModel, PreparedData]:
 
 def language(options: argparse.Namespace) -> tuple[PreTrainedModel, PreparedData]:
     rows = split("bundled:bbc-news", options)
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(rows["train"]["text"], VOCABULARY, special_tokens=["<end>"], show_progress=False)
-    with tempfile.TemporaryDirectory() as folder:
-        trained.save(f"{folder}/tokenizer.json")
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=f"{folder}/tokenizer.json", eos_token="<end>", pad_token="<end>"
-        )
-    data = prepare(rows, "causal-lm", tokenizer, max_length=256)
+    data = prepare(rows, "causal-lm", train_tokenizer(rows["train"]["text"]), max_length=256)
     config = transformers.LlamaConfig(**LLAMA, max_position_embeddings=256, pad_token_id=0, eos_token_id=0)
     return transformers.LlamaForCausalLM(config), data
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, VOCABULARY, special_tokens=["<end>"], show_progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save(f"{folder}/tokenizer.json")
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_file=f"{folder}/tokenizer.json", eos_token="<end>", pad_token="<end>"
+        )
 
 
 JOBS = {
