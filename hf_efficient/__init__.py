@@ -32,6 +32,7 @@ _LAZY = {
     "DistillationTrainer": "distillation.trainer",
     "TeacherCache": "distillation.cache",
     "build_student": "distillation.student",
+    "teacher_texts": "distillation.generation",
     "cache_teacher": "distillation.caching",
     "Recipe": "recipe",
     "compress": "pipeline",
@@ -70,6 +71,7 @@ __all__ = [
     "prune_vocabulary",
     "register_attention",
     "register_importance",
+    "teacher_texts",
     "transfer_attention",
 ]
 

@@ -73,8 +73,12 @@ class StepTrainer(ExactTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and the denominators of all terms, with one collective."""
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = self.prepare_step(list(islice(epoch_iterator, num_batches)), device)
         return batches, self._step_counts(batches, device)
+
+    def prepare_step(self, batches: list[dict], device: torch.device) -> list[dict]:
+        """The micro-batches of one optimizer step, as they will be trained on."""
+        return batches
 
     def _step_counts(self, batches: list[dict], device: torch.device) -> Counts | None:
         counts = [self.counts(inputs) for inputs in batches]

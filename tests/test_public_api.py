@@ -42,6 +42,7 @@ PUBLIC = [
     "prune_vocabulary",
     "register_attention",
     "register_importance",
+    "teacher_texts",
     "transfer_attention",
 ]
 

@@ -115,6 +115,17 @@ class DistillationArguments(TrainingArguments):
             "For encoder-decoders."
         },
     )
+    on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Fraction of optimizer steps, 0 to 1, whose texts the student writes itself, after the prompts of "
+            "the data, and the teacher judges (GKD). For causal and seq2seq models, without ce."
+        },
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that the student writes with on_policy."})
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "At which the student draws its tokens with on_policy."}
+    )
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Cast the teacher to float32, bfloat16 or float16; default: as it was loaded."}
     )
@@ -135,7 +146,11 @@ class DistillationArguments(TrainingArguments):
         _check_name("soft_positions", self.soft_positions, SOFT_POSITIONS)
         _check_name("hidden_loss", self.hidden_loss, HIDDEN_DISTANCES)
         _check_name("attention_loss", self.attention_loss, ATTENTION_LOSSES)
-        for name, what in (("teacher_max_length", "1 token or more"), ("relation_heads", "1 or more")):
+        for name, what in (
+            ("teacher_max_length", "1 token or more"),
+            ("relation_heads", "1 or more"),
+            ("max_new_tokens", "1 or more"),
+        ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be {what}, got {value!r}.")
@@ -149,6 +164,10 @@ class DistillationArguments(TrainingArguments):
                 raise ConfigError(
                     f"{name} must be above 0 and at most {MAX_TEMPERATURE:g}, got {value!r}; usual are 1 to 10."
                 )
+        if not 0 <= self.on_policy <= 1:
+            raise ConfigError(f"on_policy must be a fraction from 0 to 1, got {self.on_policy!r}.")
+        if not 0 < self.sampling_temperature <= MAX_TEMPERATURE:
+            raise ConfigError(f"sampling_temperature must be above 0, got {self.sampling_temperature!r}; usual is 1.")
         if not 0 < self.jsd_beta < 1:
             raise ConfigError(
                 f"jsd_beta must be between 0 and 1, got {self.jsd_beta!r}. "

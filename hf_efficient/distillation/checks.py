@@ -11,6 +11,7 @@ from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, UnsupportedModelError
 from .batch import Task, base_of, task_of
+from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses_of
 
 NEEDS_DECODER_INPUTS = "prepare_decoder_input_ids_from_labels"
@@ -22,9 +23,8 @@ def check_models(
     """Compare student and teacher; gives the student's task.
 
     Raises:
-        UnsupportedModelError: models that share weights, or whose heads, vocabularies or labels cannot be compared.
+        UnsupportedModelError: models whose heads, vocabularies or labels cannot be compared.
     """
-    _check_separate(student, teacher)
     task, teacher_task = task_of(student), task_of(teacher)
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
     if task.kind != teacher_task.kind or task.stacks != teacher_task.stacks:
@@ -95,6 +95,23 @@ def check_shared_encoder(task: Task, student: nn.Module, teacher: nn.Module, los
         )
 
 
+def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: bool) -> None:
+    """Whether the student can write what it is trained on, and the teacher say something about it.
+
+    Raises:
+        ConfigError: a model that does not generate, labels that would be the student's own, or a cached teacher.
+    """
+    if not writes(student):
+        raise ConfigError(f"on_policy is for {GENERATING}; got {type(base_of(student)).__name__}.")
+    if "ce" in losses:
+        raise ConfigError(
+            "on_policy trains on what the student wrote, which the `ce` loss would take for the truth. Leave `ce` out "
+            "of losses."
+        )
+    if is_cached:
+        raise ConfigError("on_policy needs the teacher itself: a cache has no answers to texts written in training.")
+
+
 def check_run(args: TrainingArguments, *, fsdp_version: int | None) -> None:
     """Refuse ways of running in which the loss would be wrong.
 
@@ -110,7 +127,13 @@ def check_run(args: TrainingArguments, *, fsdp_version: int | None) -> None:
         raise ConfigError("FSDP version 1 is not supported. Set fsdp_version: 2 in the accelerate config.")
 
 
-def _check_separate(student: nn.Module, teacher: nn.Module) -> None:
+def check_separate(student: nn.Module, teacher: object) -> None:
+    """Whether the teacher stays as it is while the student is trained.
+
+    Raises:
+        ConfigError: no model.
+        UnsupportedModelError: models that share weights.
+    """
     if not isinstance(teacher, nn.Module):
         raise ConfigError(
             f"teacher must be a loaded model, got {teacher!r}. Load it with AutoModelFor....from_pretrained."
@@ -119,7 +142,8 @@ def _check_separate(student: nn.Module, teacher: nn.Module) -> None:
     if student is teacher or shared:
         raise UnsupportedModelError(
             "The teacher shares weights with the student, so it would change while it teaches. Load the teacher a "
-            "second time; PEFT adapters are put into the model they are given, so give it another copy."
+            "second time. PEFT adapters are put into the model they are given: leave teacher out, and the student "
+            "learns from its own base without them."
         )
 
 

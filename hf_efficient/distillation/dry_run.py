@@ -31,7 +31,10 @@ def _models(trainer: DistillationTrainer) -> Lines:
         layout = trainer.cache.layout
         kept = "all logits" if layout.top_k is None else f"the {layout.top_k} largest logits of each token"
         return [*lines, ("teacher", f"{len(trainer.cache):,} cached answers in {trainer.cache.folder}, {kept}")]
-    return [*lines, ("teacher", _model(trainer.teacher))]
+    return [
+        *lines,
+        ("teacher", "the student without its adapters" if trainer.teaches_itself else _model(trainer.teacher)),
+    ]
 
 
 def _model(model: Any) -> str:

@@ -10,7 +10,9 @@ All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEF
 16 examples give the same gradient as one batch, as 4 accumulated batches of 4, or on 2 processes: see `training`.
 """
 
+import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +25,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
 from ..training import Counts, StepTrainer
+from .adapters import own_base, without_adapters
 from .answers import Answer, read_answer
 from .arguments import DistillationArguments
 from .batch import Batch, base_of, first_tokens, forward_names
 from .cache import TeacherCache
-from .checks import check_cut, check_models, check_shared_encoder, common_vocabulary
+from .checks import check_cut, check_models, check_on_policy, check_separate, check_shared_encoder, common_vocabulary
 from .forward import call_inside
+from .generation import write
 from .hidden_states import wanted_states
 from .layer_map import Pairs, map_attentions, map_layers, width
 from .losses import MULTI_LABEL, REGRESSION
@@ -56,7 +60,8 @@ class DistillationTrainer(StepTrainer):
         args: the losses and all training settings.
         teacher: a loaded model of the same kind. It is put in eval mode and moved to the student's device, and
             runs without gradients; its weights and their `requires_grad` stay as they are. Or a `TeacherCache` of its
-            answers to these data.
+            answers to these data. Or `None` for a PEFT student, whose teacher is then its own base model, its
+            adapters turned off: no second copy of the weights.
         kwargs: as in `Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, ...
 
     Logs `loss_<name>` for each term, unweighted; evaluation adds `eval_loss_<name>` and `eval_teacher_agreement`, the
@@ -71,7 +76,7 @@ class DistillationTrainer(StepTrainer):
         model: PreTrainedModel | nn.Module,
         args: DistillationArguments,
         *,
-        teacher: PreTrainedModel | TeacherCache,
+        teacher: PreTrainedModel | TeacherCache | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, DistillationArguments):
@@ -82,10 +87,17 @@ class DistillationTrainer(StepTrainer):
                     f"{name} cannot be used: DistillationTrainer needs the loaded student and its own loss."
                 )
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
+        self.teaches_itself = teacher is None
         if self.cache is not None:
             teacher = self.cache.skeleton()
+        elif teacher is None:
+            teacher = own_base(model, args)
+        else:
+            check_separate(model, teacher)
         self.task = check_models(model, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
         check_cut(self.task, args.losses, args.teacher_max_length)
+        if args.on_policy:
+            check_on_policy(model, args.losses, is_cached=self.cache is not None)
         if args.share_encoder:
             check_shared_encoder(self.task, model, teacher, args.losses)
         super().__init__(model, args, **kwargs)
@@ -111,7 +123,8 @@ class DistillationTrainer(StepTrainer):
             self.cache.check(args, self.pairs)
             self.data_collator = self.cache.collator(self.data_collator)
         self._recorded = {"student": self._to_record(model, 0), "teacher": self._to_record(teacher, 1)}
-        self.teacher = None if self.cache is not None else self._prepare_teacher(teacher)
+        is_apart = self.cache is None and not self.teaches_itself
+        self.teacher = self._prepare_teacher(teacher) if is_apart else None
         if args.share_encoder:
             base_of(model).get_encoder().requires_grad_(False)
 
@@ -173,6 +186,18 @@ class DistillationTrainer(StepTrainer):
         for name in self._losses:
             self.train_meter.add(name, 0.0, 1.0)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def prepare_step(self, batches: list[dict], device: torch.device) -> list[dict]:
+        """On-policy steps: the student writes anew what it is trained on. All ranks agree which steps those are."""
+        step = f"{self.args.seed} {self.state.global_step}"
+        if random.Random(step).random() >= self.args.on_policy:
+            return batches
+        student: Any = self.accelerator.unwrap_model(self.model)
+        options = {"max_new_tokens": self.args.max_new_tokens, "sampling": self.args.sampling_temperature}
+        # Seeded by the step: the Trainer restores the random state of a checkpoint only after these batches are made.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(random.Random(f"{step} {self.accelerator.process_index}").getrandbits(63))
+            return [write(student, self._batch(self._prepare_inputs(inputs)), **options) for inputs in batches]
 
     def counts(self, inputs: dict[str, Any]) -> Counts:
         return self._counts(self._batch(inputs))
@@ -238,8 +263,18 @@ class DistillationTrainer(StepTrainer):
         inputs = self._model_inputs("teacher", batch)
         if self.args.teacher_max_length is not None:
             inputs = first_tokens(inputs, self.args.teacher_max_length)
-        with self.accelerator.autocast(), recording(self._recorded["teacher"]) as attentions:
-            return read_answer(batch, self.teacher(**inputs), attentions)
+        with (
+            self._teacher() as teacher,
+            self.accelerator.autocast(),
+            recording(self._recorded["teacher"]) as attentions,
+        ):
+            return read_answer(batch, teacher(**inputs), attentions)
+
+    def _teacher(self) -> AbstractContextManager[Any]:
+        """The teacher, or the student as it was."""
+        if self.teaches_itself:
+            return without_adapters(self.accelerator.unwrap_model(self.model))
+        return nullcontext(self.teacher)
 
     def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
         student = base_of(self.accelerator.unwrap_model(self.model))

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 
 from hf_efficient.distillation.trainer import DistillationTrainer
 
-from .tiny import CASES, arguments, collate, examples, losses_of, make_pair
+from .tiny import CASES, arguments, collate, examples, losses_of, make_pair, with_adapters
 
+SELF_TAUGHT = "adapters"  # a PEFT student whose teacher is its own base
 RUNS = [(f"{case}-{loss}", case, {loss: 1.0}, False) for case in CASES for loss in losses_of(case)]
+RUNS.append((SELF_TAUGHT, "bert", {"kd": 1.0, "hidden": 1.0}, False))
 RUNS.append(("evaluate-first", "bert", {"ce": 1.0, "kd": 0.5, "hidden": 2.0}, True))
 
 
@@ -31,9 +33,13 @@ def flat(trainer: DistillationTrainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()]).double()
 
 
-def step(case: str, losses: dict[str, float], *, evaluate_first: bool = False, **settings: Any) -> tuple[dict, Any]:
+def step(
+    case: str, losses: dict[str, float], *, evaluate_first: bool = False, self_taught: bool = False, **settings: Any
+) -> tuple[dict, Any]:
     """Train one step, then evaluate on 11 examples, which no batch size here divides."""
     student, teacher = make_pair(case)
+    if self_taught:
+        student, teacher = with_adapters(teacher), None
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, losses=losses, **settings)
         trainer = DistillationTrainer(
@@ -68,7 +74,9 @@ def run(split: str) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
     reports, tensors = {}, {}
     for name, case, losses, evaluate_first in RUNS:
         key = f"{split}/{name}"
-        reports[key], vectors = step(case, losses, evaluate_first=evaluate_first, **settings)
+        reports[key], vectors = step(
+            case, losses, evaluate_first=evaluate_first, self_taught=name == SELF_TAUGHT, **settings
+        )
         tensors |= {f"{key}.{kind}": value for kind, value in vectors.items()}
     return reports, tensors
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -219,6 +220,16 @@ def make_pair(case: str, *, seed: int = 0, teacher_hidden: int = 24) -> tuple[Pr
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     return student, teacher
+
+
+def with_adapters(model: PreTrainedModel) -> PeftModel:
+    """LoRA that has learned something already."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["query"], r=2)).double()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return wrapped
 
 
 def arguments(folder: Any, **settings: Any) -> DistillationArguments:

@@ -1,0 +1,46 @@
+"""A PEFT student that learns from its own base model, so that there is one copy of the weights.
+
+with without_adapters(student) as teacher:
+    logits = teacher(**inputs).logits           # those of the model that the adapters were put into
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError
+from .batch import base_of
+
+
+def own_base(student: nn.Module, args: Any) -> PreTrainedModel:
+    """The base model of a PEFT student, for `DistillationArguments` that leave it as it is.
+
+    Raises:
+        ConfigError: a student without adapters, or settings that would change the base under the student.
+    """
+    if not isinstance(student, PeftModel):
+        raise ConfigError(
+            "Without a teacher the student must be a PEFT model, which learns from its own base. Give "
+            "teacher=AutoModelFor....from_pretrained(...), or a TeacherCache."
+        )
+    for name in ("teacher_dtype", "share_encoder"):
+        if getattr(args, name):
+            raise ConfigError(f"{name}={getattr(args, name)!r} needs a teacher of its own: student and base are one.")
+    return base_of(student)
+
+
+@contextmanager
+def without_adapters(student: PeftModel) -> Iterator[PreTrainedModel]:
+    """The base model in eval mode, its adapters off; afterwards all is as it was."""
+    was_training = {module for module in student.modules() if module.training}
+    student.eval()
+    try:
+        with student.disable_adapter():
+            yield base_of(student)
+    finally:
+        for module in student.modules():
+            module.training = module in was_training
