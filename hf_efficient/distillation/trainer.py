@@ -11,9 +11,8 @@ All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEF
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,25 +27,17 @@ from ..training import Counts, StepTrainer
 from .adapters import own_base, without_adapters
 from .answers import Answer, read_answer
 from .arguments import DistillationArguments
-from .batch import Batch, base_of, first_tokens, forward_names
+from .batch import Batch, Task, base_of, first_tokens
 from .cache import TeacherCache
-from .checks import check_cut, check_models, check_on_policy, check_separate, check_shared_encoder, common_vocabulary
+from .checks import check_separate
 from .forward import call_inside
 from .generation import write
-from .hidden_states import wanted_states
-from .layer_map import Pairs, map_attentions, map_layers, width
+from .layer_map import Pairs
 from .losses import MULTI_LABEL, REGRESSION
-from .projections import (
-    ATTRIBUTE,
-    attach,
-    detach,
-    load_projections,
-    make_projections,
-    own_tensors,
-    save_projections,
-)
-from .recorded import Modules, recording, self_attentions
-from .terms import LOSSES, LossSettings, comparable, place_name
+from .pairing import pair, share_encoder
+from .projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
+from .recorded import recording
+from .terms import comparable
 from .top_k import TopLogits
 
 AGREEMENT = "teacher_agreement"
@@ -73,60 +64,53 @@ class DistillationTrainer(StepTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        args: DistillationArguments,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: DistillationArguments | None = None,
         *,
         teacher: PreTrainedModel | TeacherCache | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, DistillationArguments):
             raise ConfigError(f"args must be DistillationArguments, got {type(args).__name__}.")
-        for name in ("model_init", "compute_loss_func"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(
-                    f"{name} cannot be used: DistillationTrainer needs the loaded student and its own loss."
-                )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ConfigError("compute_loss_func cannot be used: DistillationTrainer has its own loss.")
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
         self.teaches_itself = teacher is None
+        self._source = teacher if self.cache is None else self.cache.skeleton()
+        if model is not None:
+            self._connect(model, args)
+        super().__init__(model, args, **kwargs)  # makes the student, where it is given as model_init
         if self.cache is not None:
-            teacher = self.cache.skeleton()
-        elif teacher is None:
-            teacher = own_base(model, args)
-        else:
-            check_separate(model, teacher)
-        self.task = check_models(model, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
-        check_cut(self.task, args.losses, args.teacher_max_length)
-        if args.on_policy:
-            check_on_policy(model, args.losses, is_cached=self.cache is not None)
-        if args.share_encoder:
-            check_shared_encoder(self.task, model, teacher, args.losses)
-        super().__init__(model, args, **kwargs)
-        self._names = {"student": forward_names(model), "teacher": forward_names(teacher)}
-        self._losses = {name: LOSSES[name] for name in args.losses}
-        self.pairs = self._pairs(model, teacher)
-        self.projections = self._projections(model, teacher).to(args.device)
-        self._settings = LossSettings(
-            temperature=args.temperature,
-            temperature_squared=args.temperature_squared,
-            divergence=args.divergence,
-            beta=args.jsd_beta,
-            hidden_loss=args.hidden_loss,
-            attention_loss=args.attention_loss,
-            relation_heads=args.relation_heads,
-            embedding_loss=args.embedding_loss,
-            pooling=args.pooling,
-            pairs=self.pairs,
-            projections=self.projections,
-            vocabulary=common_vocabulary(model, teacher) if args.truncate_vocabulary else None,
-        )
-        if self.cache is not None:
-            self.cache.check(args, self.pairs)
             self.data_collator = self.cache.collator(self.data_collator)
-        self._recorded = {"student": self._to_record(model, 0), "teacher": self._to_record(teacher, 1)}
         is_apart = self.cache is None and not self.teaches_itself
-        self.teacher = self._prepare_teacher(teacher) if is_apart else None
+        self.teacher = self._prepare_teacher(self._source) if is_apart else None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in `Trainer`: a new student for each trial of `hyperparameter_search`."""
+        model = super().call_model_init(trial)
+        self._connect(model, self.args)
+        return model
+
+    def _connect(self, model: nn.Module, args: DistillationArguments) -> None:
+        """Find what is compared between this student and the teacher."""
+        teacher = own_base(model, args) if self._source is None else self._source
+        if not self.teaches_itself:
+            check_separate(model, teacher)
+        self.pairing = pair(model, teacher, args, self.cache)
         if args.share_encoder:
-            base_of(model).get_encoder().requires_grad_(False)
+            share_encoder(model)
+
+    @property
+    def task(self) -> Task:
+        return self.pairing.task
+
+    @property
+    def pairs(self) -> Mapping[str, Mapping[str, Pairs]]:
+        return self.pairing.pairs
+
+    @property
+    def projections(self) -> nn.ModuleDict:
+        return self.pairing.projections
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """In eval mode, on the device; never given to accelerate, which would take it for a second student."""
@@ -136,43 +120,6 @@ class DistillationTrainer(StepTrainer):
         is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
         return teacher if is_placed else teacher.to(self.args.device)
 
-    def _pairs(self, model: nn.Module, teacher: nn.Module) -> dict[str, dict[str, Pairs]]:
-        """The layers that each loss compares, by stack."""
-        pairs = {}
-        for name, loss in self._losses.items():
-            if loss.needs_attentions:
-                layer_map = self.args.relation_layers if name == "relation" else self.args.layer_map
-                pairs[name] = map_attentions(model, teacher, layer_map, self.task.stacks)
-            elif loss.maps_layers:
-                pairs[name] = map_layers(model, teacher, self.args.layer_map, self.task.stacks)
-        return pairs
-
-    def _projections(self, model: nn.Module, teacher: nn.Module) -> nn.ModuleDict:
-        """For what has the width of the model; queries, keys and values are compared without."""
-        names = [
-            place_name(loss, stack, pair)
-            for loss in ("hidden", "attention_output")
-            for stack, own in self.pairs.get(loss, {}).items()
-            for pair in own
-        ]
-        names += ["embedding"] if "embedding" in self._losses else []
-        if not names:
-            return nn.ModuleDict()
-        return make_projections(names, (width(model), width(teacher)), next(model.parameters()).dtype)
-
-    def _to_record(self, model: nn.Module, side: int) -> Modules:
-        """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
-        wanted = {
-            (stack, pair[side] - 1)
-            for name, pairs in self.pairs.items()
-            if self._losses[name].needs_attentions
-            for stack, own in pairs.items()
-            for pair in own
-        }
-        if not wanted:
-            return {}
-        return {place: module for place, module in self_attentions(model, self.task.stacks).items() if place in wanted}
-
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -180,10 +127,10 @@ class DistillationTrainer(StepTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            columns += sorted(self._names["teacher"] - set(columns))
+            columns += sorted(set(self.pairing.names["teacher"]) - set(columns))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        for name in self._losses:
+        for name in self.pairing.losses:
             self.train_meter.add(name, 0.0, 1.0)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -207,7 +154,7 @@ class DistillationTrainer(StepTrainer):
 
     def _counts(self, batch: Batch) -> Counts:
         """The number of positions of each part of each loss in one batch."""
-        masks = [mask for loss in self._losses.values() for mask in loss.masks(batch).items()]
+        masks = [mask for loss in self.pairing.losses.values() for mask in loss.masks(batch).items()]
         return {part: mask.sum() for part, mask in masks}
 
     # ---- loss -------------------------------------------------------------------------------------------------------
@@ -226,8 +173,8 @@ class DistillationTrainer(StepTrainer):
         batch = self._batch(inputs)
         counts = self._counts(batch) if num_items_in_batch is None else num_items_in_batch
         share = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        needs_teacher = any(loss.needs_teacher for loss in self._losses.values())
-        sums, logits = self._run_student(model, batch, self._run_teacher(batch) if needs_teacher else None)
+        teacher = self._run_teacher(batch) if self.pairing.needs_teacher else None
+        sums, logits = self._run_student(model, batch, teacher)
         terms = {name: share * _mean(parts, counts) for name, parts in sums.items()}
         if num_items_in_batch is not None:
             for name, value in terms.items():
@@ -240,14 +187,14 @@ class DistillationTrainer(StepTrainer):
     ) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
         inputs = self._model_inputs("student", batch)
-        settings = replace(self._settings, temperature=self.args.temperature_at(self._progress()))
+        settings = self.pairing.settings(self.args, self._progress())
         if self.args.share_encoder and teacher is not None:
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=teacher.encoded)
 
         def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-            with recording(self._recorded["student"]) as attentions:
+            with recording(self.pairing.recorded["student"]) as attentions:
                 answer = read_answer(batch, forward(**inputs), attentions)
-            sums = {name: loss.sums(batch, answer, teacher, settings) for name, loss in self._losses.items()}
+            sums = {name: loss.sums(batch, answer, teacher, settings) for name, loss in self.pairing.losses.items()}
             # Detached: DDP takes parameters that only these logits reach for unused, as they are.
             return sums, None if answer.logits is None else answer.logits.detach()
 
@@ -266,7 +213,7 @@ class DistillationTrainer(StepTrainer):
         with (
             self._teacher() as teacher,
             self.accelerator.autocast(),
-            recording(self._recorded["teacher"]) as attentions,
+            recording(self.pairing.recorded["teacher"]) as attentions,
         ):
             return read_answer(batch, teacher(**inputs), attentions)
 
@@ -276,10 +223,8 @@ class DistillationTrainer(StepTrainer):
             return without_adapters(self.accelerator.unwrap_model(self.model))
         return nullcontext(self.teacher)
 
-    def _model_inputs(self, who: str, batch: Batch) -> dict[str, Any]:
-        student = base_of(self.accelerator.unwrap_model(self.model))
-        inputs = batch.model_inputs(self._names[who], student)
-        return inputs | wanted_states(self.pairs.get("hidden", {}), ("student", "teacher").index(who))
+    def _model_inputs(self, side: str, batch: Batch) -> dict[str, Any]:
+        return self.pairing.inputs(side, batch, base_of(self.accelerator.unwrap_model(self.model)))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -293,7 +238,7 @@ class DistillationTrainer(StepTrainer):
         """As in `Trainer`, but only the logits are gathered, and only the `ce` loss needs labels."""
         inputs = self._prepare_inputs(inputs)
         batch = self._batch(inputs, rows=self.real_rows(inputs))
-        if batch.labels is None and "ce" in self._losses:  # predict() on unlabelled data
+        if batch.labels is None and "ce" in self.pairing.losses:  # predict() on unlabelled data
             with torch.no_grad():
                 return None, self._outputs(batch.logits(model(**self._model_inputs("student", batch)))), None
         teacher = self._run_teacher(batch)
@@ -302,7 +247,7 @@ class DistillationTrainer(StepTrainer):
         counts = self._counts(batch)
         for part, total in (item for parts in sums.values() for item in parts.items()):
             self.eval_meter.add(part, total, counts[part])
-        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher.logits, self._settings.vocabulary))
+        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher.logits, self.pairing.vocabulary))
         loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
         if prediction_loss_only:
             return loss, None, None
@@ -320,7 +265,7 @@ class DistillationTrainer(StepTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.eval_meter.drain(self.accelerator)
         terms: dict[str, float] = {}
-        for name, loss in self._losses.items():
+        for name, loss in self.pairing.losses.items():
             parts = [value for part, value in means.items() if part in loss.parts]
             if parts:
                 terms[name] = sum(parts)
@@ -381,7 +326,7 @@ class DistillationTrainer(StepTrainer):
 
     def parts_of(self, name: str) -> tuple[str, ...]:
         """The parts of one loss, as they are counted and summed."""
-        return self._losses[name].parts
+        return self.pairing.losses[name].parts
 
     def _weighted(self, terms: dict[str, Any]) -> Any:
         return sum(self.args.losses[name] * value for name, value in terms.items())

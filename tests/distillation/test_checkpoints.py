@@ -7,13 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback
 
-from hf_efficient.distillation.projections import SIDE_FILE, load_projections, save_projections
+from hf_efficient.distillation.projections import ATTRIBUTE, SIDE_FILE, load_projections, save_projections
+from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import CheckpointError
 
+from .test_cache import make_cache
 from .test_trainer import ALL, make_trainer, weights
-from .tiny import make_pair
+from .tiny import arguments, collate, examples, make_pair
 
 SETTINGS = {
     "losses": ALL,
@@ -92,3 +94,92 @@ def test_the_best_checkpoint_comes_back_with_its_projections(tmp_path):
     assert trainer.evaluate()["eval_loss_hidden"] == pytest.approx(max(logs))
     side = load_file(tmp_path / "checkpoint-3" / SIDE_FILE)
     assert all(torch.equal(side[key], value) for key, value in trainer.projections.state_dict().items())
+
+
+EVERYTHING = SETTINGS | {
+    "losses": {"ce": 1.0, "kd": 1.0, "hidden": 0.5, "relation": 0.5},
+    "temperature": 4.0,
+    "temperature_final": 1.0,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "warmup_steps": 0.2,
+    "weight_decay": 0.1,
+}
+
+
+def pair_with_dropout(folder, is_cached):
+    student, teacher = make_pair("bert")
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    if is_cached:
+        teacher = make_cache("bert", folder / "cache", teacher, hidden_states=[0, 2, 4])
+    return student, teacher
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["live", "cached"])
+def test_a_run_killed_at_any_step_gives_the_weights_of_the_uninterrupted_one(is_cached, tmp_path):
+    """Bit for bit: dropout, accumulation, data order, schedules of rate and temperature, and the log."""
+    losses = EVERYTHING["losses"] if not is_cached else {"ce": 1.0, "kd": 1.0, "hidden": 0.5}
+
+    def make(folder):
+        pair = pair_with_dropout(tmp_path, is_cached)
+        return make_trainer("bert", folder, pair=pair, **EVERYTHING | {"losses": losses})
+
+    def logged(trainer):
+        return [entry["loss_kd"] for entry in trainer.state.log_history if "loss_kd" in entry]
+
+    straight = make(tmp_path / "straight")
+    straight.train()
+    assert len(set(logged(straight))) == 6
+    for step in range(1, 6):
+        torch.manual_seed(step)  # another process has another state
+        again = make(tmp_path / "again")
+        again.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert torch.equal(weights(again.model), weights(straight.model)), step
+        assert torch.equal(weights(again.projections), weights(straight.projections)), step
+        assert logged(again) == logged(straight)
+
+
+def test_training_stops_early_and_the_best_comes_back(tmp_path):
+    """With the loss of one term as the measure, and a projection that must come back with it."""
+    settings = {
+        "losses": ALL,
+        "max_steps": 30,
+        "learning_rate": 0.5,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss_kd",
+    }
+    trainer = make_trainer("bert", tmp_path, callbacks=[EarlyStoppingCallback(2)], **settings)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval_loss_kd" in entry]
+    best = min(range(len(entries)), key=lambda index: entries[index]["eval_loss_kd"])
+    assert trainer.state.global_step == len(entries) == best + 3 < 30
+    found = trainer.evaluate()
+    for name in ("eval_loss_kd", "eval_loss_hidden"):
+        assert found[name] == pytest.approx(entries[best][name], rel=1e-12)
+
+
+def test_a_search_makes_a_new_student_for_each_trial(tmp_path):
+    """`hyperparameter_search` without its optional packages: what it does to the trainer for one trial."""
+    _, teacher = make_pair("bert")
+    trainer = DistillationTrainer(
+        model_init=lambda: make_pair("bert")[0],
+        args=arguments(tmp_path, losses=ALL, learning_rate=0.1),
+        teacher=teacher,
+        train_dataset=examples("bert"),
+        data_collator=collate,
+    )
+    plain = {t: make_trainer("bert", tmp_path, losses=ALL, temperature=t, learning_rate=0.1) for t in (1.0, 5.0)}
+    for temperature, expected in plain.items():
+        trainer.args.temperature = temperature  # as `_hp_search_setup` sets what is tried
+        trainer.train()
+        expected.train()
+        assert torch.equal(weights(trainer.model), weights(expected.model))
+        assert not hasattr(trainer.model, ATTRIBUTE)

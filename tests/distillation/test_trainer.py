@@ -337,8 +337,8 @@ def test_what_is_refused(tmp_path):
         make(student, "bert-base-uncased")
     with pytest.raises(ConfigError, match=r"0 \(embeddings\) to 4"):
         make(student, teacher, losses=ALL, layer_map=[[1, 5]])
-    with pytest.raises(ConfigError, match="model_init"):
-        DistillationTrainer(student, arguments(tmp_path), teacher=teacher, model_init=bert)
+    with pytest.raises(ConfigError, match="compute_loss_func"):
+        DistillationTrainer(student, arguments(tmp_path), teacher=teacher, compute_loss_func=print)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):

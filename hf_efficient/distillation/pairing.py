@@ -1,0 +1,159 @@
+"""One student and one teacher, checked against each other: what of them is compared, and where to find it.
+
+pairing = pair(student, teacher, args)
+pairing.task, pairing.pairs["hidden"], pairing.projections
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .arguments import DistillationArguments
+from .batch import Batch, Task, base_of, forward_names
+from .cache import TeacherCache
+from .checks import check_cut, check_models, check_on_policy, check_shared_encoder, common_vocabulary
+from .hidden_states import wanted_states
+from .layer_map import Pairs, map_attentions, map_layers, width
+from .projections import make_projections
+from .recorded import Modules, self_attentions
+from .terms import LOSSES, Loss, LossSettings, place_name
+
+SIDES = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """
+    Fields:
+        losses: the entries of the table that are trained on.
+        pairs: by loss and stack the (student, teacher) layers that it compares.
+        projections: between the widths, where they differ.
+        names: what the forward of each side takes.
+        recorded: the attentions of each side that a loss looks into.
+        vocabulary: how many entries both vocabularies share, where one of them is padded.
+    """
+
+    task: Task
+    losses: Mapping[str, Loss]
+    pairs: Mapping[str, Mapping[str, Pairs]]
+    projections: nn.ModuleDict
+    names: Mapping[str, Collection[str]]
+    recorded: Mapping[str, Modules]
+    vocabulary: int | None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(loss.needs_teacher for loss in self.losses.values())
+
+    def settings(self, args: DistillationArguments, progress: float) -> LossSettings:
+        """The numbers of the losses when a fraction `progress` of the steps is done."""
+        return LossSettings(
+            temperature=args.temperature_at(progress),
+            temperature_squared=args.temperature_squared,
+            divergence=args.divergence,
+            beta=args.jsd_beta,
+            hidden_loss=args.hidden_loss,
+            attention_loss=args.attention_loss,
+            relation_heads=args.relation_heads,
+            embedding_loss=args.embedding_loss,
+            pooling=args.pooling,
+            pairs=self.pairs,
+            projections=self.projections,
+            vocabulary=self.vocabulary,
+        )
+
+    def inputs(self, side: str, batch: Batch, student: PreTrainedModel) -> dict[str, Any]:
+        """What the forward of one side is given; the student makes the decoder inputs of both."""
+        given = batch.model_inputs(self.names[side], student)
+        return given | wanted_states(self.pairs.get("hidden", {}), SIDES.index(side))
+
+
+def pair(
+    student: nn.Module, teacher: nn.Module, args: DistillationArguments, cache: TeacherCache | None = None
+) -> Pairing:
+    """Compare the models, and find what the losses need of them.
+
+    Raises:
+        ConfigError, UnsupportedModelError: models that cannot be compared so, or would silently be trained wrongly.
+    """
+    task = check_models(student, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
+    check_cut(task, args.losses, args.teacher_max_length)
+    if args.on_policy:
+        check_on_policy(student, args.losses, is_cached=cache is not None)
+    if args.share_encoder:
+        check_shared_encoder(task, student, teacher, args.losses)
+    losses = {name: LOSSES[name] for name in args.losses}
+    pairs = _pairs(student, teacher, args, losses, task)
+    if cache is not None:
+        cache.check(args, pairs)
+    return Pairing(
+        task=task,
+        losses=losses,
+        pairs=pairs,
+        projections=_projections(student, teacher, losses, pairs).to(args.device),
+        names={"student": forward_names(student), "teacher": forward_names(teacher)},
+        recorded={
+            side: _to_record(model, index, losses, pairs, task)
+            for index, (side, model) in enumerate(zip(SIDES, (student, teacher), strict=True))
+        },
+        vocabulary=common_vocabulary(student, teacher) if args.truncate_vocabulary else None,
+    )
+
+
+def share_encoder(student: nn.Module) -> None:
+    """Freeze what is not run again for the student."""
+    encoder: Any = base_of(student).get_encoder()
+    encoder.requires_grad_(False)
+
+
+def _pairs(
+    student: nn.Module, teacher: nn.Module, args: DistillationArguments, losses: Mapping[str, Loss], task: Task
+) -> dict[str, dict[str, Pairs]]:
+    """The layers that each loss compares, by stack."""
+    pairs = {}
+    for name, loss in losses.items():
+        if loss.needs_attentions:
+            layer_map = args.relation_layers if name == "relation" else args.layer_map
+            pairs[name] = map_attentions(student, teacher, layer_map, task.stacks)
+        elif loss.maps_layers:
+            pairs[name] = map_layers(student, teacher, args.layer_map, task.stacks)
+    return pairs
+
+
+def _projections(
+    student: nn.Module, teacher: nn.Module, losses: Mapping[str, Loss], pairs: Mapping[str, Mapping[str, Pairs]]
+) -> nn.ModuleDict:
+    """For what has the width of the model; queries, keys and values are compared without."""
+    names = [
+        place_name(loss, stack, place)
+        for loss in ("hidden", "attention_output")
+        for stack, own in pairs.get(loss, {}).items()
+        for place in own
+    ]
+    names += ["embedding"] if "embedding" in losses else []
+    if not names:
+        return nn.ModuleDict()
+    return make_projections(names, (width(student), width(teacher)), next(student.parameters()).dtype)
+
+
+def _to_record(
+    model: nn.Module,
+    side: int,
+    losses: Mapping[str, Loss],
+    pairs: Mapping[str, Mapping[str, Pairs]],
+    task: Task,
+) -> Modules:
+    """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
+    wanted = {
+        (stack, place[side] - 1)
+        for name, stacks in pairs.items()
+        if losses[name].needs_attentions
+        for stack, own in stacks.items()
+        for place in own
+    }
+    if not wanted:
+        return {}
+    return {place: module for place, module in self_attentions(model, task.stacks).items() if place in wanted}
