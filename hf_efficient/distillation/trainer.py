@@ -37,6 +37,7 @@ from .losses import MULTI_LABEL, REGRESSION
 from .pairing import pair, share_encoder
 from .projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
 from .recorded import recording
+from .sharding import resharded, shard_teacher
 from .terms import comparable
 from .top_k import TopLogits
 
@@ -50,7 +51,8 @@ class DistillationTrainer(StepTrainer):
         model: the student, a transformers model or a PEFT model around one.
         args: the losses and all training settings.
         teacher: a loaded model of the same kind. It is put in eval mode and moved to the student's device, and
-            runs without gradients; its weights and their `requires_grad` stay as they are. Or a `TeacherCache` of its
+            runs without gradients; its weights and their `requires_grad` stay as they are, but under FSDP it is shared
+            out among the processes. Or a `TeacherCache` of its
             answers to these data. Or `None` for a PEFT student, whose teacher is then its own base model, its
             adapters turned off: no second copy of the weights.
         kwargs: as in `Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, ...
@@ -117,6 +119,8 @@ class DistillationTrainer(StepTrainer):
         teacher.eval()
         if self.args.teacher_dtype is not None:
             teacher = teacher.to(getattr(torch, self.args.teacher_dtype))
+        if self.is_fsdp_enabled:
+            return shard_teacher(self.accelerator, teacher)
         is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
         return teacher if is_placed else teacher.to(self.args.device)
 
@@ -221,7 +225,7 @@ class DistillationTrainer(StepTrainer):
         """The teacher, or the student as it was."""
         if self.teaches_itself:
             return without_adapters(self.accelerator.unwrap_model(self.model))
-        return nullcontext(self.teacher)
+        return resharded(self.teacher) if self.is_fsdp_enabled else nullcontext(self.teacher)
 
     def _model_inputs(self, side: str, batch: Batch) -> dict[str, Any]:
         return self.pairing.inputs(side, batch, base_of(self.accelerator.unwrap_model(self.model)))
