@@ -10,12 +10,14 @@ in float32 at least; nothing valid gives a sum of 0 that is still connected to t
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError, unknown_name
+from .chunks import sum_rows
 from .divergences import find_divergence, log_probabilities
 from .top_k import TopLogits
 
@@ -24,14 +26,22 @@ REGRESSION = "regression"
 SINGLE_LABEL = "single_label_classification"
 
 
-def select(values: Tensor, mask: Tensor) -> Tensor:
-    """The entries of `values` where `mask` is true, in float32 or wider: [n, ...]."""
+def check_shape(values: Tensor, mask: Tensor) -> None:
+    """
+    Raises:
+        DataError: outputs that the mask does not fit.
+    """
     if values.shape[: mask.dim()] != mask.shape:
         raise DataError(
             f"A mask of shape {tuple(mask.shape)} does not fit model outputs of shape {tuple(values.shape)}. "
             "Models that change the sequence length (prompt tuning, image tokens, strided audio) cannot be matched "
             "position by position."
         )
+
+
+def select(values: Tensor, mask: Tensor) -> Tensor:
+    """The entries of `values` where `mask` is true, in float32 or wider: [n, ...]."""
+    check_shape(values, mask)
     chosen = values[mask]
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
@@ -41,9 +51,10 @@ def ce_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, problem: str = SING
 
     Shapes: logits [..., classes] with labels and mask [...]; multi-label and regression: all three [batch, labels].
     """
-    chosen = select(logits, mask)
     if problem == SINGLE_LABEL:
-        return F.cross_entropy(chosen, labels[mask], reduction="sum"), mask.sum()
+        check_shape(logits, mask)
+        return sum_rows(partial(F.cross_entropy, reduction="sum"), logits, (labels,), mask), mask.sum()
+    chosen = select(logits, mask)
     targets = labels[mask].to(chosen.dtype)
     if problem == MULTI_LABEL:
         return F.binary_cross_entropy_with_logits(chosen, targets, reduction="sum"), mask.sum()
@@ -69,20 +80,26 @@ def kd_loss(
     Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels]. A
     teacher's `TopLogits` are compared at their own temperature.
     """
+    check_shape(student, mask)
+    if problem == REGRESSION:
+        return F.mse_loss(select(student, mask), select(teacher, mask), reduction="sum"), mask.sum()
+    factor = temperature**2 if temperature_squared else 1.0
     compare = find_divergence(divergence)
     if isinstance(teacher, TopLogits):
-        values = compare(*teacher.where(mask).buckets(select(student, mask)), beta)
-        return values.sum() * (temperature**2 if temperature_squared else 1.0), mask.sum()
-    student, teacher = select(student, mask), select(teacher, mask)
-    if problem == REGRESSION:
-        return F.mse_loss(student, teacher, reduction="sum"), mask.sum()
-    binary = problem == MULTI_LABEL
-    values = compare(
-        log_probabilities(teacher, temperature, binary=binary),
-        log_probabilities(student, temperature, binary=binary),
-        beta,
-    )
-    return values.sum() * (temperature**2 if temperature_squared else 1.0), mask.sum()
+        kept = teacher.temperature
+
+        def of_top(own: Tensor, ids: Tensor, logits: Tensor, log_sum_exp: Tensor) -> Tensor:
+            return factor * compare(*TopLogits(ids, logits, log_sum_exp, kept).buckets(own), beta).sum()
+
+        return sum_rows(of_top, student, (teacher.ids, teacher.logits, teacher.log_sum_exp), mask), mask.sum()
+    check_shape(teacher, mask)
+
+    def of_all(own: Tensor, other: Tensor) -> Tensor:
+        sides = (other.to(torch.promote_types(other.dtype, torch.float32)), own)
+        logs = (log_probabilities(side, temperature, binary=problem == MULTI_LABEL) for side in sides)
+        return factor * compare(*logs, beta).sum()
+
+    return sum_rows(of_all, student, (teacher,), mask), mask.sum()
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "mse") -> tuple[Tensor, Tensor]:
