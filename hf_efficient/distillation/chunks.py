@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # numbers in one chunk; what has no more of them is not cut
+CHUNK = 1 << 18  # numbers in one chunk; what has no more of them is not cut
 
 RowLoss = Callable[..., Tensor]
 
@@ -31,20 +31,28 @@ def sum_rows(loss: RowLoss, logits: Tensor, others: Sequence[Tensor], mask: Tens
         return loss(logits[mask].to(wide), *(other[mask] for other in others))
     rows = logits.flatten(0, mask.dim() - 1)
     flat = [other.flatten(0, mask.dim() - 1) for other in others]
-    return _RowSum.apply(rows, loss, mask.flatten().nonzero().squeeze(1), wide, *flat)
+    return _RowSum.apply(rows, loss, mask.flatten(), wide, *flat)
 
 
 class _RowSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, loss: RowLoss, index: Tensor, wide: torch.dtype, *others: Tensor) -> Tensor:
-        gradient = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+    def forward(ctx: Any, rows: Tensor, loss: RowLoss, mask: Tensor, wide: torch.dtype, *others: Tensor) -> Tensor:
+        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=rows.device)
-        for part in index.split(max(1, CHUNK // rows.shape[-1])):
-            own = rows[part].to(wide)
+        size = max(1, CHUNK // rows.shape[-1])
+        counts = [int(part) for part in torch.stack([part.sum() for part in mask.split(size)]).tolist()]
+        for index, count in enumerate(counts):
+            part = slice(index * size, (index + 1) * size)
+            where: Any = slice(None) if count == len(mask[part]) else mask[part]  # a view, if all of them count
+            if gradient is not None and count < len(mask[part]):
+                gradient[part] = 0
+            if not count:
+                continue
+            own = rows[part][where].to(wide).detach()
             with torch.set_grad_enabled(gradient is not None):
-                value = loss(own.requires_grad_(gradient is not None), *(other[part] for other in others))
+                value = loss(own.requires_grad_(gradient is not None), *(other[part][where] for other in others))
             if gradient is not None:
-                gradient[part] = torch.autograd.grad(value, own)[0].to(gradient.dtype)
+                gradient[part][where] = torch.autograd.grad(value, own)[0].to(gradient.dtype)
             total += value.detach()
         ctx.save_for_backward(gradient)
         return total
