@@ -63,7 +63,8 @@ class StepTrainer(ExactTrainer):
     def __init__(self, model: PreTrainedModel | nn.Module, args: TrainingArguments, **kwargs: Any):
         super().__init__(model, args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        check_run(args, fsdp_version=plugin.fsdp_version if plugin else None)
+        zero_stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+        check_run(args, fsdp_version=plugin.fsdp_version if plugin else None, zero_stage=zero_stage)
         self.model_accepts_loss_kwargs = True  # how transformers < 5.19 is told that the loss is scaled
         self.train_meter, self.eval_meter = Meter(), Meter()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -161,13 +162,21 @@ def test_the_program(workplace):
     assert shown.returncode == 0 and "--temperature_squared" in shown.stdout and "--teacher" in shown.stdout
     wrong = call(script, *words(workplace, "--temperature", "0"))
     assert wrong.returncode == 2 and "temperature must be above 0" in wrong.stderr and "Traceback" not in wrong.stderr
-    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    flags = [*launcher.split(), "--dynamo_backend", "no", "--main_process_port", "0", script]
+    config = ROOT / "examples" / "accelerate" / "cpu_2.yaml"
+    flags = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", script]
     done = call(*flags, *words(workplace, "--losses", '{"kd": 1, "hidden": 1}', "--per_device_train_batch_size", "4"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((workplace / "out" / "all_results.json").read_text())["eval_loss_kd"] > 0
     state = json.loads((workplace / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(4 / 3)  # 24 rows in steps of 2 x 4: both processes took part
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_example_configs_are_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1 and config.num_machines == 1
+    assert getattr(config, "fsdp_config", {}).get("fsdp_version", 2) == 2
+    assert getattr(config, "deepspeed_config", {}).get("zero_stage", 2) == 2
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(workplace, capsys):

@@ -112,11 +112,11 @@ def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: b
         raise ConfigError("on_policy needs the teacher itself: a cache has no answers to texts written in training.")
 
 
-def check_run(args: TrainingArguments, *, fsdp_version: int | None) -> None:
+def check_run(args: TrainingArguments, *, fsdp_version: int | None, zero_stage: int | None = None) -> None:
     """Refuse ways of running in which the loss would be wrong.
 
     Raises:
-        ConfigError: nn.DataParallel or the first version of FSDP.
+        ConfigError: nn.DataParallel, the first version of FSDP, or ZeRO-3.
     """
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         raise ConfigError(
@@ -125,6 +125,11 @@ def check_run(args: TrainingArguments, *, fsdp_version: int | None) -> None:
         )
     if fsdp_version == 1:
         raise ConfigError("FSDP version 1 is not supported. Set fsdp_version: 2 in the accelerate config.")
+    if zero_stage == 3:
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 is not supported: it would share out a teacher that no engine gathers again. Use FSDP "
+            "version 2 (examples/accelerate/fsdp2.yaml), or zero_stage: 2."
+        )
 
 
 def check_separate(student: nn.Module, teacher: object) -> None:

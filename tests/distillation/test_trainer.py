@@ -354,3 +354,6 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     check_run(args, fsdp_version=2)
     with pytest.raises(ConfigError, match="fsdp_version: 2"):
         check_run(args, fsdp_version=1)
+    check_run(args, fsdp_version=None, zero_stage=2)
+    with pytest.raises(ConfigError, match="ZeRO-3 is not supported"):
+        check_run(args, fsdp_version=None, zero_stage=3)
