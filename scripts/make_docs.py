@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention_summary as summary  # noqa: E402
+import distillation_quality  # noqa: E402
 import pruning  # noqa: E402
 from attention_methods import CONFIGS  # noqa: E402
 
@@ -290,6 +291,55 @@ def _timed(report: dict) -> str:
     )
 
 
+def losses(report: dict) -> str:
+    """What each mix of losses gives, by job."""
+    found = distillation_quality.summary(report["cells"])
+    metrics = {cell["job"]: cell["metric"] for cell in report["cells"]}
+    mixes = [distillation_quality.UNTRAINED, *distillation_quality.MIXES]
+    rows = []
+    for job in (job for job in distillation_quality.JOBS if job in metrics):
+        scale, digits = (100, 1) if metrics[job] == "accuracy" else (1, 2)
+        cells = [found[job, mix] for mix in mixes]
+        values = [f"{scale * cell['value']:.{digits}f} ± {scale * cell['spread']:.{digits}f}" for cell in cells]
+        rows.append((job, metrics[job], f"{scale * cells[0]['teacher']:.{digits}f}", *values))
+        rows.append(("", "agreement, %", "", *(f"{100 * cell['agreement']:.1f}" for cell in cells)))
+    machine, seeds = report["environment"], len({cell["seed"] for cell in report["cells"]})
+    return table(("job", "", "teacher", *mixes), rows) + (
+        f"\nMean ± standard deviation over {seeds} seeds, {machine['cpu']}, commit {report['commit'][:7]}.\n"
+    )
+
+
+def distillation_cost(report: dict) -> str:
+    """What a step costs beside its parts and beside peers."""
+    names = {"live / (teacher + plain)": "live teacher / (teacher's forward + plain step)"}
+    names |= {"cached / plain": "cached teacher / plain step"}
+    rows = [
+        (pair, names.get(name, name), f"{value:.2f}", "{:.2f} to {:.2f}".format(*entry["quartiles"][name]))
+        for pair, entry in report["pairs"].items()
+        for name, value in entry["ratios"].items()
+    ]
+    machine = report["environment"]
+    return table(("pair", "time of a step", "ratio", "middle half"), rows) + (
+        f"\nMedians of {report['rounds']} rounds in turns, {machine['cpu']}, {report['threads']} threads, commit "
+        f"{report['commit'][:7]}.\n"
+    )
+
+
+def distillation_memory(report: dict) -> str:
+    """Arithmetic and measurement of each case."""
+    parts = list(next(iter(report["cases"].values()))["parts"])
+    rows = [
+        (
+            name,
+            *(f"{case['parts'][part] / 1e6:.0f}" for part in parts),
+            f"{case['arithmetic'] / 1e6:.0f}",
+            f"{case['measured'] / 1e6:.0f}",
+        )
+        for name, case in report["cases"].items()
+    ]
+    return table(("MB", *parts, "sum", "measured"), rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the results, and what makes a table of them
     "chooser": ("attention_cpu", chooser),
     "settings": ("attention_cpu", settings),
@@ -299,6 +349,9 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the 
     "pruned_news": ("pruning_bbc_cpu", partial(pruned, "bbc-news")),
     "distilled": ("pruning_distillation_cpu", distilled),
     "decoder": ("pruning_decoder_cpu", decoder),
+    "losses": ("distillation_quality_cpu", losses),
+    "distillation_cost": ("distillation_cpu", distillation_cost),
+    "distillation_memory": ("distillation_memory_cpu", distillation_memory),
     "pruned_speed": ("pruning_speed_cpu", pruned_speed),
     "latency": ("pruning_latency_cpu", latency),
     **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},

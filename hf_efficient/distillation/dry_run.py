@@ -82,7 +82,7 @@ def _steps(trainer: DistillationTrainer) -> Lines:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
     size = args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * processes
     split = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x {processes}"
-    rows = len(trainer.train_dataset)  # type: ignore[arg-type]
+    rows = len(trainer.train_dataset)
     return [
         ("steps", f"{steps:,} of {size} examples ({split} processes), {steps / epoch:.1f} epochs of {rows:,}"),
         ("writes to", str(args.output_dir)),

@@ -37,6 +37,12 @@ class ScriptArguments(DataArguments):
     student_layers: int | None = field(
         default=None, metadata={"help": "Cut the student from the teacher: keep this many layers of each stack."}
     )
+    student_heads: int | None = field(
+        default=None, metadata={"help": "With student_layers: keep this many attention heads of each layer."}
+    )
+    student_neurons: int | None = field(
+        default=None, metadata={"help": "With student_layers: keep this many neurons of each feed-forward network."}
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={"help": "Folder of scripts/cache_teacher.py with the teacher's answers to these data."},
@@ -54,6 +60,8 @@ class ScriptArguments(DataArguments):
                 "Give student (an existing model) or student_layers (cut from the teacher), one of them; "
                 f"got student={self.student!r} and student_layers={self.student_layers!r}."
             )
+        if self.student_layers is None and (self.student_heads or self.student_neurons):
+            raise ConfigError("student_heads and student_neurons cut the teacher: give student_layers too.")
         if self.student_layers is not None and self.student_layers < 1:
             raise ConfigError(f"student_layers must be 1 or more, got {self.student_layers}.")
 
@@ -135,7 +143,9 @@ def _checkpoint(script: ScriptArguments, args: DistillationArguments) -> str | N
 
 def _student(script: ScriptArguments, config: Any, teacher: PreTrainedModel | None) -> PreTrainedModel:
     if script.student_layers is not None and teacher is not None:
-        return build_student(teacher, script.student_layers)
+        return build_student(
+            teacher, script.student_layers, heads=script.student_heads, neurons=script.student_neurons
+        )
     labels: dict[str, Any] = {}
     if "label" in TASKS[script.task].columns:
         labels = {"id2label": config.id2label, "label2id": config.label2id}

@@ -3,6 +3,7 @@
     student = build_student(teacher, layers=3)                                # first, middle and last layer
     student = build_student(teacher, layers=[0, 2, 4])
     student = build_student(t5, layers={"decoder": 2}, layer_map="last")      # distil-whisper: a whole encoder
+    student = build_student(teacher, layers=3, heads=6, neurons=768)          # narrower too
 
 Kept teacher layers are a far better start than a fresh small model (DistilBERT, Sanh et al. 2019).
 """
@@ -16,6 +17,8 @@ from ..families import find_stacks
 from ..models.block import EfficientBlock
 from ..models.building import check_model
 from ..models.configs import block_of
+from ..pruning.groups import find_groups
+from ..pruning.importance import magnitude
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import apply_plan
 from .layer_map import MAPS, chosen_layers
@@ -24,35 +27,65 @@ Layers = int | Sequence[int]
 
 
 def build_student(
-    teacher: PreTrainedModel, layers: Layers | Mapping[str, Layers], *, layer_map: str = "linspace"
+    teacher: PreTrainedModel,
+    layers: Layers | Mapping[str, Layers] | None = None,
+    *,
+    layer_map: str = "linspace",
+    heads: int | None = None,
+    neurons: int | None = None,
 ) -> PreTrainedModel:
     """A new, independent model of the teacher's class that keeps `layers` of it; weights are copied.
 
     Parameters:
         layers: how many layers to keep, or which (from 0, in rising order). In encoder-decoders it goes for both
             stacks; a mapping `{"encoder": ..., "decoder": ...}` treats them apart, and a stack that it does not name
-            stays whole.
+            stays whole. `None`: all layers.
+        heads: how many attention heads each layer keeps; under grouped-query attention, key/value heads with their
+            query heads.
+        neurons: how many neurons each feed-forward network keeps.
         layer_map: which layers a number means: `linspace` (from the first to the last), `uniform` or `last`.
+
+    The heads and neurons with the largest weights stay (Li et al. 2017); `prune` chooses better, with calibration
+    data, and can treat layers differently. The width of the hidden states stays the teacher's, so the `hidden` loss
+    needs no projection.
 
     The config remembers the kept layers, and `DistillationArguments(layer_map="auto")` follows them.
 
     Raises:
-        ConfigError: a stack or layer that the teacher does not have.
+        ConfigError: a stack, layer, or number of heads or neurons that the teacher does not have.
         UnsupportedModelError: a model outside the table of families, quantised, or wrapped by PEFT.
     """
     depths = {stack.name: len(modules) for stack, modules in find_stacks(check_model(teacher))}
     if layer_map not in MAPS or layer_map == "auto":
         raise unknown_name("layer_map", layer_map, [name for name in MAPS if name != "auto"])
-    wanted = layers if isinstance(layers, Mapping) else dict.fromkeys(depths, layers)
+    wanted = dict.fromkeys(depths, layers) if not isinstance(layers, Mapping | None) else layers or {}
     for stack in wanted:
         if stack not in depths:
             raise unknown_name("stack of this model", stack, depths)
     kept = {stack: _kept(wanted[stack], depths[stack], layer_map) for stack in depths if stack in wanted}
-    student = apply_plan(teacher, PruningPlan(layers=kept))
+    student = apply_plan(teacher, PruningPlan(layers=kept, units=_units(teacher, kept, heads, neurons)))
     everything = {stack: tuple(range(depth)) for stack, depth in depths.items()}
     block = EfficientBlock(stacks=block_of(student.config).stacks, kept_layers=everything | kept)
     student.config.efficient = block.to_dict()
     return student
+
+
+def _units(
+    teacher: PreTrainedModel, kept: Mapping[str, tuple[int, ...]], heads: int | None, neurons: int | None
+) -> dict[str, tuple[int, ...]]:
+    """The units with the largest weights, of the groups of kept layers."""
+    if heads is None and neurons is None:
+        return {}
+    groups = [g for g in find_groups(teacher) if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
+    units = {}
+    for group, scores in magnitude(teacher, groups).items():
+        name, count = ("neurons", neurons) if group.kind == "neurons" else ("heads", heads)
+        if count is None:
+            continue
+        if type(count) is not int or not 1 <= count <= group.units:
+            raise ConfigError(f"{name}={count!r} must be from 1 to {group.units}, what {group.name} has.")
+        units[group.name] = tuple(sorted(scores.topk(count).indices.tolist()))
+    return units
 
 
 def _kept(layers: Layers, depth: int, layer_map: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
+from hf_efficient.pruning.groups import find_groups
 
 from .test_trainer import make_trainer
 from .tiny import ARCHITECTURES, collate, examples, make_pair
@@ -104,3 +105,53 @@ def test_other_errors():
         build_student(teacher, 2, layer_map="auto")
     with pytest.raises(UnsupportedModelError, match="transformers model"):
         build_student(torch.nn.Linear(2, 2), 1)
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_a_narrower_student_keeps_the_heads_and_neurons_with_the_largest_weights(case, tmp_path):
+    _, teacher = make_pair(case)
+    groups = {group.name: group for group in find_groups(teacher)}
+    chosen = {}
+    with torch.no_grad():
+        for name, group in groups.items():
+            count = 1 if "heads" in name else 8
+            order = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
+            chosen[name] = set(order[:count].tolist())
+            for member in group.members:
+                output = teacher.get_parameter(f"{member.prefix}.{member.output.name}")
+                for unit in chosen[name]:
+                    output.index_fill_(
+                        member.output.dim, member.output.rows(torch.tensor([unit]), output), 10.0 + unit
+                    )
+    student = build_student(teacher, layers=2, heads=1, neurons=8)
+    sizes = {(group.kind, group.units) for group in find_groups(student)}
+    assert {kind for kind, _ in sizes} <= {"heads", "cross_heads", "neurons"}
+    assert all(units == (8 if kind == "neurons" else 1) for kind, units in sizes)
+    for new, old in zip(find_groups(student), _groups_of_kept(teacher), strict=True):
+        for own, other in zip(new.members, old.members, strict=False):
+            got = student.get_parameter(f"{own.prefix}.{own.output.name}")
+            whole = teacher.get_parameter(f"{other.prefix}.{other.output.name}")
+            rows = other.output.rows(torch.tensor(sorted(chosen[old.name])), whole)
+            assert torch.equal(got, whole.index_select(other.output.dim, rows))
+    trainer = make_trainer(case, tmp_path, pair=(student, teacher), losses={"kd": 1.0, "hidden": 1.0}, max_steps=2)
+    assert not trainer.projections
+    trainer.train()
+    student.save_pretrained(tmp_path / "student")
+    again = type(student).from_pretrained(tmp_path / "student", dtype=torch.float64).eval()
+    batch = collate(examples(case))
+    assert torch.equal(again(**batch).logits, student.eval()(**batch).logits)
+
+
+def _groups_of_kept(teacher):
+    """The first and the last layer's; T5's heads are one group of all layers."""
+    return [group for group in find_groups(teacher) if set(group.layers) & {0, 3}]
+
+
+def test_narrow_in_all_layers_and_wrong_widths():
+    _, teacher = make_pair("bert")
+    student = build_student(teacher, neurons=8)
+    assert student.config.num_hidden_layers == 4
+    assert {group.units for group in find_groups(student) if group.kind == "neurons"} == {8}
+    for settings in ({"heads": 3}, {"heads": 0}, {"neurons": 49}, {"neurons": True}):
+        with pytest.raises(ConfigError, match="must be from 1 to"):
+            build_student(teacher, layers=2, **settings)
