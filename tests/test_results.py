@@ -226,3 +226,35 @@ def test_a_decoder_keeps_its_perplexity():
     cells = {(cell["method"], cell["ratio"]): cell["perplexity"] for cell in report["cells"]}
     assert cells["default", 0.3] <= 2 * cells["dense", 0.0]
     assert cells["default", 0.3] < cells["default without reconstruction", 0.3] < cells["random", 0.3]
+
+
+# Ratios of benchmarks/distillation.py above their target of 1.05, with what was measured. The pair `language` is so
+# small that the arithmetic of its 16,384 logits is most of a step; docs/distillation.md says the same.
+KNOWN_STEPS: dict[tuple[str, str], float] = {
+    ("language", "live / (teacher + plain)"): 1.14,
+    ("language", "cached / plain"): 1.16,
+}
+
+
+@pytest.mark.parametrize("ratio", ["live / (teacher + plain)", "cached / plain"])
+@pytest.mark.parametrize("pair", ["classifier", "language"])
+def test_a_step_of_distillation_costs_its_parts(pair, ratio):
+    found = json.loads((RESULTS / "distillation_cpu.json").read_text())["pairs"][pair]["ratios"][ratio]
+    if (pair, ratio) in KNOWN_STEPS:
+        assert 1.05 < found <= KNOWN_STEPS[pair, ratio]
+    else:
+        assert found <= 1.05
+
+
+def test_distillation_is_as_fast_as_its_peers_and_computes_the_same():
+    report = json.loads((RESULTS / "distillation_cpu.json").read_text())
+    assert report["pairs"]["classifier"]["ratios"]["TextBrewer / ours"] >= 1
+    assert report["pairs"]["language"]["ratios"]["TRL / ours"] >= 1
+    assert len(report["values"]) == 5 and max(report["values"].values()) < 1e-12
+    assert all(count <= 2 for name, count in report["copies"].items() if name.startswith("ours"))
+    assert not report["commit"].endswith("dirty")
+
+
+def test_the_memory_of_distillation_is_what_the_page_counts():
+    for case in json.loads((RESULTS / "distillation_memory_cpu.json").read_text())["cases"].values():
+        assert case["measured"] == pytest.approx(case["arithmetic"], rel=0.15)

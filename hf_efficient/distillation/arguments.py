@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, unknown_name
@@ -126,6 +127,13 @@ class DistillationArguments(TrainingArguments):
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "At which the student draws its tokens with on_policy."}
     )
+    compile_student: str | None = field(
+        default=None,
+        metadata={
+            "help": "Run the student's forward through torch.compile with this backend, such as inductor; in place of "
+            "torch_compile, which would compile the losses anew at every step."
+        },
+    )
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Cast the teacher to float32, bfloat16 or float16; default: as it was loaded."}
     )
@@ -164,6 +172,14 @@ class DistillationArguments(TrainingArguments):
                 raise ConfigError(
                     f"{name} must be above 0 and at most {MAX_TEMPERATURE:g}, got {value!r}; usual are 1 to 10."
                 )
+        if self.compile_student is not None:
+            _check_name("compile_student", self.compile_student, torch._dynamo.list_backends(None))
+            looking = [name for name in self.losses if LOSSES[name].needs_attentions]
+            if looking:
+                raise ConfigError(
+                    f"compile_student hides the attentions that {' and '.join(f'`{n}`' for n in looking)} look into. "
+                    "Leave one of them out."
+                )
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy must be a fraction from 0 to 1, got {self.on_policy!r}.")
         if not 0 < self.sampling_temperature <= MAX_TEMPERATURE:
@@ -187,7 +203,8 @@ class DistillationArguments(TrainingArguments):
         reasons = {
             "label_smoothing_factor": "the teacher's soft labels take its place",
             "use_liger_kernel": "its fused loss does not give the logits that kd compares",
-            "torch_compile": "the losses run inside the student's forward, which would be compiled anew at every step",
+            "torch_compile": "the losses run in the student's forward, which would be compiled anew at every step; "
+            "compile_student='inductor' compiles the forward alone",
         }
         for name, reason in reasons.items():
             if getattr(self, name):

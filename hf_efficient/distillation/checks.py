@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -110,6 +111,18 @@ def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: b
         )
     if is_cached:
         raise ConfigError("on_policy needs the teacher itself: a cache has no answers to texts written in training.")
+
+
+def check_sharded(args: Any, *, teaches_itself: bool) -> None:
+    """Whether `DistillationArguments` can be honoured under FSDP, where a weight is whole only while its layer runs.
+
+    Raises:
+        ConfigError: a student that generates, or that is its own teacher.
+    """
+    if args.on_policy:
+        raise ConfigError("on_policy cannot be had under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
+    if teaches_itself:
+        raise ConfigError("Under FSDP a PEFT student cannot be its own teacher. Give a teacher, which is sharded too.")
 
 
 def check_run(args: TrainingArguments, *, fsdp_version: int | None, zero_stage: int | None = None) -> None:

@@ -54,10 +54,12 @@ class _RowSum(torch.autograd.Function):
             if gradient is not None:
                 gradient[part][where] = torch.autograd.grad(value, own)[0].to(gradient.dtype)
             total += value.detach()
-        ctx.save_for_backward(gradient)
+        ctx.gradient = gradient
         return total
 
     @staticmethod
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient.mul_(output), *[None] * (len(ctx.needs_input_grad) - 1))  # in place: it is used once
+        gradient, ctx.gradient = ctx.gradient, None  # let go of, so that autograd adds to it in place
+        if gradient is None:
+            raise RuntimeError("The gradient of these logits was used already: a second backward needs a new forward.")
+        return (gradient.mul_(output), *[None] * (len(ctx.needs_input_grad) - 1))

@@ -11,7 +11,7 @@ All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEF
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ from .answers import Answer, read_answer
 from .arguments import DistillationArguments
 from .batch import Batch, Task, base_of, first_tokens
 from .cache import TeacherCache
-from .checks import check_separate
+from .checks import check_separate, check_sharded
 from .forward import call_inside
 from .generation import write
 from .layer_map import Pairs
@@ -82,6 +82,8 @@ class DistillationTrainer(StepTrainer):
         if model is not None:
             self._connect(model, args)
         super().__init__(model, args, **kwargs)  # makes the student, where it is given as model_init
+        if self.is_fsdp_enabled:
+            check_sharded(args, teaches_itself=self.teaches_itself)
         if self.cache is not None:
             self.data_collator = self.cache.collator(self.data_collator)
         is_apart = self.cache is None and not self.teaches_itself
@@ -99,6 +101,7 @@ class DistillationTrainer(StepTrainer):
         if not self.teaches_itself:
             check_separate(model, teacher)
         self.pairing = pair(model, teacher, args, self.cache)
+        self._kept_forward: Callable | None = None
         if args.share_encoder:
             share_encoder(model)
 
@@ -193,16 +196,24 @@ class DistillationTrainer(StepTrainer):
         inputs = self._model_inputs("student", batch)
         settings = self.pairing.settings(self.args, self._progress())
         if self.args.share_encoder and teacher is not None:
-            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=teacher.encoded)
+            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=_as(model, teacher.encoded))
 
         def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
             with recording(self.pairing.recorded["student"]) as attentions:
-                answer = read_answer(batch, forward(**inputs), attentions)
+                answer = read_answer(batch, self._compiled(forward)(**inputs), attentions)
             sums = {name: loss.sums(batch, answer, teacher, settings) for name, loss in self.pairing.losses.items()}
             # Detached: DDP takes parameters that only these logits reach for unused, as they are.
             return sums, None if answer.logits is None else answer.logits.detach()
 
         return call_inside(model, self.accelerator.unwrap_model(model, keep_torch_compile=False), body)
+
+    def _compiled(self, forward: Callable) -> Callable:
+        """The student's forward, compiled once for the whole run where that was asked for."""
+        if self.args.compile_student is None:
+            return forward
+        if self._kept_forward is None:
+            self._kept_forward = torch.compile(forward, backend=self.args.compile_student)
+        return self._kept_forward
 
     def _progress(self) -> float:
         return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
@@ -334,6 +345,11 @@ class DistillationTrainer(StepTrainer):
 
     def _weighted(self, terms: dict[str, Any]) -> Any:
         return sum(self.args.losses[name] * value for name, value in terms.items())
+
+
+def _as(model: nn.Module, states: Any) -> Tensor:
+    """In the precision of the student, where the teacher has another."""
+    return states.to(next(model.parameters()).dtype)
 
 
 def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:

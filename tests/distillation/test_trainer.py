@@ -344,7 +344,7 @@ def test_what_is_refused(tmp_path):
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     from transformers.training_args import ParallelMode
 
-    from hf_efficient.distillation.checks import check_run
+    from hf_efficient.distillation.checks import check_run, check_sharded
 
     args = arguments(tmp_path)
     monkeypatch.setattr(type(args), "parallel_mode", ParallelMode.NOT_DISTRIBUTED)
@@ -355,5 +355,40 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="fsdp_version: 2"):
         check_run(args, fsdp_version=1)
     check_run(args, fsdp_version=None, zero_stage=2)
+    check_sharded(args, teaches_itself=False)
+    with pytest.raises(ConfigError, match="is sharded too"):
+        check_sharded(args, teaches_itself=True)
+    with pytest.raises(ConfigError, match="do not generate"):
+        check_sharded(arguments(tmp_path, losses={"kd": 1.0}, on_policy=1.0), teaches_itself=False)
     with pytest.raises(ConfigError, match="ZeRO-3 is not supported"):
         check_run(args, fsdp_version=None, zero_stage=3)
+
+
+@pytest.mark.parametrize("case", ["bert", "llama"])
+def test_a_compiled_student_learns_the_same(case, tmp_path):
+    """And is compiled for its first shapes, not at every step."""
+    settings = {"losses": ALL, "max_steps": 6, "per_device_train_batch_size": 4}
+    plain = trained(case, tmp_path, **settings)
+    torch._dynamo.reset()
+    trainer = make_trainer(case, tmp_path, compile_student="aot_eager", **settings)
+    graphs = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    trainer.add_callback(Count())
+    trainer.train()
+    assert torch.allclose(weights(trainer.model), plain, rtol=1e-9, atol=1e-12)
+    assert graphs[0] > 0 and graphs[-1] == graphs[3]
+    torch._dynamo.reset()
+
+
+def test_what_compiling_rules_out(tmp_path):
+    for settings, message in (
+        ({"compile_student": "inducter"}, "Did you mean 'inductor'"),
+        ({"compile_student": "inductor", "losses": {"relation": 1.0}}, "`relation`"),
+        ({"torch_compile": True}, "compile_student='inductor'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            arguments(tmp_path, **settings)
