@@ -301,11 +301,19 @@ def losses(report: dict) -> str:
         scale, digits = (100, 1) if metrics[job] == "accuracy" else (1, 2)
         cells = [found[job, mix] for mix in mixes]
         values = [f"{scale * cell['value']:.{digits}f} ± {scale * cell['spread']:.{digits}f}" for cell in cells]
-        rows.append((job, metrics[job], f"{scale * cells[0]['teacher']:.{digits}f}", *values))
+        seeds = int(min(cell["seeds"] for cell in cells))
+        rows.append(
+            (
+                f"{job} ({seeds} seed{'s' * (seeds > 1)})",
+                metrics[job],
+                f"{scale * cells[0]['teacher']:.{digits}f}",
+                *values,
+            )
+        )
         rows.append(("", "agreement, %", "", *(f"{100 * cell['agreement']:.1f}" for cell in cells)))
-    machine, seeds = report["environment"], len({cell["seed"] for cell in report["cells"]})
+    machine = report["environment"]
     return table(("job", "", "teacher", *mixes), rows) + (
-        f"\nMean ± standard deviation over {seeds} seeds, {machine['cpu']}, commit {report['commit'][:7]}.\n"
+        f"\nMean ± standard deviation over the seeds, {machine['cpu']}, commit {report['commit'][:7]}.\n"
     )
 
 
