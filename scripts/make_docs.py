@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -292,10 +293,12 @@ def _timed(report: dict) -> str:
 
 
 def losses(report: dict) -> str:
-    """What each mix of losses gives, by job."""
-    found = distillation_quality.summary(report["cells"])
-    metrics = {cell["job"]: cell["metric"] for cell in report["cells"]}
+    """What each mix of losses gives, by job, over the seeds that have all mixes."""
     mixes = [distillation_quality.UNTRAINED, *distillation_quality.MIXES]
+    runs = Counter((cell["job"], cell["seed"]) for cell in report["cells"])
+    cells = [cell for cell in report["cells"] if runs[cell["job"], cell["seed"]] == len(mixes)]
+    found = distillation_quality.summary(cells)
+    metrics = {cell["job"]: cell["metric"] for cell in cells}
     rows = []
     for job in (job for job in distillation_quality.JOBS if job in metrics):
         scale, digits = (100, 1) if metrics[job] == "accuracy" else (1, 2)
