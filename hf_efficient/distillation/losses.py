@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError, unknown_name
 from .chunks import sum_rows
-from .divergences import find_divergence, log_probabilities
+from .divergences import find_divergence, forward_kl_of_logits, log_probabilities
 from .top_k import TopLogits
 
 MULTI_LABEL = "multi_label_classification"
@@ -96,6 +96,8 @@ def kd_loss(
 
     def of_all(own: Tensor, other: Tensor) -> Tensor:
         sides = (other.to(torch.promote_types(other.dtype, torch.float32)), own)
+        if divergence == "forward" and problem != MULTI_LABEL:
+            return factor * forward_kl_of_logits(*sides, temperature)
         logs = (log_probabilities(side, temperature, binary=problem == MULTI_LABEL) for side in sides)
         return factor * compare(*logs, beta).sum()
 

@@ -40,6 +40,13 @@ def test_kd_equals_the_naive_twin(mask, divergence, temperature):
     assert count == mask.sum()
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_of_kd_is_that_of_finite_differences(mask, divergence):
+    student, teacher = logits(B, T, V).requires_grad_(), logits(B, T, V, seed=1)
+    settings = {"temperature": 1.7, "divergence": divergence, "beta": 0.3}
+    assert torch.autograd.gradcheck(lambda own: kd_loss(own, teacher, mask, **settings)[0], student)
+
+
 def test_the_divergences_differ(mask):
     student, teacher = logits(B, T, V), logits(B, T, V, seed=1)
     values = {kd_loss(student, teacher, mask, divergence=name)[0].item() for name in DIVERGENCES}
