@@ -231,8 +231,8 @@ def test_a_decoder_keeps_its_perplexity():
 # Ratios of benchmarks/distillation.py above their target of 1.05, with what was measured. The pair `language` is so
 # small that the arithmetic of its 16,384 logits is most of a step; docs/distillation.md says the same.
 KNOWN_STEPS: dict[tuple[str, str], float] = {
-    ("language", "live / (teacher + plain)"): 1.14,
-    ("language", "cached / plain"): 1.16,
+    ("language", "live / (teacher + plain)"): 1.10,
+    ("language", "cached / plain"): 1.17,
 }
 
 
