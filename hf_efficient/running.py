@@ -282,6 +282,7 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
         target,
         losses=settings.losses,
         temperature=settings.temperature,
+        **settings.options,
         teacher_max_length=teacher_cut(run.recipe, settings, teacher.config),
     )
     parameters, callbacks = student.num_parameters(), []

@@ -67,6 +67,10 @@ def flag(default: bool) -> Any:
     return _field(default, "true or false", lambda value: isinstance(value, bool))
 
 
+# An argument of `DistillationArguments`, which says what it means and checks it; null: its default.
+OPTION = {"rule": Rule("a value of DistillationArguments", lambda value: True)}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of the sections: checks every field by its rule; whole numbers in float fields become floats."""
@@ -227,6 +231,19 @@ class DistillSettings(TrainingSettings):
         },
     )
 
+    temperature_final: float | None = field(default=None, metadata=OPTION)
+    temperature_squared: bool | None = field(default=None, metadata=OPTION)
+    divergence: str | None = field(default=None, metadata=OPTION)
+    jsd_beta: float | None = field(default=None, metadata=OPTION)
+    soft_positions: str | None = field(default=None, metadata=OPTION)
+    hidden_loss: str | None = field(default=None, metadata=OPTION)
+    attention_loss: str | None = field(default=None, metadata=OPTION)
+    relation_heads: int | None = field(default=None, metadata=OPTION)
+    relation_layers: Any = field(default=None, metadata=OPTION)
+    embedding_loss: str | None = field(default=None, metadata=OPTION)
+    pooling: str | None = field(default=None, metadata=OPTION)
+    layer_map: Any = field(default=None, metadata=OPTION)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         from .distillation.terms import LOSSES
@@ -235,12 +252,32 @@ class DistillSettings(TrainingSettings):
             if name not in LOSSES:
                 raise ConfigError(f"losses: {unknown_name('loss', name, LOSSES)}")
         object.__setattr__(self, "losses", {name: float(weight) for name, weight in self.losses.items()})
+        for name, value in self.options.items():
+            _check_option(name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `DistillationArguments` that were given, beside losses and temperature."""
+        names = [entry.name for entry in dataclasses.fields(self) if entry.metadata["rule"] is OPTION["rule"]]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """`prune` only where it is asked for."""
-        written = super().to_dict()
-        del written["prune"]
+        """Options and `prune` only where they are asked for."""
+        written = {name: value for name, value in super().to_dict().items() if value is not None or name in _PLAIN}
         return written if self.prune is None else written | {"prune": self.prune.to_dict()}
+
+
+_PLAIN = {entry.name for entry in dataclasses.fields(TrainingSettings)}
+
+
+def _check_option(name: str, value: Any) -> None:
+    """As `DistillationArguments` checks it; its import is paid by those who use one."""
+    from .distillation.arguments import DistillationArguments
+
+    try:
+        DistillationArguments(output_dir="unused", report_to="none", **{name: value})
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True)

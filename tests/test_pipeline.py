@@ -219,6 +219,15 @@ def test_zeros_stay_through_distillation_and_the_card_says_what_they_bring(tmp_p
 WHILE_TRAINING = {"ratio": 0.4, "importance": "movement", "start": 0.1, "end": 0.5, "every": 2}
 
 
+def test_options_of_distillation_reach_it(tmp_path):
+    distill = {"max_steps": 1, "losses": {"hidden": 1.0}, "layer_map": "last"}
+    recipe = TINY | {"stages": [{"distill": distill}], "teacher": {"max_steps": 1}}
+    compress(Recipe.from_dict(recipe), output_dir=tmp_path / "out")
+    wrong = TINY | {"stages": [{"distill": distill | {"layer_map": [[9, 9]]}}], "teacher": {"max_steps": 1}}
+    with pytest.raises(ConfigError, match="9"):
+        compress(Recipe.from_dict(wrong), output_dir=tmp_path / "wrong")
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("granularity", [["head", "neuron"], ["weight"]])
 def test_pruning_while_distilling_goes_on_after_kill_9(granularity, tmp_path):

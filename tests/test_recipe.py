@@ -513,6 +513,33 @@ def test_a_pattern_of_zeros_says_the_ratio(tmp_path):
     assert other.stages[0].settings.config.ratio == 0.5 and other.stages[0].settings.config.structure == (2, 4)
 
 
+def test_distillation_takes_the_options_of_its_arguments():
+    plain = Recipe.from_dict(BASE | {"stages": [{"distill": {}}]})
+    assert not {"divergence", "layer_map", "prune"} & plain.to_dict()["stages"][0]["distill"].keys()
+    asked = {"divergence": "jsd", "jsd_beta": 0.3, "layer_map": [[1, 2]], "temperature_final": 1.0, "pooling": "cls"}
+    recipe = Recipe.from_dict(BASE | {"stages": [{"distill": asked}]})
+    assert recipe.stages[0].settings.options == asked
+    assert Recipe.from_dict(recipe.to_dict()) == recipe and recipe.fingerprint() != plain.fingerprint()
+    other = recipe.with_overrides({"distill.divergence": "reverse", "distill.layer_map": "last"})
+    assert other.stages[0].settings.options == asked | {"divergence": "reverse", "layer_map": "last"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("divergence", "revers", "Did you mean 'reverse'"),
+        ("jsd_beta", 1.0, "between 0 and 1"),
+        ("jsd_beta", "half", "jsd_beta: "),
+        ("layer_map", "frist", "Unknown layer_map"),
+        ("relation_heads", 0, "1 or more"),
+        ("temperature_final", -1, "above 0"),
+    ],
+)
+def test_a_wrong_option_of_distillation_is_named(name, value, said):
+    with pytest.raises(ConfigError, match=rf"stages\[0\]\.distill\.{name}: .*{said}" if ":" not in said else name):
+        Recipe.from_dict(BASE | {"stages": [{"distill": {name: value}}]})
+
+
 def test_distillation_may_prune():
     asked = {"ratio": 0.4, "granularity": ["weight"], "importance": "movement", "start": 0.1, "every": 3}
     recipe = Recipe.from_dict(BASE | {"stages": [{"distill": {"prune": asked}}]})
