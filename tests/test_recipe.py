@@ -530,7 +530,7 @@ def test_distillation_takes_the_options_of_its_arguments():
         ("divergence", "revers", "Did you mean 'reverse'"),
         ("jsd_beta", 1.0, "between 0 and 1"),
         ("jsd_beta", "half", "jsd_beta: "),
-        ("layer_map", "frist", "Unknown layer_map"),
+        ("layer_map", "lastt", "Unknown layer_map"),
         ("relation_heads", 0, "1 or more"),
         ("temperature_final", -1, "above 0"),
     ],
