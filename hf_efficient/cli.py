@@ -1,13 +1,15 @@
-"""The command line: `hf-efficient compress | plan | measure | list | env`. Each command is a thin call of the library.
+"""The command line, `hf-efficient COMMAND`. Each command is a thin call of the library.
 
-Heavy imports stand inside the commands, so that `--help` answers at once. A user's error is one line and exit code 1;
-anything else is a defect and shows its traceback.
+Heavy imports stand inside the commands, so that `--help` answers at once. Exit codes: 0; 1 for an error that the user
+can mend, told in one message (`--debug` shows where it arose); 2 for a command line that cannot be read; 130 after
+ctrl-C. Anything else is a defect and shows its traceback.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,31 +20,66 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+DEBUG = "HF_EFFICIENT_DEBUG"
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
 
 
 @app.command(context_settings=OVERRIDES)
 def compress(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe (see `hf-efficient list recipes`) or a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A shipped recipe (see `hf-efficient list recipes`), a YAML file, or the folder of a run."
+        ),
+    ],
     output_dir: Annotated[Path | None, typer.Option(help="Default: out/<recipe name>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and never begin a new one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run a recipe and write model, report, plots and card.
 
     Any recipe key can be overridden: `--prune.ratio 0.5 --data.limit 200`. The same command again continues a run that
-    was stopped.
+    was stopped, and so does `compress FOLDER` with the folder of that run.
     """
     from .pipeline import MODEL
     from .pipeline import compress as run
     from .recipe import Recipe
     from .reporting.tables import text_table
+    from .workspace import RECIPE
 
     if recipe.startswith("-"):
         raise ConfigError(f"The recipe comes first: `hf-efficient compress RECIPE {recipe} ...`.")
     _quiet_libraries()
-    chosen = Recipe.from_yaml(recipe).with_overrides(parse_overrides(context.args))
-    folder = output_dir or Path("out") / chosen.name
+    path = Path(recipe)
+    begun = (path / RECIPE).is_file()
+    if begun and (context.args or (output_dir or path) != path):
+        raise ConfigError(
+            f"{recipe} goes on with the recipe it began with, there. Leave out the overrides and the folder."
+        )
+    chosen = Recipe.from_yaml(path / RECIPE if begun else recipe).with_overrides(parse_overrides(context.args))
+    folder = path if begun else output_dir or Path("out") / chosen.name
+    if resume and not (folder / RECIPE).is_file():
+        raise ConfigError(f"There is no run in {folder} to go on with. Leave out --resume, or name its --output-dir.")
     report = run(chosen, output_dir=folder, announce=lambda line: typer.echo(line, err=True))
     typer.echo(report.to_json() if as_json else text_table(report))
     if not as_json:
@@ -90,7 +127,9 @@ def plan(
 def measure(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
     baseline: Annotated[str | None, typer.Option(help="Measured in turn with the model, and compared.")] = None,
-    task: Annotated[str, typer.Option(help="Decides the class that loads the model.")] = "text-classification",
+    task: Annotated[
+        str | None, typer.Option(help="Decides the class that loads the model. Default: its head.")
+    ] = None,
     batch_size: int = 1,
     sequence_length: Annotated[int, typer.Option(help="In tokens; images have their model's size.")] = 512,
     repeats: int = 20,
@@ -99,24 +138,111 @@ def measure(
     """Measure size, cost and latency of a model, alone or against a baseline in one interleaved run."""
     from dataclasses import asdict
 
-    from .data import TASKS
-    from .errors import unknown_name
-    from .loading import load_model
     from .measure import measure as run
     from .reporting.tables import measurement_table
 
     _quiet_libraries()
-    if task not in TASKS:
-        raise unknown_name("task", task, TASKS)
-    auto = TASKS[task].auto_class
     measured = run(
-        load_model(auto, model),
-        baseline=None if baseline is None else load_model(auto, baseline),
+        _load(model, task),
+        baseline=None if baseline is None else _load(baseline, task),
         batch_size=batch_size,
         sequence_length=sequence_length,
         repeats=repeats,
     )
     typer.echo(json.dumps(asdict(measured), indent=2) if as_json else measurement_table(measured))
+
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON)
+def prune(context: typer.Context) -> None:
+    """Prune a model, or sweep over ratios. Flags: `hf-efficient prune --help`."""
+    from .pruning.script import parse, run
+
+    _quiet_libraries()
+    run(parse(context.args))
+
+
+@app.command(context_settings=PASSED_ON)
+def distill(context: typer.Context) -> None:
+    """Distil a teacher into a student. Flags: `hf-efficient distill --help`.
+
+    On several processes: `accelerate launch scripts/distill.py`.
+    """
+    from .distillation.script import read, run
+
+    _quiet_libraries()
+    run(*read(context.args))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Results: folders with report.json, or of runs.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality against latency of all of them here, as PNG.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reports as a JSON list.")] = False,
+) -> None:
+    """Show what was measured, and draw several results into one plot."""
+    from .reporting.plots import plot_accuracy_latency
+    from .reporting.tables import text_table
+
+    reports = [_report(folder) for folder in folders]
+    if as_json:
+        typer.echo(json.dumps([json.loads(each.to_json()) for each in reports], indent=2))
+    else:
+        typer.echo("\n\n".join(f"{folder}\n{text_table(each)}" for folder, each in zip(folders, reports, strict=True)))
+    if plot is not None:
+        plot_accuracy_latency(reports, plot)
+        typer.echo(f"\nPlot: {plot}", err=True)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A result: a folder with report.json, or that of a run.")],
+    repo_id: Annotated[str, typer.Option(help="Where it will be loaded from, for title and snippet.")] = "",
+    to_stdout: Annotated[bool, typer.Option("--print", help="Print it, and write nothing.")] = False,
+) -> None:
+    """Write the model card (README.md) anew from the report."""
+    from .reporting.card import model_card, save_card
+
+    chosen, name = _result_folder(folder), repo_id or "path/to/this/model"
+    if to_stdout:
+        typer.echo(str(model_card(_report(folder), name)))
+    else:
+        typer.echo(f"Card: {save_card(_report(folder), chosen, name)}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
+    format: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch.")] = "onnx",
+    quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx).")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Default: out/<format>.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Decides the class that loads the model. Default: its head.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Write a model for another runtime, and compare what it computes with PyTorch."""
+    from dataclasses import asdict
+
+    from .exporting import check_format, check_runtime, folder_name
+    from .exporting import export as run
+
+    check_format(format, quantize)
+    check_runtime(format)
+    _quiet_libraries()
+    target = output_dir or Path("out") / folder_name(format, quantize)
+    made = run(_load(model, task), format, target, quantize=quantize)
+    if as_json:
+        typer.echo(json.dumps(asdict(made), indent=2, default=str))
+        return
+    typer.echo(
+        f"{made.folder}: {made.bytes_on_disk:,} bytes for {made.runtime}. Largest difference to PyTorch "
+        f"{made.difference:.2g} of the largest output; the same prediction in {made.same_prediction:.1%}."
+    )
 
 
 @app.command("list")
@@ -151,6 +277,32 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     typer.echo(
         json.dumps(facts, indent=2) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items())
     )
+
+
+def _load(name: str, task: str | None) -> Any:
+    """The model, with the head of the task, or its own."""
+    from .data import TASKS
+    from .errors import unknown_name
+    from .loading import auto_class_of, load_model
+
+    if task is not None and task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    return load_model(auto_class_of(name) if task is None else TASKS[task].auto_class, name)
+
+
+def _result_folder(folder: Path) -> Path:
+    """The folder of a result: itself, or `model` in that of a run."""
+    from .pipeline import MODEL
+    from .reporting.schema import REPORT_FILE
+
+    inside = folder / MODEL
+    return inside if not (folder / REPORT_FILE).is_file() and (inside / REPORT_FILE).is_file() else folder
+
+
+def _report(folder: Path) -> Any:
+    from .reporting.schema import load_report
+
+    return load_report(_result_folder(folder))
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -189,6 +341,10 @@ def _names() -> dict[str, list[str]]:
 
 def _quiet_libraries() -> None:
     """Only errors from the libraries underneath, and progress bars only where there is a terminal to draw them on."""
+    import logging
+
+    for name in ("torchao", "torch.utils._pytree"):  # that kernels for GPUs do not load on a CPU, at every import
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 
@@ -203,8 +359,13 @@ def main() -> None:
     try:
         app()
     except HfEfficientError as error:
+        if os.environ.get(DEBUG):
+            raise
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

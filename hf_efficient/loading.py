@@ -31,6 +31,25 @@ def load_model(
     return _load(auto, name, trust_remote_code=trust_remote_code, use_safetensors=True, **options)
 
 
+def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The Auto class for the head that a checkpoint was saved with, by its config: `AutoModelForCausalLM`.
+
+    Raises:
+        CheckpointError: the config names no class, or one with a head that has no Auto class.
+    """
+    [architecture, *_] = load_config(name, trust_remote_code=trust_remote_code).architectures or [""]
+    heads = [head for head in dir(transformers) if head.startswith("AutoModelFor")]
+    by_length = sorted(heads, key=len, reverse=True)
+    found = next((head for head in by_length if architecture.endswith(head.removeprefix("AutoModel"))), None)
+    if found is None and architecture.endswith(("LMHeadModel", "ForConditionalGeneration")):
+        found = "AutoModelForCausalLM" if architecture.endswith("LMHeadModel") else "AutoModelForSeq2SeqLM"
+    if found is None and architecture.endswith("Model"):
+        found = "AutoModel"
+    if found is None:
+        raise CheckpointError(f"The config of {str(name)!r} does not say which head it has ({architecture!r}).")
+    return found
+
+
 def load_processor(name: str | Path, *, images: bool, trust_remote_code: bool = False) -> Any:
     """The tokenizer or image processor that comes with a model; None for a folder of an image model that has none."""
     folder = Path(resolve_model(str(name)))

@@ -9,6 +9,7 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -115,20 +116,24 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
     recipe = run.recipe
     steps: list[Step] = [(TEACHER, recipe.teacher, run_teacher)]
     steps += [(f"{i}-{stage.name}", stage.settings, RUNNERS[stage.name]) for i, stage in enumerate(recipe.stages, 1)]
-    source, records = run.folder, []
+    source, records, exports = run.folder, [], []
     for name, settings, runner in steps:
         announce(f"{name} ...")
         set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
         work = partial(runner, run, settings, source)
-        source, record = space.stage(name, settings.to_dict() if settings else {}, work)
+        made, record = space.stage(name, settings.to_dict() if settings else {}, work)
         records.append(record)
+        if record.name == "export":
+            exports.append((made / settings.folder, record.facts))
+        else:
+            source = made
         announce(f"{name} done in {record.seconds:.0f} s")
     announce("measure ...")
-    report = _measured(run, source, records)
+    report = _measured(run, source, records, exports)
     expected = output_digest(run.load(source))
     check_reload(source, report.auto_class, expected, recipe.model.trust_remote_code)
     announce("a fresh process loads the model and gives the same output")
-    space.result(MODEL, lambda target: _publish(report, source, target))
+    space.result(MODEL, lambda target: _publish(report, source, [folder for folder, _ in exports], target))
     return report
 
 
@@ -139,9 +144,11 @@ def check(run: "Run") -> None:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
     from .data import check_labels
+    from .exporting import check_runtime
     from .families import family_of
     from .pruning.tokenizer import check_tokenizer
-    from .stages import AttentionStage, PruneStage, VocabularyStage
+    from .quantization import check_torchao
+    from .stages import AttentionStage, ExportStage, PruneStage, QuantizeStage, VocabularyStage
 
     prepared, config = run.data(), run.config
     family_of(config)
@@ -157,6 +164,10 @@ def check(run: "Run") -> None:
                 raise type(error)(f"stages[{number}].attention: {error}") from error
         elif isinstance(stage.settings, VocabularyStage):
             check_tokenizer(run.processor)
+        elif isinstance(stage.settings, QuantizeStage):
+            check_torchao()
+        elif isinstance(stage.settings, ExportStage):
+            check_runtime(stage.settings.format)
         elif not pruned:  # a second one starts from what is not known yet
             asked = stage.settings if isinstance(stage.settings, PruneStage) else stage.settings.prune
             if asked is not None:
@@ -242,7 +253,9 @@ def _check_cut(path: str, task: str, losses: Mapping[str, float], cut: int | Non
     )
 
 
-def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> Report:
+def _measured(
+    run: "Run", student_folder: Path, records: list[StageRecord], exports: list[tuple[Path, dict[str, Any]]]
+) -> Report:
     import torch
 
     from .bundled import upstream
@@ -251,20 +264,24 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
     from .measure import measure
     from .models.building import is_portable
     from .running import TEACHER
+    from .runtime import measure_export
 
-    recipe, own = run.recipe, _reading_as(run, student_folder)
+    recipe, own = run.recipe, run.read_as(student_folder)
     teacher, student = run.load(run.folder / TEACHER), run.load(student_folder)
     prepared, original = own.data(), run.data(config=teacher.config)
     length = recipe.measure.sequence_length or recipe.data.max_length or 512
     baseline, warnings = _comparable(run, teacher, length)
+    work: dict[str, Any] = {
+        "dataset": prepared.test,
+        "collator": prepared.collator,
+        "task": recipe.task,
+        "batch_size": recipe.measure.batch_size,
+        "sequence_length": length,
+        "repeats": recipe.measure.repeats,
+    }
     measured = measure(
         student,
-        dataset=prepared.test,
-        collator=prepared.collator,
-        task=recipe.task,
-        batch_size=recipe.measure.batch_size,
-        sequence_length=length,
-        repeats=recipe.measure.repeats,
+        **work,
         threads=torch.get_num_threads(),
         baseline=baseline,
         folder=student_folder,
@@ -272,6 +289,8 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         baseline_dataset=original.test,
         baseline_collator=original.collator,
     )
+    others = {"teacher_dataset": original.test, "teacher_collator": original.collator}
+    exported = [measure_export(facts, folder, student, baseline, **work, **others) for folder, facts in exports]
     name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
     base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
     return Report(
@@ -286,9 +305,10 @@ def _measured(run: "Run", student_folder: Path, records: list[StageRecord]) -> R
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(*warnings, *_about_zeros(measured.size), *_about_tokens(records)),
+        warnings=(*warnings, *_about_zeros(measured.size), *_about_tokens(records), *_about_bits(records)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
+        exports=tuple(exported),
     )
 
 
@@ -335,23 +355,23 @@ def _about_zeros(size: Size) -> tuple[str, ...]:
     )
 
 
-def _reading_as(run: "Run", folder: Path) -> "Run":
-    """The run with the tokenizer that lies beside the result, if it is another one than the teacher's."""
-    from .loading import load_processor
-
-    if not any(stage.name == "vocabulary" for stage in run.recipe.stages):
-        return run
-    return run.reading(load_processor(str(folder), images=False))
-
-
 def _about_tokens(records: list[StageRecord]) -> tuple[str, ...]:
-    last = records[-1]
-    if last.name != "vocabulary":
+    trimmed = next((record for record in records if record.name == "vocabulary"), None)
+    if trimmed is None:
         return ()
-    before, after = (last.facts[f"tokens_{when}"] for when in ("before", "after"))
+    before, after = (trimmed.facts[f"tokens_{when}"] for when in ("before", "after"))
     return (
         f"The tokenizer has {after:,} of {before:,} tokens, those of the training texts: use the one that lies beside "
         "the model. Other texts are spelled in more pieces.",
+    )
+
+
+def _about_bits(records: list[StageRecord]) -> tuple[str, ...]:
+    if not any(record.name == "quantize" for record in records):
+        return ()
+    return (
+        "Weights of 8 or 4 bits by torchao: loading needs `pip install torchao`. On a CPU they save bytes, rarely "
+        "time; an export to ONNX with quantize int8 saves both.",
     )
 
 
@@ -385,13 +405,15 @@ def _counts(layer, stack, family, config) -> tuple[int, int]:
     return heads, num_inputs(layer.get_submodule(family.down(stack, config)))
 
 
-def _publish(report: Report, source: Path, target: Path) -> None:
-    """The result as a receiver gets it: checkpoint, report, plots (where matplotlib is installed) and card."""
+def _publish(report: Report, source: Path, exports: list[Path], target: Path) -> None:
+    """The result as a receiver gets it: checkpoint, exports, report, plots (where matplotlib is installed), card."""
     from .reporting.card import save_card
     from .reporting.plots import save_plots
     from .workspace import copy_checkpoint
 
     copy_checkpoint(source, target)
+    for folder in exports:
+        shutil.copytree(folder, target / folder.name)
     report.save(target)
     if find_spec("matplotlib"):
         save_plots(report, target)

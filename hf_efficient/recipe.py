@@ -34,7 +34,7 @@ from .settings import (
     read,
     recipe_name,
 )
-from .stages import STAGES, AttentionStage, DistillSettings, PruneStage, VocabularyStage, check_order
+from .stages import STAGES, AnyStage, check_order
 
 __all__ = ["STAGES", "Recipe", "Stage", "shipped_recipes"]
 
@@ -47,7 +47,7 @@ class Stage:
     """One step: a name of `STAGES` and its checked settings."""
 
     name: str
-    settings: AttentionStage | PruneStage | DistillSettings | VocabularyStage
+    settings: AnyStage
 
     def to_dict(self) -> dict[str, Any]:
         return {self.name: self.settings.to_dict()}
@@ -84,7 +84,7 @@ class Recipe:
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         _check_columns(self.task, self.data)
-        check_order([stage.name for stage in self.stages], self.task)
+        check_order([(stage.name, stage.settings) for stage in self.stages], self.task)
 
     @classmethod
     def from_yaml(cls, path_or_name: str | Path) -> "Recipe":

@@ -27,6 +27,7 @@ from .data import TASKS, PreparedData, check_labels, load_dataset_any, prepare, 
 from .distillation.arguments import DistillationArguments
 from .distillation.trainer import DistillationTrainer
 from .errors import CheckpointError, ConfigError, unknown_name
+from .exporting import export
 from .families import FAMILIES, family_of
 from .loading import load_config, load_model, load_processor
 from .models.block import check_stock_sizes
@@ -41,9 +42,10 @@ from .pruning.prune import prune
 from .pruning.schedule import Gradual
 from .pruning.vocabulary import prune_vocabulary
 from .pruning.zeros import KeepZeros, was_sparsified
+from .quantization import quantize
 from .recipe import Recipe
 from .settings import DistillSettings, TrainingSettings, TransferSettings, check_keys
-from .stages import AttentionStage, PruneStage, VocabularyStage
+from .stages import AttentionStage, ExportStage, PruneStage, QuantizeStage, VocabularyStage
 from .training import ExactTrainer, MarkComplete, last_checkpoint
 from .verify import output_digest
 
@@ -138,12 +140,12 @@ class Run:
         model = model.to("cpu")
         model.save_pretrained(folder)
         if self.processor is not None:
-            self._processor_for(model).save_pretrained(folder)
+            self.processor_for(model).save_pretrained(folder)
         if output_digest(self.load(folder)) != output_digest(model):
             raise CheckpointError(f"The checkpoint in {folder} gives another output than the model that was saved.")
         return {"class": type(model).__name__}
 
-    def _processor_for(self, model: PreTrainedModel) -> Any:
+    def processor_for(self, model: PreTrainedModel) -> Any:
         """The processor; a tokenizer goes along with a model that was extended to longer inputs."""
         limit = token_limit(model.config)
         if "text" not in self.columns or limit == token_limit(self.config):
@@ -157,6 +159,12 @@ class Run:
         other = Run(self.recipe, self.folder)
         other.rows, other.processor = self.rows, processor
         return other
+
+    def read_as(self, folder: Path) -> "Run":
+        """The run with the tokenizer that lies beside a checkpoint, if a stage made it another one."""
+        if not any(stage.name == "vocabulary" for stage in self.recipe.stages):
+            return self
+        return self.reading(load_processor(str(folder), images=False))
 
     def inputs(self) -> dict[str, Any]:
         """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""
@@ -303,6 +311,33 @@ def run_vocabulary(run: Run, settings: VocabularyStage, source: Path, target: Pa
     return facts | run.reading(short).save(small, target)
 
 
+def run_quantize(run: Run, settings: QuantizeStage, source: Path, target: Path) -> dict[str, Any]:
+    model, own = run.load(source), run.read_as(source)
+    small = quantize(model, settings.method, group_size=settings.group_size)
+    return {"method": settings.method} | own.save(small, target)
+
+
+def run_export(run: Run, settings: ExportStage, source: Path, target: Path) -> dict[str, Any]:
+    """Into a folder of its own, with what reads the inputs; checked on test rows, one, two and five at a time."""
+    model, own, folder = run.load(source), run.read_as(source), target / settings.folder
+    prepared = own.data(config=model.config)
+    cuts = [(0, 2), (2, 3), (3, 8)]
+    rows = [[prepared.test[i] for i in range(*cut) if i < len(prepared.test)] for cut in cuts]
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    made = export(
+        model,
+        settings.format,
+        folder,
+        inputs=[prepared.collator(part) for part in rows if part],
+        quantize=settings.quantize,
+    )
+    if own.processor is not None:
+        own.processor_for(model).save_pretrained(folder)
+    facts = dataclasses.asdict(made)
+    del facts["folder"], facts["checked"]
+    return facts
+
+
 def training_texts(run: Run) -> Iterator[str]:
     """All that the model reads of the training rows."""
     data, rows = run.recipe.data, run.rows["train"]
@@ -322,6 +357,8 @@ RUNNERS: dict[str, Callable[[Run, Any, Path, Path], dict[str, Any]]] = {
     "prune": run_prune,
     "distill": run_distill,
     "vocabulary": run_vocabulary,
+    "quantize": run_quantize,
+    "export": run_export,
 }
 
 

@@ -6,15 +6,17 @@ A new stage is one function and one entry of `STAGES`. Attention and pruning are
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .attention.config import AttentionConfig
 from .attention.mixing import MAX_LAYERS, STACK_NAMES, ByLayer, Mixing, read_layers, spread_layers, unknown_stack
 from .errors import ConfigError
+from .exporting import FORMATS, QUANTIZE, check_format, folder_name
 from .pruning.config import PruningConfig
 from .pruning.schedule import WHILE_TRAINING, Gradual
+from .quantization import METHODS
 from .safe_yaml import shown
 from .settings import (
     MAX_BATCH,
@@ -25,6 +27,7 @@ from .settings import (
     TransferSettings,
     check_keys,
     integer,
+    one_of,
     read,
 )
 
@@ -101,6 +104,38 @@ class VocabularyStage(Settings):
     Last, since teacher and student read the same ids while distilling; a classifier, since the scores of other tasks
     count tokens, and there would be others.
     """
+
+
+@dataclass(frozen=True)
+class QuantizeStage(Settings):
+    """`quantize(model, method, group_size)`: weights of 8 or 4 bits; only exports may follow it.
+
+    - quantize: {method: int8_dynamic}
+    """
+
+    method: str = one_of("int8_dynamic", METHODS)
+    group_size: int = integer(32, 1, 1 << 16)
+
+
+@dataclass(frozen=True)
+class ExportStage(Settings):
+    """`export(model, format, quantize=...)` of what the stages before it made; the model itself stays as it is.
+
+    - export: {format: onnx}
+    - export: {format: onnx, quantize: int8}
+    """
+
+    format: str = one_of("onnx", tuple(FORMATS))
+    quantize: str | None = one_of(None, QUANTIZE, optional=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_format(self.format, self.quantize)
+
+    @property
+    def folder(self) -> str:
+        """Where it lies beside the result."""
+        return folder_name(self.format, self.quantize)
 
 
 @dataclass(frozen=True)
@@ -185,25 +220,42 @@ def read_vocabulary(given: Any, path: str) -> VocabularyStage:
     return read(VocabularyStage, given, path)
 
 
-def check_order(names: list[str], task: str) -> None:
-    """Refuse a vocabulary stage where it cannot be.
+def read_quantize(given: Any, path: str) -> QuantizeStage:
+    return read(QuantizeStage, given, path)
+
+
+def read_export(given: Any, path: str) -> ExportStage:
+    return read(ExportStage, given, path)
+
+
+# What may follow these stages, and why nothing else may.
+LAST = {
+    "vocabulary": (("quantize", "export"), "teacher and student read the same token ids until then"),
+    "quantize": ((), "what follows would have to change weights of 8 bits; an export quantises by itself"),
+    "export": (("export",), "it is made of the finished model"),
+}
+
+
+def check_order(stages: Sequence[tuple[str, Any]], task: str) -> None:
+    """Refuse a stage that is not the last where it must be: (name, settings) of each.
 
     Raises:
-        ConfigError: it is not the last one, or the task is another one than text classification.
+        ConfigError: something follows that may not; a vocabulary stage for another task than text classification;
+            the same export twice.
     """
-    if "vocabulary" not in names:
-        return
-    path = f"stages[{names.index('vocabulary')}].vocabulary"
-    if names.index("vocabulary") != len(names) - 1:
-        raise ConfigError(
-            f"{path} must be the last stage, after {', '.join(names[names.index('vocabulary') + 1 :])}: teacher and "
-            "student read the same token ids until then."
-        )
-    if task != "text-classification":
-        raise ConfigError(
-            f"{path} needs task text-classification, got {task!r}, whose score does not allow for other tokens. "
-            "Call prune_vocabulary(model, tokenizer, texts) on the result."
-        )
+    names = [name for name, _ in stages]
+    for number, name in enumerate(names):
+        path = f"stages[{number}].{name}"
+        allowed, why = LAST.get(name, (names, ""))
+        if wrong := [other for other in names[number + 1 :] if other not in allowed]:
+            raise ConfigError(f"{path} must come after {', '.join(wrong)}, not before: {why}.")
+        if name == "vocabulary" and task != "text-classification":
+            raise ConfigError(
+                f"{path} needs task text-classification, got {task!r}, whose score does not allow for other tokens. "
+                "Call prune_vocabulary(model, tokenizer, texts) on the result."
+            )
+        if name == "export" and stages[number][1] in [settings for _, settings in stages[:number]]:
+            raise ConfigError(f"{path} is asked for twice: {shown(stages[number][1].to_dict())}.")
 
 
 def read_distill(given: Any, path: str) -> DistillSettings:
@@ -223,11 +275,14 @@ def _read_gradual(given: Any, path: str) -> Gradual:
     return _made(Gradual, {"config": config} | {key: given[key] for key in timing if key in given}, path)
 
 
-STAGES: dict[str, Callable[[Any, str], AttentionStage | PruneStage | DistillSettings | VocabularyStage]] = {
+AnyStage = AttentionStage | PruneStage | DistillSettings | VocabularyStage | QuantizeStage | ExportStage
+STAGES: dict[str, Callable[[Any, str], AnyStage]] = {
     "attention": read_attention,
     "prune": read_prune,
     "distill": read_distill,
     "vocabulary": read_vocabulary,
+    "quantize": read_quantize,
+    "export": read_export,
 }
 
 

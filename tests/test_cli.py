@@ -79,3 +79,61 @@ def test_overrides_take_both_spellings():
     assert parse_overrides(["--prune.ratio", "0.5", "--seed=1"]) == {"prune.ratio": "0.5", "seed": "1"}
     with pytest.raises(ConfigError, match="needs a value"):
         parse_overrides(["--prune.ratio"])
+
+
+def test_prune_and_distill_are_the_scripts():
+    for command, flag in (("prune", "--sweep"), ("distill", "--student_layers")):
+        done = _cli(command, "--help")
+        assert done.returncode == 0 and flag in done.stdout
+
+
+def test_debug_shows_where_an_error_arose():
+    plain, debug = _cli("compress", "bbc-nws"), _cli("--debug", "compress", "bbc-nws")
+    assert plain.returncode == debug.returncode == 1
+    assert "Traceback" not in plain.stderr and "Traceback" in debug.stderr and "No such recipe" in debug.stderr
+
+
+def test_version_and_completion():
+    import hf_efficient
+
+    assert _cli("--version").stdout.strip() == hf_efficient.__version__
+    assert "hf" in _cli("--show-completion", "bash").stdout
+
+
+def test_a_result_is_shown_and_its_card_written_anew(tmp_path):
+    from .reporting.samples import sample_report
+
+    one, run = tmp_path / "one", tmp_path / "run"
+    sample_report().save(one)
+    sample_report().save(run / "model")
+    shown = _cli("report", str(one), str(run), "--plot", str(tmp_path / "pareto.png"))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("latency, median") == 2 and (tmp_path / "pareto.png").stat().st_size > 1000
+    assert len(json.loads(_cli("report", str(one), str(run), "--json").stdout)) == 2
+    assert _cli("card", str(run), "--repo-id", "me/fast").returncode == 0
+    assert "# fast" in (run / "model" / "README.md").read_text()
+    assert (
+        "# fast" in _cli("card", str(one), "--repo-id", "me/fast", "--print").stdout
+        and not (one / "README.md").exists()
+    )
+    missing = _cli("report", str(tmp_path))
+    assert missing.returncode == 1 and "No readable report" in missing.stderr
+
+
+def test_a_run_goes_on_by_its_folder(tmp_path):
+    from hf_efficient import Recipe
+
+    from .test_pipeline import TINY
+
+    fresh = _cli("compress", "digits", "--output-dir", str(tmp_path / "none"), "--resume")
+    assert fresh.returncode == 1 and "no run" in fresh.stderr and not (tmp_path / "none").exists()
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(Recipe.from_dict(TINY | {"teacher": {"max_steps": 1}, "stages": []}).to_yaml())
+    folder = str(tmp_path / "out")
+    assert _cli("compress", str(recipe), "--output-dir", folder).returncode == 0
+    (tmp_path / "out" / "model").rename(tmp_path / "away")
+    again = _cli("compress", folder, "--resume", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["recipe"]["name"] == "tiny" and (tmp_path / "out" / "model").is_dir()
+    other = _cli("compress", folder, "--seed", "3")
+    assert other.returncode == 1 and "Leave out the overrides" in other.stderr

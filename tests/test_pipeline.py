@@ -355,3 +355,35 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, t
     subprocess.run(command, check=True, capture_output=True, env=os.environ)
     name = "model/model.safetensors"
     assert (finished / name).read_bytes() != (tmp_path / "out" / name).read_bytes()
+
+
+def test_quantised_or_exported_the_result_says_how_it_does(tmp_path, rows):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torchao")
+    short = TINY | {"teacher": {"max_steps": 4}, "stages": [{"prune": {"ratio": 0.3, "calibration_samples": 32}}]}
+    exports = [{"export": {"format": "onnx"}}, {"export": {"format": "onnx", "quantize": "int8"}}]
+    done = compress(Recipe.from_dict(short | {"stages": short["stages"] + exports}), output_dir=tmp_path / "exported")
+    assert [(each.folder, each.quantize) for each in done.exports] == [("onnx", None), ("onnx-int8", "int8")]
+    plain, rounded = done.exports
+    assert plain.difference < 1e-4 < rounded.difference and plain.quality.main.value == done.student.quality.main.value
+    assert plain.quality_difference == done.comparison.quality_difference
+    assert plain.latency.rounds == TINY["measure"]["repeats"] and plain.speedup > 0
+    model = tmp_path / "exported" / "model"
+    assert load_report(model) == done
+    card = (model / "README.md").read_text()
+    assert "## In other runtimes" in card and 'subfolder="onnx"' in card
+    from transformers.exporters import ExportedModel
+
+    pixels = torch.rand(3, 1, 8, 8)
+    student = AutoModelForImageClassification.from_pretrained(model)
+    with torch.no_grad():
+        expected = student(pixels).logits
+        assert torch.allclose(
+            ExportedModel.from_pretrained(model, subfolder="onnx")(pixel_values=pixels).logits, expected, atol=1e-4
+        )
+    eight = compress(
+        Recipe.from_dict(short | {"stages": short["stages"] + [{"quantize": {"method": "int8"}}]}),
+        output_dir=tmp_path / "quantised",
+    )
+    assert eight.student.size.weight_bytes < done.student.size.weight_bytes and not eight.exports
+    assert "pip install torchao" in (tmp_path / "quantised" / "model" / "README.md").read_text()

@@ -584,3 +584,26 @@ def test_the_rounds_leave_a_quarter():
     for stage in stages[::2]:
         left *= 1 - stage.settings.config.ratio
     assert 0.24 < left <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"quantize": {}}, {"distill": {}}], r"stages\[0\]\.quantize must come after distill"),
+        (
+            [{"quantize": {}}, {"export": {}}],
+            r"stages\[0\]\.quantize must come after export.*quantizes? by itself|quantises by",
+        ),
+        ([{"export": {}}, {"prune": {}}], r"stages\[0\]\.export must come after prune"),
+        ([{"export": {}}, {"export": {"format": "onnx"}}], r"stages\[1\]\.export is asked for twice"),
+        ([{"export": {"format": "onxn"}}], r"stages\[0\]\.export\.format must be one of onnx"),
+        ([{"export": {"format": "torch", "quantize": "int8"}}], "not quantised here"),
+        ([{"quantize": {"method": "int3"}}], r"stages\[0\]\.quantize\.method must be one of int8_dynamic, int8, int4"),
+    ],
+)
+def test_quantising_and_exporting_come_last(stages, said):
+    with pytest.raises(ConfigError, match=said):
+        Recipe.from_dict(BASE | {"stages": stages})
+    good = [{"prune": {}}, {"vocabulary": {}}, {"export": {}}, {"export": {"quantize": "int8"}}]
+    recipe = Recipe.from_dict(BASE | {"stages": good})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe

@@ -9,7 +9,7 @@ to it is the same tensor and counted there. Everything else is non-embedding: Vi
 
 *MACs*: half the FLOPs that `torch.utils.flop_counter.FlopCounterMode` sees: matrix products, convolutions and
 attention (T * S * D for scores and as much for values; masks and causality not subtracted). Sums, norms, softmax,
-biases and FFTs are not counted.
+biases and FFTs are not counted. Products of 8-bit integers count like any other.
 
 *Peak memory*: bytes of the weights plus the largest amount that PyTorch's allocator held at any moment of the forward
 over what it held before (CPU: the profiler's allocation events, so it is exact and repeats; CUDA:
@@ -31,18 +31,26 @@ from .context import evaluating, synchronize
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int, int]:
     """(all, in lookup tables, not zero)."""
-    parameters = list(model.parameters())  # each shared tensor once
+    parameters = list(model.parameters())  # each shared tensor once; of quantised ones, their numbers of 8 or 4 bits
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     return (
         sum(p.numel() for p in parameters),
         sum(weight.numel() for weight in tables.values()),
-        sum(int(torch.count_nonzero(p)) for p in parameters),
+        sum(int(torch.count_nonzero(stored(p)[0])) for p in parameters),
     )
+
+
+def stored(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a parameter consists of: itself, or the numbers (first) and scales of a quantised one."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [tensor for name in names for tensor in stored(getattr(parameter, name))]
 
 
 def count_weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters as loaded, each shared tensor once: what a checkpoint holds but for its header."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(t.numel() * t.element_size() for p in model.parameters() for t in stored(p))
 
 
 def bytes_on_disk(folder: str | Path) -> int:
@@ -63,11 +71,16 @@ def _cpu_attention_flops(query, key, value, *args: Any, out_shape=None, **kwargs
     return sdpa_flop_count(query, key, value)
 
 
+def _matrix_flops(left, right, *args: Any, out_shape=None, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 def count_macs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> int:
     """Multiply-accumulates of `model(**inputs)`; works on the meta device too."""
     # Torch counts its CUDA attention kernels but not the CPU one: without this, attention would be free on a CPU.
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={cpu_attention: _cpu_attention_flops})
+    mapping = {cpu_attention: _cpu_attention_flops, torch.ops.aten._int_mm: _matrix_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with evaluating(model), counter:
         model(**inputs)
     return counter.get_total_flops() // 2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
-from .tables import describe_machine, describe_workload, markdown_structure, markdown_table
+from .tables import describe_machine, describe_workload, markdown_exports, markdown_structure, markdown_table
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -61,6 +61,8 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         quality=quality,
         comparison=markdown_table(report),
         structure=markdown_structure(report),
+        exports=markdown_exports(report),
+        quantized=any(stage.name == "quantize" for stage in report.stages),
         workload=describe_workload(report.student),
         machine=describe_machine(report),
         processor=report.processor_class,

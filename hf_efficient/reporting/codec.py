@@ -70,6 +70,8 @@ def decode(cls: type, data: Any, source: str) -> Any:
     for name, item in fields.items():
         if name in data:
             values[name] = _value(hints[name], data[name], source, f"{cls.__name__}.{name}")
+        elif item.metadata.get("later"):
+            continue
         elif item.default is dataclasses.MISSING or cls.__name__ == "Report":
             raise _damaged(source, f"{cls.__name__}.{name}", "missing")
     try:

@@ -22,6 +22,7 @@ from .environment import Environment, package_commit
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
 LOADS_WITH = ("portable", "plugin")
+LATER = {"later": True}  # a field that reports of this version may lack, since it came after they were written
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,30 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class ExportRecord:
+    """The student in another runtime, timed in turn with the teacher in PyTorch.
+
+    Parameters:
+        folder: where it lies, beside the report.
+        difference: largest difference to the student in PyTorch, as a part of the largest output.
+        speedup: the teacher's median time in PyTorch / this one.
+        quality_difference: to the teacher, on the same samples, with its paired standard error.
+    """
+
+    format: str
+    runtime: str
+    quantize: str | None
+    folder: str
+    bytes_on_disk: int
+    difference: float
+    latency: Latency
+    speedup: float
+    quality: Quality
+    quality_difference: float
+    quality_difference_error: float
+
+
+@dataclass(frozen=True)
 class DatasetFacts:
     """The data set's name and the number of samples per use, such as `{"train": 1600, "test": 400}`."""
 
@@ -190,6 +215,7 @@ class Report:
         base_model: the teacher's id on the Hub; its `licence` is inherited by the card.
         loads_with: `"portable"` (stock class, loads anywhere) or `"plugin"` (needs hf_efficient).
         auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
+        exports: the student in other runtimes.
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
 
     Raises:
@@ -214,6 +240,7 @@ class Report:
     commit: str | None = field(default_factory=package_commit)
     environment: Environment = field(default_factory=Environment.collect)
     schema_version: int = SCHEMA_VERSION
+    exports: tuple[ExportRecord, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:

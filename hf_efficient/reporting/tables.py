@@ -167,11 +167,36 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 HEADER = ("", "teacher", "student", "change")
+EXPORT_HEADER = ("exported as", "runs in", "latency, median", "speed-up", "quality", "change", "on disk", "difference")
+
+
+def export_rows(report: Report) -> list[tuple[str, ...]]:
+    """One row for each other runtime; speed-up and change are against the teacher in PyTorch."""
+    rows: list[tuple[str, ...]] = []
+    for each in report.exports:
+        name = each.quality.main.name
+        scale, unit = (100, " points") if is_fraction(name) else (1, "")
+        change = f"{scale * each.quality_difference:+.3g} ± {scale * each.quality_difference_error:.2g}{unit}"
+        rows.append(
+            (
+                each.format if each.quantize is None else f"{each.format}, {each.quantize}",
+                each.runtime,
+                format_ms(each.latency.median_ms),
+                format_ratio(each.speedup),
+                f"{name.replace('_', ' ')} {format_score(each.quality.main)}",
+                change,
+                format_bytes(each.bytes_on_disk),
+                f"{each.difference:.1g}",
+            )
+        )
+    return rows
 
 
 def text_table(report: Report) -> str:
     """The comparison for a terminal, with the workload and machine below it."""
     table = align(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
+    if report.exports:
+        table += "\n\n" + align(EXPORT_HEADER, export_rows(report), left=2)
     notes = "".join(f"\n{warning}" for warning in report.warnings)
     return f"{table}\n\n{describe_workload(report.student)}; {describe_machine(report)}{notes}"
 
@@ -190,6 +215,11 @@ def measurement_table(measurement: Measurement) -> str:
 def markdown_table(report: Report) -> str:
     """The comparison as a Markdown table."""
     return markdown(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
+
+
+def markdown_exports(report: Report) -> str:
+    """The other runtimes as a Markdown table; an empty text if there are none."""
+    return markdown(EXPORT_HEADER, export_rows(report)) if report.exports else ""
 
 
 def markdown_structure(report: Report) -> str:

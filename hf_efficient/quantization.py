@@ -1,0 +1,94 @@
+"""Weights of 8 or 4 bits by torchao, in a checkpoint that transformers reloads.
+
+    small = quantize(model, "int8_dynamic")
+    small.save_pretrained("out/int8")          # AutoModel.from_pretrained("out/int8") needs torchao installed
+
+| method | weights | activations |
+|---|---|---|
+| `int8_dynamic` | 8 bits, one scale per output | 8 bits, one scale per token, found while it runs |
+| `int8` | 8 bits, one scale per output | as they are |
+| `int4` | 4 bits, one scale per `group_size` inputs | as they are |
+
+Linear layers only; embeddings and the output head of a language model stay. On a CPU the checkpoint gets smaller, the
+forward rarely faster: PyTorch has few integer kernels there, and keeps 4 bits in bytes. `export(..., quantize="int8")`
+is the way to speed on a CPU.
+"""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, UnsupportedModelError, unknown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = ("int8_dynamic", "int8", "int4")
+
+
+def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_size: int = 32) -> "PreTrainedModel":
+    """A copy of `model` with quantised linears, in eval mode.
+
+    Parameters:
+        method: one of `METHODS`.
+        group_size: inputs that share a scale, for `int4`; must divide the inputs of every linear.
+
+    Raises:
+        ConfigError: an unknown method, torchao is missing, or a linear whose inputs the groups do not divide.
+        UnsupportedModelError: the model is quantised already.
+    """
+    import transformers
+
+    check_method(method)
+    check_torchao()
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("The model is quantised already. Quantise the one it was made of.")
+    if method == "int4":
+        check_groups(model, group_size)
+    with tempfile.TemporaryDirectory() as folder:  # transformers quantises what it loads, and nothing else
+        model.save_pretrained(Path(folder))
+        config = transformers.TorchAoConfig(_torchao(method, group_size))
+        return type(model).from_pretrained(folder, quantization_config=config, use_safetensors=True).eval()
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+
+
+def check_torchao() -> None:
+    """Before any long work.
+
+    Raises:
+        ConfigError: torchao is not installed.
+    """
+    if find_spec("torchao") is None:
+        raise ConfigError('Quantisation needs torchao. Run `pip install "hf-efficient[quant]"`.')
+
+
+def check_groups(model: "PreTrainedModel", group_size: int) -> None:
+    """Raises ConfigError where the groups do not divide the inputs of a linear."""
+    import torch
+
+    if type(group_size) is not int or group_size < 1:
+        raise ConfigError(f"group_size must be a positive integer, got {group_size!r}.")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % group_size:
+            raise ConfigError(
+                f"group_size={group_size} does not divide the {module.in_features} inputs of {name}. Prune with "
+                f"round_to={group_size}, or choose a smaller power of 2, or method 'int8'."
+            )
+
+
+def is_quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _torchao(method: str, group_size: int) -> Any:
+    import torch
+    import torchao.quantization as ao
+
+    if method == "int4":
+        return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(group_size))
+    return {"int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig, "int8": ao.Int8WeightOnlyConfig}[method]()
