@@ -182,9 +182,11 @@ def report(
     plot: Annotated[
         Path | None, typer.Option(help="Draw quality against latency of all of them here, as PNG.")
     ] = None,
+    page: Annotated[Path | None, typer.Option(help="Write all of them into one page here, as HTML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reports as a JSON list.")] = False,
 ) -> None:
-    """Show what was measured, and draw several results into one plot."""
+    """Show what was measured, and draw several results into one plot or page."""
+    from .reporting.page import report_page
     from .reporting.plots import plot_accuracy_latency
     from .reporting.tables import text_table
 
@@ -196,6 +198,11 @@ def report(
     if plot is not None:
         plot_accuracy_latency(reports, plot)
         typer.echo(f"\nPlot: {plot}", err=True)
+    if page is not None:
+        from .workspace import write_text
+
+        write_text(page, report_page(reports))
+        typer.echo(f"\nPage: {page}", err=True)
 
 
 @app.command()

@@ -231,6 +231,7 @@ def _check_lengths(recipe: Recipe, config: "PreTrainedConfig") -> None:
             _check_cut(path, recipe.task, settings.losses, teacher_cut(recipe, settings, config))
     _check_length("data.max_length", recipe.data.max_length, limit)
     _check_length("measure.sequence_length", recipe.measure.sequence_length, limit)
+    _check_length("measure.lengths", max(recipe.measure.lengths or [0]), limit)
 
 
 def _check_length(key: str, length: int | None, limit: int) -> None:
@@ -262,6 +263,7 @@ def _measured(
     from .data import TASKS
     from .families import family_of
     from .measure import measure
+    from .measure.lengths import measure_lengths, usual_lengths
     from .models.building import is_portable
     from .running import TEACHER
     from .runtime import measure_export
@@ -309,6 +311,14 @@ def _measured(
         recipe=recipe.to_dict(),
         seed=recipe.seed,
         exports=tuple(exported),
+        lengths=measure_lengths(
+            student,
+            baseline,
+            recipe.measure.lengths or usual_lengths(length),
+            batch_size=recipe.measure.batch_size,
+            rounds=min(recipe.measure.repeats, 10),
+            threads=torch.get_num_threads(),
+        ),
     )
 
 
@@ -406,8 +416,9 @@ def _counts(layer, stack, family, config) -> tuple[int, int]:
 
 
 def _publish(report: Report, source: Path, exports: list[Path], target: Path) -> None:
-    """The result as a receiver gets it: checkpoint, exports, report, plots (where matplotlib is installed), card."""
+    """The result as a receiver gets it: checkpoint, exports, report, page, card, plots (with matplotlib)."""
     from .reporting.card import save_card
+    from .reporting.page import save_page
     from .reporting.plots import save_plots
     from .workspace import copy_checkpoint
 
@@ -417,4 +428,5 @@ def _publish(report: Report, source: Path, exports: list[Path], target: Path) ->
     report.save(target)
     if find_spec("matplotlib"):
         save_plots(report, target)
+    save_page(report, target)
     save_card(report, target)

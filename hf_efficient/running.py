@@ -300,7 +300,7 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
     trainer = make_trainer(DistillationTrainer, student, arguments, prepared, callbacks, teacher=teacher)
     fit(trainer)
     pruned = {} if settings.prune is None else _pruned(settings.prune.config, parameters, student)
-    return {"train": len(prepared.train)} | pruned | _last_losses(trainer) | run.save(student, target)
+    return {"train": len(prepared.train)} | pruned | _losses(trainer) | run.save(student, target)
 
 
 def run_vocabulary(run: Run, settings: VocabularyStage, source: Path, target: Path) -> dict[str, Any]:
@@ -378,7 +378,7 @@ def training_arguments(
         seed=run.recipe.seed,
         save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=50,
+        logging_steps=10,
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -421,9 +421,12 @@ def fit(trainer: Trainer) -> None:
     shutil.rmtree(folder)
 
 
-def _last_losses(trainer: Trainer) -> dict[str, float]:
-    for entry in reversed(trainer.state.log_history):
-        losses = {key: value for key, value in entry.items() if key.startswith("loss_")}
-        if losses:
-            return losses
-    return {}
+def _losses(trainer: Trainer) -> dict[str, Any]:
+    """What was logged while training: the terms of the last entry, and all as a curve."""
+    curve = [
+        {"step": entry["step"]} | {name: entry[name] for name in entry if name == "loss" or name.startswith("loss_")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    last = {name: value for name, value in (curve[-1] if curve else {}).items() if name.startswith("loss_")}
+    return last | ({"curve": curve} if len(curve) > 1 else {})

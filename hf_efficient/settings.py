@@ -287,6 +287,27 @@ class MeasureSettings(Settings):
     batch_size: int = integer(1, 1, MAX_BATCH)
     sequence_length: int | None = integer(None, 1, MAX_TOKENS, optional=True)  # tokens
     repeats: int = integer(20, 2, 100_000)
+    lengths: Any = field(  # tokens, for latency against length; null: an eighth, a quarter, a half and all
+        default=None,
+        metadata={
+            "rule": Rule(
+                "a rising list of up to 20 lengths in tokens, such as [128, 512], or null",
+                lambda value: (
+                    value is None
+                    or (
+                        isinstance(value, list)
+                        and len(value) <= 20
+                        and all(type(each) is int and 1 <= each <= MAX_TOKENS for each in value)
+                        and value == sorted(set(value))
+                    )
+                ),
+            )
+        },
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`lengths` only where they are given."""
+        return {name: value for name, value in super().to_dict().items() if name != "lengths" or value is not None}
 
 
 def recipe_name(name: Any, path: str) -> None:

@@ -106,9 +106,10 @@ def test_a_result_is_shown_and_its_card_written_anew(tmp_path):
     one, run = tmp_path / "one", tmp_path / "run"
     sample_report().save(one)
     sample_report().save(run / "model")
-    shown = _cli("report", str(one), str(run), "--plot", str(tmp_path / "pareto.png"))
+    shown = _cli("report", str(one), str(run), "--plot", str(tmp_path / "p.png"), "--page", str(tmp_path / "p.html"))
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("latency, median") == 2 and (tmp_path / "pareto.png").stat().st_size > 1000
+    assert shown.stdout.count("latency, median") == 2 and (tmp_path / "p.png").stat().st_size > 1000
+    assert "2 results" in (tmp_path / "p.html").read_text()
     assert len(json.loads(_cli("report", str(one), str(run), "--json").stdout)) == 2
     assert _cli("card", str(run), "--repo-id", "me/fast").returncode == 0
     assert "# fast" in (run / "model" / "README.md").read_text()

@@ -112,7 +112,8 @@ def _eval_results(report: Report) -> list["EvalResult"]:
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:
-    digests = {name for name in stage.facts if name.endswith("sha256")}  # for machines: they stay in the report
+    # For machines and for the page: they stay in the report.
+    digests = {name for name in stage.facts if name.endswith("sha256") or name == "curve"}
     settings = _listed(stage.settings)
     facts = _listed({name: value for name, value in stage.facts.items() if name not in digests})
     return {"name": stage.name, "time": f"{stage.seconds:.1f} s", "settings": settings, "facts": facts}

@@ -181,6 +181,15 @@ class ExportRecord:
 
 
 @dataclass(frozen=True)
+class LengthPoint:
+    """Median times of one forward of the workload's batch at another length; None: the teacher does not take it."""
+
+    sequence_length: int
+    student_ms: float
+    teacher_ms: float | None
+
+
+@dataclass(frozen=True)
 class DatasetFacts:
     """The data set's name and the number of samples per use, such as `{"train": 1600, "test": 400}`."""
 
@@ -215,7 +224,7 @@ class Report:
         base_model: the teacher's id on the Hub; its `licence` is inherited by the card.
         loads_with: `"portable"` (stock class, loads anywhere) or `"plugin"` (needs hf_efficient).
         auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
-        exports: the student in other runtimes.
+        exports: the student in other runtimes. lengths: latency against length, shortest first.
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
 
     Raises:
@@ -241,6 +250,7 @@ class Report:
     environment: Environment = field(default_factory=Environment.collect)
     schema_version: int = SCHEMA_VERSION
     exports: tuple[ExportRecord, ...] = field(default=(), metadata=LATER)
+    lengths: tuple[LengthPoint, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:

@@ -1,0 +1,178 @@
+"""The report as a page: complete, self-contained, escaped; rendered by a real browser where there is one."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_efficient import ConfigError
+from hf_efficient.reporting.page import PAGE, report_page, save_page
+from hf_efficient.reporting.schema import ExportRecord, LengthPoint, StageRecord
+from hf_efficient.reporting.svg import Line, Point, lines, scatter, ticks
+
+from .samples import STUDENT, sample_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+VOID = {"meta", "link", "br"}
+
+
+def full_report():
+    report = sample_report()
+    curve = [{"step": step, "loss": 2 / step, "loss_kd": 1 / step} for step in (10, 20, 30)]
+    exported = ExportRecord(
+        "onnx",
+        "onnxruntime 1.32.0",
+        "int8",
+        "onnx-int8",
+        5_000_000,
+        0.01,
+        STUDENT.latency,
+        9.4,
+        STUDENT.quality,
+        -0.001,
+        0.002,
+    )
+    return replace(
+        report,
+        stages=(*report.stages, StageRecord("distill", 30.0, {}, {"curve": curve})),
+        exports=(exported,),
+        lengths=(LengthPoint(128, 2.0, 9.0), LengthPoint(512, 8.0, 50.0)),
+    )
+
+
+class Balanced(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], set(), []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids.add(attributes.get("id"))
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parsed(page: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+def test_it_shows_all_that_was_measured():
+    report, page = full_report(), report_page(full_report())
+    for heading in (
+        "Teacher and student",
+        "In other runtimes",
+        "Quality and latency",
+        "Latency against length",
+        "Training: distill",
+        "What is left of each layer",
+        "What was done",
+        "How to load",
+        "To know",
+        "Where it was measured",
+    ):
+        assert f"<h2>{heading}" in page, heading
+    assert "9.4x" in page and "onnx, int8" in page and report.warnings[0] in page
+    assert page.count("<svg") == 3 and "import hf_efficient" in page
+
+
+def test_it_needs_nothing_but_itself():
+    tree = parsed(report_page([full_report(), sample_report()], ["a", "b"]))
+    assert all(link == "data:," or (link.startswith("#") and link[1:] in tree.ids) for link in tree.links)
+    assert not re.search(r"https?://|<script|@import|url\(", report_page(full_report()))
+
+
+def test_what_a_report_says_cannot_become_code():
+    evil = '<script>alert("x")</script>'
+    report = replace(full_report(), base_model=evil, warnings=(evil,), recipe={"name": evil})
+    page = report_page(report, repo_id=evil)
+    parsed(page)
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_report_with_the_least_is_a_page_too():
+    bare = replace(
+        sample_report(),
+        teacher=None,
+        comparison=None,
+        structure=(),
+        stages=(),
+        warnings=(),
+        dataset=None,
+        student=replace(STUDENT, quality=None),
+    )
+    page = report_page(bare)
+    parsed(page)
+    assert "<svg" not in page and "To know" not in page
+
+
+def test_it_is_written_whole(tmp_path):
+    path = save_page(sample_report(), tmp_path)
+    assert path.name == PAGE and path.read_text(encoding="utf-8") == report_page(sample_report())
+    assert [each.name for each in tmp_path.iterdir()] == [PAGE]
+    with pytest.raises(ConfigError, match="one name for each"):
+        report_page([sample_report()], ["a", "b"])
+
+
+def test_charts_leave_out_what_is_not_finite():
+    nan = float("nan")
+    assert (
+        scatter([Point(nan, 1, "a", "student")], "x", "y") == "" == lines([Line("a", "student", [(1, nan)])], "x", "y")
+    )
+    chart = scatter([Point(1, 2, "a <b>", "student", error=nan), Point(2, 2, "b", "teacher", filled=False)], "x", "y")
+    assert "nan" not in chart and "a &lt;b&gt;" in chart and chart.count("<circle") == 2 and "hollow" in chart
+    assert "nan" not in lines([Line("a", "student", [(1, 5.0), (2, nan), (3, 5.0)])], "x", "y")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.013, 0.019), (3, 5300), (-2, 7), (96.1, 99.3)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 6 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_it_without_errors(width, tmp_path):
+    save_page(full_report(), tmp_path)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    probe = (
+        (tmp_path / PAGE)
+        .read_text(encoding="utf-8")
+        .replace(
+            "</body>",
+            "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
+            "document.querySelectorAll('svg').length, "
+            "[...document.querySelectorAll('svg text')].every(t => t.getBoundingClientRect().width > 0)].join()"
+            "</script></body>",
+        )
+    )
+    (tmp_path / "probe.html").write_text(probe, encoding="utf-8")
+    done = subprocess.run(
+        [CHROMIUM, *flags, f"--window-size={width},900", "--dump-dom", (tmp_path / "probe.html").as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert re.search(r"<title>(.*?)</title>", done.stdout)[1] == "true,3,true"
+    assert "CONSOLE" not in done.stderr
