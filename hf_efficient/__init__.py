@@ -39,6 +39,7 @@ _LAZY = {
     "measure": "measure",
     "quantize": "quantization",
     "export": "exporting",
+    "push": "hub",
     "Report": "reporting.schema",
     "load_report": "reporting.schema",
 }
@@ -72,6 +73,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_vocabulary",
+    "push",
     "quantize",
     "register_attention",
     "register_importance",

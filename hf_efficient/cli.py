@@ -212,13 +212,41 @@ def card(
     to_stdout: Annotated[bool, typer.Option("--print", help="Print it, and write nothing.")] = False,
 ) -> None:
     """Write the model card (README.md) anew from the report."""
+    from .hub import result_folder
     from .reporting.card import model_card, save_card
 
-    chosen, name = _result_folder(folder), repo_id or "path/to/this/model"
+    chosen, name = result_folder(folder), repo_id or "path/to/this/model"
     if to_stdout:
         typer.echo(str(model_card(_report(folder), name)))
     else:
         typer.echo(f"Card: {save_card(_report(folder), chosen, name)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A result: a folder with report.json, or that of a run.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: user/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, upload nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Upload model, tokenizer, exports, report, page, card and recipe to the Hub, in one commit.
+
+    The repository is private unless it is there already or --public is given. After a failure, the same command sends
+    what is missing.
+    """
+    from dataclasses import asdict
+
+    from .hub import push as run
+
+    done = run(folder, repo_id, private=not public, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(asdict(done), indent=2))
+        return
+    for name, size in done.files.items():
+        typer.echo(f"{size:>14,}  {name}")
+    typer.echo(f"{sum(done.files.values()):>14,}  bytes in {len(done.files)} files")
+    typer.echo(f"Pushed: {done.url}" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
 
 
 @app.command()
@@ -297,19 +325,11 @@ def _load(name: str, task: str | None) -> Any:
     return load_model(auto_class_of(name) if task is None else TASKS[task].auto_class, name)
 
 
-def _result_folder(folder: Path) -> Path:
-    """The folder of a result: itself, or `model` in that of a run."""
-    from .pipeline import MODEL
-    from .reporting.schema import REPORT_FILE
-
-    inside = folder / MODEL
-    return inside if not (folder / REPORT_FILE).is_file() and (inside / REPORT_FILE).is_file() else folder
-
-
 def _report(folder: Path) -> Any:
+    from .hub import result_folder
     from .reporting.schema import load_report
 
-    return load_report(_result_folder(folder))
+    return load_report(result_folder(folder))
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:

@@ -41,6 +41,7 @@ PUBLIC = [
     "plan",
     "prune",
     "prune_vocabulary",
+    "push",
     "quantize",
     "register_attention",
     "register_importance",

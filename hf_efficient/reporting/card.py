@@ -76,7 +76,7 @@ def save_card(report: Report, folder: str | Path, repo_id: str = "path/to/this/m
     """Write `README.md` into a checkpoint folder, showing the plots that lie there; complete or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = str(model_card(report, repo_id, tuple(name for name in _IMAGES if (folder / name).is_file())))
+    text = str(model_card(report, repo_id, plots_in(folder)))
     part = folder / f".README.md.{os.getpid()}.part"
     try:
         part.write_text(text, encoding="utf-8")
@@ -84,6 +84,11 @@ def save_card(report: Report, folder: str | Path, repo_id: str = "path/to/this/m
     finally:
         part.unlink(missing_ok=True)
     return folder / "README.md"
+
+
+def plots_in(folder: Path) -> tuple[str, ...]:
+    """The pictures in a folder that a card can show."""
+    return tuple(name for name in _IMAGES if (folder / name).is_file())
 
 
 def _hub_id(name: str) -> str | None:

@@ -1,0 +1,173 @@
+"""A finished result onto the Hugging Face Hub: model, tokenizer, exports, report, page, plots, recipe, and the card.
+
+    push("out/bbc-news", "me/bbc-fast", dry_run=True)        # what would be uploaded
+    push("out/bbc-news", "me/bbc-fast")                      # private unless private=False
+
+One commit, so that a reader never sees half of it. Called again after a failure it sends only what is not there yet.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, ConfigError
+from .reporting.card import model_card, plots_in
+from .reporting.codec import clean
+from .reporting.page import PAGE, report_page
+from .reporting.schema import REPORT_FILE, Report, load_report
+from .workspace import MANIFEST, RECIPE
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+TRIES = 4
+MODEL = "model"
+_REPO_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded, or would be: path in the repository -> bytes."""
+
+    repo_id: str
+    private: bool
+    files: dict[str, int]
+    url: str | None = None
+
+
+def result_folder(folder: str | Path) -> Path:
+    """The folder of a result: itself, or `model` in that of a run."""
+    folder = Path(folder)
+    inside = folder / MODEL
+    return inside if not (folder / REPORT_FILE).is_file() and (inside / REPORT_FILE).is_file() else folder
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    dry_run: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> Pushed:
+    """Upload the result in `folder` to the model repository `repo_id`, which is made if it is not there.
+
+    Parameters:
+        folder: that of a run or of its `model`.
+        repo_id: `user/name`. Card and page are written for it.
+        private: of a new repository; one that is there keeps what it is.
+        dry_run: upload nothing, and talk to nobody.
+        token: default: that of `hf auth login` or HF_TOKEN.
+        endpoint: of another Hub; default: HF_ENDPOINT.
+        wait: what waits between tries, for tests.
+
+    Raises:
+        ConfigError: a name that no repository can have.
+        CheckpointError: the folder holds no complete result, or the Hub cannot be reached or refuses.
+    """
+    if not _REPO_ID.fullmatch(repo_id):
+        raise ConfigError(f"repo_id must be user/name, of letters, digits, '.', '_' and '-', got {repo_id!r}.")
+    source = result_folder(folder)
+    report = load_report(source)
+    if not (source / "config.json").is_file() or not any(source.glob("*.safetensors")):
+        raise CheckpointError(f"{source} has a report but no model (config.json, *.safetensors). Push a finished run.")
+    contents = collect(source, report, repo_id)
+    files = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in contents.items()}
+    if dry_run:
+        return Pushed(repo_id, private, files)
+    url = _upload(repo_id, contents, private, token, endpoint, wait)
+    return Pushed(repo_id, private, files, url)
+
+
+def collect(source: Path, report: Report, repo_id: str) -> dict[str, Path | bytes]:
+    """Path in the repository -> file or content, in order. Hidden and half-written files stay behind."""
+    import yaml
+
+    contents: dict[str, Path | bytes] = {}
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        hidden = any(part.startswith(".") or part.endswith((".partial", ".part")) for part in name.parts)
+        if path.is_file() and not hidden and name.name != MANIFEST:
+            contents[name.as_posix()] = path
+    if report.recipe:
+        contents[RECIPE] = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).encode()
+    contents["README.md"] = str(model_card(report, repo_id, plots_in(source))).encode()
+    contents[PAGE] = report_page(report, repo_id=repo_id).encode()
+    return contents
+
+
+def _upload(
+    repo_id: str,
+    contents: dict[str, Path | bytes],
+    private: bool,
+    token: str | None,
+    endpoint: str | None,
+    wait: Callable[[float], None],
+) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        raise CheckpointError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
+    api = HfApi(endpoint=endpoint, token=token, library_name="hf_efficient")
+
+    def attempt() -> str:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        # Made anew for each try: an operation remembers what became of it.
+        operations = [
+            CommitOperationAdd(name, str(what) if isinstance(what, Path) else what) for name, what in contents.items()
+        ]
+        api.create_commit(repo_id, operations, commit_message="Upload a model compressed with hf_efficient")
+        return f"{api.endpoint}/{repo_id}"
+
+    return _trying(attempt, api, repo_id, wait)
+
+
+def _trying(attempt: Callable[[], str], api: "HfApi", repo_id: str, wait: Callable[[float], None]) -> str:
+    """Again after what may pass: no connection, or a fault of the server."""
+    for number in range(1, TRIES + 1):
+        try:
+            return attempt()
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not _is_from_the_net(cause):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            status = _status(cause)
+            if number == TRIES or (status is not None and status < 500 and status != 429):
+                raise CheckpointError(
+                    f"Cannot push to {repo_id} at {api.endpoint}: {_reason(cause, status)}"
+                ) from None
+            wait(2.0**number)
+    raise AssertionError("unreachable")
+
+
+def _is_from_the_net(error: BaseException) -> bool:
+    """Of the Hub's client, or of the library below it, which is another one in each of its versions."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    below = any(kind.__module__.split(".")[0] in ("httpx", "httpx2", "requests") for kind in type(error).__mro__)
+    return below or isinstance(error, HfHubHTTPError | ConnectionError)
+
+
+def _status(error: Any) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code
+
+
+def _reason(error: BaseException, status: int | None) -> str:
+    """What to do, and what the server said, without anything that looks like a token."""
+    advice = {
+        401: "no valid token was given. Log in with `hf auth login`, or set HF_TOKEN.",
+        403: "the token may not write there. Take one with write access to that name.",
+        404: "there is no such user or organisation, or the token may not see it.",
+        409: "the repository was changed at the same time. Push again.",
+    }.get(status or 0, "the Hub did not answer as it should; what was uploaded is kept, so push again later.")
+    said = clean(str(error).strip().splitlines()[0][:300]) if str(error).strip() else type(error).__name__
+    return f"{advice} ({said})"

@@ -1,0 +1,168 @@
+"""A push against a server that speaks as the Hub does: what arrives, and what happens when it fails."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from hf_efficient import CheckpointError, ConfigError, push
+
+from .families import make_model
+from .hub_server import serving
+from .reporting.samples import sample_report
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+@pytest.fixture
+def result(tmp_path):
+    """As a run leaves it: `model` in the folder of the run, with what must stay behind."""
+    folder = tmp_path / "run" / "model"
+    make_model("bert").save_pretrained(folder)
+    sample_report().save(folder)
+    (folder / "README.md").write_text("old card")
+    (folder / "accuracy_latency.png").write_bytes(b"png")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "secret").write_text("not for others")
+    (folder / "stage.json").write_text("{}")
+    return folder.parent
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks the older protocol, LFS
+    monkeypatch.setattr(_http, "is_offline_mode", lambda: False, raising=False)
+    with serving() as hub:
+        yield hub
+
+
+def go(result, hub, **options):
+    waits = []
+    return push(result, "me/fast", token=TOKEN, endpoint=hub.url, wait=waits.append, **options), waits
+
+
+def test_all_of_it_arrives_in_one_commit(result, hub):
+    done, waits = go(result, hub)
+    [commit] = hub.commits
+    assert set(commit) == set(done.files) and done.url == f"{hub.url}/me/fast" and not waits
+    names = {
+        "config.json",
+        "model.safetensors",
+        "report.json",
+        "report.html",
+        "README.md",
+        "recipe.yaml",
+        "onnx/model.onnx",
+    }
+    assert names | {"accuracy_latency.png"} <= set(commit)
+    assert not any(name.startswith(".") or name == "stage.json" for name in commit)
+    assert commit["model.safetensors"] == (result / "model" / "model.safetensors").read_bytes()
+    assert b'from_pretrained("me/fast")' in commit["README.md"] and b"accuracy_latency.png" in commit["README.md"]
+    assert yaml.safe_load(commit["recipe.yaml"]) == sample_report().recipe
+    assert (result / "model" / "README.md").read_text() == "old card"
+    assert all(TOKEN.encode() not in content for content in commit.values())
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_it_is_private_unless_told_otherwise(result, hub, private):
+    go(result, hub, **({} if private else {"private": False}))
+    assert hub.repos == {"me/fast": private}
+
+
+def test_a_repository_that_is_there_stays_what_it_is(result, hub):
+    hub.repos["me/fast"] = False
+    go(result, hub)
+    assert hub.repos == {"me/fast": False} and len(hub.commits) == 1
+
+
+def test_a_dry_run_talks_to_nobody(result, hub):
+    done, _ = go(result, hub, dry_run=True)
+    assert not hub.requests and done.url is None
+    assert done.files["model.safetensors"] == (result / "model" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("where", ["/commit/", "/api/repos/create"])
+def test_a_fault_of_the_server_is_tried_again(result, hub, where):
+    hub.fail[where] = [500, 502]
+    _, waits = go(result, hub)
+    assert len(hub.commits) == 1 and waits == [2.0, 4.0]
+
+
+def test_what_was_uploaded_is_not_sent_again(result, hub):
+    hub.fail["/commit/"] = [400]
+    with pytest.raises(CheckpointError):
+        go(result, hub)
+    sent = hub.called("/objects/") - hub.called("/objects/batch")
+    assert sent == 2 and not hub.commits  # weights and graph
+    go(result, hub)
+    assert hub.called("/objects/") - hub.called("/objects/batch") == sent and len(hub.commits) == 1
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "hf auth login"), (403, "write access"), (404, "no such user")])
+def test_a_refusal_says_what_to_do_and_shows_no_token(result, hub, status, words):
+    hub.fail["/api/repos/create"] = [status] * 9
+    with pytest.raises(CheckpointError, match=words) as caught:
+        go(result, hub)
+    assert TOKEN not in str(caught.value) and not hub.commits
+    assert hub.called("/api/repos/create") == 1
+
+
+def test_a_server_that_stays_down_is_given_up(result, hub):
+    hub.fail["/commit/"] = [503] * 99
+    with pytest.raises(CheckpointError, match="push again later") as caught:
+        go(result, hub)
+    assert TOKEN not in str(caught.value)
+
+
+def test_nobody_there(result, hub):
+    with pytest.raises(CheckpointError, match="push again later"):
+        push(result, "me/fast", token=TOKEN, endpoint="http://127.0.0.1:9", wait=lambda seconds: None)
+
+
+@pytest.mark.parametrize("name", ["fast", "me/fast/x", "../fast", "me/", "me/fa st", ""])
+def test_a_name_that_cannot_be(result, name):
+    with pytest.raises(ConfigError, match="user/name"):
+        push(result, name)
+
+
+def test_a_folder_without_a_result(result, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="No readable report"):
+        push(tmp_path, "me/fast")
+    (result / "model" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no model"):
+        push(result, "me/fast")
+
+
+def test_offline_is_said(result):
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        push(result, "me/fast")
+
+
+@pytest.mark.processes
+def test_the_command(result):
+    with serving() as hub:
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+        }
+        command = [sys.executable, "-m", "hf_efficient.cli", "push", str(result), "--repo-id", "me/fast"]
+        dry = subprocess.run(
+            [*command, "--dry-run", "--json"], env=environment, capture_output=True, text=True, check=True
+        )
+        assert "model.safetensors" in json.loads(dry.stdout)["files"] and not hub.requests
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"Pushed: {hub.url}/me/fast" in done.stdout and len(hub.commits) == 1
+        assert TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
+        assert all(TOKEN in authorization for _, path, authorization in hub.requests if "/commit/" in path)
