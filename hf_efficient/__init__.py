@@ -40,6 +40,7 @@ _LAZY = {
     "quantize": "quantization",
     "export": "exporting",
     "push": "hub",
+    "sweep": "sweeping",
     "Report": "reporting.schema",
     "load_report": "reporting.schema",
 }
@@ -77,6 +78,7 @@ __all__ = [
     "quantize",
     "register_attention",
     "register_importance",
+    "sweep",
     "teacher_texts",
     "transfer_attention",
 ]

@@ -80,6 +80,9 @@ def compress(
     folder = path if begun else output_dir or Path("out") / chosen.name
     if resume and not (folder / RECIPE).is_file():
         raise ConfigError(f"There is no run in {folder} to go on with. Leave out --resume, or name its --output-dir.")
+    if chosen.sweep:
+        _sweep(chosen, folder, as_json)
+        return
     report = run(chosen, output_dir=folder, announce=lambda line: typer.echo(line, err=True))
     typer.echo(report.to_json() if as_json else text_table(report))
     if not as_json:
@@ -312,6 +315,18 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     typer.echo(
         json.dumps(facts, indent=2) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items())
     )
+
+
+def _sweep(recipe: Any, folder: Path, as_json: bool) -> None:
+    from .reporting.page import PAGE
+    from .reporting.tables import text_results
+    from .sweeping import sweep
+
+    reports = sweep(recipe, output_dir=folder, announce=lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps({label: json.loads(each.to_json()) for label, each in reports.items()}, indent=2))
+    else:
+        typer.echo(f"{text_results(reports)}\n\nAll of them on one page: {folder / PAGE}")
 
 
 def _load(name: str, task: str | None) -> Any:

@@ -56,6 +56,8 @@ def compress(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     recipe = recipe.with_overrides(overrides) if overrides else recipe
+    if recipe.sweep:
+        raise ConfigError("The recipe has a sweep, so it gives many results: call sweep(recipe), not compress.")
     from .running import Run
     from .workspace import Workspace
 

@@ -11,10 +11,13 @@ Relative paths are relative to the working directory.
 
 import difflib
 import hashlib
+import itertools
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ from .stages import STAGES, AnyStage, check_order
 __all__ = ["STAGES", "Recipe", "Stage", "shipped_recipes"]
 
 MAX_STAGES = 100
-KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure"]
+MAX_COMBINATIONS = 200
+KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Recipe:
         stages: what is done, in this order; may be empty (the model is then only measured).
         measure: how latency is measured.
         seed: of everything that is drawn: split, initial weights, order of the batches.
+        sweep: dotted key -> the values it shall take; `sweeping.sweep` runs all combinations.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     seed: int = 0
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         recipe_name(self.name, "name")
@@ -85,6 +91,8 @@ class Recipe:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         _check_columns(self.task, self.data)
         check_order([(stage.name, stage.settings) for stage in self.stages], self.task)
+        _check_sweep(self.sweep)
+        self.combinations()
 
     @classmethod
     def from_yaml(cls, path_or_name: str | Path) -> "Recipe":
@@ -119,6 +127,7 @@ class Recipe:
             teacher=None if data.get("teacher") is None else read(TrainingSettings, data["teacher"], "teacher"),
             stages=_read_stages(data.get("stages", [])),
             measure=read(MeasureSettings, data.get("measure", {}), "measure"),
+            sweep=data.get("sweep") or {},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +140,31 @@ class Recipe:
             **{name: section and section.to_dict() for name, section in sections.items()},
             "stages": [stage.to_dict() for stage in self.stages],
             "measure": self.measure.to_dict(),
+            **({"sweep": self.sweep} if self.sweep else {}),
         }
+
+    def combinations(self) -> dict[str, "Recipe"]:
+        """A recipe for each combination of the sweep, by a label such as `ratio=0.5,kind=local`; none without one.
+
+        Raises:
+            ConfigError: a combination that is no recipe; the message starts with its label.
+        """
+        if not self.sweep:
+            return {}
+        plain = replace(self, sweep={})
+        ends = [key.rsplit(".", 1)[-1] for key in self.sweep]
+        names = [end if ends.count(end) == 1 else key for end, key in zip(ends, self.sweep, strict=True)]
+        found: dict[str, Recipe] = {}
+        for values in itertools.product(*self.sweep.values()):
+            pairs = (f"{name}={_short(value)}" for name, value in zip(names, values, strict=True))
+            label = re.sub(r"[^\w.=,+-]+", "_", ",".join(pairs))[:100]
+            if label in found:
+                raise ConfigError(f"sweep: two combinations are called {label!r}: is a value there twice?")
+            try:
+                found[label] = plain.with_overrides(dict(zip(self.sweep, values, strict=True)))
+            except ConfigError as error:
+                raise ConfigError(f"sweep, {label}: {error}") from None
+        return found
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -152,6 +185,24 @@ class Recipe:
             value = parse(value, f"override {key}") if isinstance(value, str) else value
             _set(data, str(key), value)
         return Recipe.from_dict(data)
+
+
+def _check_sweep(sweep: Any) -> None:
+    good = isinstance(sweep, dict) and all(isinstance(key, str) for key in sweep)
+    if not good or not all(isinstance(values, list) and values for values in sweep.values()):
+        raise ConfigError(
+            "sweep must be a mapping of dotted keys to lists of values, such as {prune.ratio: [0.3, 0.5]}, got "
+            f"{shown(sweep)}."
+        )
+    if any(key.split(".")[0] in ("sweep", "name") for key in sweep):
+        raise ConfigError("sweep: name and sweep cannot be swept over.")
+    if math.prod(map(len, sweep.values())) > MAX_COMBINATIONS:
+        count = math.prod(map(len, sweep.values()))
+        raise ConfigError(f"sweep has {count} combinations; at most {MAX_COMBINATIONS} are run in one go.")
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def shipped_recipes() -> dict[str, Path]:

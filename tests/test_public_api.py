@@ -45,6 +45,7 @@ PUBLIC = [
     "quantize",
     "register_attention",
     "register_importance",
+    "sweep",
     "teacher_texts",
     "transfer_attention",
 ]

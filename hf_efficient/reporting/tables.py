@@ -229,6 +229,24 @@ def markdown_structure(report: Report) -> str:
     )
 
 
+def text_results(reports: Mapping[str, Report]) -> str:
+    """One line for each report, for a terminal."""
+    rows = []
+    for label, report in reports.items():
+        student, compared = report.student, report.comparison
+        rows.append(
+            (
+                label,
+                "" if student.quality is None else f"{student.quality.main.name} {format_score(student.quality.main)}",
+                "" if compared is None else format_difference(compared),
+                "" if compared is None else f"{compared.speedup:.1f}x",
+                format_count(student.size.parameters),
+                format_count(student.size.macs),
+            )
+        )
+    return align(("", "quality", "change", "speed-up", "parameters", "MACs"), rows)
+
+
 def markdown_results(reports: Mapping[str, Report]) -> str:
     """One line for each finished recipe, for the README: quality, speed and size, and where they were measured."""
     header = ("recipe", "teacher", "student", "speed-up", "parameters without embeddings", "MACs", "loads as")

@@ -1,0 +1,117 @@
+"""A recipe over a matrix of settings: every combination, one page and one plot of all.
+
+    # in the recipe
+    sweep: {prune.ratio: [0.3, 0.5, 0.7], attention.kind: [local, linear]}
+
+    reports = sweep("my-recipe.yaml", output_dir="out/sweep")        # {"ratio=0.3,kind=local": Report, ...}
+
+Each combination is a run of its own in a folder of its own, so it can be resumed, shown and pushed as any other.
+Stages that two combinations begin with in common are done once.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, ConfigError
+from .pipeline import compress
+from .recipe import Recipe
+from .reporting.page import PAGE, report_page
+from .reporting.schema import Report
+from .workspace import INPUTS, MANIFEST, RECIPE, write_text
+
+PARETO = "pareto.png"
+
+
+def sweep(
+    recipe: Recipe | str | Path,
+    *,
+    output_dir: str | Path | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> dict[str, Report]:
+    """Run every combination of `recipe.sweep`, then write `report.html` and `pareto.png` over all of them.
+
+    Parameters:
+        output_dir: default `out/<recipe name>`; each combination has a folder in it.
+        announce: called with one line when something begins or ends.
+
+    Returns:
+        The report of each combination by its label. Called again, what is finished is not done again.
+
+    Raises:
+        ConfigError: the recipe has no sweep. CheckpointError: the folder holds something else.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
+    if not recipe.sweep:
+        raise ConfigError(
+            f"The recipe {recipe.name!r} has no sweep. Add one: sweep: {{prune.ratio: [0.3, 0.5, 0.7]}}."
+        )
+    folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
+    _check_folder(folder, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RECIPE, recipe.to_yaml())
+    reports: dict[str, Report] = {}
+    done: list[tuple[Path, Recipe]] = []
+    for label, one in recipe.combinations().items():
+        announce(f"== {label}")
+        target = folder / label
+        _share(done, target, one)
+        reports[label] = compress(one, output_dir=target, announce=announce)
+        done.append((target, one))
+    write_text(folder / PAGE, report_page(list(reports.values()), list(reports)))
+    if find_spec("matplotlib") and all(report.student.quality is not None for report in reports.values()):
+        from .reporting.plots import plot_accuracy_latency
+
+        plot_accuracy_latency(list(reports.values()), folder / PARETO, list(reports))
+    return reports
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    given = folder / RECIPE
+    if not given.is_file() or Recipe.from_yaml(given).fingerprint() != recipe.fingerprint():
+        raise CheckpointError(
+            f"{folder} is not empty and not a run of this sweep. Choose another output folder, or empty it."
+        )
+
+
+def _share(done: list[tuple[Path, Recipe]], target: Path, recipe: Recipe) -> None:
+    """Give a new run the finished stages that an earlier one began with in common; the longest such beginning."""
+    if target.exists() or not done:
+        return
+    source, common = max(((folder, _common(other, recipe)) for folder, other in done), key=lambda pair: pair[1])
+    if common < 0:
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    names = ["0-teacher", *(f"{i}-{stage.name}" for i, stage in enumerate(recipe.stages[:common], 1))]
+    for name in names:
+        if (source / name / MANIFEST).is_file():
+            shutil.copytree(source / name, partial / name, copy_function=_link)
+    shutil.copy2(source / INPUTS, partial / INPUTS)
+    write_text(partial / RECIPE, recipe.to_yaml())
+    os.replace(partial, target)
+
+
+def _common(one: Recipe, other: Recipe) -> int:
+    """How many stages both begin with; -1 if not even the teacher is the same."""
+    first, second = one.to_dict(), other.to_dict()
+    if any(first[key] != second[key] for key in ("task", "seed", "model", "data", "teacher")):
+        return -1
+    pairs = zip(first["stages"], second["stages"], strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first["stages"]), len(second["stages"])))
+
+
+def _link(source: str, target: str) -> Any:
+    """Weights without using their space twice, where the file system can."""
+    try:
+        if source.endswith(".safetensors"):
+            return os.link(source, target)
+    except OSError:
+        pass
+    return shutil.copy2(source, target)
