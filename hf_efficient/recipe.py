@@ -90,6 +90,7 @@ class Recipe:
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         _check_columns(self.task, self.data)
+        _check_tokenizer(self.task, self.model)
         check_order([(stage.name, stage.settings) for stage in self.stages], self.task)
         _check_sweep(self.sweep)
         self.combinations()
@@ -258,6 +259,18 @@ def _check_columns(task: str, data: DataSettings) -> None:
     for name in [*(f"{role}_column" for role in ("text", "text_pair", "label", "target", "image")), "image_size"]:
         if getattr(data, name) is not None and name not in used:
             raise ConfigError(f"data.{name} has no meaning for task {task!r}, which uses {', '.join(sorted(used))}.")
+
+
+def _check_tokenizer(task: str, model: ModelSettings) -> None:
+    """A fresh model that reads text needs to be told how; no other may be."""
+    named = model.tokenizer is not None or model.tokenizer_size is not None
+    if named and "image" in TASKS[task].columns:
+        raise ConfigError(f"model.tokenizer and model.tokenizer_size have no meaning for task {task!r}.")
+    if model.config is not None and not named and "image" not in TASKS[task].columns:
+        raise ConfigError(
+            "model.tokenizer or model.tokenizer_size must be given, as a fresh model has no tokenizer: a Hub id, a "
+            "folder or bundled:NAME; or how many tokens shall be learned from the training texts, such as 4096."
+        )
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from .attention.convert import convert_attention
 from .attention.positions import extend_positions, token_limit
@@ -33,6 +40,7 @@ from .loading import load_config, load_model, load_processor
 from .models.block import check_stock_sizes
 from .models.building import is_portable
 from .models.configs import block_of
+from .new_tokenizer import token_fields, train_tokenizer
 from .preparing import need_column
 from .pruning.calibration import average_length
 from .pruning.callback import PruningCallback
@@ -75,12 +83,17 @@ class Run:
     @cached_property
     def processor(self):
         """The tokenizer or image processor of the model; None for images that need none."""
-        model = self.recipe.model
-        if model.name_or_path is None:
+        model, images = self.recipe.model, "image" in self.columns
+        name = model.name_or_path or model.tokenizer
+        if name is not None:
+            return load_processor(name, images=images, trust_remote_code=model.trust_remote_code)
+        if images:
             return None
-        return load_processor(
-            model.name_or_path, images="image" in self.columns, trust_remote_code=model.trust_remote_code
-        )
+        made = self.folder / TEACHER  # of a run that goes on
+        if (made / "tokenizer.json").is_file():
+            return load_processor(str(made), images=False)
+        texts = column_texts(self, self.columns)
+        return train_tokenizer(texts, model.tokenizer_size, close=self.recipe.task != "causal-lm")
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -88,7 +101,7 @@ class Run:
         model = self.recipe.model
         if model.name_or_path is not None:
             return load_config(model.name_or_path, trust_remote_code=model.trust_remote_code)
-        return fresh_config(model.config)
+        return fresh_config(model.config, self.processor)
 
     def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of the config without memory for its weights."""
@@ -182,8 +195,8 @@ def longest_text(config: PreTrainedConfig) -> int | None:
     return family_of(config).longest_text(config)
 
 
-def fresh_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The config of a model that is trained from nothing.
+def fresh_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
+    """The config of a model that is trained from nothing, and reads what its tokenizer makes.
 
     Raises:
         ConfigError: an unknown model type or field, or an absurd size.
@@ -194,6 +207,9 @@ def fresh_config(fields: dict[str, Any]) -> PreTrainedConfig:
     config_class = known[fields["model_type"]]
     names = {field.name for field in dataclasses.fields(config_class)} | {"model_type", "num_labels", "head_dim"}
     check_keys(fields, sorted(names), "model.config")
+    if tokenizer is not None:
+        own = token_fields(tokenizer, config_class)
+        fields = {name: value for name, value in own.items() if name in names or name.startswith("decoder")} | fields
     if fields["model_type"] in FAMILIES:
         check_stock_sizes(fields, FAMILIES[fields["model_type"]])
     try:
@@ -221,7 +237,7 @@ def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
         labels = {"id2label": dict(enumerate(prepared.label_names)), "num_labels": prepared.num_labels}
         labels["label2id"] = {name: index for index, name in enumerate(prepared.label_names)}
     if asked.config is not None:
-        config = transformers.AutoConfig.for_model(**asked.config | labels)
+        config = fresh_config(asked.config | labels, run.processor)
         return getattr(transformers, run.auto_class).from_config(config)
     options = {"trust_remote_code": asked.trust_remote_code}
     if run.recipe.teacher is not None:  # a model that is taken as it is keeps its own head
@@ -305,7 +321,7 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
 
 def run_vocabulary(run: Run, settings: VocabularyStage, source: Path, target: Path) -> dict[str, Any]:
     model, tokenizer = run.load(source), load_processor(str(source), images=False)
-    small, short = prune_vocabulary(model, tokenizer, training_texts(run))
+    small, short = prune_vocabulary(model, tokenizer, training_texts(run), max_tokens=settings.max_tokens)
     facts = {"tokens_before": len(tokenizer), "tokens_after": len(short)}
     facts |= {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
     return facts | run.reading(short).save(small, target)
@@ -340,9 +356,14 @@ def run_export(run: Run, settings: ExportStage, source: Path, target: Path) -> d
 
 def training_texts(run: Run) -> Iterator[str]:
     """All that the model reads of the training rows."""
+    return column_texts(run, ("text", "text_pair"))
+
+
+def column_texts(run: Run, roles: Sequence[str]) -> Iterator[str]:
+    """The training texts in the columns of these roles; text pairs only where they are named."""
     data, rows = run.recipe.data, run.rows["train"]
-    columns = [need_column(rows, "text", data.text_column)]
-    columns += [data.text_pair_column] if data.text_pair_column else []
+    wanted = [role for role in roles if role in ("text", "target") or (role == "text_pair" and data.text_pair_column)]
+    columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in wanted]
     return (text for column in columns for text in rows[column])
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .bundled import DATASETS, MODELS, PREFIX
-from .data import looks_local, missing_file
 from .errors import ConfigError, unknown_name
 from .pruning.schedule import Gradual
 from .safe_yaml import plain, shown
@@ -119,6 +118,8 @@ class ModelSettings(Settings):
         metadata={"rule": Rule("a mapping, or null", lambda value: value is None or isinstance(value, dict))},
     )
     trust_remote_code: bool = flag(False)
+    tokenizer: str | None = text()  # of a fresh model that reads text: a Hub id, folder, or bundled:NAME
+    tokenizer_size: int | None = integer(None, 300, 1 << 20, optional=True)  # or tokens to learn from the texts
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +128,14 @@ class ModelSettings(Settings):
                 "name_or_path or config must be given, one of them: an existing model, or the config of a fresh one "
                 "such as {model_type: vit, hidden_size: 64}."
             )
+        fresh = [name for name in ("tokenizer", "tokenizer_size") if getattr(self, name) is not None]
+        if fresh and (self.config is None or len(fresh) > 1):
+            raise ConfigError(
+                f"{' and '.join(fresh)}: an existing model has its own tokenizer, and a fresh one (config) needs one "
+                "of tokenizer and tokenizer_size."
+            )
+        if self.tokenizer is not None:
+            _check_bundled(self.tokenizer, "bundled model", MODELS)
         if self.config is not None:
             object.__setattr__(self, "config", plain(self.config, "config"))
             kind = self.config.get("model_type")
@@ -139,10 +148,18 @@ class ModelSettings(Settings):
             if is_path and not os.path.isdir(path):
                 raise ConfigError(f"name_or_path: no such model folder {shown(path)}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """A tokenizer only where one is named."""
+        optional = ("tokenizer", "tokenizer_size")
+        return {name: value for name, value in super().to_dict().items() if name not in optional or value is not None}
+
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
-    """The data set, and how it is read: the arguments of `load_dataset_any` and `prepare`."""
+    """The data set, and how it is read: the arguments of `load_dataset_any` and `prepare`.
+
+    A file is looked for when a run begins, not before: a recipe may be read where its data is not.
+    """
 
     name_or_path: str = text(None, optional=False)
     text_column: str | None = text()
@@ -158,9 +175,6 @@ class DataSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_bundled(self.name_or_path, "bundled data set", DATASETS)
-        path = os.path.expanduser(self.name_or_path)
-        if not self.name_or_path.startswith(PREFIX) and looks_local(self.name_or_path) and not os.path.exists(path):
-            raise ConfigError(f"name_or_path: {missing_file(path)}")
 
 
 @dataclass(frozen=True)

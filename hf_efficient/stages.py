@@ -100,10 +100,17 @@ class VocabularyStage(Settings):
     """`prune_vocabulary(model, tokenizer, texts)` with the training texts; the last stage, of a text classifier.
 
         - vocabulary: {}
+        - vocabulary: {max_tokens: 8000}                 # the most frequent, exact for texts that have no others
 
     Last, since teacher and student read the same ids while distilling; a classifier, since the scores of other tasks
     count tokens, and there would be others.
     """
+
+    max_tokens: int | None = integer(None, 1, 1 << 24, optional=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`max_tokens` only where it is given."""
+        return {} if self.max_tokens is None else super().to_dict()
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,9 @@ def test_a_finished_stage_is_read_again_with_its_tokenizer(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"stages": [{"vocabulary": {}}, {"distill": {}}]}, "must be the last stage, after distill"),
+        ({"stages": [{"vocabulary": {}}, {"distill": {}}]}, "must come after distill, not before"),
         ({"stages": [{"vocabulary": {"ratio": 0.5}}]}, r"stages\[0\]\.vocabulary"),
+        ({"stages": [{"vocabulary": {"max_tokens": 0}}]}, r"max_tokens must be an integer from 1"),
         ({"task": "causal-lm"}, "needs task text-classification"),
         ({"stages": [{"prune": {"granularity": ["vocabulary"]}}]}, "in a recipe the last stage `vocabulary"),
     ],

@@ -1,15 +1,19 @@
 """Vocabulary pruning: a model without the tokens that its texts never use (Abdaoui et al. 2020, "Load What You Need").
 
     small, tokenizer = prune_vocabulary(model, tokenizer, texts)
+    smaller, tokenizer = prune_vocabulary(model, tokenizer, texts, max_tokens=8000)
 
 Nothing else changes: for each of the texts the new pair gives the logits of the old one. Where a multilingual model
-serves one language or one domain, most of its parameters are rows of the embedding that nobody looks up.
+serves one language or one domain, most of its parameters are rows of the embedding that nobody looks up. With
+`max_tokens` the rare ones go too: words that had them are spelled in more pieces.
 
 Which tensors have a row for each token is not listed anywhere: they are those whose shape changes when the class is
 built, without memory, for one token more.
 """
 
 import copy
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -37,6 +41,7 @@ def prune_vocabulary(
     texts: Iterable[str],
     *,
     keep: Iterable[int] | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A copy of `model` and of `tokenizer` with the tokens of `texts` only.
 
@@ -45,6 +50,8 @@ def prune_vocabulary(
         tokenizer: its tokenizer, a fast one (WordPiece, BPE or Unigram).
         texts: what the model is for, such as the training set; read once.
         keep: ids of further tokens that must stay.
+        max_tokens: at most so many tokens stay, the most frequent of the texts. Texts with others are then cut in
+            more pieces, and their logits change.
 
     Returns:
         Model and tokenizer. Special and added tokens, the alphabet (single characters or bytes) and the tokens that
@@ -53,7 +60,8 @@ def prune_vocabulary(
 
     Raises:
         DataError: `texts` is empty, or holds something else than strings.
-        ConfigError: the tokenizer is not that of the model, or `keep` names a token that the model does not have.
+        ConfigError: the tokenizer is not that of the model, `keep` names a token that the model does not have, or
+            `max_tokens` is less than what must stay.
         UnsupportedModelError: a model without a vocabulary, or a tokenizer that is not fast.
     """
     rows = _rows(check_model(model))
@@ -66,8 +74,11 @@ def prune_vocabulary(
         )
     further = set(_check_ids(keep or (), rows, "keep"))
     _vocabulary_axes(model)
-    used = used_tokens(tokenizer, texts)
-    kept = complete(tokenizer, {*used, *named_tokens(model), *further})
+    counts, needed = count_tokens(tokenizer, texts), {*named_tokens(model), *further}
+    if max_tokens is None:
+        kept = complete(tokenizer, {*counts, *needed})
+    else:
+        kept = _most_frequent(tokenizer, counts, needed, max_tokens)
     return trim_embeddings(model, kept), trim_tokenizer(tokenizer, kept)
 
 
@@ -78,12 +89,22 @@ def used_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> tup
         DataError: `texts` is empty, or holds something else than strings.
         UnsupportedModelError: the tokenizer is not fast.
     """
+    return complete(tokenizer, count_tokens(tokenizer, texts))
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Counter[int]:
+    """How often each id stands in `texts`; 0 for the pieces that an unknown word was tried with.
+
+    Raises:
+        DataError: `texts` is empty, or holds something else than strings.
+        UnsupportedModelError: the tokenizer is not fast.
+    """
     backend = Tokenizer.from_str(check_tokenizer(tokenizer).backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     model = read_spec(tokenizer)["model"]
-    found: set[int] = set()
+    found: Counter[int] = Counter()
     for batch in _batches(texts):
         for text, encoding in zip(batch, backend.encode_batch(batch), strict=True):
             found.update(encoding.ids)
@@ -94,8 +115,27 @@ def used_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> tup
                         backend.normalizer.normalize_str(text[start:end]) if backend.normalizer else text[start:end]
                     )
                     for word in words.split():
-                        found |= attempts(word, model["vocab"], model["continuing_subword_prefix"])
-    return complete(tokenizer, found)
+                        tried = attempts(word, model["vocab"], model["continuing_subword_prefix"])
+                        found.update(dict.fromkeys(tried, 0))
+    return found
+
+
+def _most_frequent(
+    tokenizer: PreTrainedTokenizerFast, counts: Counter[int], needed: set[int], limit: int
+) -> tuple[int, ...]:
+    """As many of the counted ids as fit, the most frequent first, with all that must stay beside them."""
+    if type(limit) is not int or limit < 1:
+        raise ConfigError(f"max_tokens must be an integer of 1 or more, or None, got {limit!r}.")
+    least = len(complete(tokenizer, needed))
+    if limit < least:
+        raise ConfigError(
+            f"max_tokens is {limit}, but {least} tokens must stay: special and added tokens, the alphabet, and what "
+            f"the config names. Give {least} or more."
+        )
+    ranked = sorted(counts, key=lambda index: (-counts[index], index))
+    # What a token needs beside it (BPE) comes along, so the first that no longer fits is searched for.
+    fits = bisect_right(range(len(ranked)), limit, key=lambda n: len(complete(tokenizer, {*ranked[: n + 1], *needed})))
+    return complete(tokenizer, {*ranked[:fits], *needed})
 
 
 def trim_embeddings(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedModel:

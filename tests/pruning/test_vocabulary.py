@@ -19,7 +19,7 @@ from hf_efficient import prune_vocabulary as prune
 from hf_efficient.bundled import bundled_dataset, bundled_model
 from hf_efficient.models.building import is_portable
 from hf_efficient.pruning.tokenizer import complete
-from hf_efficient.pruning.vocabulary import named_tokens, trim_embeddings, used_tokens
+from hf_efficient.pruning.vocabulary import count_tokens, named_tokens, trim_embeddings, used_tokens
 
 from ..families import CASES, VOCABULARY, make_config, make_inputs, make_model
 from ..helpers import assert_close
@@ -304,3 +304,26 @@ def test_models_and_tokenizers_that_are_refused():
         trim_embeddings(small, range(1, 20))
     with pytest.raises(ConfigError, match="kept names 50; the model has the token ids 0 to 49"):
         trim_embeddings(small, [0, 1, 2, 50])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "unigram"])
+def test_the_most_frequent_tokens_stay(kind):
+    tokenizer = tokenizer_of(kind)
+    config = make_config("bert", vocab_size=len(tokenizer), pad_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    counts, always = count_tokens(tokenizer, TEXTS), complete(tokenizer, named_tokens(model))
+    room = len(always) + 8
+    small, short = prune(model, tokenizer, TEXTS, max_tokens=room)
+    assert len(always) < small.config.vocab_size == len(small.get_input_embeddings().weight) <= room
+    left = set(short.get_vocab()) - set(tokenizer.convert_ids_to_tokens(list(always)))
+    gone = {tokenizer.convert_ids_to_tokens(index): count for index, count in counts.items()}
+    rarest = min(gone[token] for token in left if token in gone)
+    assert left and all(count <= rarest for token, count in gone.items() if token not in short.get_vocab())
+    again, _ = prune(model, tokenizer, TEXTS, max_tokens=10**6)
+    assert again.config.vocab_size == prune(model, tokenizer, TEXTS)[0].config.vocab_size > small.config.vocab_size
+    assert all(token != short.unk_token for token in short.tokenize(TEXTS[0]) if short.unk_token not in TEXTS[0])
+    with pytest.raises(ConfigError, match=f"max_tokens is 3, but {len(always)} tokens must stay"):
+        prune(model, tokenizer, TEXTS, max_tokens=3)
+    with pytest.raises(ConfigError, match="max_tokens must be an integer"):
+        prune(model, tokenizer, TEXTS, max_tokens=0.5)
