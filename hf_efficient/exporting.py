@@ -217,6 +217,8 @@ def _tensors(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     taken = inspect.signature(model.forward).parameters
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     labels = tensors.pop("labels", None)
+    for name in ("start_positions", "end_positions"):  # with them the forward would give a loss
+        tensors.pop(name, None)
     if labels is not None and labels.dim() == 2 and hasattr(model, "prepare_decoder_input_ids_from_labels"):
         tensors.setdefault("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(labels=labels))
     return {name: value for name, value in tensors.items() if name in taken}

@@ -154,6 +154,11 @@ def check(run: "Run") -> None:
 
     prepared, config = run.data(), run.config
     family_of(config)
+    if config.is_encoder_decoder and not run.task.trains:
+        raise UnsupportedModelError(
+            f"task {run.recipe.task!r} needs a model with one stack; {config.model_type} has an encoder and a "
+            "decoder. Distil its encoder with DistillationTrainer (T5EncoderModel)."
+        )
     _check_lengths(run.recipe, config)
     if run.recipe.teacher is None and run.recipe.model.config is None:
         check_labels(config, prepared)
@@ -246,13 +251,15 @@ def _check_length(key: str, length: int | None, limit: int) -> None:
 
 def _check_cut(path: str, task: str, losses: Mapping[str, float], cut: int | None) -> None:
     """A teacher that reads only the beginning can answer for a whole text, and for nothing else."""
+    from .data import TASKS
+
     by_token = any(losses.get(name) for name in ("hidden", "attention", "relation"))
     if cut is None or (task == "text-classification" and not by_token):
         return
     raise ConfigError(
         f"{path}: the teacher takes {cut} tokens and the student gets more, so it can answer for a whole text (task "
-        f"text-classification, loss kd), but not token by token. Set {path}.max_length to {cut}, or losses to "
-        "{ce: 1.0}."
+        f"text-classification, loss kd), but nothing else. Set {path}.max_length to {cut}"
+        + (", or losses to {ce: 1.0}." if TASKS[task].trains else ".")
     )
 
 
@@ -282,6 +289,7 @@ def _measured(
         "batch_size": recipe.measure.batch_size,
         "sequence_length": length,
         "repeats": recipe.measure.repeats,
+        "pooling": recipe.pooling,
     }
     measured = measure(
         student,

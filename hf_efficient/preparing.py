@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, unknown_name
+from .tokenizing import IGNORED, TOKENIZING, check_tokenizer_of, make_collator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,18 +24,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task needs: the columns it reads, the Auto class that loads its model, the metric that judges it."""
+    """What a task needs of data and model.
+
+    Fields:
+        columns: the roles that it reads. optional: those that it reads where they are named.
+        auto_class: the Auto class that loads its model.
+        metric: the score that judges it.
+        usual: names that are tried for a role in the place of those of `COLUMNS`.
+        trains: whether there are labels, so that a teacher can be fine-tuned.
+        losses: what is distilled where nothing is said; None: what the settings of distillation say.
+    """
 
     columns: tuple[str, ...]
     auto_class: str
     metric: str
+    optional: tuple[str, ...] = ()
+    usual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trains: bool = True
+    losses: Mapping[str, float] | None = None
 
+    @property
+    def is_of_images(self) -> bool:
+        return "image" in self.columns
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All that may be named, as `<role>_column`."""
+        return self.columns + self.optional
+
+
+WORD_LABELS = ("ner_tags", "tags", "labels", "pos_tags")
 
 TASKS: dict[str, Task] = {
-    "text-classification": Task(("text", "label"), "AutoModelForSequenceClassification", "accuracy"),
+    "text-classification": Task(
+        ("text", "label"), "AutoModelForSequenceClassification", "accuracy", optional=("text_pair",)
+    ),
     "causal-lm": Task(("text",), "AutoModelForCausalLM", "perplexity"),
     "seq2seq": Task(("text", "target"), "AutoModelForSeq2SeqLM", "perplexity"),
     "image-classification": Task(("image", "label"), "AutoModelForImageClassification", "accuracy"),
+    "sentence-embeddings": Task(
+        ("text",), "AutoModel", "retrieval@1", optional=("text_pair",), trains=False, losses={"embedding": 1.0}
+    ),
+    "token-classification": Task(
+        ("tokens", "label"), "AutoModelForTokenClassification", "accuracy", usual={"label": WORD_LABELS}
+    ),
+    "masked-lm": Task(("text",), "AutoModelForMaskedLM", "perplexity"),
+    "question-answering": Task(("question", "context", "answers"), "AutoModelForQuestionAnswering", "span_accuracy"),
 }
 
 # role -> the usual names, tried in this order where a column is not named
@@ -43,6 +78,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "label": ("label", "labels", "category"),
     "target": ("target", "summary", "output"),
     "image": ("image", "img"),
+    "tokens": ("tokens", "words"),
+    "question": ("question",),
+    "context": ("context",),
+    "answers": ("answers", "answer"),
 }
 DEFAULT_MAX_LENGTH = 512
 
@@ -69,6 +108,10 @@ def prepare(
     label_column: str | None = None,
     target_column: str | None = None,
     image_column: str | None = None,
+    tokens_column: str | None = None,
+    question_column: str | None = None,
+    context_column: str | None = None,
+    answers_column: str | None = None,
     max_length: int | None = None,
     image_size: int | None = None,
 ) -> PreparedData:
@@ -80,6 +123,13 @@ def prepare(
     - seq2seq: `text_column` in, `target_column` out, labels padded with -100.
     - image-classification: `pixel_values` float32 [C, H, W]. Without a processor integers 0..255 and floats 0..1 are
       mapped to -1..1 and, where `image_size` is given, resized to a square; needs neither torchvision nor Pillow.
+    - sentence-embeddings: texts without labels; both texts of a pair are rows of their own. In `test` two rows with
+      the same `pair` belong together: text and pair or, without `text_pair_column`, the halves of a text.
+    - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
+      word carries its label, all others -100.
+    - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every batch, in `test` once.
+    - question-answering: rows as in SQuAD. A context that is too long is cut at its end, without a second part that
+      begins later; an answer that is not in what is left has the positions 0.
 
     Parameters:
         processor: the tokenizer, or for images an AutoImageProcessor or None. A tokenizer without a padding token
@@ -92,23 +142,39 @@ def prepare(
     """
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    given = {"text": text_column, "label": label_column, "target": target_column, "image": image_column}
-    columns = _columns(dataset, {role: given[role] for role in TASKS[task].columns}, text_pair_column)
-    names, ids = _classes(dataset, columns["label"]) if "label" in columns else ((), {})
-    function: Callable[..., dict]
+    needs = TASKS[task]
+    named = {
+        "text": text_column,
+        "text_pair": text_pair_column,
+        "label": label_column,
+        "target": target_column,
+        "image": image_column,
+        "tokens": tokens_column,
+        "question": question_column,
+        "context": context_column,
+        "answers": answers_column,
+    }
+    columns = _columns(dataset, needs, named)
+    is_by_word = "tokens" in columns
+    names, ids = _classes(dataset, columns["label"], is_by_word) if "label" in columns else ((), {})
     settings: dict[str, Any] = {"columns": columns, "ids": ids}
-    if "image" in columns:
+    functions: tuple[Callable[..., dict], Callable[..., dict]]
+    if needs.is_of_images:
         from .images import image_settings, images_to_inputs
 
         settings |= image_settings(dataset, columns["image"], processor, image_size)
-        function, batch_size = images_to_inputs, 100
+        functions, batch_size = (images_to_inputs, images_to_inputs), 100
     else:
         settings |= _text_settings(processor, max_length)
-        function, batch_size = (_pack if task == "causal-lm" else _tokenize), 1000
-    train, test = (_map(dataset[split], function, settings, batch_size) for split in ("train", "test"))
+        check_tokenizer_of(task, processor)
+        functions, batch_size = TOKENIZING[task], 1000
+    train, test = (
+        _map(dataset[split], function, settings, batch_size)
+        for split, function in zip(("train", "test"), functions, strict=True)
+    )
     if not len(train) or not len(test):
         raise DataError(f"No tokens are left of the {'test' if len(train) else 'train'} split: its texts are empty.")
-    return PreparedData(train, test, _collator(task, processor), len(names) or None, names, task)
+    return PreparedData(train, test, make_collator(task, processor), len(names) or None, names, task)
 
 
 def check_labels(model_config: Any, prepared: PreparedData) -> None:
@@ -138,10 +204,12 @@ def find_column(rows: Dataset, role: str) -> str | None:
     return next((name for name in COLUMNS[role] if name in rows.column_names), None)
 
 
-def need_column(rows: Dataset, role: str, given: str | None) -> str:
+def need_column(
+    rows: Dataset, role: str, given: str | None, usual: Mapping[str, tuple[str, ...]] | None = None
+) -> str:
     """The named column, or the first usual name of its role; an error lists the columns there are."""
     columns = rows.column_names
-    names = (given,) if given is not None else COLUMNS[role]
+    names = (given,) if given is not None else (usual or {}).get(role) or COLUMNS[role]
     found = next((name for name in names if name in columns), None)
     if found is None:
         near = difflib.get_close_matches(str(given), columns, n=1)
@@ -152,31 +220,38 @@ def need_column(rows: Dataset, role: str, given: str | None) -> str:
     return found
 
 
-def _columns(dataset: Mapping[str, Dataset], given: dict[str, str | None], pair: str | None) -> dict[str, str]:
+def _columns(dataset: Mapping[str, Dataset], task: Task, named: dict[str, str | None]) -> dict[str, str]:
     """The column of each role, found in train and present in test."""
     for split in ("train", "test"):
         if split not in dataset:
             raise DataError(f"The splits train and test are needed, got {_some(dataset)}: see load_dataset_any.")
         if not len(dataset[split]):
             raise DataError(f"The {split} split has no rows.")
-    columns = {role: need_column(dataset["train"], role, name) for role, name in given.items()}
-    if pair is not None:
-        columns["text_pair"] = need_column(dataset["train"], "text_pair", pair)
+    wanted = [*task.columns, *(role for role in task.optional if named[role] is not None)]
+    columns = {role: need_column(dataset["train"], role, named[role], task.usual) for role in wanted}
     for role, column in columns.items():
         need_column(dataset["test"], f"{role} (test split)", column)
     return columns
 
 
-def _classes(dataset: Mapping[str, Dataset], column: str) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """The label names and the number of each value of the column."""
+def _classes(dataset: Mapping[str, Dataset], column: str, is_by_word: bool) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """The label names and the number of each value of the column; of lists, one label for each word."""
     import datasets
 
     feature, test_feature = (dataset[split].features[column] for split in ("train", "test"))
+    rows = [row for split in ("train", "test") for row in dataset[split][column]]
+    if is_by_word:
+        if not all(isinstance(each, datasets.List) for each in (feature, test_feature)):
+            raise DataError(f"The label column {column!r} must hold a list with a label for each word, not {feature}.")
+        feature, test_feature = feature.feature, test_feature.feature
+        rows = [value for row in rows for value in row or ()]
     dtype = str(getattr(feature, "dtype", "list")) if not isinstance(feature, datasets.ClassLabel) else "int64"
     if isinstance(feature, datasets.List) or dtype.startswith(("float", "double", "list", "dict")):
         kind = "numbers (regression)" if "float" in dtype else "several labels per row"
         raise DataError(f"The label column {column!r} holds {kind}; only classes (strings or integers) are supported.")
-    values = set(dataset["train"][column]) | set(dataset["test"][column])
+    values = set(rows)
+    if is_by_word:
+        values -= {IGNORED}
     if isinstance(feature, datasets.ClassLabel):
         if not isinstance(test_feature, datasets.ClassLabel) or test_feature.names != feature.names:
             raise DataError(f"The label column {column!r} has other class names or order in test than in train.")
@@ -188,7 +263,7 @@ def _classes(dataset: Mapping[str, Dataset], column: str) -> tuple[tuple[str, ..
         raise DataError(f"The label column {column!r} has rows without a label ({_some(missing)}): remove them.")
     if len(values) < 2:
         raise DataError(f"The label column {column!r} has the single class {_some(values)}: two or more are needed.")
-    return names, ids
+    return names, ids | ({IGNORED: IGNORED} if is_by_word else {})
 
 
 def _text_settings(tokenizer: Any, max_length: int | None) -> dict[str, Any]:
@@ -228,46 +303,6 @@ def _map(rows: Dataset, function: Callable, settings: dict[str, Any], batch_size
         cache_file_name=cache_file,
     )
     return mapped.with_format("torch") if features is not None else mapped
-
-
-def _tokenize(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    texts = [_strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
-    inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-    if "target" in columns:
-        targets = _strings(batch, indices, columns["target"])
-        inputs["labels"] = tokenizer(text_target=targets, truncation=True, max_length=max_length)["input_ids"]
-    else:
-        inputs["labels"] = [ids[value] for value in batch[columns["label"]]]
-    return inputs
-
-
-def _pack(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    tokens: list[int] = []
-    for text in _strings(batch, indices, columns["text"]):
-        document = tokenizer(text, verbose=False)["input_ids"] if text.strip() else []
-        ends = tokenizer.eos_token_id is None or not document or document[-1] == tokenizer.eos_token_id
-        tokens += document if ends else [*document, tokenizer.eos_token_id]
-    blocks = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
-    blocks = [block for block in blocks if len(block) > 1]  # one token predicts nothing
-    return {"input_ids": blocks, "attention_mask": [[1] * len(b) for b in blocks], "labels": [list(b) for b in blocks]}
-
-
-def _strings(batch: dict, indices: list[int], column: str) -> list[str]:
-    for index, value in zip(indices, batch[column], strict=True):
-        if not isinstance(value, str):
-            raise DataError(f"Row {index} has {value!r} in the text column {column!r}, where a string is needed.")
-    return batch[column]
-
-
-def _collator(task: str, processor: Any) -> Callable:
-    import transformers
-
-    if task == "image-classification":
-        return transformers.default_data_collator
-    if task == "text-classification":
-        return transformers.DataCollatorWithPadding(processor)
-    # Pads the labels with -100 by position, so that a padding token which is also end-of-sequence still counts.
-    return transformers.DataCollatorForSeq2Seq(processor)
 
 
 def _some(names: Any) -> str:

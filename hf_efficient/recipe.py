@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .preparing import TASKS
 from .safe_yaml import MAX_CHARACTERS, parse, plain, shown
 from .settings import (
     DataSettings,
+    DistillSettings,
     MeasureSettings,
     ModelSettings,
     Settings,
@@ -91,6 +92,7 @@ class Recipe:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         _check_columns(self.task, self.data)
         _check_tokenizer(self.task, self.model)
+        _check_training(self)
         check_order([(stage.name, stage.settings) for stage in self.stages], self.task)
         _check_sweep(self.sweep)
         self.combinations()
@@ -126,7 +128,7 @@ class Recipe:
             model=read(ModelSettings, data["model"], "model"),
             data=read(DataSettings, data["data"], "data"),
             teacher=None if data.get("teacher") is None else read(TrainingSettings, data["teacher"], "teacher"),
-            stages=_read_stages(data.get("stages", [])),
+            stages=_read_stages(data.get("stages", []), data["task"]),
             measure=read(MeasureSettings, data.get("measure", {}), "measure"),
             sweep=data.get("sweep") or {},
         )
@@ -166,6 +168,12 @@ class Recipe:
             except ConfigError as error:
                 raise ConfigError(f"sweep, {label}: {error}") from None
         return found
+
+    @property
+    def pooling(self) -> str:
+        """How the tokens of a text become its vector: as the last stage that says so distilled it."""
+        said = [stage.settings.pooling for stage in self.stages if isinstance(stage.settings, DistillSettings)]
+        return next((pooling for pooling in reversed(said) if pooling is not None), "mean")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -229,13 +237,16 @@ def _find(path_or_name: str | Path) -> Path:
     raise ConfigError(f"No such recipe {shown(str(path_or_name))}.{hint} Give a file, or one of {', '.join(shipped)}.")
 
 
-def _read_stages(given: Any) -> tuple[Stage, ...]:
+def _read_stages(given: Any, task: str) -> tuple[Stage, ...]:
     if not isinstance(given, list) or len(given) > MAX_STAGES:
         raise ConfigError(f"stages must be a list of at most {MAX_STAGES} stages, got {shown(given)}.")
     stages = []
     for index, entry in enumerate(given):
         name = _stage_name(entry, f"stages[{index}]")
         given_settings = {} if entry[name] is None else entry[name]
+        losses = TASKS[task].losses if task in TASKS else None
+        if name == "distill" and isinstance(given_settings, dict) and losses is not None:
+            given_settings = {"losses": dict(losses)} | given_settings
         stages.append(Stage(name, STAGES[name](given_settings, f"stages[{index}].{name}")))
     return tuple(stages)
 
@@ -253,10 +264,10 @@ def _stage_name(entry: Any, path: str) -> str:
 
 
 def _check_columns(task: str, data: DataSettings) -> None:
-    used = {f"{role}_column" for role in TASKS[task].columns}
-    used |= {"image_size"} if "image" in TASKS[task].columns else {"max_length"}
-    used |= {"text_pair_column"} if task == "text-classification" else set()
-    for name in [*(f"{role}_column" for role in ("text", "text_pair", "label", "target", "image")), "image_size"]:
+    used = {f"{role}_column" for role in TASKS[task].roles}
+    used |= {"image_size"} if TASKS[task].is_of_images else {"max_length"}
+    columns = [entry.name for entry in fields(data) if entry.name.endswith("_column")]
+    for name in [*columns, "image_size"]:
         if getattr(data, name) is not None and name not in used:
             raise ConfigError(f"data.{name} has no meaning for task {task!r}, which uses {', '.join(sorted(used))}.")
 
@@ -264,13 +275,31 @@ def _check_columns(task: str, data: DataSettings) -> None:
 def _check_tokenizer(task: str, model: ModelSettings) -> None:
     """A fresh model that reads text needs to be told how; no other may be."""
     named = model.tokenizer is not None or model.tokenizer_size is not None
-    if named and "image" in TASKS[task].columns:
+    if named and TASKS[task].is_of_images:
         raise ConfigError(f"model.tokenizer and model.tokenizer_size have no meaning for task {task!r}.")
-    if model.config is not None and not named and "image" not in TASKS[task].columns:
+    if model.config is not None and not named and not TASKS[task].is_of_images:
         raise ConfigError(
             "model.tokenizer or model.tokenizer_size must be given, as a fresh model has no tokenizer: a Hub id, a "
             "folder or bundled:NAME; or how many tokens shall be learned from the training texts, such as 4096."
         )
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Whether the task has what teacher and losses need."""
+    if recipe.teacher is not None and not TASKS[recipe.task].trains:
+        raise ConfigError(
+            f"teacher: task {recipe.task!r} has no labels to fine-tune a teacher on; the model is taken as it is. "
+            "Leave teacher out."
+        )
+    for number, stage in enumerate(recipe.stages):
+        if isinstance(stage.settings, DistillSettings):
+            from .distillation.terms import check_losses
+
+            active = [name for name, weight in stage.settings.losses.items() if weight]
+            try:
+                check_losses(active, headless=not TASKS[recipe.task].trains)
+            except ConfigError as error:
+                raise ConfigError(f"stages[{number}].distill.{error}") from None
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:

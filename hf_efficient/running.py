@@ -30,7 +30,7 @@ from .attention.convert import convert_attention
 from .attention.positions import extend_positions, token_limit
 from .attention.transfer import TransferTrainer
 from .bundled import resolve_model
-from .data import TASKS, PreparedData, check_labels, load_dataset_any, prepare, rows_digest
+from .data import TASKS, PreparedData, Task, check_labels, load_dataset_any, prepare, rows_digest
 from .distillation.arguments import DistillationArguments
 from .distillation.trainer import DistillationTrainer
 from .errors import CheckpointError, ConfigError, unknown_name
@@ -59,6 +59,7 @@ from .verify import output_digest
 
 TEACHER = "0-teacher"
 TRANSFER_ROWS = 128  # on which the error of an attention transfer is reported
+TEXTS = ("text", "text_pair", "target", "tokens", "question", "context")  # the roles of columns that are read
 LENGTH_ROWS = 256  # whose average length is the one at which MACs are counted while training
 
 
@@ -83,7 +84,7 @@ class Run:
     @cached_property
     def processor(self):
         """The tokenizer or image processor of the model; None for images that need none."""
-        model, images = self.recipe.model, "image" in self.columns
+        model, images = self.recipe.model, self.task.is_of_images
         name = model.name_or_path or model.tokenizer
         if name is not None:
             return load_processor(name, images=images, trust_remote_code=model.trust_remote_code)
@@ -92,7 +93,7 @@ class Run:
         made = self.folder / TEACHER  # of a run that goes on
         if (made / "tokenizer.json").is_file():
             return load_processor(str(made), images=False)
-        texts = column_texts(self, self.columns)
+        texts = column_texts(self, self.task.roles)
         return train_tokenizer(texts, model.tokenizer_size, close=self.recipe.task != "causal-lm")
 
     @cached_property
@@ -113,15 +114,15 @@ class Run:
         """The Auto class that loads what `save` writes beside the model, if anything."""
         if self.processor is None:
             return None
-        return "AutoImageProcessor" if "image" in self.columns else "AutoTokenizer"
+        return "AutoImageProcessor" if self.task.is_of_images else "AutoTokenizer"
 
     @property
     def auto_class(self) -> str:
-        return TASKS[self.recipe.task].auto_class
+        return self.task.auto_class
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return TASKS[self.recipe.task].columns
+    def task(self) -> Task:
+        return TASKS[self.recipe.task]
 
     def data(self, max_length: int | None = None, *, config: PreTrainedConfig | None = None) -> PreparedData:
         """Train and test inputs, cut at `max_length` tokens (default: as the recipe says); prepared once.
@@ -138,11 +139,8 @@ class Run:
 
     def _prepare(self, max_length: int | None) -> PreparedData:
         data = self.recipe.data
-        options: dict[str, Any] = {"image_size": data.image_size} if "image" in self.columns else {}
-        if "text" in self.columns:
-            options["max_length"] = max_length
-            options["text_pair_column"] = data.text_pair_column
-        names = {f"{role}_column": getattr(data, f"{role}_column") for role in self.columns}
+        options = {"image_size": data.image_size} if self.task.is_of_images else {"max_length": max_length}
+        names = {f"{role}_column": getattr(data, f"{role}_column") for role in self.task.roles}
         return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
 
     def load(self, folder: Path) -> PreTrainedModel:
@@ -161,7 +159,7 @@ class Run:
     def processor_for(self, model: PreTrainedModel) -> Any:
         """The processor; a tokenizer goes along with a model that was extended to longer inputs."""
         limit = token_limit(model.config)
-        if "text" not in self.columns or limit == token_limit(self.config):
+        if self.task.is_of_images or limit == token_limit(self.config):
             return self.processor
         tokenizer = copy.deepcopy(self.processor)
         tokenizer.model_max_length = limit
@@ -243,7 +241,7 @@ def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
     if run.recipe.teacher is not None:  # a model that is taken as it is keeps its own head
         options |= labels | {"ignore_mismatched_sizes": True}
     model = load_model(run.auto_class, asked.name_or_path, **options)
-    if model.config.pad_token_id is None and "text" in run.columns:
+    if model.config.pad_token_id is None and not run.task.is_of_images:
         model.config.pad_token_id = run.processor.pad_token_id
     if block_of(model.config).kept_layers:  # it is the original now, and has all of its layers
         model.config.efficient = replace(block_of(model.config), kept_layers={}).to_dict()
@@ -362,9 +360,9 @@ def training_texts(run: Run) -> Iterator[str]:
 def column_texts(run: Run, roles: Sequence[str]) -> Iterator[str]:
     """The training texts in the columns of these roles; text pairs only where they are named."""
     data, rows = run.recipe.data, run.rows["train"]
-    wanted = [role for role in roles if role in ("text", "target") or (role == "text_pair" and data.text_pair_column)]
+    wanted = [role for role in roles if role in TEXTS and (role != "text_pair" or data.text_pair_column)]
     columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in wanted]
-    return (text for column in columns for text in rows[column])
+    return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])
 
 
 def pruning_callback(gradual: Gradual, length: int) -> PruningCallback:

@@ -78,6 +78,7 @@ def measure_export(
     batch_size: int,
     sequence_length: int,
     repeats: int,
+    pooling: str = "mean",
 ) -> ExportRecord:
     """The exported student in its runtime against the teacher in PyTorch, in turn, and on the same samples.
 
@@ -91,8 +92,8 @@ def measure_export(
         {"teacher": teacher, "twin": twin}, lambda model: inputs[id(model)], rounds=repeats, threads=threads
     )
     with using_threads(threads):
-        first = evaluate_quality(teacher, teacher_dataset, teacher_collator, task)
-        second = evaluate_quality(twin, dataset, collator, task)
+        first = evaluate_quality(teacher, teacher_dataset, teacher_collator, task, pooling=pooling)
+        second = evaluate_quality(twin, dataset, collator, task, pooling=pooling)
     change = compare_quality(first, second)
     return ExportRecord(
         format=facts["format"],

@@ -167,6 +167,10 @@ class DataSettings(Settings):
     label_column: str | None = text()
     target_column: str | None = text()
     image_column: str | None = text()
+    tokens_column: str | None = text()
+    question_column: str | None = text()
+    context_column: str | None = text()
+    answers_column: str | None = text()
     max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens
     image_size: int | None = integer(None, 1, 4096, optional=True)  # pixels
     test_fraction: float = number(0.2, 0.001, 0.999)
@@ -175,6 +179,11 @@ class DataSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_bundled(self.name_or_path, "bundled data set", DATASETS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The columns of words and of questions only where they are given."""
+        rare = ("tokens_column", "question_column", "context_column", "answers_column")
+        return {name: value for name, value in super().to_dict().items() if name not in rare or value is not None}
 
 
 @dataclass(frozen=True)

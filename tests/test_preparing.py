@@ -9,6 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from hf_efficient.data import TASKS, check_labels, load_dataset_any, prepare
 from hf_efficient.errors import ConfigError, DataError
+from hf_efficient.measure.quality import TASKS as QUALITY
+from hf_efficient.preparing import COLUMNS
+from hf_efficient.tokenizing import TOKENIZING
 
 from .test_data import ANIMALS, own_cache, rows  # noqa: F401 (a fixture)
 
@@ -197,4 +200,7 @@ def test_preparing_is_deterministic_and_leaves_the_users_folder_alone(tokenizer,
 
 def test_every_task_names_a_class_of_transformers():
     assert all(task.auto_class in dir(transformers) for task in TASKS.values())
-    assert set(TASKS) == {"text-classification", "causal-lm", "seq2seq", "image-classification"}
+    assert all(set(task.roles) - {"text_pair"} <= COLUMNS.keys() for task in TASKS.values())
+    assert {name for name, task in TASKS.items() if not task.is_of_images} == TOKENIZING.keys()
+    assert TASKS.keys() == QUALITY.keys()
+    assert {name: task.metric for name, task in TASKS.items()} == {name: task.metric for name, task in QUALITY.items()}

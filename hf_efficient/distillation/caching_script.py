@@ -29,6 +29,7 @@ class CacheArguments(DataArguments):
         default=None, metadata={"help": "How many logits of each token to keep; language models need it, such as 64."}
     )
     temperature: float = field(default=1.0, metadata={"help": "With top_k: the temperature of the training."})
+    pooling: str = field(default="mean", metadata={"help": "Of sentence-embeddings: mean, cls or last."})
     hidden_states: list[int] = field(
         default_factory=list, metadata={"help": "Which hidden states to keep for the hidden loss; 0: the embeddings."}
     )
@@ -40,6 +41,8 @@ class CacheArguments(DataArguments):
         super().__post_init__()
         if not self.output_dir:
             raise ConfigError("Give output_dir, the folder of the cache.")
+        if self.task == "masked-lm":
+            raise ConfigError("masked-lm masks anew in every batch, which no cache can hold: use the live teacher.")
 
 
 def read(words: Sequence[str]) -> CacheArguments:
@@ -68,6 +71,7 @@ def run(script: CacheArguments) -> TeacherCache:
         batch_size=script.batch_size,
         top_k=script.top_k,
         temperature=script.temperature,
+        pooling=script.pooling,
         hidden_states=script.hidden_states,
         dtype=script.dtype,
         shard_size=script.shard_size,

@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 from ..errors import ConfigError, UnsupportedModelError
 from .batch import Task, base_of, task_of
 from .generation import GENERATING, writes
-from .terms import LOSSES, check_losses_of
+from .terms import LOSSES, check_losses
 
 NEEDS_DECODER_INPUTS = "prepare_decoder_input_ids_from_labels"
 
@@ -30,7 +30,7 @@ def check_models(
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
     if task.kind != teacher_task.kind or task.stacks != teacher_task.stacks:
         raise UnsupportedModelError(f"{names} do different things. Load both with the same AutoModelFor... class.")
-    check_losses_of(task, losses)
+    check_losses(losses, headless=task.kind == "embeddings")
     if not truncate_vocabulary:
         _check_vocabularies(student, teacher)
     if "kd" in losses:

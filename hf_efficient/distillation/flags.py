@@ -19,8 +19,6 @@ from ..errors import ConfigError, unknown_name
 from ..loading import load_model, load_processor
 from ..safe_yaml import parse as parse_yaml
 
-IMAGES = "image-classification"
-
 
 @dataclass
 class DataArguments:
@@ -39,6 +37,10 @@ class DataArguments:
     label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
     target_column: str | None = field(default=None, metadata={"help": "Output text of seq2seq."})
     image_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
+    tokens_column: str | None = field(default=None, metadata={"help": "Lists of words, for token-classification."})
+    question_column: str | None = field(default=None, metadata={"help": "For question-answering."})
+    context_column: str | None = field(default=None, metadata={"help": "The text that holds the answer."})
+    answers_column: str | None = field(default=None, metadata={"help": "The answers, in the layout of SQuAD."})
     max_length: int | None = field(
         default=None, metadata={"help": "In tokens; default: the tokenizer's, at most 512."}
     )
@@ -55,7 +57,9 @@ class DataArguments:
 
     def load_processor(self) -> Any:
         """The teacher's tokenizer or image processor."""
-        return load_processor(self.teacher, images=self.task == IMAGES, trust_remote_code=self.trust_remote_code)
+        return load_processor(
+            self.teacher, images=TASKS[self.task].is_of_images, trust_remote_code=self.trust_remote_code
+        )
 
     def load_teacher(self) -> PreTrainedModel:
         return load_model(TASKS[self.task].auto_class, self.teacher, trust_remote_code=self.trust_remote_code)
@@ -82,15 +86,23 @@ def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
     first.add_argument("--config", type=Path, help="YAML file with the names of these flags; a flag wins over it.")
     config, rest = first.parse_known_args(words)
     parser = HfArgumentParser(tuple(kinds), parents=[first])
-    if config.config is not None:
-        actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-        values = _read_yaml(config.config)
-        for name in values:
-            if name not in actions:
-                raise unknown_name(f"key in {config.config}", name, actions)
-            actions[name].required = False
-        parser.set_defaults(**values)
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values = {} if config.config is None else _read_yaml(config.config)
+    for name in values:
+        if name not in actions:
+            raise unknown_name(f"key in {config.config}", name, actions)
+        actions[name].required = False
+    own = {name: value for name, value in _defaults(rest, values).items() if name in actions}
+    parser.set_defaults(**own | values)
     return parser.parse_args_into_dataclasses(rest)[: len(kinds)]
+
+
+def _defaults(words: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """What the task says where neither flags nor file do."""
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--task", default=values.get("task"))
+    task = TASKS.get(str(first.parse_known_args(words)[0].task))
+    return {} if task is None or task.losses is None else {"losses": dict(task.losses)}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

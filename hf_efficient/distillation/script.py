@@ -20,10 +20,12 @@ from ..errors import CheckpointError, ConfigError
 from ..loading import load_config, load_model
 from ..training import MarkComplete, last_checkpoint
 from .arguments import DistillationArguments
+from .batch import IGNORED
 from .cache import TeacherCache
 from .dry_run import describe
 from .flags import DataArguments, parse
 from .student import build_student
+from .terms import check_losses
 from .trainer import DistillationTrainer
 
 
@@ -64,15 +66,18 @@ class ScriptArguments(DataArguments):
             raise ConfigError("student_heads and student_neurons cut the teacher: give student_layers too.")
         if self.student_layers is not None and self.student_layers < 1:
             raise ConfigError(f"student_layers must be 1 or more, got {self.student_layers}.")
+        if self.teacher_cache is not None and self.task == "masked-lm":
+            raise ConfigError("masked-lm masks anew in every batch, which no cache can hold: leave teacher_cache out.")
 
 
 def read(words: Sequence[str]) -> tuple[ScriptArguments, DistillationArguments]:
     """The flags of `scripts/distill.py`.
 
     Raises:
-        ConfigError: an unknown key in the YAML file, or a value that is not allowed.
+        ConfigError: an unknown key in the YAML file, a value that is not allowed, or losses of another task.
     """
     script, args = parse(words, (ScriptArguments, DistillationArguments))
+    check_losses(args.losses, headless=not TASKS[script.task].trains)
     return script, args
 
 
@@ -102,8 +107,8 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
         data_collator=data.collator,
         callbacks=[MarkComplete()],
         processing_class=processor,
-        compute_metrics=_accuracy() if TASKS[script.task].metric == "accuracy" else None,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+        compute_metrics=_metric(TASKS[script.task].metric),
+        preprocess_logits_for_metrics=_predictions,
     )
     if script.dry_run:
         plan = describe(trainer)
@@ -153,11 +158,30 @@ def _student(script: ScriptArguments, config: Any, teacher: PreTrainedModel | No
     return load_model(auto, name, trust_remote_code=script.trust_remote_code, **labels)
 
 
+def _metric(name: str) -> Callable[[Any], dict[str, float]] | None:
+    """What `Trainer` computes beside the losses; the perplexity is exp of `eval_loss_ce`."""
+    if name == "accuracy":
+        return _accuracy()
+    return _span_accuracy if name == "span_accuracy" else None
+
+
+def _predictions(logits: Any, labels: Any) -> Any:
+    if isinstance(logits, tuple):  # the first and the last token of an answer
+        return tuple(each.argmax(dim=-1) for each in logits)
+    return logits.argmax(dim=-1)
+
+
 def _accuracy() -> Callable[[Any], dict[str, float]]:
     with as_file(files("hf_efficient") / "metrics" / "accuracy") as folder:
         metric = evaluate.load(str(folder), keep_in_memory=True)
 
     def compute(prediction: Any) -> dict[str, float]:
-        return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+        counts = prediction.label_ids != IGNORED  # of token labels, and of what pads them
+        return metric.compute(predictions=prediction.predictions[counts], references=prediction.label_ids[counts])
 
     return compute
+
+
+def _span_accuracy(prediction: Any) -> dict[str, float]:
+    right = [found == told for found, told in zip(prediction.predictions, prediction.label_ids, strict=True)]
+    return {"span_accuracy": float((right[0] & right[1]).mean())}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from .answers import Answer
-from .batch import Batch, Task
+from .batch import Batch
 from .layer_map import Pairs
 from .losses import ce_loss, hidden_loss, kd_loss, pool
 from .projections import project
@@ -71,13 +71,12 @@ def place_name(loss: str, stack: str, pair: tuple[int, int]) -> str:
     return f"{prefix}{stack}_{pair[0]}_{pair[1]}"
 
 
-def check_losses_of(task: Task, losses: Collection[str]) -> None:
-    """Whether a model with this head has what the losses compare.
+def check_losses(losses: Collection[str], *, headless: bool) -> None:
+    """Whether a model with a head, or without one, has what the losses compare.
 
     Raises:
         ConfigError: a loss of logits without a head, or of embeddings with one.
     """
-    headless = task.kind == "embeddings"
     wrong = [name for name in losses if (LOSSES[name].needs_head if headless else name == "embedding")]
     if not wrong:
         return
@@ -101,7 +100,7 @@ def comparable(
 
 def _ce_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
     labels, mask = batch.label_targets()
-    assert isinstance(student.logits, Tensor)  # `check_losses_of`
+    assert isinstance(student.logits, Tensor)  # `check_losses`
     return {"ce": ce_loss(student.logits, labels, mask, problem=batch.problem)[0]}
 
 

@@ -38,11 +38,12 @@ def measure(
     baseline_dataset: Any = None,
     baseline_collator: Callable | None = None,
     evaluation_batch_size: int = 32,
+    pooling: str = "mean",
 ) -> Measurement:
     """Measure `model`, and `baseline` (the teacher) next to it.
 
     Parameters:
-        dataset, collator, task: for quality, as in `evaluate_quality`; without a data set quality is None.
+        dataset, collator, task, pooling: for quality, as in `evaluate_quality`; without a data set quality is None.
         batch_size, sequence_length: of the timed forward on `dummy_inputs`; images have the config's size.
         repeats, warmup: timed and uncounted rounds.
         threads: CPU threads while timing and evaluating; None leaves them as they are.
@@ -76,7 +77,7 @@ def measure(
                 if name == "baseline":
                     rows = dataset if baseline_dataset is None else baseline_dataset
                     collate = baseline_collator or collator
-                evaluations[name] = evaluate_quality(each, rows, collate, task, evaluation_batch_size)
+                evaluations[name] = evaluate_quality(each, rows, collate, task, evaluation_batch_size, pooling)
         measured = {
             name: Measurement(
                 model=type(each).__name__,

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).resolve().parent.parent / "templates" / "model_card.md"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE = re.compile(r".*\.(csv|tsv|json|jsonl|parquet|arrow|txt)")
+EMBEDDINGS = "sentence-embeddings"
 # The Hub's own names of the tasks that it calls differently.
-_HUB_TASKS = {"causal-lm": "text-generation", "seq2seq": "text2text-generation"}
+_HUB_TASKS = {
+    "causal-lm": "text-generation",
+    "seq2seq": "text2text-generation",
+    "masked-lm": "fill-mask",
+    EMBEDDINGS: "sentence-similarity",
+}
 _IMAGES = {ACCURACY_LATENCY: "Quality and latency", STRUCTURE: "What is left of each layer"}
 
 
@@ -66,6 +72,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         workload=describe_workload(report.student),
         machine=describe_machine(report),
         processor=report.processor_class,
+        pooling=_pooling(report) if quality is not None and quality.task == EMBEDDINGS else None,
         stages=[_stage(stage) for stage in report.stages],
         sizes=_listed(report.dataset.sizes) if report.dataset else "",
         images=[(name, _IMAGES[name]) for name in images],
@@ -114,6 +121,11 @@ def _eval_results(report: Report) -> list["EvalResult"]:
         for score in quality.scores
         if math.isfinite(score.value)
     ]
+
+
+def _pooling(report: Report) -> str:
+    """How a text becomes one vector, as it was distilled and measured."""
+    return next((stage.settings["pooling"] for stage in report.stages[::-1] if "pooling" in stage.settings), "mean")
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:

@@ -39,7 +39,7 @@ def _three_digits(value: float) -> str:
 
 def is_fraction(name: str) -> bool:
     """Accuracies are shown in percent, losses and perplexities as they are."""
-    return name.endswith("accuracy")
+    return name.endswith(("accuracy", "retrieval@1", "f1"))
 
 
 def format_score(score: Score) -> str:
