@@ -30,6 +30,12 @@ _HUB_TASKS = {
     "masked-lm": "fill-mask",
     EMBEDDINGS: "sentence-similarity",
 }
+# As `distillation.losses.pool` does it.
+_POOLED = {
+    "mean": "(states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
+    "cls": "states[torch.arange(len(states)), mask.argmax(1)]  # the first token",
+    "last": "states[torch.arange(len(states)), mask.cumsum(1).argmax(1)]  # the last token",
+}
 _IMAGES = {ACCURACY_LATENCY: "Quality and latency", STRUCTURE: "What is left of each layer"}
 
 
@@ -72,7 +78,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         workload=describe_workload(report.student),
         machine=describe_machine(report),
         processor=report.processor_class,
-        pooling=_pooling(report) if quality is not None and quality.task == EMBEDDINGS else None,
+        vectors=_vectors(report) if quality is not None and quality.task == EMBEDDINGS else None,
         stages=[_stage(stage) for stage in report.stages],
         sizes=_listed(report.dataset.sizes) if report.dataset else "",
         images=[(name, _IMAGES[name]) for name in images],
@@ -123,9 +129,15 @@ def _eval_results(report: Report) -> list["EvalResult"]:
     ]
 
 
-def _pooling(report: Report) -> str:
-    """How a text becomes one vector, as it was distilled and measured."""
-    return next((stage.settings["pooling"] for stage in report.stages[::-1] if "pooling" in stage.settings), "mean")
+def _vectors(report: Report) -> str:
+    """How texts become vectors, pooled as they were when they were distilled and measured."""
+    pooling = next((stage.settings["pooling"] for stage in report.stages[::-1] if "pooling" in stage.settings), "mean")
+    return f"""inputs = processor(["A text.", "Another text."], padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    states = model(**inputs).last_hidden_state
+mask = inputs["attention_mask"]
+vectors = {_POOLED[pooling]}
+print(torch.cosine_similarity(vectors[0], vectors[1], dim=0))"""
 
 
 def _stage(stage: StageRecord) -> dict[str, str]:

@@ -2,11 +2,13 @@ import re
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_efficient.distillation.losses import pool
 from hf_efficient.reporting.card import TEMPLATE, model_card, save_card
-from hf_efficient.reporting.schema import DatasetFacts, Latency, Quality, Score
+from hf_efficient.reporting.schema import DatasetFacts, Latency, Quality, Score, StageRecord
 from hf_efficient.reporting.tables import format_bytes, format_count, format_ms, format_ratio
 
 from .samples import STUDENT, sample_report
@@ -114,6 +116,21 @@ def test_the_snippet_is_python(kind):
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     names = compile(snippet, "card", "exec").co_names
     assert "AutoTokenizer" in names and ("hf_efficient" in names) == (kind == "plugin")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_embeddings_are_pooled_in_the_card_as_they_were_measured(pooling):
+    score = Score("retrieval@1", 0.9, 0.01, True)
+    stages = (StageRecord("distill", 1.0, {"pooling": pooling} if pooling != "mean" else {}, {}),)
+    quality = Quality("sentence-embeddings", 427, 427, (score,))
+    report = sample_report(student=replace(STUDENT, quality=quality), stages=stages, auto_class="AutoModel")
+    text = str(model_card(report))
+    assert ModelCard(text).data.pipeline_tag == "sentence-similarity" and "90.0% ± 1.0" in text
+    states, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
+    line = re.search(r"^vectors = (.*)$", text, re.MULTILINE)[1]
+    vectors = eval(line, {"torch": torch, "states": states, "mask": mask})
+    assert torch.allclose(vectors, pool(states, mask.bool(), pooling))
+    assert "vectors" not in str(model_card(sample_report()))
 
 
 def test_images_get_an_image_processor():
