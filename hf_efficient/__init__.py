@@ -10,7 +10,7 @@ is used: each public name is fetched from its module on first access.
 from importlib import import_module
 
 from ._auto import register_when_needed
-from .errors import CheckpointError, ConfigError, DataError, HfEfficientError, UnsupportedModelError
+from .errors import CheckpointError, ConfigError, DataError, HfEfficientError, TrainingError, UnsupportedModelError
 from .version import __version__
 
 _LAZY = {
@@ -60,6 +60,7 @@ __all__ = [
     "Recipe",
     "Report",
     "TeacherCache",
+    "TrainingError",
     "UnsupportedModelError",
     "__version__",
     "build_student",

@@ -27,12 +27,25 @@ class CheckpointError(HfEfficientError, OSError):
     """A folder or checkpoint that is missing, corrupted, or would be overwritten."""
 
 
+class TrainingError(HfEfficientError, RuntimeError):
+    """Training that cannot go on: a loss that is not finite, or one example that does not fit into memory."""
+
+
+def shown(value: object) -> str:
+    """`repr` for a message: at most 80 characters, whatever the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of 5,000 digits, a list nested 10,000 deep
+        return f"something of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def unknown_name(what: str, given: object, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not in a table: names the nearest match and lists what is known.
 
     Example: `raise unknown_name("attention kind", "locla", KINDS)`.
     """
     names = sorted(map(str, known))
-    near = difflib.get_close_matches(str(given), names, n=1)
+    near = difflib.get_close_matches(given[:80], names, n=1) if isinstance(given, str) else []
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"Unknown {what} {given!r}.{hint} Known: {', '.join(names)}.")
+    return ConfigError(f"Unknown {what} {shown(given)}.{hint} Known: {', '.join(names)}.")

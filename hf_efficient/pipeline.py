@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .disk import clear_disk_errors
 from .errors import ConfigError, UnsupportedModelError
 from .recipe import Recipe
 from .reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord, load_report
@@ -52,7 +53,8 @@ def compress(
 
     Raises:
         ConfigError, DataError, UnsupportedModelError: before any long work.
-        CheckpointError: `output_dir` holds something else, or a stage's files are damaged.
+        CheckpointError: `output_dir` holds something else, a stage's files are damaged, or the disk is full.
+        TrainingError: a loss that is not finite, or one example that does not fit into memory.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     recipe = recipe.with_overrides(overrides) if overrides else recipe
@@ -72,11 +74,13 @@ def compress(
         return load_report(folder / MODEL)
     run = Run(recipe, folder)
     check(run)
-    space.open(run.inputs())
-    try:
-        return _carry_out(run, space, announce)
-    finally:
-        space.close()
+    then = "Then give the same command again: finished stages are kept, and it goes on from there."
+    with clear_disk_errors(folder, then):
+        space.open(run.inputs())
+        try:
+            return _carry_out(run, space, announce)
+        finally:
+            space.close()
 
 
 def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
@@ -317,7 +321,13 @@ def _measured(
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(*warnings, *_about_zeros(measured.size), *_about_tokens(records), *_about_bits(records)),
+        warnings=(
+            *warnings,
+            *_about_zeros(measured.size),
+            *_about_tokens(records),
+            *_about_bits(records),
+            *_about_memory(records),
+        ),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
         exports=tuple(exported),
@@ -392,6 +402,16 @@ def _about_bits(records: list[StageRecord]) -> tuple[str, ...]:
     return (
         "Weights of 8 or 4 bits by torchao: loading needs `pip install torchao`. On a CPU they save bytes, rarely "
         "time; an export to ONNX with quantize int8 saves both.",
+    )
+
+
+def _about_memory(records: list[StageRecord]) -> tuple[str, ...]:
+    return tuple(
+        f"Memory did not hold the batches of stage {record.name}: it was trained with "
+        f"{record.facts['gradient_accumulation_steps']} accumulated batches of {record.facts['batch_size_used']} for "
+        "each step, which gives the same gradient."
+        for record in records
+        if "batch_size_used" in record.facts
     )
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ from .quantization import quantize
 from .recipe import Recipe
 from .settings import DistillSettings, TrainingSettings, TransferSettings, check_keys
 from .stages import AttentionStage, ExportStage, PruneStage, QuantizeStage, VocabularyStage
-from .training import ExactTrainer, MarkComplete, last_checkpoint
+from .training import ExactTrainer, MarkComplete, in_smaller_batches, last_checkpoint
 from .verify import output_digest
+from .workspace import MANIFEST
 
 TEACHER = "0-teacher"
 TRANSFER_ROWS = 128  # on which the error of an attention transfer is reported
@@ -144,7 +145,15 @@ class Run:
         return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
 
     def load(self, folder: Path) -> PreTrainedModel:
-        return load_model(self.auto_class, folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        try:
+            return load_model(self.auto_class, folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        except CheckpointError as error:
+            if folder.parent != self.folder or not (folder / MANIFEST).is_file():
+                raise
+            raise CheckpointError(
+                f"{error} This was a finished stage, and its files are damaged: delete the folder {folder} to run it "
+                "again. The stages after it can stay: they would come out the same."
+            ) from error
 
     def save(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         """Write a checkpoint and make sure that it holds what was made."""
@@ -218,14 +227,29 @@ def fresh_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
 
 def run_teacher(run: Run, settings: TrainingSettings | None, source: Path, target: Path) -> dict[str, Any]:
     """Load the model of the recipe and fine-tune it, if the recipe says so."""
-    prepared = run.data(settings.max_length if settings else None, config=run.config)
-    model = new_teacher(run, prepared)
+    prepared, used = run.data(settings.max_length if settings else None, config=run.config), {}
     if settings is None:
+        model = new_teacher(run, prepared)
         check_labels(model.config, prepared)
     else:
-        arguments = training_arguments(TrainingArguments, run, settings, target)
-        fit(make_trainer(ExactTrainer, model, arguments, prepared))
-    return {"train": len(prepared.train), "parameters": model.num_parameters()} | run.save(model, target)
+
+        def fine_tuned(batch_size: int) -> PreTrainedModel:
+            arguments = training_arguments(TrainingArguments, run, settings, target, batch_size)
+            trainer = make_trainer(ExactTrainer, new_teacher(run, prepared), arguments, prepared)
+            fit(trainer)
+            return trainer.model
+
+        model, used = trained(run, settings, fine_tuned)
+    facts = {"train": len(prepared.train), "parameters": model.num_parameters()}
+    return facts | used | run.save(model, target)
+
+
+def trained(run: Run, settings: TrainingSettings, work: Callable[[int], Any]) -> tuple[Any, dict[str, Any]]:
+    """What `work(batch_size)` gives, and what the report says where memory allowed only smaller batches."""
+    result, size = in_smaller_batches(work, settings.batch_size, run.recipe.seed)
+    if size == settings.batch_size:
+        return result, {}
+    return result, {"batch_size_used": size, "gradient_accumulation_steps": settings.batch_size // size}
 
 
 def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
@@ -249,18 +273,31 @@ def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
 
 
 def run_attention(run: Run, settings: AttentionStage, source: Path, target: Path) -> dict[str, Any]:
-    model, longer = run.load(source), settings.longer
-    if longer.positions is not None:
-        model = extend_positions(model, longer.positions, longer.position_method, longer.rope)
-    model = convert_attention(model, settings.config, layers=settings.layers)
-    facts = {} if settings.transfer is None else transfer(run, model, settings.transfer, target)
-    return facts | run.save(model, target)
+    longer = settings.longer
+
+    def converted() -> PreTrainedModel:
+        model = run.load(source)
+        if longer.positions is not None:
+            model = extend_positions(model, longer.positions, longer.position_method, longer.rope)
+        return convert_attention(model, settings.config, layers=settings.layers)
+
+    if settings.transfer is None:
+        return run.save(converted(), target)
+
+    def transferred(batch_size: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model = converted()
+        return model, transfer(run, model, settings.transfer, target, batch_size)
+
+    (model, facts), used = trained(run, settings.transfer, transferred)
+    return facts | used | run.save(model, target)
 
 
-def transfer(run: Run, model: PreTrainedModel, settings: TransferSettings, target: Path) -> dict[str, Any]:
+def transfer(
+    run: Run, model: PreTrainedModel, settings: TransferSettings, target: Path, batch_size: int
+) -> dict[str, Any]:
     """Fit the learned parts to softmax attention; the errors before and after are those of test rows."""
     prepared = run.data(settings.max_length, config=model.config)
-    arguments = training_arguments(TrainingArguments, run, settings, target)
+    arguments = training_arguments(TrainingArguments, run, settings, target, batch_size)
     trainer = make_trainer(TransferTrainer, model, arguments, prepared)
     rows = prepared.test.select(range(min(TRANSFER_ROWS, len(prepared.test))))
     before = trainer.evaluate(rows)["eval_transfer_error"]
@@ -295,6 +332,17 @@ def first_batches(prepared: PreparedData, samples: int, batch_size: int) -> list
 
 
 def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path) -> dict[str, Any]:
+    (trainer, parameters), used = trained(run, settings, partial(distilled, run, settings, source, target))
+    student = trainer.model
+    pruned = {} if settings.prune is None else _pruned(settings.prune.config, parameters, student)
+    facts = {"train": len(trainer.train_dataset)} | pruned | _losses(trainer) | used
+    return facts | run.save(student, target)
+
+
+def distilled(
+    run: Run, settings: DistillSettings, source: Path, target: Path, batch_size: int
+) -> tuple[DistillationTrainer, int]:
+    """A trainer that has trained its student, and the parameters that the student had before."""
     student, teacher = run.load(source), run.load(run.folder / TEACHER)
     prepared = run.data(settings.max_length, config=student.config)
     arguments = training_arguments(
@@ -302,6 +350,7 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
         run,
         settings,
         target,
+        batch_size,
         losses=settings.losses,
         temperature=settings.temperature,
         **settings.options,
@@ -313,8 +362,7 @@ def run_distill(run: Run, settings: DistillSettings, source: Path, target: Path)
         callbacks.append(pruning_callback(settings.prune, average_length(batches, student)))
     trainer = make_trainer(DistillationTrainer, student, arguments, prepared, callbacks, teacher=teacher)
     fit(trainer)
-    pruned = {} if settings.prune is None else _pruned(settings.prune.config, parameters, student)
-    return {"train": len(prepared.train)} | pruned | _losses(trainer) | run.save(student, target)
+    return trainer, parameters
 
 
 def run_vocabulary(run: Run, settings: VocabularyStage, source: Path, target: Path) -> dict[str, Any]:
@@ -382,14 +430,16 @@ RUNNERS: dict[str, Callable[[Run, Any, Path, Path], dict[str, Any]]] = {
 
 
 def training_arguments(
-    kind: type[TrainingArguments], run: Run, settings: TrainingSettings, target: Path, **more: Any
+    kind: type[TrainingArguments], run: Run, settings: TrainingSettings, target: Path, batch_size: int, **more: Any
 ) -> TrainingArguments:
+    """`batch_size`: a divisor of the one in the settings, which as many accumulated batches make up."""
     return kind(
         output_dir=str(target / "trainer"),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=settings.batch_size // batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,  # transformers 5: a fraction below 1
         weight_decay=settings.weight_decay,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 MAX_CHARACTERS = 1 << 16
 MAX_DEPTH = 20
@@ -97,15 +97,6 @@ def _copy(value: Any, path: str, depth: int, budget: Iterator[int]) -> Any:
         f"{path} must be text, a finite number of at most 64 bits, true, false, null, a list or a mapping, "
         f"got {shown(value)} ({type(value).__name__})."
     )
-
-
-def shown(value: object) -> str:
-    """`repr` for a message: at most 80 characters, whatever the value is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of 5,000 digits, a list nested 10,000 deep
-        return f"something of type {type(value).__name__} that is too large to show"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_text(value: str) -> bool:

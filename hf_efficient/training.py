@@ -14,29 +14,91 @@ averages gradients.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from .distillation.checks import check_run
 from .distillation.meter import Meter
+from .errors import TrainingError
 
 Counts = dict[str, Tensor]
 
 WEIGHTS = "model.safetensors"
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
+NEVER = 1 << 62  # a step that is not reached
+
+T = TypeVar("T")
+logger = logging.get_logger(__name__)
 
 
 class ExactTrainer(Trainer):
-    """As `Trainer`; what it restores is what was saved."""
+    """As `Trainer`; what it restores is what was saved, and what it saves is finite.
+
+    Raises:
+        TrainingError: while training, when the loss or a trained weight is found to be nan or infinite: wherever the
+            Trainer logs, evaluates, saves or stops, and before it does. Until then nothing waits for the device. Steps
+            that a gradient scaler skips under fp16 have a finite loss and are no fault.
+    """
+
+    _first_broken: Tensor | None = None  # the first step whose loss was not finite
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer.train`."""
+        self._first_broken = None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        step = torch.where(loss.isfinite(), NEVER, self.state.global_step + 1)
+        self._first_broken = step if self._first_broken is None else torch.minimum(self._first_broken, step)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self._check_loss()
+        if control.should_save or control.should_training_stop:
+            self._check_weights()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def broken_terms(self) -> list[str]:
+        """The parts of the loss that are not finite, where a trainer keeps them apart."""
+        return []
+
+    def _check_loss(self) -> None:
+        step = NEVER if self._first_broken is None else int(self._first_broken)
+        if step < NEVER:
+            terms = ", ".join(self.broken_terms())
+            which = f" ({terms})" if terms else ""
+            raise TrainingError(f"The loss{which} is nan or infinite at step {step}{self._what_to_do()}")
+
+    def _check_weights(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each process has parts of them; the next loss tells
+            return
+        weights = ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
+        broken = [name for name, weight in weights if not weight.isfinite().all()]
+        if broken:
+            what = f"{len(broken)} trained weights, the first is {broken[0]}, are nan or infinite after"
+            raise TrainingError(f"{what} step {self.state.global_step}{self._what_to_do()}")
+
+    def _what_to_do(self) -> str:
+        fp16 = " Under fp16, try bf16 or no mixed precision." if self.args.fp16 else ""
+        return (
+            f" of {self.state.max_steps}. Training stops, and nothing more is saved. Lower learning_rate (now "
+            f"{self.args.learning_rate:g}) or the weight of that loss, or warm up longer.{fp16} If it is step 1, look "
+            "for nan in the data and in the model that training began with."
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -89,6 +151,9 @@ class StepTrainer(ExactTrainer):
         local = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).to(device)
         return dict(zip(names, self.accelerator.reduce(local, reduction="sum"), strict=True))
 
+    def broken_terms(self) -> list[str]:
+        return self.train_meter.broken()
+
     def real_rows(self, inputs: dict[str, Any]) -> int | None:
         """How many examples of an evaluation batch are not repeats that fill the last batch of all ranks."""
         state = self.accelerator.gradient_state
@@ -134,3 +199,43 @@ def last_checkpoint(folder: Path) -> str | None:
     complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
     newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
+
+
+def in_smaller_batches(work: Callable[[int], T], batch_size: int, seed: int) -> tuple[T, int]:
+    """`work(batch_size)`; where memory runs out, again with smaller batches, and so on.
+
+    `work` must accumulate `asked // given` batches for each optimizer step, which keeps the gradient (see the module
+    docstring), and go on from its last checkpoint. The random state is set again by `seed` before each further try.
+
+    Returns:
+        What `work` returned, and the batch size it had, a divisor of the one asked for.
+
+    Raises:
+        TrainingError: a single example does not fit.
+    """
+    size = batch_size
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                raise
+            if size == 1:
+                raise TrainingError(
+                    f"One example alone does not fit into memory: {_first_line(error)} Shorten the inputs "
+                    "(max_length), take a smaller model, or free memory."
+                ) from error
+            reason = _first_line(error)
+        clear_device_cache(garbage_collection=True)  # here, since the error held on to the tensors of the failed step
+        smaller = size // next(factor for factor in range(2, size + 1) if size % factor == 0)
+        logger.warning(
+            f"Memory ran out with batches of {size} ({reason}) Trying again with batches of {smaller}, "
+            f"{batch_size // smaller} of them for each optimizer step: the gradient stays the same."
+        )
+        size = smaller
+        set_seed(seed)
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+    return line if line.endswith(".") else f"{line}."

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
 from .recipe import Recipe
-from .reporting.codec import decode
+from .reporting.codec import decode, read_json
 from .reporting.schema import StageRecord
 
 MANIFEST = "stage.json"
@@ -93,6 +93,8 @@ class Workspace:
         target = self.folder / name
         if (target / MANIFEST).is_file():
             return target, _read_manifest(target / MANIFEST)
+        if target.exists():
+            raise CheckpointError(f"{target} has no {MANIFEST}. Delete the folder {target} to run this stage again.")
         partial = target.with_name(f"{name}.partial")
         partial.mkdir(exist_ok=True)
         start = time.perf_counter()
@@ -137,11 +139,11 @@ def _manifest(record: StageRecord) -> str:
 
 def _read_manifest(path: Path) -> StageRecord:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path.read_text(encoding="utf-8"))
         if data.pop("schema_version") != MANIFEST_VERSION:
             raise ValueError("another schema_version")
         return decode(StageRecord, data, str(path))
-    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # CheckpointError is an OSError
         raise CheckpointError(
             f"{path} is damaged ({error}). Delete the folder {path.parent} to run this stage again."
         ) from error

@@ -27,6 +27,7 @@ PUBLIC = [
     "Recipe",
     "Report",
     "TeacherCache",
+    "TrainingError",
     "UnsupportedModelError",
     "__version__",
     "build_student",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, shown, unknown_name
 
 MAX_WINDOW = 1 << 20
 MAX_GLOBAL_TOKENS = 4096
@@ -113,7 +113,7 @@ class AttentionConfig:
             if entry.name != "kind" and entry.name not in used and getattr(self, entry.name) != default:
                 allowed = ", ".join(used) or "no other field"
                 raise ConfigError(
-                    f"{entry.name}={getattr(self, entry.name)!r} has no meaning for {self._described()}, "
+                    f"{entry.name}={shown(getattr(self, entry.name))} has no meaning for {self._described()}, "
                     f"which uses {allowed}. Remove it or choose another kind."
                 )
 
@@ -136,7 +136,9 @@ class AttentionConfig:
     def from_dict(cls, data: dict[str, Any]) -> "AttentionConfig":
         """Read back `to_dict`; an unknown key is an error that names the known ones."""
         if not isinstance(data, dict):
-            raise ConfigError(f"An attention setting must be a mapping such as {{'kind': 'local'}}, got {data!r}.")
+            raise ConfigError(
+                f"An attention setting must be a mapping such as {{'kind': 'local'}}, got {shown(data)}."
+            )
         known = [entry.name for entry in fields(cls)]
         for key in data:
             if key not in known:
@@ -146,7 +148,7 @@ class AttentionConfig:
 
 def _check_range(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+        raise ConfigError(f"{name} must be an integer from {low} to {high}, got {shown(value)}.")
 
 
 def _check_options(options: object) -> None:
@@ -154,4 +156,6 @@ def _check_options(options: object) -> None:
         isinstance(key, str) and isinstance(value, int | float | str | bool) for key, value in options.items()
     )
     if not flat:
-        raise ConfigError(f"options must be a flat mapping from names to numbers, text or booleans, got {options!r}.")
+        raise ConfigError(
+            f"options must be a flat mapping from names to numbers, text or booleans, got {shown(options)}."
+        )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,13 +22,17 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..models.building import find_model_class
+from ..reporting.codec import read_json
 from .answers import Answer
 from .batch import Batch, Task
 from .cached_rows import KEY, PREFIX, Layout, row_keys
 from .layer_map import Pairs
 from .terms import LOSSES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MANIFEST = "cache.json"
 FORMAT = "hf_efficient teacher cache"
@@ -67,7 +71,7 @@ class Manifest:
             CheckpointError: there is none, or it cannot be read.
         """
         try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            values = read_json((folder / MANIFEST).read_text(encoding="utf-8"))
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError("another format or version")
             layout, values["inputs"] = values.pop("layout"), tuple(values["inputs"])
@@ -102,7 +106,7 @@ class TeacherCache:
                 f"{folder} has {len(self.manifest.shards) - len(missing)} of {len(self.manifest.shards)} shards. Call "
                 "cache_teacher again with the same arguments: it goes on where it was stopped."
             )
-        shards = [datasets.load_from_disk(str(self.folder / name)) for name in self.manifest.shards]
+        shards = [open_shard(self.folder / name, self.manifest) for name in self.manifest.shards]
         self._rows = datasets.concatenate_datasets(shards).with_format("arrow")
         heads = _heads(self._rows.select_columns([KEY])[:][KEY].to_pylist())
         self._order = np.argsort(heads, kind="stable")
@@ -176,6 +180,26 @@ class TeacherCache:
         if not any(name.startswith(PREFIX) for name in batch.inputs):
             raise DataError("The batch has no teacher's answers with it: it must come from cache.collator(...).")
         return self.layout.answer(batch)
+
+
+def open_shard(path: Path, manifest: Manifest) -> "Dataset":
+    """
+    Raises:
+        CheckpointError: it is cut short, or parts of it are missing.
+    """
+    import datasets
+
+    try:
+        shard = datasets.load_from_disk(str(path))
+        expected = min(manifest.shard_size, manifest.rows - manifest.shards.index(path.name) * manifest.shard_size)
+        if len(shard) != expected:
+            raise ValueError(f"{len(shard)} of {expected} examples")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # of Arrow too
+        raise CheckpointError(
+            f"{path} is damaged ({shown(str(error))}). Delete that folder and call cache_teacher again with the same "
+            "arguments: it makes what is missing."
+        ) from error
+    return shard
 
 
 @dataclass(frozen=True)

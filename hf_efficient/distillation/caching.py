@@ -19,10 +19,11 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, default_data_collator
 
+from ..disk import clear_disk_errors
 from ..errors import CheckpointError, ConfigError
 from .answers import read_answer
 from .batch import Batch, base_of, forward_names, task_of
-from .cache import MANIFEST, Manifest, TeacherCache
+from .cache import MANIFEST, Manifest, TeacherCache, open_shard
 from .cached_rows import KEY, Layout, row_keys
 from .hidden_states import wanted_states
 from .layer_map import depths, width
@@ -66,7 +67,8 @@ def cache_teacher(
 
     Raises:
         ConfigError: an option out of range, or a vocabulary without `top_k`.
-        CheckpointError: the folder holds something else, or the cache of another teacher, data or options.
+        CheckpointError: the folder holds something else, or the cache of another teacher, data or options; a shard in
+            it is damaged; the disk is full.
     """
     import datasets
 
@@ -86,13 +88,14 @@ def cache_teacher(
         shard_size=shard_size,
     )
     state, folder = PartialState(), Path(folder)
-    with state.main_process_first():
-        _begin(folder, manifest, teacher)
-    teacher.eval()
-    for index, name in enumerate(manifest.shards):
-        if index % state.num_processes == state.process_index:
-            part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
-            _write_shard(folder / name, part, teacher, manifest, data_collator, batch_size)
+    with clear_disk_errors(folder, "Then call cache_teacher again: it goes on with the shards that are missing."):
+        with state.main_process_first():
+            _begin(folder, manifest, teacher)
+        teacher.eval()
+        for index, name in enumerate(manifest.shards):
+            if index % state.num_processes == state.process_index:
+                part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
+                _write_shard(folder / name, part, teacher, manifest, data_collator, batch_size)
     state.wait_for_everyone()
     return TeacherCache(folder)
 
@@ -188,7 +191,7 @@ def _write_shard(
     """Nothing where the shard is there already, of these examples.
 
     Raises:
-        CheckpointError: the shard is there, of other examples.
+        CheckpointError: the shard is there, of other examples or damaged.
     """
     import datasets
 
@@ -200,7 +203,7 @@ def _write_shard(
             yield inputs, row_keys(Batch(inputs, layout.task), manifest.inputs)
 
     if path.is_dir():
-        if list(datasets.load_from_disk(str(path))[KEY]) != [key for _, keys in batches() for key in keys]:
+        if list(open_shard(path, manifest)[KEY]) != [key for _, keys in batches() for key in keys]:
             raise CheckpointError(f"{path} holds answers to other examples. Choose another folder for this data.")
         return
     table: dict[str, list[Any]] = {name: [] for name in (KEY, *layout.columns())}
@@ -212,8 +215,11 @@ def _write_shard(
     features = datasets.Features({KEY: datasets.Value("binary")} | types)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    datasets.Dataset.from_dict(table, features=features).save_to_disk(str(temporary))
-    os.replace(temporary, path)
+    try:
+        datasets.Dataset.from_dict(table, features=features).save_to_disk(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a shard would take space on a full disk
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ meter.add("ce", total, count)
 meter.drain(accelerator)        # {"ce": sum of totals / sum of counts over all ranks}, and empty again
 """
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -22,6 +24,10 @@ class Meter:
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = old_total + total, old_count + count
+
+    def broken(self) -> list[str]:
+        """The names whose total is not finite, on this rank."""
+        return sorted(name for name, (total, _) in self._sums.items() if not math.isfinite(float(total)))
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """The mean of each name with a count above 0. All ranks must call it, with the same names added."""

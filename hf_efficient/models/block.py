@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..attention.config import AttentionConfig
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, shown, unknown_name
 from ..families import Family, Stack
 
 VERSION = 1
@@ -97,7 +97,7 @@ class EfficientBlock:
         version = data.get("version", VERSION)
         if version != VERSION:
             raise ConfigError(
-                f"The `efficient` entry of config.json has version {version!r}, this hf_efficient reads version "
+                f"The `efficient` entry of config.json has version {shown(version)}, this hf_efficient reads version "
                 f'{VERSION}. Upgrade it: pip install -U "hf-efficient".'
             )
         _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
@@ -199,7 +199,7 @@ def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
         value = fields.get(name)
         for number in value if isinstance(value, list | tuple) else (value,):
             if number is not None and (type(number) is not int or not 0 < number <= limit):
-                raise ConfigError(f"config.json has {name}={value!r}; hf_efficient accepts 1 to {limit}.")
+                raise ConfigError(f"config.json has {name}={shown(value)}; hf_efficient accepts 1 to {limit}.")
 
 
 def _read_stack(name: str, data: Any) -> StackBlock:

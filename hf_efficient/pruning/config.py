@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, shown, unknown_name
 
 # What each granularity of units removes: the kinds of `groups.Group`.
 UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
@@ -108,7 +108,9 @@ class PruningConfig:
             object.__setattr__(self, "ratio", 0.5 if structure is None else 1 - structure[0] / structure[1])
         is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
         if not is_number or not 0 < self.ratio < 1:
-            raise ConfigError(f"ratio must lie between 0 and 1 (0.5 removes half), both excluded, got {self.ratio!r}.")
+            raise ConfigError(
+                f"ratio must lie between 0 and 1 (0.5 removes half), both excluded, got {shown(self.ratio)}."
+            )
         several = isinstance(self.granularity, list | tuple)
         names = tuple(self.granularity) if several else (self.granularity,)
         object.__setattr__(self, "granularity", names)
@@ -134,14 +136,18 @@ class PruningConfig:
             if field == "sequence_length" and value is None:
                 continue
             if type(value) is not int or not low <= value <= high:
-                raise ConfigError(f"{field} must be an integer from {low} to {high}, got {value!r}.")
+                raise ConfigError(f"{field} must be an integer from {low} to {high}, got {shown(value)}.")
         for field in ("reconstruct", "rearrange"):
             if type(getattr(self, field)) is not bool:
-                raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}.")
+                raise ConfigError(f"{field} must be true or false, got {shown(getattr(self, field))}.")
         self._check_importance()
         self._check_weights()
 
     def _check_importance(self) -> None:
+        for field in ("importance", "layer_importance"):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{field} must be a name, got {shown(value)}.")
         layers_alone = tuple(self.granularity) == ("layer",)
         if self.importance is None:
             object.__setattr__(self, "importance", "loss" if layers_alone else "fisher")
@@ -261,7 +267,7 @@ def _read_structure(given: object) -> tuple[int, int]:
     n, m = (int(number) for number in match.groups()) if match else (0, 0)
     if not 0 < n < m <= MAX_GROUP:
         raise ConfigError(
-            f"mask_structure must be 'n:m' with 0 < n < m <= {MAX_GROUP}, got {given!r}. '2:4' keeps 2 of every 4 "
+            f"mask_structure must be 'n:m' with 0 < n < m <= {MAX_GROUP}, got {shown(given)}. '2:4' keeps 2 of every 4 "
             "consecutive inputs."
         )
     return n, m

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, unknown_name
+from ..errors import CheckpointError, ConfigError, shown, unknown_name
+from ..reporting.codec import decode, read_json
 from .config import PruningConfig
 
 FORMAT = "hf_efficient pruning plan"
@@ -115,17 +116,22 @@ class PruningPlan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ConfigError(f'This is no pruning plan: it needs "format": "{FORMAT}".')
         if data.get("version") != VERSION:
-            raise ConfigError(f"The plan has version {data.get('version')!r}; this hf_efficient reads {VERSION}.")
+            raise ConfigError(f"The plan has version {shown(data.get('version'))}; this hf_efficient reads {VERSION}.")
         for key in data:
             if key not in KEYS:
                 raise unknown_name("key of a pruning plan", key, KEYS)
         forecast, config = data.get("forecast"), data.get("config")
+        chosen, model = data.get("chosen", True), data.get("model")
+        if type(chosen) is not bool:
+            raise ConfigError(f"`chosen` of a plan must be true or false, got {shown(chosen)}.")
+        if model is not None and not isinstance(model, str):
+            raise ConfigError(f"`model` of a plan must be a model type such as 'bert', or null, got {shown(model)}.")
         try:
             return cls(
                 layers=_numbers("layers", data.get("layers", {})),
                 units=_numbers("units", data.get("units", {})),
-                chosen=bool(data.get("chosen", True)),
-                model=data.get("model"),
+                chosen=chosen,
+                model=model,
                 config=None if config is None else PruningConfig(**config),
                 forecast=None if forecast is None else _forecast(forecast),
             )
@@ -154,7 +160,7 @@ class PruningPlan:
         if file.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{file} is too large to be a plan.")
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = read_json(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{file} is not JSON: {error}.") from error
         return cls.from_dict(data)
@@ -172,9 +178,11 @@ def _list(what: str, values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _forecast(data: Mapping[str, Any]) -> Forecast:
-    layers = tuple(LayerForecast(**layer) for layer in data.get("layers", ()))
-    return Forecast(**{**data, "layers": layers})
+def _forecast(data: Any) -> Forecast:
+    try:
+        return decode(Forecast, data, "the plan's forecast")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _layout(data: dict[str, Any]) -> str:

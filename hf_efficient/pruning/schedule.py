@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .config import IMPORTANCES, TRAINED_IMPORTANCES, PruningConfig
 
 # Cubic: s_t = s_f (1 - (1 - t)^3), Zhu & Gupta 2017 ("To prune, or not to prune", equation 1) with s_0 = 0.
@@ -58,15 +58,15 @@ class Gradual:
         for name in ("start", "end", "momentum"):
             value = getattr(self, name)
             if type(value) not in (int, float):
-                raise ConfigError(f"{name} must be a number, got {value!r}.")
+                raise ConfigError(f"{name} must be a number, got {shown(value)}.")
         if not 0 <= self.start < self.end <= 1:
             raise ConfigError(
-                f"start and end are fractions of the run with 0 <= start < end <= 1, got {self.start}, {self.end}."
+                f"start and end are fractions of the run with 0 <= start < end <= 1, got {shown(self.start)}, {shown(self.end)}."
             )
         if type(self.every) is not int or self.every < 1:
-            raise ConfigError(f"every must be a whole number of optimizer steps, at least 1, got {self.every!r}.")
+            raise ConfigError(f"every must be a whole number of optimizer steps, at least 1, got {shown(self.every)}.")
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum must be from 0 to below 1, got {self.momentum}.")
+            raise ConfigError(f"momentum must be from 0 to below 1, got {shown(self.momentum)}.")
         self._check_granularity()
         self._check_rest()
 

@@ -6,6 +6,7 @@ clean({"output_dir": "/home/me/runs/a", "hub_token": "hf_..."})      # {"output_
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
@@ -13,7 +14,10 @@ import types
 import typing
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+
+MAX_INTEGER = 1 << 1000  # a larger one is no float
+MAX_DEPTH = 100
 
 # An absolute path of two or more parts (Unix, `~`, Windows); group 1 is the last part, all that is kept of it.
 _PATH = re.compile(r"(?<![\w/.~\\-])(?!(?<=:)//)(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:'\"]+)*[/\\]([^\s/\\:'\"]+)[/\\]?")
@@ -53,6 +57,26 @@ def _plain_text(text: str) -> str:
     return _PATH.sub(r"\1", text)
 
 
+def read_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, or nested deeper than anything that is written here.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested far too deep") from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [item for items in inner for item in items]
+    return value
+
+
 def decode(cls: type, data: Any, source: str) -> Any:
     """Build the dataclass `cls` from a dict.
 
@@ -60,7 +84,7 @@ def decode(cls: type, data: Any, source: str) -> Any:
         CheckpointError: a missing or unknown field or a value of the wrong type; it names the field and `source`.
     """
     if not isinstance(data, dict):
-        raise _damaged(source, cls.__name__, f"expected a mapping, got {data!r:.60}")
+        raise _damaged(source, cls.__name__, f"expected a mapping, got {shown(data)}")
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
@@ -101,11 +125,11 @@ def _value(hint: Any, value: Any, source: str, where: str) -> Any:
         return {key: _value(arguments[1], item, source, where) for key, item in value.items()}
     if hint is float and value in ("nan", "inf", "-inf"):
         return float(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and (type(value) is float or (type(value) is int and abs(value) < MAX_INTEGER)):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    raise _damaged(source, where, f"expected {hint}, got {value!r:.60}")
+    raise _damaged(source, where, f"expected {hint}, got {shown(value)}")
 
 
 def _damaged(source: str, where: str, why: str) -> CheckpointError:

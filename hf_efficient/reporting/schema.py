@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, unknown_name
-from .codec import clean, decode
+from .codec import clean, decode, read_json
 from .environment import Environment, package_commit
 
 SCHEMA_VERSION = 1
@@ -277,7 +277,7 @@ class Report:
             CheckpointError: not JSON, not a report, damaged, or written by a newer hf_efficient.
         """
         try:
-            data = json.loads(text)
+            data = read_json(text)
         except ValueError as error:
             raise CheckpointError(f"{source} is not valid JSON ({error}). Write it again with `measure`.") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
