@@ -267,7 +267,7 @@ def _read_structure(given: object) -> tuple[int, int]:
     n, m = (int(number) for number in match.groups()) if match else (0, 0)
     if not 0 < n < m <= MAX_GROUP:
         raise ConfigError(
-            f"mask_structure must be 'n:m' with 0 < n < m <= {MAX_GROUP}, got {shown(given)}. '2:4' keeps 2 of every 4 "
-            "consecutive inputs."
+            f"mask_structure must be 'n:m' with 0 < n < m <= {MAX_GROUP}, got {shown(given)}. '2:4' keeps 2 of every "
+            "4 consecutive inputs."
         )
     return n, m

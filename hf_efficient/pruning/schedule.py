@@ -61,7 +61,8 @@ class Gradual:
                 raise ConfigError(f"{name} must be a number, got {shown(value)}.")
         if not 0 <= self.start < self.end <= 1:
             raise ConfigError(
-                f"start and end are fractions of the run with 0 <= start < end <= 1, got {shown(self.start)}, {shown(self.end)}."
+                f"start and end are fractions of the run with 0 <= start < end <= 1, got {shown(self.start)}, "
+                f"{shown(self.end)}."
             )
         if type(self.every) is not int or self.every < 1:
             raise ConfigError(f"every must be a whole number of optimizer steps, at least 1, got {shown(self.every)}.")
