@@ -46,8 +46,9 @@ class ExactTrainer(Trainer):
     """As `Trainer`; what it restores is what was saved, and what it saves is finite.
 
     Raises:
-        TrainingError: while training, when the loss or a trained weight is found to be nan or infinite: wherever the
-            Trainer logs, evaluates, saves or stops, and before it does. Until then nothing waits for the device. Steps
+        TrainingError: a loss that is nan or infinite, before the weights are changed by it; or such trained weights,
+            before they are saved. The Trainer waits for the loss of every batch anyway, unless it is told
+            `logging_nan_inf_filter=False`: then ours is looked at where it logs, evaluates, saves or stops. Steps
             that a gradient scaler skips under fp16 have a finite loss and are no fault.
     """
 
@@ -62,6 +63,8 @@ class ExactTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         step = torch.where(loss.isfinite(), NEVER, self.state.global_step + 1)
         self._first_broken = step if self._first_broken is None else torch.minimum(self._first_broken, step)
+        if self.args.logging_nan_inf_filter:
+            self._check_loss()
         return loss
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
