@@ -103,9 +103,10 @@ def check_keys(given: Any, known: list[str], path: str) -> None:
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(known)}, got {shown(given)}.")
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(key[:80], known, n=1) if isinstance(key, str) else []
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}.{key}: unknown key.{hint} Known: {', '.join(known)}.")
+            name = key if isinstance(key, str) and len(key) <= 80 else shown(key)
+            raise ConfigError(f"{path}.{name}: unknown key.{hint} Known: {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Numbers are those of the dense model. What is not named stays whole. `hf_efficie
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -180,9 +181,12 @@ def _list(what: str, values: Any) -> tuple[int, ...]:
 
 def _forecast(data: Any) -> Forecast:
     try:
-        return decode(Forecast, data, "the plan's forecast")
+        forecast = decode(Forecast, data, "the plan's forecast")
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
+    if not all(math.isfinite(value) for value in vars(forecast).values() if isinstance(value, float)):
+        raise ConfigError("The plan's forecast has a number that is not finite.")
+    return forecast
 
 
 def _layout(data: dict[str, Any]) -> str:

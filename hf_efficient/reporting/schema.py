@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, unknown_name
+from ..errors import CheckpointError, ConfigError, shown, unknown_name
 from .codec import clean, decode, read_json
 from .environment import Environment, package_commit
 
@@ -282,10 +282,10 @@ class Report:
             raise CheckpointError(f"{source} is not valid JSON ({error}). Write it again with `measure`.") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise CheckpointError(f"{source} is not a report of hf_efficient: schema_version is {version!r}.")
+            raise CheckpointError(f"{source} is not a report of hf_efficient: schema_version is {shown(version)}.")
         if version > SCHEMA_VERSION:
             raise CheckpointError(
-                f"{source} has schema_version {version}, this hf_efficient reads up to {SCHEMA_VERSION}. "
+                f"{source} has schema_version {shown(version)}, this hf_efficient reads up to {SCHEMA_VERSION}. "
                 "Run `pip install --upgrade hf-efficient`."
             )
         return decode(cls, data, source)
