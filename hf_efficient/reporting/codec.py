@@ -88,7 +88,7 @@ def decode(cls: type, data: Any, source: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            raise _damaged(source, f"{cls.__name__}, field {shown(key)}", "unknown field")
+            raise _damaged(source, f"{cls.__name__}.{shown(key)[1:-1]}", "unknown field")
     values = {}
     hints = _hints(cls)
     for name, item in fields.items():
