@@ -116,6 +116,7 @@ def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
 def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:
     from transformers import set_seed
 
+    from .measure.energy import with_energy
     from .running import RUNNERS, TEACHER, run_teacher
     from .verify import check_reload, output_digest
 
@@ -126,7 +127,8 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
     for name, settings, runner in steps:
         announce(f"{name} ...")
         set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
-        work = partial(runner, run, settings, source)
+        tracked = with_energy(runner, recipe.measure.country) if recipe.measure.energy else runner
+        work = partial(tracked, run, settings, source)
         made, record = space.stage(name, settings.to_dict() if settings else {}, work)
         records.append(record)
         if record.name == "export":
@@ -152,10 +154,13 @@ def check(run: "Run") -> None:
     from .data import check_labels
     from .exporting import check_runtime
     from .families import family_of
+    from .measure.energy import check_energy
     from .pruning.tokenizer import check_tokenizer
     from .quantization import check_torchao
     from .stages import AttentionStage, ExportStage, PruneStage, QuantizeStage, VocabularyStage
 
+    if run.recipe.measure.energy:
+        check_energy(run.recipe.measure.country)
     prepared, config = run.data(), run.config
     family_of(config)
     if config.is_encoder_decoder and not run.task.trains:
@@ -298,6 +303,7 @@ def _measured(
     measured = measure(
         student,
         **work,
+        energy=recipe.measure.energy,
         threads=torch.get_num_threads(),
         baseline=baseline,
         folder=student_folder,

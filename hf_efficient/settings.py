@@ -329,9 +329,26 @@ class MeasureSettings(Settings):
         },
     )
 
+    energy: bool = flag(False)  # of every stage and of 1,000 inputs, by codecarbon
+    country: str | None = field(  # where the power comes from, for CO2; null: only energy is told
+        default=None,
+        metadata={
+            "rule": Rule(
+                "an ISO code of three capital letters such as DEU, or null",
+                lambda value: value is None or (isinstance(value, str) and bool(re.fullmatch("[A-Z]{3}", value))),
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.country is not None and not self.energy:
+            raise ConfigError("country is for the CO2 of energy: set energy to true, or leave country out.")
+
     def to_dict(self) -> dict[str, Any]:
-        """`lengths` only where they are given."""
-        return {name: value for name, value in super().to_dict().items() if name != "lengths" or value is not None}
+        """`lengths`, `energy` and `country` only where they are given."""
+        plain = ("batch_size", "sequence_length", "repeats")
+        return {name: value for name, value in super().to_dict().items() if name in plain or value}
 
 
 def recipe_name(name: Any, path: str) -> None:

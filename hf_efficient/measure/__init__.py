@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reporting.schema import Comparison, Measurement, Workload
+from ..errors import ConfigError
+from ..reporting.schema import Comparison, Energy, Measurement, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ def measure(
     baseline_collator: Callable | None = None,
     evaluation_batch_size: int = 32,
     pooling: str = "mean",
+    energy: bool = False,
 ) -> Measurement:
     """Measure `model`, and `baseline` (the teacher) next to it.
 
@@ -51,16 +53,22 @@ def measure(
         folder, baseline_folder: where the checkpoints lie, for bytes on disk.
         baseline_dataset, baseline_collator: the same samples as the baseline gets them, such as cut shorter or in
             other tokens; default `dataset` and `collator`.
+        energy: also the energy of 1,000 inputs, some seconds for each model (needs codecarbon).
 
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
     """
     from .context import using_threads
+    from .energy import check_energy
     from .inputs import dummy_inputs
     from .latency import compare_latency
     from .quality import evaluate_quality
     from .size import measure_size
 
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 2:
+        raise ConfigError(f"repeats must be an integer of at least 2, got {repeats!r}.")
+    if energy:
+        check_energy()
     models = {"model": model} if baseline is None else {"baseline": baseline, "model": model}
     folders = {"model": folder, "baseline": baseline_folder}
 
@@ -85,12 +93,25 @@ def measure(
                 size=measure_size(each, inputs[name], folders[name]),
                 latency=timing.latencies[name],
                 quality=evaluations[name].quality if evaluations else None,
+                energy=_energy(each, inputs[name]) if energy else None,
             )
             for name, each in models.items()
         }
     if baseline is None:
         return measured["model"]
     return _joined(measured["baseline"], measured["model"], timing, evaluations)
+
+
+def _energy(model: Any, inputs: dict) -> Energy:
+    from .context import evaluating, synchronize
+    from .energy import measure_energy
+
+    def forward() -> None:
+        model(**inputs)
+        synchronize(model.device)
+
+    with evaluating(model):
+        return measure_energy(forward, inputs[model.main_input_name].shape[0])
 
 
 def _workload(model: Any, inputs: dict, threads: int) -> Workload:

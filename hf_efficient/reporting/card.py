@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
-from .tables import describe_machine, describe_workload, markdown_exports, markdown_structure, markdown_table
+from .tables import (
+    describe_energy,
+    describe_footprint,
+    describe_machine,
+    describe_workload,
+    listed,
+    markdown_exports,
+    markdown_structure,
+    markdown_table,
+)
+from .usage import loading_snippet
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -29,12 +39,6 @@ _HUB_TASKS = {
     "seq2seq": "text2text-generation",
     "masked-lm": "fill-mask",
     EMBEDDINGS: "sentence-similarity",
-}
-# As `distillation.losses.pool` does it.
-_POOLED = {
-    "mean": "(states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
-    "cls": "states[torch.arange(len(states)), mask.argmax(1)]  # the first token",
-    "last": "states[torch.arange(len(states)), mask.cumsum(1).argmax(1)]  # the last token",
 }
 _IMAGES = {ACCURACY_LATENCY: "Quality and latency", STRUCTURE: "What is left of each layer"}
 
@@ -53,7 +57,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
     base_id = _hub_id(report.base_model)
     data = ModelCardData(
         base_model=base_id,
-        base_model_relation="finetune" if base_id else None,
+        base_model_relation=_relation(report) if base_id else None,
         license=report.licence,
         library_name="transformers",
         pipeline_tag=None if quality is None else _HUB_TASKS.get(quality.task, quality.task),
@@ -62,6 +66,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         metrics=None if quality is None else [score.name for score in quality.scores],
         model_name=title,
         eval_results=_eval_results(report) or None,
+        co2_eq_emissions=_emissions(report),
     )
     return ModelCard.from_template(
         data,
@@ -77,10 +82,13 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         quantized=any(stage.name == "quantize" for stage in report.stages),
         workload=describe_workload(report.student),
         machine=describe_machine(report),
-        processor=report.processor_class,
-        vectors=_vectors(report) if quality is not None and quality.task == EMBEDDINGS else None,
+        energy=describe_energy(report.student),
+        footprint=describe_footprint(report),
+        snippet=loading_snippet(report, repo_id),
+        recipe=recipe_text(report),
+        fence=_fence(recipe_text(report)),
         stages=[_stage(stage) for stage in report.stages],
-        sizes=_listed(report.dataset.sizes) if report.dataset else "",
+        sizes=listed(report.dataset.sizes) if report.dataset else "",
         images=[(name, _IMAGES[name]) for name in images],
     )
 
@@ -109,6 +117,51 @@ def _hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) and not _FILE.fullmatch(name) else None
 
 
+def recipe_text(report: Report) -> str:
+    """The recipe as YAML that `hf-efficient compress` reads; an empty text if the report names none."""
+    import yaml
+
+    if not report.recipe:
+        return ""
+    return yaml.safe_dump(_said(report.recipe), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _said(value: Any) -> Any:
+    """Without what is not set."""
+    if isinstance(value, dict):
+        return {name: _said(each) for name, each in value.items() if each is not None}
+    return [_said(each) for each in value] if isinstance(value, list) else value
+
+
+def _fence(text: str) -> str:
+    """Longer than any run of backticks inside."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def _relation(report: Report) -> str:
+    """The Hub's word for what the model is to its base; `quantized` only if nothing else was done."""
+    done = {
+        stage.name
+        for stage in report.stages
+        if stage.name != "export" and (stage.name, stage.settings) != ("teacher", {})
+    }
+    return "quantized" if done == {"quantize"} else "finetune"
+
+
+def _emissions(report: Report) -> dict[str, Any] | None:
+    """Of training, in grams, as the Hub's metadata has it; None unless tracked, in a country that is known."""
+    used = report.footprint
+    if used is None or used.co2_grams is None:
+        return None
+    return {
+        "emissions": used.co2_grams,
+        "source": f"{used.tool}, {used.source}",
+        "training_type": "fine-tuning",
+        "geographical_location": used.country,
+        "hardware_used": describe_machine(report),
+    }
+
+
 def _eval_results(report: Report) -> list["EvalResult"]:
     from huggingface_hub import EvalResult
 
@@ -118,8 +171,9 @@ def _eval_results(report: Report) -> list["EvalResult"]:
     return [
         EvalResult(
             task_type=_HUB_TASKS.get(quality.task, quality.task),
-            dataset_type=dataset.name,
+            dataset_type=dataset.name.split(":")[-1],
             dataset_name=dataset.name,
+            dataset_split="test" if "test" in dataset.sizes else None,
             metric_type=score.name,
             metric_name=score.name.replace("_", " "),
             metric_value=score.value,
@@ -129,25 +183,9 @@ def _eval_results(report: Report) -> list["EvalResult"]:
     ]
 
 
-def _vectors(report: Report) -> str:
-    """How texts become vectors, pooled as they were when they were distilled and measured."""
-    pooling = next((stage.settings["pooling"] for stage in report.stages[::-1] if "pooling" in stage.settings), "mean")
-    return f"""inputs = processor(["A text.", "Another text."], padding=True, truncation=True, return_tensors="pt")
-with torch.no_grad():
-    states = model(**inputs).last_hidden_state
-mask = inputs["attention_mask"]
-vectors = {_POOLED[pooling]}
-print(torch.cosine_similarity(vectors[0], vectors[1], dim=0))"""
-
-
 def _stage(stage: StageRecord) -> dict[str, str]:
     # For machines and for the page: they stay in the report.
-    digests = {name for name in stage.facts if name.endswith("sha256") or name == "curve"}
-    settings = _listed(stage.settings)
-    facts = _listed({name: value for name, value in stage.facts.items() if name not in digests})
+    hidden = {name for name in stage.facts if name.endswith("sha256") or name in ("curve", "energy")}
+    settings = listed(stage.settings)
+    facts = listed({name: value for name, value in stage.facts.items() if name not in hidden})
     return {"name": stage.name, "time": f"{stage.seconds:.1f} s", "settings": settings, "facts": facts}
-
-
-def _listed(values: dict[str, Any]) -> str:
-    """`ratio 0.55, metric macs`."""
-    return ", ".join(f"{name} {value}" for name, value in values.items()).replace("\n", " ")

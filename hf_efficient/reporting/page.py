@@ -11,21 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .card import recipe_text
 from .schema import Measurement, Report, StageRecord
 from .svg import COLOURS, Line, Point, lines, scatter
 from .tables import (
     EXPORT_HEADER,
     HEADER,
+    RESULTS_HEADER,
     comparison_rows,
+    describe_energy,
+    describe_footprint,
     describe_machine,
     describe_workload,
     export_rows,
     format_bytes,
+    format_count,
+    format_difference,
+    format_ms,
     format_ratio,
     format_score,
     is_fraction,
+    listed,
     name_layer,
+    result_rows,
 )
+from .usage import loading_snippet
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).resolve().parent.parent / "templates" / "report.html"
@@ -56,6 +66,8 @@ def report_page(
         title=names[0] if len(names) == 1 else f"{len(names)} results",
         results=[_result(report, name, repo_id) for report, name in zip(reports, names, strict=True)],
         pareto=_pareto(reports, names) if len(reports) > 1 else "",
+        summary_header=RESULTS_HEADER,
+        summary=[row for each, name in zip(reports, names, strict=True) for row in result_rows({name: each})],
     )
 
 
@@ -79,7 +91,10 @@ def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
     return {
         "name": name,
         "report": report,
-        "repo_id": repo_id,
+        "snippet": loading_snippet(report, repo_id),
+        "recipe": recipe_text(report),
+        "energy": describe_energy(report.student),
+        "footprint": describe_footprint(report),
         "tiles": _tiles(report),
         "header": HEADER,
         "rows": comparison_rows(report.teacher, report.student, report.comparison),
@@ -96,24 +111,27 @@ def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    """What a reader wants to know first."""
-    compared, student = report.comparison, report.student
+    """What a reader wants to know first: (value, what it is)."""
+    compared, student, teacher = report.comparison, report.student, report.teacher
+    now, small = format_ms(student.latency.median_ms), format_bytes(student.size.weight_bytes)
     tiles = []
-    if compared is not None:
-        tiles.append((f"{compared.speedup:.1f}x", "as fast"))
-        tiles.append((format_ratio(compared.weight_bytes_ratio).removesuffix("x"), "of the bytes"))
+    if compared is None or teacher is None:
+        tiles += [(now, "median latency"), (small, "of weights"), (format_count(student.size.macs), "MACs")]
+    else:
+        before = format_ms(teacher.latency.median_ms)
+        tiles.append((f"{compared.speedup:.1f}x", f"as fast: {now} instead of {before}"))
     if student.quality is not None:
-        change = ""
-        if compared is not None and compared.quality_difference is not None:
-            scale, unit = (100, " points") if is_fraction(student.quality.main.name) else (1, "")
-            change = f", {scale * compared.quality_difference:+.2g}{unit}"
-        tiles.append(
-            (format_score(student.quality.main).split(" ±")[0], student.quality.main.name.replace("_", " ") + change)
-        )
-    tiles.append((format_bytes(student.size.weight_bytes), "of weights"))
+        main = student.quality.main
+        change = format_difference(compared) if compared is not None else ""
+        tiles.insert(1, (format_score(main).split(" ±")[0], main.name.replace("_", " ") + (change and f", {change}")))
+    if compared is not None:
+        tiles.append((small, f"of weights, {format_ratio(compared.weight_bytes_ratio)} the teacher's"))
+        tiles.append((format_count(student.size.macs), f"MACs, {format_ratio(compared.mac_ratio)} the teacher's"))
     if report.exports:
         best = max(report.exports, key=lambda each: each.speedup)
-        tiles.append((f"{best.speedup:.1f}x", f"as {best.format}{f', {best.quantize}' if best.quantize else ''}"))
+        tiles.append(
+            (f"{best.speedup:.1f}x", f"as fast as {best.format}{f', {best.quantize}' if best.quantize else ''}")
+        )
     return tiles
 
 
@@ -138,7 +156,7 @@ def _pareto(reports: Sequence[Report], names: Sequence[str]) -> str:
     if quality is None:
         return ""
     name = quality.main.name.replace("_", " ") + (", %" if is_fraction(quality.main.name) else "")
-    return scatter(points, "median latency, ms", name)
+    return scatter(points, "median latency, ms", name, "high" if quality.main.higher_is_better else "low")
 
 
 def _points(measured: Measurement, label: str, colour: str, filled: bool = True) -> list[Point]:
@@ -190,11 +208,21 @@ def _float(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _timeline(stages: Sequence[StageRecord]) -> list[tuple[str, float, float, float]]:
-    """(name, seconds, where it begins and how long it is in percent of all)."""
+def _timeline(stages: Sequence[StageRecord]) -> list[dict[str, Any]]:
+    """Where each stage begins and how long it is, in percent of all; and what it was told to do."""
     total = sum(stage.seconds for stage in stages) or 1.0
-    rows, start = [], 0.0
+    rows: list[dict[str, Any]] = []
+    start = 0.0
     for stage in stages:
-        rows.append((stage.name, stage.seconds, 100 * start / total, max(100 * stage.seconds / total, 0.5)))
+        part = 100 * stage.seconds / total
+        rows.append(
+            {
+                "name": stage.name,
+                "seconds": stage.seconds,
+                "start": min(100 * start / total, 99.0),
+                "length": max(part, 1.0),
+                "settings": listed(stage.settings),
+            }
+        )
         start += stage.seconds
     return rows

@@ -130,6 +130,32 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """What running costs: processor, memory and GPUs of the process while `inputs` inputs of the workload ran.
+
+    Parameters:
+        wh_per_1000: watt hours of 1,000 inputs.
+        source: whether it was measured, or only estimated from load and rated power.
+    """
+
+    wh_per_1000: float
+    inputs: int
+    source: str
+    tool: str
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What some work took, such as all stages together. `co2_grams` is None where the country is not known."""
+
+    kwh: float
+    co2_grams: float | None
+    country: str | None
+    source: str
+    tool: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Everything measured on one model; with a baseline also that one's measurement and the comparison."""
 
@@ -140,6 +166,7 @@ class Measurement:
     quality: Quality | None = None
     baseline: "Measurement | None" = None
     comparison: Comparison | None = None
+    energy: Energy | None = None
 
     def alone(self) -> "Measurement":
         """The same without baseline and comparison, which a `Report` keeps in places of their own."""
@@ -264,6 +291,22 @@ class Report:
         object.__setattr__(self, "structure", tuple(self.structure))
         if self.dataset is not None:
             object.__setattr__(self, "dataset", replace(self.dataset, name=clean(self.dataset.name)))
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """The energy of all stages together; None unless it was tracked in every one of them."""
+        parts = [stage.facts.get("energy") for stage in self.stages]
+        known = [part for part in parts if isinstance(part, dict) and isinstance(part.get("kwh"), float)]
+        if not known or len(known) < len(parts):
+            return None
+        grams = [part["co2_grams"] for part in known if isinstance(part.get("co2_grams"), float)]
+        return Footprint(
+            kwh=sum(part["kwh"] for part in known),
+            co2_grams=sum(grams) if len(grams) == len(known) else None,
+            country=known[0].get("country"),
+            source=str(known[0].get("source")),
+            tool=str(known[0].get("tool")),
+        )
 
     def to_json(self) -> str:
         """Strict JSON text; a number that is not finite (a diverged model's loss) is written as a string."""

@@ -3,17 +3,17 @@
     scatter([Point(12.1, 98.8, "student", "student")], "latency, ms", "accuracy, %")
     lines([Line("student", "student", [(128, 3.1), (256, 6.0)])], "tokens", "ms")
 
-Classes used: `teacher`, `student`, `other`, `grid`, `axis`, `label`; every mark has a title that a browser shows on
-touch or hover.
+Classes used: `teacher`, `student`, `other`, `grid`, `axis`, `label`, `front`; every mark has a title that a browser
+shows on touch or hover, and a reader who cannot see the chart hears its numbers.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 70, 18, 14, 48
 COLOURS = ("student", "other", "third", "fourth", "fifth", "sixth")
 
 
@@ -38,35 +38,87 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Dots with names beside them; nothing for no finite point."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, best: str | None = None) -> str:
+    """Dots with names beside them; nothing for no finite point.
+
+    Parameters:
+        best: `"high"` or `"low"`: joins the points to which no other is better in y and as low in x.
+    """
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
         return ""
-    errors = [point.error if math.isfinite(point.error) else 0.0 for point in shown]
-    axes = _Axes(
-        [0.0, *(point.x for point in shown)],
-        [value for point, error in zip(shown, errors, strict=True) for value in (point.y - error, point.y + error)],
-    )
-    marks: list[str] = []
-    taken: list[tuple[float, float]] = []
-    for point, error in sorted(zip(shown, errors, strict=True), key=lambda pair: pair[0].y, reverse=True):
-        x, y = axes.at(point.x, point.y)
-        low, high = axes.at(point.x, point.y - error)[1], axes.at(point.x, point.y + error)[1]
-        text_y = y + 4
-        while any(abs(text_y - other) < 15 and abs(x - where) < 130 for where, other in taken):
-            text_y += 15
-        taken.append((x, text_y))
-        right = x < LEFT + 0.7 * (WIDTH - LEFT - RIGHT)
-        title = f"{point.label}: {_number(point.x)}, {_number(point.y)}"
+    shown = [point if math.isfinite(point.error) else replace(point, error=0.0) for point in shown]
+    ends = [value for point in shown for value in (point.y - point.error, point.y + point.error)]
+    axes = _Axes([0.0, *(point.x for point in shown)], ends)
+    labels = _place_labels(axes, shown)
+    marks = [_front(axes, shown, best)] if best else []
+    for point, (x, y, anchor) in zip(shown, labels, strict=True):
+        at_x, at_y = axes.at(point.x, point.y)
+        low, high = axes.at(point.x, point.y - point.error)[1], axes.at(point.x, point.y + point.error)[1]
         marks.append(
-            f'<g class="{point.colour}"><title>{escape(title)}</title>'
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" class="error"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" class="{"dot" if point.filled else "dot hollow"}"/>'
-            f'<text x="{x + (11 if right else -11):.1f}" y="{text_y:.1f}" '
-            f'text-anchor="{"start" if right else "end"}">{escape(point.label)}</text></g>'
+            f'<g class="{point.colour}"><title>{escape(_said(point))}</title>'
+            f'<line x1="{at_x:.1f}" x2="{at_x:.1f}" y1="{low:.1f}" y2="{high:.1f}" class="error"/>'
+            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="{"dot" if point.filled else "dot hollow"}"/>'
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(point.label)}</text></g>'
         )
-    return _frame(axes, x_label, y_label, marks)
+    return _frame(axes, x_label, y_label, marks, [_said(point) for point in shown if point.label])
+
+
+def _said(point: Point) -> str:
+    return f"{point.label}: {_number(point.x)}, {_number(point.y)}"
+
+
+def _front(axes: "_Axes", points: Sequence[Point], best: str) -> str:
+    """The line through what nothing else beats in both."""
+    sign = 1 if best == "high" else -1
+    found: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.x, -sign * each.y)):
+        if not found or sign * point.y > sign * found[-1].y:
+            found.append(point)
+    path = " ".join("{:.1f},{:.1f}".format(*axes.at(point.x, point.y)) for point in found)
+    return f'<polyline points="{path}" class="front"/>' if len(found) > 1 else ""
+
+
+def _place_labels(axes: "_Axes", points: Sequence[Point]) -> list[tuple[float, float, str]]:
+    """Where each name stands, and how it is aligned: beside, above or below its dot, on as little else as can be."""
+    taken = []
+    for point in points:
+        x, y = axes.at(point.x, point.y)
+        low, high = axes.at(point.x, point.y - point.error)[1], axes.at(point.x, point.y + point.error)[1]
+        taken += [(x - 8, y - 8, x + 8, y + 8), (x - 2, high, x + 2, low)]
+    places = []
+    for point in points:
+        x, y = axes.at(point.x, point.y)
+        low, high = axes.at(point.x, point.y - point.error)[1], axes.at(point.x, point.y + point.error)[1]
+        width = 7.6 * len(point.label)
+        ways = [(x + 12, y + 5, "start"), (x - 12, y + 5, "end")]
+        ways += [(x, high - 6 - row, "middle") for row in (0, 17)] + [(x, low + 16 + row, "middle") for row in (0, 17)]
+        ways += [(x + 12, y + 5 + row, "start") for row in (-18, 18, -36, 36)]
+        ways += [(x - 12, y + 5 + row, "end") for row in (-18, 18, -36, 36)]
+        boxes = [(_box(way, width), way) for way in ways]
+        box, way = min(boxes, key=lambda pair: _overlap(pair[0], taken))
+        taken.append(box)
+        places.append(way)
+    return places
+
+
+def _box(way: tuple[float, float, str], width: float) -> tuple[float, float, float, float]:
+    x, y, anchor = way
+    left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
+    return left, y - 12, left + width, y + 3
+
+
+def _overlap(box: tuple[float, float, float, float], taken: Sequence[tuple[float, float, float, float]]) -> float:
+    """The area that a name would share with others; what leaves the frame is worst."""
+    left, top, right, bottom = box
+    outside = (
+        max(0, LEFT - left) + max(0, right - WIDTH + 4) + max(0, TOP - 10 - top) + max(0, bottom - HEIGHT + BOTTOM)
+    )
+    shared = (
+        max(0, min(right, other[2]) - max(left, other[0])) * max(0, min(bottom, other[3]) - max(top, other[1]))
+        for other in taken
+    )
+    return 100 * outside + sum(shared)
 
 
 def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
@@ -94,9 +146,10 @@ def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
         )
         marks.append(
             f'<g class="{line.colour}"><polyline points="{path}" class="curve"/>{dots if few else ""}'
-            f'<text x="{legend}" y="{TOP + 14 + 17 * number}" text-anchor="{anchor}">{escape(line.label)}</text></g>'
+            f'<text x="{legend}" y="{TOP + 14 + 19 * number}" text-anchor="{anchor}">{escape(line.label)}</text></g>'
         )
-    return _frame(axes, x_label, y_label, marks)
+    said = [f"{line.label}: {_number(line.points[0][1])} to {_number(line.points[-1][1])}" for line in cleaned]
+    return _frame(axes, x_label, y_label, marks, said)
 
 
 class _Axes:
@@ -127,7 +180,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(step * number, 12) for number in range(first, last + 1)]
 
 
-def _frame(axes: _Axes, x_label: str, y_label: str, marks: Sequence[str]) -> str:
+def _frame(axes: _Axes, x_label: str, y_label: str, marks: Sequence[str], said: Sequence[str]) -> str:
     grid = []
     for value in ticks(*axes.y):
         _, y = axes.at(axes.x[0], value)
@@ -137,15 +190,16 @@ def _frame(axes: _Axes, x_label: str, y_label: str, marks: Sequence[str]) -> str
         x, _ = axes.at(value, axes.y[0])
         base = HEIGHT - BOTTOM
         grid.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}" class="axis"/>')
-        grid.append(f'<text x="{x:.1f}" y="{base + 19}" text-anchor="middle" class="label">{_number(value)}</text>')
+        grid.append(f'<text x="{x:.1f}" y="{base + 20}" text-anchor="middle" class="label">{_number(value)}</text>')
     names = (
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle" class="label">'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle" class="label">'
         f"{escape(x_label)}</text>"
-        f'<text transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle" '
+        f'<text transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle" '
         f'class="label">{escape(y_label)}</text>'
     )
+    name = f"{y_label} against {x_label}. {'; '.join(said)}"
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} against {escape(x_label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">'
         f"{''.join(grid)}{names}{''.join(marks)}</svg>"
     )
 

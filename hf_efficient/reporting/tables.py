@@ -5,6 +5,7 @@ print(markdown_table(report))          # README, model card
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import DataError
 from .schema import Comparison, LayerStructure, Measurement, Report, Score
@@ -75,6 +76,26 @@ def describe_workload(measurement: Measurement) -> str:
     return f"batch {work.batch_size}, {size}, {threads}, {work.dtype} on {work.device}"
 
 
+def describe_energy(measurement: Measurement) -> str:
+    """How the energy was found, for a reader to judge: an empty text where it was not."""
+    energy = measurement.energy
+    if energy is None:
+        return ""
+    return (
+        f"Energy of a thousand inputs, one batch after the other: {energy.source}, of processor, memory and GPU, by "
+        f"{energy.tool} while {energy.inputs:,} inputs ran."
+    )
+
+
+def describe_footprint(report: Report) -> str:
+    """What making the student took; an empty text where it was not tracked."""
+    used = report.footprint
+    if used is None:
+        return ""
+    co2 = "" if used.co2_grams is None else f", {used.co2_grams:.3g} g CO2eq with the power of {used.country}"
+    return f"Energy of all stages: {used.kwh:.3g} kWh{co2}; {used.source}, by {used.tool}."
+
+
 def describe_machine(report: Report) -> str:
     """The processor that the student was timed on: `AMD EPYC, 2 cores`, or the GPU's name."""
     machine = report.environment
@@ -108,6 +129,7 @@ def comparison_rows(
     add("weights", lambda m: format_bytes(m.size.weight_bytes), ratio("weight_bytes_ratio"))
     add("on disk", lambda m: None if m.size.bytes_on_disk is None else format_bytes(m.size.bytes_on_disk))
     add("peak memory", lambda m: format_bytes(m.size.peak_memory_bytes), ratio("memory_ratio"))
+    add("energy of a thousand", lambda m: None if m.energy is None else f"{m.energy.wh_per_1000:.3g} Wh")
     return rows
 
 
@@ -197,7 +219,9 @@ def text_table(report: Report) -> str:
     table = align(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
     if report.exports:
         table += "\n\n" + align(EXPORT_HEADER, export_rows(report), left=2)
-    notes = "".join(f"\n{warning}" for warning in report.warnings)
+    notes = "".join(
+        f"\n{note}" for note in (describe_energy(report.student), describe_footprint(report), *report.warnings) if note
+    )
     return f"{table}\n\n{describe_workload(report.student)}; {describe_machine(report)}{notes}"
 
 
@@ -209,7 +233,8 @@ def measurement_table(measurement: Measurement) -> str:
     else:
         compared = comparison_rows(measurement.baseline, measurement, measurement.comparison)
         table = align(("", "baseline", "model", "change"), compared)
-    return f"{table}\n\n{describe_workload(measurement)}"
+    energy = describe_energy(measurement)
+    return f"{table}\n\n{describe_workload(measurement)}" + (f"\n{energy}" if energy else "")
 
 
 def markdown_table(report: Report) -> str:
@@ -229,9 +254,12 @@ def markdown_structure(report: Report) -> str:
     )
 
 
-def text_results(reports: Mapping[str, Report]) -> str:
-    """One line for each report, for a terminal."""
-    rows = []
+RESULTS_HEADER = ("", "quality", "change", "speed-up", "parameters", "MACs")
+
+
+def result_rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
+    """One line for each report: the same facts of all, to choose from."""
+    rows: list[tuple[str, ...]] = []
     for label, report in reports.items():
         student, compared = report.student, report.comparison
         rows.append(
@@ -244,7 +272,25 @@ def text_results(reports: Mapping[str, Report]) -> str:
                 format_count(student.size.macs),
             )
         )
-    return align(("", "quality", "change", "speed-up", "parameters", "MACs"), rows)
+    return rows
+
+
+def text_results(reports: Mapping[str, Report]) -> str:
+    """`result_rows` for a terminal."""
+    return align(RESULTS_HEADER, result_rows(reports))
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """`ratio 0.55, metric macs`; what is not set is not said."""
+    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items() if value is not None)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({listed(value)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("\n", " ")
 
 
 def markdown_results(reports: Mapping[str, Report]) -> str:

@@ -7,7 +7,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_efficient.distillation.losses import pool
-from hf_efficient.reporting.card import TEMPLATE, model_card, save_card
+from hf_efficient.preparing import TASKS
+from hf_efficient.recipe import Recipe, shipped_recipes
+from hf_efficient.reporting.card import TEMPLATE, model_card, recipe_text, save_card
 from hf_efficient.reporting.schema import DatasetFacts, Latency, Quality, Score, StageRecord
 from hf_efficient.reporting.tables import format_bytes, format_count, format_ms, format_ratio
 
@@ -33,7 +35,7 @@ def numbers_of(report):
         if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
             ways = (format_count, format_bytes, format_ms, format_ratio)
             texts += [way(abs(leaf)) for way in ways]
-            texts += [f"{abs(leaf):.1f}", f"{abs(leaf):.3f}", f"{100 * abs(leaf):.1f}"]
+            texts += [f"{abs(leaf):.1f}", f"{abs(leaf):.3f}", f"{100 * abs(leaf):.1f}", f"{leaf:.4g}"]
     return {number for text in texts for number in NUMBER.findall(text)}
 
 
@@ -110,12 +112,64 @@ def test_loading_differs_between_plugin_and_portable():
     assert call in plugin and call in portable
 
 
-@pytest.mark.parametrize("kind", ["plugin", "portable"])
-def test_the_snippet_is_python(kind):
-    text = str(model_card(sample_report(loads_with=kind), repo_id="me/small"))
-    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    names = compile(snippet, "card", "exec").co_names
-    assert "AutoTokenizer" in names and ("hf_efficient" in names) == (kind == "plugin")
+def snippet_of(text):
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+
+
+@pytest.mark.parametrize("auto", sorted({task.auto_class for task in TASKS.values()}))
+def test_every_task_has_a_snippet_that_is_python(auto):
+    for kind in ("plugin", "portable"):
+        text = str(model_card(sample_report(loads_with=kind, auto_class=auto), repo_id="me/small"))
+        names = compile(snippet_of(text), "card", "exec").co_names
+        assert {auto, "AutoTokenizer", "print"} <= set(names) and ("hf_efficient" in names) == (kind == "plugin")
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "CausalLM"])
+def test_the_snippet_runs(head, tmp_path, capsys):
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    from ..pruning.tiny_tokenizers import tokenizer_of
+
+    tokenizer = tokenizer_of("bert")
+    if head == "CausalLM":
+        config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=len(tokenizer), n_positions=32)
+        model = GPT2LMHeadModel(config)
+    else:
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        labels = {0: "sport", 1: "tech"}
+        model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes, id2label=labels))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    report = sample_report(auto_class=f"AutoModelFor{head}", loads_with="portable")
+    exec(snippet_of(str(model_card(report, repo_id=str(tmp_path)))), {})
+    printed = capsys.readouterr().out.strip()
+    assert printed in ("sport", "tech") if head == "SequenceClassification" else printed
+
+
+def test_the_recipe_is_shown_and_reads_back():
+    recipe = {"name": "bbc-fast", "pruning": {"ratio": 0.55}, "note": "```\nnot code"}
+    text = str(model_card(sample_report(recipe=recipe)))
+    shown = re.search(r"^````yaml\n(.*?)^````$", text, re.DOTALL | re.MULTILINE).group(1)
+    assert yaml.safe_load(shown) == recipe
+    assert "\n```yaml" in str(model_card(sample_report(recipe={"name": "bbc-fast"})))
+    assert "```yaml" not in str(model_card(sample_report(recipe={})))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_shown_recipe_is_the_recipe(name):
+    recipe = Recipe.from_yaml(name)
+    shown = recipe_text(sample_report(recipe=recipe.to_dict()))
+    assert Recipe.from_dict(yaml.safe_load(shown)).fingerprint() == recipe.fingerprint() and "null" not in shown
+
+
+def test_the_relation_is_quantized_only_if_nothing_else_was_done():
+    def relation(*names):
+        stages = tuple(StageRecord(name, 1.0, {"epochs": 1.0} if name == "teacher+" else {}) for name in names)
+        stages = tuple(replace(stage, name=stage.name.rstrip("+")) for stage in stages)
+        return ModelCard(str(model_card(sample_report(stages=stages)))).data.to_dict()["base_model_relation"]
+
+    assert relation("teacher", "quantize") == relation("quantize", "export") == "quantized"
+    assert relation("teacher+", "quantize") == relation("prune", "quantize") == "finetune"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])

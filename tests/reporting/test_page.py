@@ -83,9 +83,47 @@ def test_it_shows_all_that_was_measured():
         "To know",
         "Where it was measured",
     ):
-        assert f"<h2>{heading}" in page, heading
+        assert f">{heading}" in page, heading
     assert "9.4x" in page and "onnx, int8" in page and report.warnings[0] in page
     assert page.count("<svg") == 3 and "import hf_efficient" in page
+
+
+def test_several_results_are_compared_first():
+    fast = replace(STUDENT, latency=replace(STUDENT.latency, median_ms=3.0))
+    reports = [sample_report(), sample_report(student=fast)]
+    page = report_page(reports, ["ratio=0.3", "ratio=0.7"])
+    head = page[page.index("<h1") : page.index("<article")]
+    assert "Quality and latency of all" in head and head.count("<svg") == 1 and head.count("<circle") == 4
+    assert 'class="front"' in head and head.count('<th scope="row">ratio=0.') == 2
+    assert page.count("<h1") == 1 and page.count('<h2 class="title">') == 2
+
+
+def test_those_who_cannot_see_it_hear_it():
+    page = report_page(full_report())
+    charts = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"', page)
+    assert len(charts) == page.count("<svg") == 3
+    assert any("bbc-fast: 10.58, 95.55" in each for each in charts)
+    assert page.count("<table") == page.count('role="region" tabindex="0" aria-label="')
+    assert '<html lang="en">' in page and page.count("<h1") == 1
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_from_their_background(scheme):
+    """At least 4.5 to 1, as WCAG AA asks of text."""
+    blocks = re.findall(r":root \{(.*?)\}", report_page(sample_report()), re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", blocks[("light", "dark").index(scheme)]))
+    texts = {name for name in colours if name not in ("page", "card", "rule", "bar")}
+    assert len(texts) == 9
+    for name in texts:
+        for ground in ("page", "card"):
+            low, high = sorted((luminance(colours[name]), luminance(colours[ground])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
 
 
 def test_it_needs_nothing_but_itself():
@@ -134,6 +172,20 @@ def test_charts_leave_out_what_is_not_finite():
     chart = scatter([Point(1, 2, "a <b>", "student", error=nan), Point(2, 2, "b", "teacher", filled=False)], "x", "y")
     assert "nan" not in chart and "a &lt;b&gt;" in chart and chart.count("<circle") == 2 and "hollow" in chart
     assert "nan" not in lines([Line("a", "student", [(1, 5.0), (2, nan), (3, 5.0)])], "x", "y")
+
+
+def test_the_front_leaves_out_what_is_beaten():
+    points = [Point(1, 5, "a", "s"), Point(2, 4, "beaten", "s"), Point(3, 9, "b", "s")]
+    assert scatter(points, "x", "y").count('class="front"') == 0
+    high, low = (scatter(points, "x", "y", best) for best in ("high", "low"))
+    count = [len(re.search(r'points="([^"]+)" class="front"', chart)[1].split()) for chart in (high, low)]
+    assert count == [2, 2] and high != low  # a and b; a and the one that is lower
+
+
+def test_names_do_not_lie_on_each_other():
+    points = [Point(10 + i, 98.8, f"name {i}", "student", error=0.5) for i in range(4)]
+    places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="\w+">name', scatter(points, "x", "y"))
+    assert len(set(places)) == 4
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.013, 0.019), (3, 5300), (-2, 7), (96.1, 99.3)])
