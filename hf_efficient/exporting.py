@@ -103,15 +103,14 @@ def export(
         raise UnsupportedModelError(
             "The model is quantised already. Export the one it was made of; quantize='int8' gives 8 bits there."
         )
-    folder = Path(output_dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty. Choose another output folder.")
+    folder = check_folder(output_dir)
     from .measure.context import evaluating
     from .runtime import Runtime
 
     batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)  # what cannot be written shall not be found out after the work
     with _without_cache(model), _as_it_was(model):
         _write(model, chosen, batches[0], quantize, partial)
         runtime = Runtime(model, format, partial, exact=True)
@@ -148,6 +147,20 @@ def check_format(format: str, quantize: str | None = None) -> Format:
             f"format {format!r} is not quantised here, only {able}. Leave quantize out, or change format."
         )
     return FORMATS[format]
+
+
+def check_folder(output_dir: str | Path) -> Path:
+    """The folder as a path.
+
+    Raises:
+        CheckpointError: it is not empty, or a file.
+    """
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file. Choose another output folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty. Choose another output folder.")
+    return folder
 
 
 def check_runtime(format: str) -> None:
@@ -195,6 +208,8 @@ def _write(model: Any, chosen: Format, example: dict[str, Any], quantize: str | 
     try:
         with hushed(), torch.no_grad():
             get_exporter_class(chosen.backend)().export(model, example, config=config).save_pretrained(folder)
+    except OSError:
+        raise
     except Exception as error:  # the exporters raise whatever the compilers below them raise
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be exported as {chosen.backend}: {type(error).__name__}: "

@@ -65,7 +65,9 @@ def _load(auto: Any, name: str | Path, **options: Any) -> Any:
     except HfEfficientError:
         raise  # a bad `efficient` block says best itself what is wrong
     except _FAILURES as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        missing = "" if Path(str(name)).exists() or ":" in str(name) else f" There is no folder {str(name)!r} here."
         raise CheckpointError(
-            f"Cannot load {str(name)!r} with {auto.__name__}: {error} Give a folder or Hub id with config.json and "
-            "model.safetensors; a Hub id needs the network unless it is cached."
+            f"Cannot load {str(name)!r} with {auto.__name__}: {reason}.{missing} Give a folder or Hub id with "
+            "config.json and model.safetensors; a Hub id needs the network unless it is cached."
         ) from error

@@ -139,7 +139,7 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path):
 
 
 def test_the_command(tmp_path):
-    from .test_cli import _cli
+    from .commands import cli as _cli
 
     available("onnx")
     make_model("bert").save_pretrained(tmp_path / "model")

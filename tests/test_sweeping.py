@@ -6,7 +6,7 @@ import pytest
 
 from hf_efficient import CheckpointError, ConfigError, Recipe, compress, load_report, sweep
 
-from .test_cli import _cli
+from .commands import cli as _cli
 from .test_pipeline import TINY
 
 SHORT = TINY | {

@@ -1,0 +1,5 @@
+"""`python -m hf_efficient.cli`."""
+
+from . import main
+
+main()

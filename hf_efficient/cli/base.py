@@ -1,0 +1,121 @@
+"""The application, what all commands share, and how errors are told.
+
+@app.command()
+def hello() -> None: ...
+
+main()                                                   # reads sys.argv
+"""
+
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import HfEfficientError
+
+DEBUG = "HF_EFFICIENT_DEBUG"
+STOPPED = 130
+
+app = typer.Typer(
+    name="hf-efficient",
+    help="Efficient attention, pruning and distillation for Hugging Face Transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from ..version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+def print_json(value: Any) -> None:
+    """The one way in which commands answer machines: on stdout, and nothing else there."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def say(line: str) -> None:
+    """What a person wants to know and a machine does not: on stderr."""
+    typer.echo(line, err=True)
+
+
+def quiet_libraries() -> None:
+    """Only errors from the libraries underneath, and progress bars only where there is a terminal to draw them on."""
+    for name in ("torchao", "torch.utils._pytree"):  # that kernels for GPUs do not load on a CPU, at every import
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def load(name: str, task: str | None) -> Any:
+    """The model, with the head of the task, or its own."""
+    from ..errors import unknown_name
+    from ..loading import auto_class_of, load_model
+    from ..preparing import TASKS
+
+    if task is not None and task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    return load_model(auto_class_of(name) if task is None else TASKS[task].auto_class, name)
+
+
+def fitting_length(config: Any, asked: int | None, usual: int) -> int:
+    """What was asked for; else the usual length, or all that a model of this config takes if that is less."""
+    from ..errors import UnsupportedModelError
+    from ..families import family_of
+
+    if asked is not None:
+        return asked
+    try:
+        limit = family_of(config).longest_text(config)
+    except UnsupportedModelError:  # any model can be measured
+        limit = getattr(config, "max_position_embeddings", None)
+    return min(usual, limit or usual)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app(prog_name="hf-efficient")
+    except (HfEfficientError, OSError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        typer.echo(f"error: {error if isinstance(error, HfEfficientError) else _told(error)}", err=True)
+        raise SystemExit(1) from None
+    except SystemExit as stop:
+        if stop.code == STOPPED:
+            typer.echo("stopped; the same command goes on where it was", err=True)
+        raise
+
+
+def _told(error: OSError) -> str:
+    """A file system that refuses: which file, why, and what to do."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = f"{' -> '.join(names)}: " if names else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    return (
+        f"{where}{reason}. Check that the folder is there, that you may write to it and that the disk has room, or "
+        "name another one. `hf-efficient --debug ...` shows where it arose."
+    )

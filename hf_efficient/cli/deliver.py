@@ -1,0 +1,72 @@
+"""Commands that hand a model on: `export`, `push`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .base import app, load, print_json, quiet_libraries
+
+FORMATS = ("onnx", "openvino", "executorch", "torch")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A result: a folder with report.json, or that of a run.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: user/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, upload nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Upload model, tokenizer, exports, report, page, card and recipe to the Hub, in one commit.
+
+    The repository is private unless it is there already or --public is given. After a failure, the same command sends
+    what is missing.
+    """
+    from ..hub import push as run
+
+    done = run(folder, repo_id, private=not public, dry_run=dry_run)
+    if as_json:
+        print_json(asdict(done))
+        return
+    for name, size in done.files.items():
+        typer.echo(f"{size:>14,}  {name}")
+    typer.echo(f"{sum(done.files.values()):>14,}  bytes in {len(done.files)} files")
+    typer.echo(f"Pushed: {done.url}" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="onnx, openvino, executorch or torch.",
+            autocompletion=lambda incomplete: [name for name in FORMATS if name.startswith(incomplete)],
+        ),
+    ] = "onnx",
+    quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx).")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Default: out/<format>.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Decides the class that loads the model. Default: its head.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Write a model for another runtime, and compare what it computes with PyTorch."""
+    from ..exporting import check_folder, check_format, check_runtime, folder_name
+    from ..exporting import export as run
+
+    check_format(format, quantize)
+    check_runtime(format)
+    target = output_dir or Path("out") / folder_name(format, quantize)
+    check_folder(target)
+    quiet_libraries()
+    made = run(load(model, task), format, target, quantize=quantize)
+    if as_json:
+        print_json(asdict(made))
+        return
+    typer.echo(
+        f"{made.folder}: {made.bytes_on_disk:,} bytes for {made.runtime}. Largest difference to PyTorch "
+        f"{made.difference:.2g} of the largest output; the same prediction in {made.same_prediction:.1%}."
+    )

@@ -1,0 +1,33 @@
+"""Recipe keys as options: `--prune.ratio 0.5 --data.limit=200`.
+
+parse_overrides(["--prune.ratio", "0.5", "--seed=1"])    # {"prune.ratio": "0.5", "seed": "1"}
+"""
+
+import difflib
+from collections.abc import Sequence
+
+from ..errors import ConfigError
+
+
+def parse_overrides(arguments: Sequence[str], options: Sequence[str] = ()) -> dict[str, str]:
+    """Dotted key -> text, as written. `options`: the command's own ones, of which an unknown key may be a misspelling.
+
+    Raises:
+        ConfigError: no option, one without a value, or a misspelt one.
+    """
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is not an option. Override recipe keys as `--prune.ratio 0.5`.")
+        key, equals, value = word[2:].partition("=")
+        near = [] if "." in key else difflib.get_close_matches(key.replace("_", "-"), options, n=1, cutoff=0.75)
+        if near:
+            raise ConfigError(f"No such option --{key}. Did you mean --{near[0]}?")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} needs a value: `--{key} VALUE`.")
+            value = rest.pop(0)
+        overrides[key] = value
+    return overrides

@@ -1,0 +1,194 @@
+"""Commands that change models: `compress`, `plan`, `prune`, `distill`."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .base import app, print_json, quiet_libraries, say
+from .overrides import parse_overrides
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+PASSED_ON: dict[str, Any] = OVERRIDES | {"help_option_names": []}
+OPTIONS = ("output-dir", "resume", "json", "help")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """For the shell: the shipped recipes, and recipe files here."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml")) + sorted(str(path) for path in Path().glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+@app.command(context_settings=OVERRIDES)
+def compress(
+    context: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A shipped recipe (see `hf-efficient list recipes`), a YAML file, or the folder of a run.",
+            autocompletion=recipe_names,
+        ),
+    ],
+    output_dir: Annotated[Path | None, typer.Option(help="Default: out/<recipe name>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and never begin a new one.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Run a recipe and write model, report, plots and card.
+
+    Any recipe key can be overridden: `--prune.ratio 0.5 --data.limit 200`. The same command again continues a run that
+    was stopped, and so does `compress FOLDER` with the folder of that run.
+    """
+    from ..pipeline import MODEL
+    from ..pipeline import compress as run
+    from ..reporting.tables import text_table
+
+    if recipe.startswith("-"):
+        raise ConfigError(f"The recipe comes first: `hf-efficient compress RECIPE {recipe} ...`.")
+    quiet_libraries()
+    chosen, folder = _chosen(recipe, output_dir, context.args, resume)
+    if chosen.sweep:
+        _sweep(chosen, folder, as_json)
+        return
+    report = run(chosen, output_dir=folder, announce=say)
+    typer.echo(report.to_json() if as_json else text_table(report))
+    if not as_json:
+        typer.echo(f"\nModel, report, page, plots and card: {folder / MODEL}")
+
+
+def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool) -> tuple[Any, Path]:
+    """The recipe with its overrides, and the folder of its run."""
+    from ..recipe import Recipe
+    from ..workspace import RECIPE
+
+    path = Path(recipe)
+    begun = (path / RECIPE).is_file()
+    if path.is_dir() and not begun:
+        raise ConfigError(f"{recipe} is a folder, but not that of a run (it has no {RECIPE}). Give a recipe.")
+    if begun and (words or (output_dir or path) != path):
+        raise ConfigError(
+            f"{recipe} goes on with the recipe it began with, there. Leave out the overrides and the folder."
+        )
+    overrides = parse_overrides(words, OPTIONS)
+    chosen = Recipe.from_yaml(path / RECIPE if begun else recipe).with_overrides(overrides)
+    folder = path if begun else output_dir or Path("out") / chosen.name
+    if resume and not (folder / RECIPE).is_file():
+        raise ConfigError(f"There is no run in {folder} to go on with. Leave out --resume, or name its --output-dir.")
+    return chosen, folder
+
+
+def _sweep(recipe: Any, folder: Path, as_json: bool) -> None:
+    import json
+
+    from ..reporting.page import PAGE
+    from ..reporting.tables import text_results
+    from ..sweeping import sweep
+
+    reports = sweep(recipe, output_dir=folder, announce=say)
+    if as_json:
+        print_json({label: json.loads(each.to_json()) for label, each in reports.items()})
+    else:
+        typer.echo(f"{text_results(reports)}\n\nAll of them on one page: {folder / PAGE}")
+
+
+@app.command()
+def plan(
+    what: Annotated[
+        str,
+        typer.Argument(help="A checkpoint folder, a Hub id, bundled:NAME, or a recipe.", autocompletion=recipe_names),
+    ],
+    ratio: Annotated[float, typer.Option(help="The fraction of the metric to remove.")] = 0.5,
+    metric: Annotated[str, typer.Option(help="macs or parameters.")] = "macs",
+    granularity: Annotated[str, typer.Option(help="Of head, neuron and layer, joined by commas.")] = "head,neuron",
+    round_to: Annotated[int, typer.Option(help="Neurons stay in multiples of this.")] = 8,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens at which MACs are counted. Default: 128, or all that the model takes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON; of a recipe, a list with one for each prune stage.")
+    ] = False,
+) -> None:
+    """Say what pruning would give, before any weight is touched: sizes, MACs, bytes, and how the result loads.
+
+    Only the config is read, so a model of any size takes seconds. For a recipe the sizes are those after its stages.
+    """
+    from ..pipeline import plan_recipe
+    from ..pruning.config import PruningConfig
+    from ..pruning.forecast import plan_table
+    from ..pruning.prune import plan as run
+    from ..recipe import is_recipe
+
+    quiet_libraries()
+    of_recipe = is_recipe(what)
+    if of_recipe:
+        plans = plan_recipe(what)
+    else:
+        options: dict[str, Any] = {"ratio": ratio, "metric": metric, "round_to": round_to}
+        options |= {"granularity": tuple(granularity.split(",")), "sequence_length": sequence_length}
+        config = PruningConfig(**options)
+        if sequence_length is None:
+            config = PruningConfig(**options | {"sequence_length": _usual_length(what)})
+        plans = [run(what, config)]
+    if output is not None:
+        plans[-1].save(output)
+        say(f"Plan{' of the last prune stage' if len(plans) > 1 else ''}: {output}")
+    made = [each.to_dict() for each in plans]
+    if as_json:
+        print_json(made if of_recipe else made[0])
+    else:
+        typer.echo("\n\n".join(map(plan_table, plans)))
+
+
+def _usual_length(name: str) -> int:
+    from ..loading import load_config
+    from ..pruning.calibration import DEFAULT_LENGTH
+    from .base import fitting_length
+
+    return fitting_length(load_config(name), None, DEFAULT_LENGTH)
+
+
+@app.command(context_settings=PASSED_ON)
+def prune(context: typer.Context) -> None:
+    """Prune a model, or sweep over ratios. Flags: `hf-efficient prune --help`."""
+    from ..pruning.script import parse, run
+
+    words, as_json = _script(context)
+    script = parse(words)
+    with _stdout_for_json(as_json):
+        rows = run(script)
+    if as_json:
+        print_json(rows)
+
+
+@app.command(context_settings=PASSED_ON)
+def distill(context: typer.Context) -> None:
+    """Distil a teacher into a student. Flags: `hf-efficient distill --help`.
+
+    On several processes: `accelerate launch scripts/distill.py`.
+    """
+    from ..distillation.script import read, run
+
+    words, as_json = _script(context)
+    script, args = read(words)
+    with _stdout_for_json(as_json):
+        metrics = run(script, args)
+    if as_json:
+        print_json(metrics)
+
+
+def _script(context: typer.Context) -> tuple[list[str], bool]:
+    """The flags without `--json`, which is ours; argparse shall call the program by its name."""
+    quiet_libraries()
+    sys.argv[0] = context.command_path
+    words = list(context.args)
+    if "-h" in words or "--help" in words:
+        typer.echo("With --json the numbers are printed as JSON, and all else goes to stderr.\n")
+    return [word for word in words if word != "--json"], "--json" in words
+
+
+def _stdout_for_json(wanted: bool) -> Any:
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()

@@ -1,0 +1,174 @@
+"""Commands that measure and show: `measure`, `report`, `card`, `list`, `env`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import app, fitting_length, load, print_json, quiet_libraries, say
+
+LISTS = ("attention", "importance", "losses", "stages", "formats", "quantize", "families", "tasks", "recipes")
+# What a bug report needs beside torch and transformers; those that are not installed are told as such.
+PACKAGES = (
+    *("accelerate", "datasets", "huggingface_hub", "peft", "safetensors"),
+    *("torchao", "onnx", "onnxruntime", "openvino", "executorch", "codecarbon", "matplotlib"),
+)
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
+    baseline: Annotated[str | None, typer.Option(help="Measured in turn with the model, and compared.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Decides the class that loads the model. Default: its head.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Inputs in one forward.")] = 1,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="In tokens; images have their model's size. Default: 512, or all that the model takes."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Also the energy of 1,000 inputs (needs hf-efficient[energy]).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurement as JSON.")] = False,
+) -> None:
+    """Measure size, cost and latency of a model, alone or against a baseline in one interleaved run."""
+    from ..measure import measure as run
+    from ..reporting.tables import measurement_table
+
+    quiet_libraries()
+    loaded, other = load(model, task), None if baseline is None else load(baseline, task)
+    lengths = [fitting_length(each.config, sequence_length, 512) for each in (loaded, other) if each is not None]
+    measured = run(
+        loaded,
+        baseline=other,
+        batch_size=batch_size,
+        sequence_length=min(lengths),
+        repeats=repeats,
+        energy=energy,
+    )
+    if as_json:
+        print_json(asdict(measured))
+    else:
+        typer.echo(measurement_table(measured))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Results: folders with report.json, or of runs.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality against latency of all of them here, as PNG.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Write all of them into one page here, as HTML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reports as a JSON list.")] = False,
+) -> None:
+    """Show what was measured, and draw several results into one plot or page."""
+    from ..reporting.page import report_page
+    from ..reporting.plots import plot_accuracy_latency
+    from ..reporting.tables import text_table
+    from ..workspace import write_text
+
+    reports = [load_result(folder) for folder in folders]
+    if plot is not None:
+        plot_accuracy_latency(reports, plot)
+        say(f"Plot: {plot}")
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, report_page(reports))
+        say(f"Page: {page}")
+    if as_json:
+        print_json([json.loads(each.to_json()) for each in reports])
+    else:
+        typer.echo("\n\n".join(f"{folder}\n{text_table(each)}" for folder, each in zip(folders, reports, strict=True)))
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A result: a folder with report.json, or that of a run.")],
+    repo_id: Annotated[str, typer.Option(help="Where it will be loaded from, for title and snippet.")] = "",
+    to_stdout: Annotated[bool, typer.Option("--print", help="Print it, and write nothing.")] = False,
+) -> None:
+    """Write the model card (README.md) anew from the report."""
+    from ..hub import result_folder
+    from ..reporting.card import model_card, save_card
+
+    chosen, name = result_folder(folder), repo_id or "path/to/this/model"
+    if to_stdout:
+        typer.echo(str(model_card(load_result(folder), name)))
+    else:
+        typer.echo(f"Card: {save_card(load_result(folder), chosen, name)}")
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"One of {', '.join(LISTS)}.",
+            autocompletion=lambda incomplete: [name for name in LISTS if name.startswith(incomplete)],
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List what can be asked for by name."""
+    from ..errors import unknown_name
+
+    if what is not None and what not in LISTS:
+        raise unknown_name("list", what, LISTS)
+    names = _names()
+    chosen = names if what is None else {what: names[what]}
+    if as_json:
+        print_json(chosen)
+        return
+    for title, entries in chosen.items():
+        typer.echo(f"{title}: {', '.join(entries)}")
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Show the machine and the versions: what to paste into a bug report."""
+    from importlib import metadata
+
+    from ..reporting.environment import Environment, package_commit
+
+    facts: dict[str, Any] = asdict(Environment.collect()) | {"commit": package_commit()}
+    for name in PACKAGES:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            facts[name] = None
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo("\n".join(f"{key}: {'none' if value is None else value}" for key, value in facts.items()))
+
+
+def load_result(folder: Path) -> Any:
+    from ..hub import result_folder
+    from ..reporting.schema import load_report
+
+    return load_report(result_folder(folder))
+
+
+def _names() -> dict[str, list[str]]:
+    from ..attention.config import KINDS
+    from ..exporting import FORMATS
+    from ..families import FAMILIES
+    from ..preparing import TASKS
+    from ..pruning.config import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
+    from ..quantization import METHODS
+    from ..recipe import shipped_recipes
+    from ..stages import STAGES
+
+    importances = dict.fromkeys([*IMPORTANCES, *LAYER_IMPORTANCES, *WEIGHT_IMPORTANCES, *TRAINED_IMPORTANCES])
+    tables: tuple[Any, ...] = (
+        *(KINDS, importances, LOSSES, STAGES, FORMATS, METHODS, FAMILIES, TASKS, shipped_recipes()),
+    )
+    return {name: list(table) for name, table in zip(LISTS, tables, strict=True)}
+
+
+# The names of `distillation.terms.LOSSES`, whose import would cost seconds; a test holds them together.
+LOSSES = ("ce", "kd", "hidden", "attention", "relation", "attention_output", "embedding")
