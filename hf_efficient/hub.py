@@ -30,7 +30,7 @@ _REPO_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded, or would be: path in the repository -> bytes."""
+    """What was uploaded, or would be: path in the repository -> bytes. `private` is what the repository is."""
 
     repo_id: str
     private: bool
@@ -80,8 +80,8 @@ def push(
     files = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in contents.items()}
     if dry_run:
         return Pushed(repo_id, private, files)
-    url = _upload(repo_id, contents, private, token, endpoint, wait)
-    return Pushed(repo_id, private, files, url)
+    url, is_private = _upload(repo_id, contents, private, token and token.strip(), endpoint, wait)
+    return Pushed(repo_id, is_private, files, url)
 
 
 def collect(source: Path, report: Report, repo_id: str) -> dict[str, Path | bytes]:
@@ -108,7 +108,7 @@ def _upload(
     token: str | None,
     endpoint: str | None,
     wait: Callable[[float], None],
-) -> str:
+) -> tuple[str, bool]:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -116,19 +116,22 @@ def _upload(
         raise CheckpointError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it.")
     api = HfApi(endpoint=endpoint, token=token, library_name="hf_efficient")
 
-    def attempt() -> str:
+    def attempt() -> tuple[str, bool]:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        is_private = bool(api.model_info(repo_id).private)  # one that was there stays what it is
         # Made anew for each try: an operation remembers what became of it.
         operations = [
             CommitOperationAdd(name, str(what) if isinstance(what, Path) else what) for name, what in contents.items()
         ]
         api.create_commit(repo_id, operations, commit_message="Upload a model compressed with hf_efficient")
-        return f"{api.endpoint}/{repo_id}"
+        return f"{api.endpoint}/{repo_id}", is_private
 
     return _trying(attempt, api, repo_id, wait)
 
 
-def _trying(attempt: Callable[[], str], api: "HfApi", repo_id: str, wait: Callable[[float], None]) -> str:
+def _trying(
+    attempt: Callable[[], tuple[str, bool]], api: "HfApi", repo_id: str, wait: Callable[[float], None]
+) -> tuple[str, bool]:
     """Again after what may pass: no connection, or a fault of the server."""
     for number in range(1, TRIES + 1):
         try:
@@ -142,9 +145,9 @@ def _trying(attempt: Callable[[], str], api: "HfApi", repo_id: str, wait: Callab
             status = _status(cause)
             if number == TRIES or (status is not None and status < 500 and status != 429):
                 raise CheckpointError(
-                    f"Cannot push to {repo_id} at {api.endpoint}: {_reason(cause, status)}"
+                    f"Cannot push to {repo_id} at {api.endpoint}: {_reason(cause, status, api.token)}"
                 ) from None
-            wait(2.0**number)
+            wait(max(2.0**number, _asked_wait(cause)))
     raise AssertionError("unreachable")
 
 
@@ -161,13 +164,25 @@ def _status(error: Any) -> int | None:
     return None if response is None else response.status_code
 
 
-def _reason(error: BaseException, status: int | None) -> str:
-    """What to do, and what the server said, without anything that looks like a token."""
+def _asked_wait(error: Any) -> float:
+    """Seconds that a busy server asks for, up to five minutes."""
+    response = getattr(error, "response", None)
+    asked = "" if response is None else str(response.headers.get("Retry-After", ""))
+    return min(float(asked), 300.0) if asked.isdigit() else 0.0
+
+
+def _reason(error: BaseException, status: int | None, token: str | bool | None) -> str:
+    """What to do, and what the server said, without the token or anything that looks like one."""
+    from huggingface_hub import get_token
+
+    secret = token if isinstance(token, str) else get_token()
     advice = {
         401: "no valid token was given. Log in with `hf auth login`, or set HF_TOKEN.",
         403: "the token may not write there. Take one with write access to that name.",
         404: "there is no such user or organisation, or the token may not see it.",
         409: "the repository was changed at the same time. Push again.",
+        429: "too many requests. Wait some minutes, then push again; what was uploaded is kept.",
     }.get(status or 0, "the Hub did not answer as it should; what was uploaded is kept, so push again later.")
-    said = clean(str(error).strip().splitlines()[0][:300]) if str(error).strip() else type(error).__name__
-    return f"{advice} ({said})"
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = said.replace(secret, "[removed]") if secret else said
+    return f"{advice} ({clean(said[:300])})"

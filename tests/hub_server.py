@@ -9,7 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """What the server holds, and how it shall fail: `fail[path part] = [status, ...]`, one for each request."""
+    """What the server holds, and how it shall fail: `fail[path part] = [status, ...]`, one for each request.
+
+    Status 0 drops the connection without an answer.
+    """
 
     def __init__(self):
         self.repos: dict[str, bool] = {}  # id -> private
@@ -40,22 +43,29 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return b"".join(parts)
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def answer(self, content, status=200):
+        def answer(self, content, status=200, headers=None):
             text = json.dumps(content).encode()
             self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+
+        def fail(self, status):
+            if status == 0:
+                self.close_connection = True
+                return None
+            retry = {"Retry-After": "7"} if status == 429 else {}
+            return self.answer({"error": f"told to fail, {self.headers.get('Authorization')}"}, status, retry)
 
         def handle_one(self):
             body, path = self.body(), self.path.split("?")[0]
             hub.requests.append((self.command, path, self.headers.get("Authorization", "")))
             for part, statuses in hub.fail.items():
                 if part in path and statuses:
-                    return self.answer(
-                        {"error": f"told to fail, {self.headers.get('Authorization')}"}, statuses.pop(0)
-                    )
+                    return self.fail(statuses.pop(0))
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
@@ -72,13 +82,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(
                     {"transfer": "basic", "objects": [self.place(o) for o in json.loads(body)["objects"]]}
                 )
-            if path.startswith("/objects/"):
+            if path.startswith("/store/"):
                 hub.objects[hashlib.sha256(body).hexdigest()] = body
                 return self.answer({})
             if "/commit/" in path:
                 return self.commit(body)
             if path.startswith("/api/models/"):
-                return self.answer({"id": path, "sha": "0" * 40, "siblings": [], "private": True})
+                name = path.removeprefix("/api/models/")
+                return self.answer({"id": name, "sha": "0" * 40, "siblings": [], "private": hub.repos.get(name)})
             return self.answer({"error": f"unknown {path}"}, 404)
 
         def mode(self, each):
@@ -88,7 +99,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def place(self, each):
             if each["oid"] in hub.objects:
                 return each
-            return each | {"actions": {"upload": {"href": f"{hub.url}/objects/{each['oid']}"}}}
+            return each | {"actions": {"upload": {"href": f"{hub.url}/store/{each['oid']}"}}}
 
         def commit(self, body):
             files = {}

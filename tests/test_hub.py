@@ -1,15 +1,13 @@
 """A push against a server that speaks as the Hub does: what arrives, and what happens when it fails."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from hf_efficient import CheckpointError, ConfigError, push
 
+from .commands import cli
 from .families import make_model
 from .hub_server import serving
 from .reporting.samples import sample_report
@@ -74,14 +72,15 @@ def test_all_of_it_arrives_in_one_commit(result, hub):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_it_is_private_unless_told_otherwise(result, hub, private):
-    go(result, hub, **({} if private else {"private": False}))
-    assert hub.repos == {"me/fast": private}
+    done, _ = go(result, hub, **({} if private else {"private": False}))
+    assert hub.repos == {"me/fast": private} and done.private is private
 
 
 def test_a_repository_that_is_there_stays_what_it_is(result, hub):
     hub.repos["me/fast"] = False
-    go(result, hub)
+    done, _ = go(result, hub)
     assert hub.repos == {"me/fast": False} and len(hub.commits) == 1
+    assert done.private is False  # and this is told
 
 
 def test_a_dry_run_talks_to_nobody(result, hub):
@@ -97,14 +96,67 @@ def test_a_fault_of_the_server_is_tried_again(result, hub, where):
     assert len(hub.commits) == 1 and waits == [2.0, 4.0]
 
 
+@pytest.mark.parametrize("where", ["/api/repos/create", "/preupload/", "/objects/batch", "/commit/"])
+def test_a_dropped_connection_is_tried_again(result, hub, where):
+    hub.fail[where] = [0]
+    _, waits = go(result, hub)
+    assert len(hub.commits) == 1 and len(waits) <= 1  # huggingface_hub tries some of them again by itself
+    assert hub.called(where) >= 2
+
+
+def test_a_file_whose_upload_breaks_off_is_sent_again(result, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail["/store/"] = [500, 0]
+    go(result, hub)
+    assert hub.called("/store/") == 4  # two files
+    [commit] = hub.commits
+    assert commit["model.safetensors"] == (result / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_busy_server_says_how_long_to_wait(result, hub):
+    hub.fail["/api/repos/create"] = [429]
+    _, waits = go(result, hub)
+    assert waits == [7.0] and len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("token", [TOKEN, TOKEN + "\n", "a-secret-of-another-kind"])
+def test_no_token_of_any_kind_is_shown(result, hub, token, caplog, capfd):
+    caplog.set_level("DEBUG")
+    hub.fail["/commit/"] = [403]
+    with pytest.raises(CheckpointError) as caught:
+        push(result, "me/fast", token=token, endpoint=hub.url, wait=lambda seconds: None)
+    shown = str(caught.value) + caplog.text + "".join(capfd.readouterr())
+    assert token.strip() not in shown and "write access" in shown
+
+
+def test_what_needs_the_package_comes_with_its_loader(hub, tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    from hf_efficient import AttentionConfig, convert_attention
+
+    folder = tmp_path / "model"
+    model = convert_attention(make_model("bert"), AttentionConfig(kind="local", window=4))
+    model.save_pretrained(folder)
+    sample_report().save(folder)
+    go(folder, hub)
+    received = tmp_path / "received"
+    received.mkdir()
+    for name, content in hub.commits[0].items():
+        (received / name).write_bytes(content)
+    assert (received / "modeling_hf_efficient.py").is_file()
+    loaded = AutoModelForTokenClassification.from_pretrained(received)
+    assert type(loaded) is type(model)
+    assert all((loaded.state_dict()[name] == value).all() for name, value in model.state_dict().items())
+
+
 def test_what_was_uploaded_is_not_sent_again(result, hub):
     hub.fail["/commit/"] = [400]
     with pytest.raises(CheckpointError):
         go(result, hub)
-    sent = hub.called("/objects/") - hub.called("/objects/batch")
+    sent = hub.called("/store/")
     assert sent == 2 and not hub.commits  # weights and graph
     go(result, hub)
-    assert hub.called("/objects/") - hub.called("/objects/batch") == sent and len(hub.commits) == 1
+    assert hub.called("/store/") == sent and len(hub.commits) == 1
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "hf auth login"), (403, "write access"), (404, "no such user")])
@@ -147,22 +199,16 @@ def test_offline_is_said(result):
         push(result, "me/fast")
 
 
-@pytest.mark.processes
-def test_the_command(result):
-    with serving() as hub:
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": TOKEN,
-        }
-        command = [sys.executable, "-m", "hf_efficient.cli", "push", str(result), "--repo-id", "me/fast"]
-        dry = subprocess.run(
-            [*command, "--dry-run", "--json"], env=environment, capture_output=True, text=True, check=True
-        )
-        assert "model.safetensors" in json.loads(dry.stdout)["files"] and not hub.requests
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert f"Pushed: {hub.url}/me/fast" in done.stdout and len(hub.commits) == 1
-        assert TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
-        assert all(TOKEN in authorization for _, path, authorization in hub.requests if "/commit/" in path)
+def test_the_command(result, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
+    line = ("push", str(result), "--repo-id", "me/fast")
+    dry = cli(*line, "--dry-run", "--json")
+    assert "model.safetensors" in json.loads(dry.stdout)["files"] and not hub.requests
+    assert "dry run" in cli(*line, "--dry-run").stdout and not hub.requests
+    done = cli(*line)
+    assert done.returncode == 0, done.stderr
+    assert f"Pushed: {hub.url}/me/fast (private)" in done.stdout and len(hub.commits) == 1
+    assert TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
+    assert all(TOKEN in authorization for _, path, authorization in hub.requests if "/commit/" in path)

@@ -33,7 +33,8 @@ def push(
     for name, size in done.files.items():
         typer.echo(f"{size:>14,}  {name}")
     typer.echo(f"{sum(done.files.values()):>14,}  bytes in {len(done.files)} files")
-    typer.echo(f"Pushed: {done.url}" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
+    seen = "private" if done.private else "public"
+    typer.echo(f"Pushed: {done.url} ({seen})" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
 
 
 @app.command()
