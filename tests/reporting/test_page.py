@@ -1,9 +1,11 @@
 """The report as a page: complete, self-contained, escaped; rendered by a real browser where there is one."""
 
+import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -194,37 +196,58 @@ def test_ticks_are_round_and_inside(low, high):
     assert 2 <= len(found) <= 6 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
 
 
+PROBE = """<script>
+const links = [...document.querySelectorAll("a")];
+links.forEach(link => link.click());
+parent.postMessage(JSON.stringify({
+  width: innerWidth,
+  fits: document.documentElement.scrollWidth <= innerWidth,
+  charts: document.querySelectorAll("svg").length,
+  written: [...document.querySelectorAll("svg text")].every(
+    each => !each.textContent || each.getBoundingClientRect().width > 0),
+  inside: [...document.querySelectorAll("svg")].every(chart => [...chart.querySelectorAll("text")].every(each => {
+    const [box, frame] = [each.getBoundingClientRect(), chart.getBoundingClientRect()];
+    return box.left >= frame.left - 1 && box.right <= frame.right + 1;
+  })),
+  links: links.length,
+  led: links.every(link => document.querySelector(link.hash) !== null)
+    && (!links.length || location.hash === links.at(-1).hash),
+  dark: getComputedStyle(document.body).backgroundColor === "rgb(18, 22, 28)",
+  fetched: performance.getEntriesByType("resource").length,
+}), "*");
+</script></body>"""
+# A window cannot be made as narrow as a phone, a frame can.
+FRAME = """<meta name="color-scheme" content="light dark"><script>
+addEventListener("message", event => document.title = event.data);
+</script><iframe src="probe.html" style="border: 0; height: 900px; width: {width}px"></iframe>"""
+
+
 @pytest.mark.processes
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_it_without_errors(width, tmp_path):
-    save_page(full_report(), tmp_path)
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--enable-logging=stderr",
-        "--v=0",
-    ]
-    probe = (
-        (tmp_path / PAGE)
-        .read_text(encoding="utf-8")
-        .replace(
-            "</body>",
-            "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
-            "document.querySelectorAll('svg').length, "
-            "[...document.querySelectorAll('svg text')].every(t => t.getBoundingClientRect().width > 0)].join()"
-            "</script></body>",
-        )
-    )
-    (tmp_path / "probe.html").write_text(probe, encoding="utf-8")
+@pytest.mark.parametrize(
+    ("width", "dark", "several"), [(390, False, False), (390, True, True), (1200, False, True), (1200, True, False)]
+)
+def test_a_browser_shows_it_without_errors(width, dark, several, tmp_path):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
+    flags += ["--v=0", "--window-size=1300,900", "--virtual-time-budget=3000"] + ["--force-dark-mode"] * dark
+    page = report_page([full_report(), full_report()], ["ratio=0.3", "ratio=0.7"]) if several else None
+    page = (page or report_page(full_report())).replace("</body>", PROBE)
+    (tmp_path / "probe.html").write_text(page, encoding="utf-8")
+    target = tmp_path / "frame.html"
+    target.write_text(FRAME.format(width=width), encoding="utf-8")
     done = subprocess.run(
-        [CHROMIUM, *flags, f"--window-size={width},900", "--dump-dom", (tmp_path / "probe.html").as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
+        [CHROMIUM, *flags, "--dump-dom", target.as_uri()], capture_output=True, text=True, check=True, timeout=300
     )
-    assert re.search(r"<title>(.*?)</title>", done.stdout)[1] == "true,3,true"
     assert "CONSOLE" not in done.stderr
+    found = json.loads(unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+    assert found == {
+        "width": width,
+        "fits": True,
+        "charts": 7 if several else 3,
+        "written": True,
+        "inside": True,
+        "links": 2 * several,
+        "led": True,
+        "dark": dark,
+        "fetched": 0,
+    }
