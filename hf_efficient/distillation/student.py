@@ -3,12 +3,13 @@
     student = build_student(teacher, layers=3)                                # first, middle and last layer
     student = build_student(teacher, layers=[0, 2, 4])
     student = build_student(t5, layers={"decoder": 2}, layer_map="last")      # distil-whisper: a whole encoder
-    student = build_student(teacher, layers=3, heads=6, neurons=768)          # narrower too
+    student = build_student(teacher, layers=3, heads=6, neurons=768)          # narrower layers too
+    student = build_student(teacher, layers=3, hidden_size=192, calibration=batches)      # and a narrower stream
 
 Kept teacher layers are a far better start than a fresh small model (DistilBERT, Sanh et al. 2019).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -17,11 +18,14 @@ from ..families import find_stacks
 from ..models.block import EfficientBlock
 from ..models.building import check_model
 from ..models.configs import block_of
+from ..pruning.calibration import check_calibration
 from ..pruning.groups import find_groups
-from ..pruning.importance import magnitude
+from ..pruning.importance import activation, magnitude
 from ..pruning.plan import PruningPlan
+from ..pruning.stream import Batch
 from ..pruning.surgery import apply_plan
 from .layer_map import MAPS, chosen_layers
+from .narrow import heads_for, narrow
 
 Layers = int | Sequence[int]
 
@@ -33,6 +37,8 @@ def build_student(
     layer_map: str = "linspace",
     heads: int | None = None,
     neurons: int | None = None,
+    hidden_size: int | None = None,
+    calibration: Iterable[Batch] | None = None,
 ) -> PreTrainedModel:
     """A new, independent model of the teacher's class that keeps `layers` of it; weights are copied.
 
@@ -43,17 +49,24 @@ def build_student(
         heads: how many attention heads each layer keeps; under grouped-query attention, key/value heads with their
             query heads.
         neurons: how many neurons each feed-forward network keeps.
+        hidden_size: the width of the hidden states. Heads keep their dimension: where they fill the width (BERT,
+            GPT-2, BART) it must be a multiple of that, and there are as many heads as fill it.
         layer_map: which layers a number means: `linspace` (from the first to the last), `uniform` or `last`.
+        calibration: a few batches, to choose by what the model does with them.
 
-    The heads and neurons with the largest weights stay (Li et al. 2017); `prune` chooses better, with calibration
-    data, and can treat layers differently. The width of the hidden states stays the teacher's, so the `hidden` loss
-    needs no projection.
+    The heads, neurons and dimensions with the largest weights stay (Li et al. 2017); with `calibration` those that are
+    largest in what the next linear makes of them (heads, neurons) and in what the norms give (dimensions, Minitron).
+    `prune` chooses heads and neurons better, and can treat layers differently. Without `hidden_size` the hidden states
+    stay as wide as the teacher's, so that the `hidden` loss needs no projection.
 
     The config remembers the kept layers, and `DistillationArguments(layer_map="auto")` follows them.
 
     Raises:
-        ConfigError: a stack, layer, or number of heads or neurons that the teacher does not have.
-        UnsupportedModelError: a model outside the table of families, quantised, or wrapped by PEFT.
+        ConfigError: a stack, layer, or number of heads or neurons that the teacher does not have, or a width that its
+            config cannot say.
+        DataError: `calibration` gives no batches of inputs of the model.
+        UnsupportedModelError: a model outside the table of families, quantised, or wrapped by PEFT; one whose width
+            cannot be changed.
     """
     depths = {stack.name: len(modules) for stack, modules in find_stacks(check_model(teacher))}
     if layer_map not in MAPS or layer_map == "auto":
@@ -63,7 +76,12 @@ def build_student(
         if stack not in depths:
             raise unknown_name("stack of this model", stack, depths)
     kept = {stack: _kept(wanted[stack], depths[stack], layer_map) for stack in depths if stack in wanted}
-    student = apply_plan(teacher, PruningPlan(layers=kept, units=_units(teacher, kept, heads, neurons)))
+    batches = check_calibration(teacher, calibration)
+    if hidden_size is not None:
+        heads = heads_for(teacher, hidden_size, heads)
+    student = apply_plan(teacher, PruningPlan(layers=kept, units=_units(teacher, kept, heads, neurons, batches)))
+    if hidden_size is not None:
+        student = narrow(student, hidden_size, batches)
     everything = {stack: tuple(range(depth)) for stack, depth in depths.items()}
     block = EfficientBlock(stacks=block_of(student.config).stacks, kept_layers=everything | kept)
     student.config.efficient = block.to_dict()
@@ -71,14 +89,19 @@ def build_student(
 
 
 def _units(
-    teacher: PreTrainedModel, kept: Mapping[str, tuple[int, ...]], heads: int | None, neurons: int | None
+    teacher: PreTrainedModel,
+    kept: Mapping[str, tuple[int, ...]],
+    heads: int | None,
+    neurons: int | None,
+    batches: Sequence[Batch],
 ) -> dict[str, tuple[int, ...]]:
-    """The units with the largest weights, of the groups of kept layers."""
+    """The most important units of the groups of kept layers."""
     if heads is None and neurons is None:
         return {}
     groups = [g for g in find_groups(teacher) if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
     units = {}
-    for group, scores in magnitude(teacher, groups).items():
+    found = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
+    for group, scores in found.items():
         name, count = ("neurons", neurons) if group.kind == "neurons" else ("heads", heads)
         if count is None:
             continue
