@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .batch import Batch
+from .draws import DrawnTokens
 from .recorded import Place, Projected
 from .top_k import TopLogits
 
@@ -15,7 +16,7 @@ from .top_k import TopLogits
 class Answer:
     """
     Fields:
-        logits: as `Batch.logits` gives them, or of a cached teacher the largest; `None` for models without a head.
+        logits: as `Batch.logits` gives them, or what a cache keeps of a vocabulary; `None` for models without a head.
         states: the hidden states asked for, by stack and position (0 is the embeddings, l the output of layer l).
         last: the last hidden state of a model without a head.
         pooled: the embedding, where a cached teacher gives it in place of `last`.
@@ -23,7 +24,7 @@ class Answer:
         attentions: what the attentions asked for were given, by stack and layer from 0.
     """
 
-    logits: Tensor | TopLogits | None
+    logits: Tensor | TopLogits | DrawnTokens | None
     states: Mapping[Place, Tensor] = field(default_factory=dict)
     last: Tensor | None = None
     pooled: Tensor | None = None

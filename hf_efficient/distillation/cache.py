@@ -140,8 +140,10 @@ class TeacherCache:
                 f"{list(layout.hidden_states) or 'none'}. Make it with hidden_states={sorted(wanted)}."
             )
         settings: dict[str, Any] = {"teacher_max_length": None, "teacher_dtype": None, "share_encoder": False}
-        if layout.top_k is not None:
+        if layout.keeps_few:
             settings |= {"temperature": layout.temperature, "temperature_final": None, "truncate_vocabulary": False}
+        if layout.sampled is not None:
+            settings["divergence"] = "forward"
         if layout.task.kind == "embeddings":
             settings["pooling"] = layout.pooling
         for name, value in settings.items():

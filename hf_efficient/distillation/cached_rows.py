@@ -5,7 +5,7 @@ without padding. So shuffling, other batches or more processes do not matter, an
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import DataError
 from .answers import Answer
 from .batch import LABELS, Batch, Task
+from .draws import DrawnTokens
 from .losses import pool
 from .top_k import TopLogits
 
@@ -37,12 +38,12 @@ class Layout:
     """What is kept of a teacher's answers.
 
     classes: the width of its logits, 0 without a head.
-    top_k: how many logits of each token, None for all.
-    temperature: at which the log-sum-exp of `top_k` is taken.
+    top_k: how many logits of each token; sampled: how many tokens drawn for each. Neither: all logits.
+    temperature: at which the log-sum-exp of `top_k` is taken, or tokens are drawn.
     hidden_states: which positions, 0 is the embeddings.
     hidden_size: their width.
     pooling: of the embedding of a model without a head.
-    dtype: of all numbers.
+    dtype: of all numbers but ids, entropy and log-sum-exp.
     """
 
     task: Task
@@ -53,21 +54,31 @@ class Layout:
     hidden_size: int
     pooling: str
     dtype: str
+    sampled: int | None = None
+
+    @property
+    def keeps_few(self) -> bool:
+        """Whether less is kept of each token than all its logits."""
+        return self.top_k is not None or self.sampled is not None
 
     def columns(self) -> dict[str, Column]:
         stack = None if self.task.kind == "examples" else self.task.stacks[-1]
+        ids = "uint16" if self.classes <= 1 << 16 else "int32"
+        wide = "float64" if self.dtype == "float64" else "float32"
         if self.task.kind == "embeddings":
             columns = {"pooled": Column(None, self.hidden_size, self.dtype)}
         elif self.task.kind == "spans":
             columns = {"logits": Column(stack, 2, self.dtype)}
-        elif self.top_k is None:
-            columns = {"logits": Column(stack, self.classes, self.dtype)}
-        else:
+        elif self.top_k is not None:
             columns = {
-                "top_ids": Column(stack, self.top_k, "uint16" if self.classes <= 1 << 16 else "int32"),
+                "top_ids": Column(stack, self.top_k, ids),
                 "top_logits": Column(stack, self.top_k, self.dtype),
-                "log_sum_exp": Column(stack, 1, "float64" if self.dtype == "float64" else "float32"),
+                "log_sum_exp": Column(stack, 1, wide),
             }
+        elif self.sampled is not None:
+            columns = {"drawn_ids": Column(stack, 1 + self.sampled, ids), "entropy": Column(stack, 1, wide)}
+        else:
+            columns = {"logits": Column(stack, self.classes, self.dtype)}
         for stack in self.task.stacks:
             columns |= {
                 _hidden(stack, position): Column(stack, self.hidden_size, self.dtype)
@@ -75,18 +86,21 @@ class Layout:
             }
         return columns
 
-    def pack(self, batch: Batch, answer: Answer) -> dict[str, list[np.ndarray]]:
-        """The answer to a batch as one flat array for each example and column."""
+    def pack(self, batch: Batch, answer: Answer, keys: Sequence[bytes]) -> dict[str, list[np.ndarray]]:
+        """The answer to a batch, with the keys of its examples, as one flat array for each example and column."""
         tensors = {_hidden(*place): state for place, state in answer.states.items()}
         if answer.last is not None:
             tensors["pooled"] = pool(answer.last, batch.token_masks()["encoder"], self.pooling)
         elif self.task.kind == "spans":
             tensors["logits"] = _tensor(answer.logits).transpose(1, 2)
-        elif self.top_k is None:
-            tensors["logits"] = _tensor(answer.logits)
-        else:
+        elif self.top_k is not None:
             top = TopLogits.of(_tensor(answer.logits), self.top_k, self.temperature)
             tensors |= {"top_ids": top.ids, "top_logits": top.logits, "log_sum_exp": top.log_sum_exp[..., None]}
+        elif self.sampled is not None:
+            drawn = self._draw(_tensor(answer.logits), batch.token_masks()[self.task.stacks[-1]], keys)
+            tensors |= {"drawn_ids": drawn.ids, "entropy": drawn.entropy[..., None]}
+        else:
+            tensors["logits"] = _tensor(answer.logits)
         masks = batch.token_masks()
         packed = {}
         for name, column in self.columns().items():
@@ -96,6 +110,17 @@ class Layout:
             rows = [values[i][mask[i]] if by_token else values[i] for i in range(len(values))]
             packed[name] = [_numpy(row, column.dtype) for row in rows]
         return packed
+
+    def _draw(self, logits: Tensor, mask: Tensor, keys: Sequence[bytes]) -> DrawnTokens:
+        """Seeded by the example, so that neither its batch nor its padding matters."""
+        assert self.sampled is not None
+        ids = torch.zeros(*mask.shape, 1 + self.sampled, dtype=torch.long, device=logits.device)
+        entropy = torch.zeros(mask.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        for row, key in enumerate(keys):
+            generator = torch.Generator(logits.device).manual_seed(int.from_bytes(key[:7], "little"))
+            drawn = DrawnTokens.of(logits[row][mask[row]], self.sampled, self.temperature, generator)
+            ids[row][mask[row]], entropy[row][mask[row]] = drawn.ids, drawn.entropy
+        return DrawnTokens(ids, entropy, self.temperature)
 
     def unpack(self, batch: Batch, rows: Mapping[str, list[np.ndarray]]) -> dict[str, Tensor]:
         """The tensors of a batch, padded as it is; their names begin with `PREFIX`."""
@@ -130,6 +155,9 @@ class Layout:
                 given["top_ids"].long(), given["top_logits"], given["log_sum_exp"][..., 0], self.temperature
             )
             return Answer(top, states)
+        if self.sampled is not None:
+            drawn = DrawnTokens(given["drawn_ids"].long(), given["entropy"][..., 0], self.temperature)
+            return Answer(drawn, states)
         logits = given["logits"]
         if self.task.kind == "spans":
             logits = batch.span_logits(*logits.unbind(-1))

@@ -44,6 +44,7 @@ def cache_teacher(
     data_collator: Callable[[list], Any] = default_data_collator,
     batch_size: int = 8,
     top_k: int | None = None,
+    sampled: int | None = None,
     temperature: float = 1.0,
     hidden_states: Sequence[int] = (),
     pooling: str = "mean",
@@ -54,19 +55,21 @@ def cache_teacher(
 
     Classifiers, question answering and embeddings (pooled) are kept whole. Of a vocabulary the `top_k` largest logits
     of each token are kept with the log-sum-exp of all at `temperature`, which is then that of the training:
-    k (4 + 2) + 4 bytes a token, k (4 + 4) + 4 above 65,536 entries; k x 2 less with dtype="float16".
+    k (4 + 2) + 4 bytes a token, k (4 + 4) + 4 above 65,536 entries; k x 2 less with dtype="float16". Or `sampled`
+    tokens are drawn by their chances at `temperature` and kept with the entropy of these: unbiased for the forward
+    divergence, and (k + 1) 2 + 4 bytes a token, (k + 1) 4 + 4 above 65,536 entries.
 
     Parameters:
         teacher: a loaded model, on the device where it shall run; it is put in eval mode.
         dataset: tokenised examples, or several data sets (train and test) for one cache.
         data_collator: the one of the training.
-        top_k: `None` keeps all logits, up to 4,096 classes for each token.
+        top_k, sampled: how many of each token, one of both; `None` keeps all logits, up to 4,096 classes for each.
         hidden_states: which of them to keep for the `hidden` loss, as in `layer_map`; 0 is the embeddings.
         dtype: `float16`, `float32` or `float64` on disk; default: what the teacher computes, at least float32.
         shard_size: examples in one table.
 
     Raises:
-        ConfigError: an option out of range, or a vocabulary without `top_k`.
+        ConfigError: an option out of range, or a vocabulary without `top_k` or `sampled`.
         CheckpointError: the folder holds something else, or the cache of another teacher, data or options; a shard in
             it is damaged; the disk is full.
     """
@@ -75,7 +78,7 @@ def cache_teacher(
     parts = [dataset] if hasattr(dataset, "column_names") else list(dataset)
     kept = [_columns_of(part, teacher) for part in parts]
     rows = datasets.concatenate_datasets(kept) if len(kept) > 1 else kept[0]
-    layout = _layout(teacher, top_k, temperature, hidden_states, pooling, dtype)
+    layout = _layout(teacher, top_k, sampled, temperature, hidden_states, pooling, dtype)
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("rows of the data", len(rows))):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
@@ -113,6 +116,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _layout(
     teacher: PreTrainedModel,
     top_k: int | None,
+    sampled: int | None,
     temperature: float,
     hidden_states: Sequence[int],
     pooling: str,
@@ -128,13 +132,17 @@ def _layout(
     classes = 0 if task.kind in ("embeddings", "spans") else task.num_labels
     if task.kind in ("tokens", "causal_lm") and not classes:
         classes = base_of(teacher).config.get_text_config().vocab_size
-    if top_k is not None and (task.kind not in ("tokens", "causal_lm") or type(top_k) is not int or top_k < 1):
-        raise ConfigError(f"top_k={top_k!r} must be 1 or more, and is for models with an answer for each token.")
-    top_k = None if top_k is not None and top_k >= classes else top_k
-    if task.kind in ("tokens", "causal_lm") and top_k is None and classes > MAX_CLASSES:
+    if top_k is not None and sampled is not None:
+        raise ConfigError(f"Give top_k={top_k!r} or sampled={sampled!r}, not both.")
+    for name, k in (("top_k", top_k), ("sampled", sampled)):
+        if k is not None and (task.kind not in ("tokens", "causal_lm") or type(k) is not int or k < 1):
+            raise ConfigError(f"{name}={k!r} must be 1 or more, and is for models with an answer for each token.")
+    top_k, sampled = (None if k is not None and k >= classes else k for k in (top_k, sampled))
+    keeps_all = top_k is None and sampled is None
+    if task.kind in ("tokens", "causal_lm") and keeps_all and classes > MAX_CLASSES:
         raise ConfigError(
-            f"All {classes} logits of each token would be {classes * 4 / 1024:.0f} KiB a token. Give top_k=64, and "
-            "the temperature of the training."
+            f"All {classes} logits of each token would be {classes * 4 / 1024:.0f} KiB a token. Give top_k=64 or "
+            "sampled=64, and the temperature of the training."
         )
     if not temperature > 0:
         raise ConfigError(f"temperature must be above 0, got {temperature!r}.")
@@ -145,7 +153,8 @@ def _layout(
         task=task,
         classes=classes,
         top_k=top_k,
-        temperature=float(temperature) if top_k is not None else 1.0,
+        sampled=sampled,
+        temperature=1.0 if keeps_all else float(temperature),
         hidden_states=tuple(sorted(set(hidden_states))),
         hidden_size=width(teacher) if hidden_states or task.kind == "embeddings" else 0,
         pooling=pooling,
@@ -209,7 +218,7 @@ def _write_shard(
     table: dict[str, list[Any]] = {name: [] for name in (KEY, *layout.columns())}
     for inputs, keys in batches():
         table[KEY] += keys
-        for name, values in _answers(teacher, inputs, layout).items():
+        for name, values in _answers(teacher, inputs, keys, layout).items():
             table[name] += values
     types = {name: datasets.LargeList(datasets.Value(column.dtype)) for name, column in layout.columns().items()}
     features = datasets.Features({KEY: datasets.Value("binary")} | types)
@@ -223,9 +232,11 @@ def _write_shard(
 
 
 @torch.no_grad()
-def _answers(teacher: PreTrainedModel, inputs: dict[str, Any], layout: Layout) -> dict[str, list[np.ndarray]]:
+def _answers(
+    teacher: PreTrainedModel, inputs: dict[str, Any], keys: list[bytes], layout: Layout
+) -> dict[str, list[np.ndarray]]:
     placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
     batch = Batch(placed, layout.task)
     pairs = {stack: [(position, position) for position in layout.hidden_states] for stack in layout.task.stacks}
     given = batch.model_inputs(forward_names(teacher), base_of(teacher))
-    return layout.pack(batch, read_answer(batch, teacher(**given, **wanted_states(pairs, 1)), {}))
+    return layout.pack(batch, read_answer(batch, teacher(**given, **wanted_states(pairs, 1)), {}), keys)

@@ -30,6 +30,7 @@ def _models(trainer: DistillationTrainer) -> Lines:
     if trainer.cache is not None:
         layout = trainer.cache.layout
         kept = "all logits" if layout.top_k is None else f"the {layout.top_k} largest logits of each token"
+        kept = kept if layout.sampled is None else f"{layout.sampled} tokens drawn for each token"
         return [*lines, ("teacher", f"{len(trainer.cache):,} cached answers in {trainer.cache.folder}, {kept}")]
     return [
         *lines,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import DataError, unknown_name
 from .chunks import sum_rows
 from .divergences import find_divergence, forward_kl_of_logits, log_probabilities
+from .draws import DrawnTokens
 from .top_k import TopLogits
 
 MULTI_LABEL = "multi_label_classification"
@@ -63,7 +64,7 @@ def ce_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, problem: str = SING
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor | TopLogits,
+    teacher: Tensor | TopLogits | DrawnTokens,
     mask: Tensor,
     *,
     problem: str = SINGLE_LABEL,
@@ -78,7 +79,7 @@ def kd_loss(
     compared as independent yes/no distributions, regression outputs by squared error (no temperature).
 
     Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels]. A
-    teacher's `TopLogits` are compared at their own temperature.
+    teacher's `TopLogits` or `DrawnTokens` are compared at their own temperature, the latter by the forward divergence.
     """
     check_shape(student, mask)
     if problem == REGRESSION:
@@ -92,6 +93,13 @@ def kd_loss(
             return factor * compare(*TopLogits(ids, logits, log_sum_exp, kept).buckets(own), beta).sum()
 
         return sum_rows(of_top, student, (teacher.ids, teacher.logits, teacher.log_sum_exp), mask), mask.sum()
+    if isinstance(teacher, DrawnTokens):
+        at = teacher.temperature
+
+        def of_drawn(own: Tensor, ids: Tensor, entropy: Tensor) -> Tensor:
+            return factor * DrawnTokens(ids, entropy, at).forward_kl(own).sum()
+
+        return sum_rows(of_drawn, student, (teacher.ids, teacher.entropy), mask), mask.sum()
     check_shape(teacher, mask)
 
     def of_all(own: Tensor, other: Tensor) -> Tensor:

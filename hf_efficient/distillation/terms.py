@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedModelError
 from .answers import Answer
 from .batch import Batch
+from .draws import DrawnTokens
 from .layer_map import Pairs
 from .losses import ce_loss, hidden_loss, kd_loss, pool
 from .projections import project
@@ -90,10 +91,10 @@ def check_losses(losses: Collection[str], *, headless: bool) -> None:
 
 
 def comparable(
-    student: Tensor, teacher: Tensor | TopLogits, vocabulary: int | None
-) -> tuple[Tensor, Tensor | TopLogits]:
+    student: Tensor, teacher: Tensor | TopLogits | DrawnTokens, vocabulary: int | None
+) -> tuple[Tensor, Tensor | TopLogits | DrawnTokens]:
     """The logits of the entries that both vocabularies have."""
-    if vocabulary is None or isinstance(teacher, TopLogits):
+    if vocabulary is None or not isinstance(teacher, Tensor):
         return student, teacher
     return student[..., :vocabulary], teacher[..., :vocabulary]
 

@@ -39,7 +39,6 @@ from .projections import ATTRIBUTE, attach, detach, load_projections, own_tensor
 from .recorded import recording
 from .sharding import resharded, shard_teacher
 from .terms import comparable
-from .top_k import TopLogits
 
 AGREEMENT = "teacher_agreement"
 
@@ -358,13 +357,13 @@ def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:
 
 
 def _agreement(
-    batch: Batch, student: Tensor | None, teacher: Tensor | TopLogits | None, vocabulary: int | None
+    batch: Batch, student: Tensor | None, teacher: Any, vocabulary: int | None
 ) -> tuple[Tensor | float, Tensor | float]:
     """(positions with the same prediction, positions). Regression and embeddings have no predictions to agree on."""
     if student is None or teacher is None or batch.problem == REGRESSION:
         return 0.0, 0.0
     mask = batch.soft_mask()
-    if isinstance(teacher, TopLogits):
+    if not isinstance(teacher, Tensor):  # what a cache keeps of a vocabulary: the most likely token is its first
         same = student.argmax(dim=-1) == teacher.ids[..., 0]
     elif batch.problem == MULTI_LABEL:
         same = (student > 0) == (teacher > 0)
