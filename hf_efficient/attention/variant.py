@@ -34,7 +34,7 @@ class AttentionVariant(nn.Module):
     them so); what is drawn once, such as a random projection, is a buffer shared by the heads. `reset_parameters`
     gives all of them their starting values.
 
-    Class attributes:
+    Attributes:
         takes_bias: the kind has a place for T5's relative position bias.
         takes_cross: queries and keys may come from different sequences, so it can serve cross attention.
         has_weights: the output is a matrix of weights, one for each pair, times the values.

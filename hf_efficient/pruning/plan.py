@@ -46,7 +46,7 @@ class LayerForecast:
 class Forecast:
     """What the small model will be, from shapes alone.
 
-    Fields:
+    Parameters:
         parameters, macs, weight_bytes, cache_bytes: of the whole model, with `_before` those of the dense one. MACs
             are those of one sequence of `length` tokens, cache bytes those of keys and values for one such sequence
             (0 for models that do not generate).
@@ -77,7 +77,7 @@ class Forecast:
 class PruningPlan:
     """What is kept.
 
-    Fields:
+    Parameters:
         layers: for each stack the layers that stay.
         units: for each group (`"encoder.3.heads"`, `"decoder.0.neurons"`) the units that stay. Under grouped-query
             attention a unit of `heads` is a key/value head with its query heads.
