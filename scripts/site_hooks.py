@@ -46,6 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, path in elsewhere().items():
         if path.suffix == ".ipynb":
             files.append(File.generated(config, name, content=notebook_text(path)))
+            files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
         else:
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
@@ -61,6 +62,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = elsewhere().get(page.file.src_uri)
     folder = source.parent if source else (ROOT / "docs" / page.file.src_uri).parent
     markdown = LINK.sub(lambda found: found[1] + site_link(folder, found[2], page.file.src_uri), markdown)
+    if source and source.suffix == ".ipynb":
+        markdown += f"\n\n[This page as a notebook]({source.name})\n"
     return COMMENT.sub(r"\n\1\n", markdown)  # Python-Markdown wants a table apart from what stands before it
 
 

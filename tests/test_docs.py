@@ -1,44 +1,79 @@
-"""Every Python block of README and docs runs, in the order in which it stands, page by page."""
+"""Every Python block of README and docs runs, page by page in the order in which it stands; what is named exists."""
 
+import inspect
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+import hf_efficient
 
+from .pages import PAGES, ROOT, blocks, run_code, text
 
-def _blocks(page: Path) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _blocks(page)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, errors = run_code("\n".join(blocks(page, "python")), tmp_path)
+    assert code == 0, errors[-3000:]
+
+
+@pytest.mark.processes
+def test_code_that_fails_is_noticed(tmp_path):
+    code, errors = run_code("import hf_efficient\nhf_efficient.prune_everything\n", tmp_path)
+    assert code == 1 and "no attribute 'prune_everything'" in errors
 
 
 def test_links_between_pages_lead_somewhere():
     missing = []
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text(page)):
             if not (page.parent / target).exists():
                 missing.append(f"{page.name}: {target}")
     assert not missing
 
 
-def test_named_files_and_commands_exist():
-    from hf_efficient.recipe import shipped_recipes
+def test_named_files_exist():
+    named = {
+        path
+        for page in PAGES
+        for path in re.findall(
+            r"\b(?:scripts|benchmarks|tests|hf_efficient|examples)/[\w/]+\.(?:py|json|yaml)\b", text(page)
+        )
+    }
+    assert len(named) > 20
+    assert not [path for path in sorted(named) if not (ROOT / path).exists()]
 
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for path in re.findall(r"\b(?:scripts|benchmarks|tests|hf_efficient)/[\w/]+\.(?:py|json)\b", text):
-        assert (ROOT / path).exists(), path
-    named = re.findall(r"hf-efficient compress ([a-z][\w.-]*)", text)
-    assert named and all(name in shipped_recipes() or name.endswith(".yaml") for name in named)
+
+def test_the_api_page_has_every_public_name_once():
+    listed = re.findall(r"^::: (\S+)$", text(ROOT / "docs" / "api.md"), re.MULTILINE)
+    modules = {name: getattr(hf_efficient, name).__module__ for name in hf_efficient.__all__ if name[0] != "_"}
+    modules["measure"] = "hf_efficient.measure"
+    assert sorted(listed) == sorted(f"{module}.{name}" for name, module in modules.items())
+
+
+@pytest.mark.parametrize("name", [name for name in hf_efficient.__all__ if name[0] != "_"])
+def test_documented_parameters_are_those_of_the_signature(name):
+    public = getattr(hf_efficient, name)
+    if inspect.ismodule(public):  # `measure`, if its folder was imported before the name was asked for
+        public = public.measure
+    documented = _documented(inspect.getdoc(public))
+    if documented:
+        assert documented <= set(inspect.signature(public).parameters)
+
+
+def _documented(docstring: str) -> set[str]:
+    """The names under `Parameters:`; several may share a line."""
+    section = re.search(r"^Parameters:\n((?:(?: .*)?\n)+)", docstring + "\n", re.MULTILINE)
+    lines = re.findall(r"^ {4}(\**\w+(?:, \**\w+)*): ", section[1], re.MULTILINE) if section else []
+    return {name.strip("*") for line in lines for name in line.split(", ")}
+
+
+def test_parameters_are_found_in_a_docstring():
+    assert _documented("What.\n\nParameters:\n    a, b: both.\n        more: of them\n    **c: rest.\n") == {
+        "a",
+        "b",
+        "c",
+    }
+    assert not _documented("What.\n\nRaises:\n    ConfigError: no.\n")
