@@ -42,7 +42,8 @@ def sweep(
         The report of each combination by its label. Called again, what is finished is not done again.
 
     Raises:
-        ConfigError: the recipe has no sweep. CheckpointError: the folder holds something else.
+        ConfigError: the recipe has no sweep.
+        CheckpointError: the folder holds something else.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     if not recipe.sweep:

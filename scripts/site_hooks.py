@@ -56,7 +56,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """The text of a page with the results of the README where it asks for them, and with links of the site."""
     if page.file.src_uri == "index.md":
         table = RESULTS.search((ROOT / "README.md").read_text(encoding="utf-8"))
-        markdown = RESULTS.sub(table[0].replace("](model_cards/", "](../model_cards/"), markdown)
+        shown = table[0].replace("](model_cards/", "](../model_cards/").replace(".\n", ".  \n")  # a line each
+        markdown = RESULTS.sub(lambda _: shown, markdown)
     if page.file.src_uri == "api.md":
         markdown = markdown.replace("<!-- arguments -->", arguments_table())
     source = elsewhere().get(page.file.src_uri)
