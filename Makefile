@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-thorough lint cards docs clean
+.PHONY: demo test test-thorough lint cards docs fuzz soak clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,16 @@ test: lint
 # All combinations of families and kinds; half an hour.
 test-thorough: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --thorough
+
+# Two minutes for each of what reads files of strangers; needs CPython 3.11 to 3.13 on Linux.
+fuzz: $(VENV)/ready
+	$(INSTALL) atheris
+	for target in recipe overrides block plan report pruning; do \
+		$(BIN)/python scripts/fuzz.py $$target --seconds 120 --corpus out/fuzz/$$target || exit 1; done
+
+# 50 compressions in one process: memory, tensors and open files stay flat. A few minutes.
+soak: $(VENV)/ready
+	$(BIN)/python -m tests.robustness.soak --rounds 50
 
 cards: $(VENV)/ready
 	$(BIN)/python scripts/make_model_cards.py

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.trainer_callback import PrinterCallback
 
 from hf_efficient import (
     AttentionConfig,
@@ -47,7 +48,7 @@ class Used:
     def now(cls) -> "Used":
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+        tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
         return cls(
             pages * os.sysconf("SC_PAGE_SIZE"),
             tensors,
@@ -80,6 +81,7 @@ def one_round(folder: Path) -> None:
         data_collator=collate,
         callbacks=[PruningCallback(PruningConfig(ratio=0.2, importance="taylor", round_to=2)), MarkComplete()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.evaluate()
     trainer.model.save_pretrained(folder / "model")
