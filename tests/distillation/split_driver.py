@@ -3,7 +3,8 @@
     python -m tests.distillation.split_driver out 16x1 4x4                               # batch size x accumulation
     torchrun --nproc_per_node 2 -m tests.distillation.split_driver out 8x1 4x2           # on two processes
 
-Writes out.json (gradient norm, losses, evaluation, number of processes) and out.safetensors (the new weights).
+Writes out.json (gradient norm, losses, evaluation, number of processes) and out.safetensors (the new weights). The
+gradient norms of the stock Trainer stand beside them.
 """
 
 import json
@@ -16,14 +17,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_efficient.distillation.trainer import DistillationTrainer
 
-from .tiny import CASES, arguments, collate, examples, losses_of, make_pair, with_adapters
+from .tiny import CASES, LABELS, VOCABULARY, arguments, collate, examples, losses_of, make_pair, with_adapters
 
 SELF_TAUGHT = "adapters"  # a PEFT student whose teacher is its own base
+OTHER_FAMILY = "distilbert"  # a DistilBERT student of a BERT
+STOCK = ("bert", "token", "masked", "llama", "t5", "vit")
 RUNS = [(f"{case}-{loss}", case, {loss: 1.0}, False) for case in CASES for loss in losses_of(case)]
 RUNS.append((SELF_TAUGHT, "bert", {"kd": 1.0, "hidden": 1.0}, False))
+RUNS.append((OTHER_FAMILY, "bert", dict.fromkeys(losses_of("bert"), 1.0), False))
 RUNS.append(("evaluate-first", "bert", {"ce": 1.0, "kd": 0.5, "hidden": 2.0}, True))
 
 
@@ -33,13 +38,34 @@ def flat(trainer: DistillationTrainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()]).double()
 
 
+def models_of(name: str, case: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Student and teacher."""
+    student, teacher = make_pair(case)
+    if name == SELF_TAUGHT:
+        return with_adapters(teacher), None
+    if name == OTHER_FAMILY:
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 32}
+        quiet = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+        config = DistilBertConfig(vocab_size=VOCABULARY, num_labels=LABELS, **sizes, **quiet)
+        return DistilBertForSequenceClassification(config).double(), teacher
+    return student, teacher
+
+
+def stock_norm(case: str, **settings: Any) -> float:
+    """The gradient norm of the first step of transformers' own Trainer."""
+    student, _ = make_pair(case)
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, **settings)
+        trainer = Trainer(student, args, train_dataset=examples(case), data_collator=collate)
+        trainer.train()
+    return trainer.state.log_history[0]["grad_norm"]
+
+
 def step(
-    case: str, losses: dict[str, float], *, evaluate_first: bool = False, self_taught: bool = False, **settings: Any
+    name: str, case: str, losses: dict[str, float], *, evaluate_first: bool = False, **settings: Any
 ) -> tuple[dict, Any]:
     """Train one step, then evaluate on 11 examples, which no batch size here divides."""
-    student, teacher = make_pair(case)
-    if self_taught:
-        student, teacher = with_adapters(teacher), None
+    student, teacher = models_of(name, case)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, losses=losses, **settings)
         trainer = DistillationTrainer(
@@ -74,10 +100,10 @@ def run(split: str) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
     reports, tensors = {}, {}
     for name, case, losses, evaluate_first in RUNS:
         key = f"{split}/{name}"
-        reports[key], vectors = step(
-            case, losses, evaluate_first=evaluate_first, self_taught=name == SELF_TAUGHT, **settings
-        )
+        reports[key], vectors = step(name, case, losses, evaluate_first=evaluate_first, **settings)
         tensors |= {f"{key}.{kind}": value for kind, value in vectors.items()}
+    for case in STOCK:
+        reports[f"{split}/stock-{case}"] = {"grad_norm": stock_norm(case, **settings)}
     return reports, tensors
 
 

@@ -1,13 +1,16 @@
 """Interrupted and resumed, exported and reloaded: nothing is lost, nothing is left behind."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_efficient.distillation.projections import ATTRIBUTE, SIDE_FILE, load_projections, save_projections
 from hf_efficient.distillation.trainer import DistillationTrainer
@@ -183,3 +186,43 @@ def test_a_search_makes_a_new_student_for_each_trial(tmp_path):
         expected.train()
         assert torch.equal(weights(trainer.model), weights(expected.model))
         assert not hasattr(trainer.model, ATTRIBUTE)
+
+
+def test_what_goes_to_the_hub_is_the_plain_model(tmp_path, monkeypatch):
+    """Through the Trainer's own `push_to_hub`, against a Hub that notes what it is given."""
+    pushed = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns, **options):
+            names = [path.name for path in Path(folder_path).iterdir()]
+            pushed[repo_id] = {name for name in names if not any(fnmatch(name, p) for p in ignore_patterns)}
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub, raising=False)
+    monkeypatch.setattr("transformers.trainer.create_repo", Hub().create_repo, raising=False)  # before 5.23
+    monkeypatch.setattr("transformers.trainer.upload_folder", Hub().upload_folder, raising=False)
+    trainer = make_trainer("bert", tmp_path / "run", **SETTINGS, hub_model_id="me/student")
+    trainer.train()
+    trainer.push_to_hub()
+    assert {"config.json", "model.safetensors", "README.md"} <= pushed["me/student"]
+    assert SIDE_FILE not in pushed["me/student"] and "checkpoint-6" not in pushed["me/student"]
+    assert not any("projection" in key for key in load_file(tmp_path / "run" / "model.safetensors"))
+
+
+def test_a_reporter_is_told_every_term(tmp_path, monkeypatch):
+    """`report_to` names a callback; it gets the unweighted losses of training and evaluation."""
+    told = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.append(set(logs))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notebook_of_the_lab", Reporter)
+    trainer = make_trainer("bert", tmp_path, losses=ALL, report_to="notebook_of_the_lab")
+    trainer.train()
+    trainer.evaluate()
+    terms = {"loss", *(f"loss_{name}" for name in ALL)}
+    assert any(terms <= names for names in told)
+    assert any({f"eval_{name}" for name in (*terms, "teacher_agreement")} <= names for names in told)
