@@ -1,14 +1,15 @@
 """Sums over the rows of large logits, some rows at a time, so that no copy of all of them is ever made.
 
-    total = sum_rows(lambda own, label: F.cross_entropy(own, label, reduction="sum"), logits, (labels,), mask)
+    total = RowSum(lambda own, label: F.cross_entropy(own, label, reduction="sum"), (labels,), mask).of(logits)
 
 The obvious `f(logits[mask]).sum()` keeps several copies of n x V numbers until the backward: the chosen rows, their
 softmax, what the divergence multiplies. For a vocabulary that is most of the memory of a step. Here the gradient of
 each chunk is computed at once, while its rows are in the cache, and written into the one tensor that the backward
-needs anyway (as Liger's fused losses do).
+needs anyway (as Liger's fused losses do); several sums over the same logits share it (`sum_together`).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,26 +20,55 @@ CHUNK = 1 << 18  # numbers in one chunk; what has no more of them is not cut
 RowLoss = Callable[..., Tensor]
 
 
-def sum_rows(loss: RowLoss, logits: Tensor, others: Sequence[Tensor], mask: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class RowSum:
     """`loss(logits[mask], *(other[mask] for other in others))`, which must be a sum over rows.
 
     The loss gets its logits in float32 or wider, and gradients go to them alone.
 
     Shapes: logits [..., classes] with mask [...]; the others begin with the shape of the mask.
     """
+
+    loss: RowLoss
+    others: Sequence[Tensor]
+    mask: Tensor
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The sum over these logits."""
+        return sum_together([self], logits, [1.0])[0]
+
+    def flat(self) -> "RowSum":
+        return RowSum(self.loss, [other.flatten(0, self.mask.dim() - 1) for other in self.others], self.mask.flatten())
+
+    def value(self, own: Tensor, part: slice, where: Any, *, all_count: bool) -> Tensor:
+        """Over `own`, the rows of a part of the flat logits that `where` chooses; `all_count`: they all count here."""
+        inside = where if all_count else self.mask[part]
+        rows = own if all_count else own[inside[where]]
+        return self.loss(rows, *(other[part][inside] for other in self.others))
+
+
+def sum_together(sums: Sequence[RowSum], logits: Tensor, shares: Sequence[Tensor | float]) -> tuple[Tensor, ...]:
+    """Several sums over the rows of the same logits, whose gradients are written once: each must reach the loss times
+    its share, or the same multiple of its share as the others.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     if logits.numel() <= CHUNK:
-        return loss(logits[mask].to(wide), *(other[mask] for other in others))
-    rows = logits.flatten(0, mask.dim() - 1)
-    flat = [other.flatten(0, mask.dim() - 1) for other in others]
-    return _RowSum.apply(rows, loss, mask.flatten(), wide, *flat)
+        return tuple(
+            each.loss(logits[each.mask].to(wide), *(other[each.mask] for other in each.others)) for each in sums
+        )
+    rows = logits.flatten(0, sums[0].mask.dim() - 1)
+    return _RowSums.apply(rows, wide, [each.flat() for each in sums], shares)
 
 
-class _RowSum(torch.autograd.Function):
+class _RowSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, loss: RowLoss, mask: Tensor, wide: torch.dtype, *others: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, wide: torch.dtype, sums: Sequence[RowSum], shares: Sequence[Tensor | float]
+    ) -> tuple[Tensor, ...]:
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=wide, device=rows.device)
+        totals = [torch.zeros((), dtype=wide, device=rows.device) for _ in sums]
+        mask = torch.stack([each.mask for each in sums]).any(0)
+        all_count = [torch.equal(each.mask, mask) for each in sums]
         size = max(1, CHUNK // rows.shape[-1])
         counts = [int(part) for part in torch.stack([part.sum() for part in mask.split(size)]).tolist()]
         for index, count in enumerate(counts):
@@ -50,16 +80,25 @@ class _RowSum(torch.autograd.Function):
                 continue
             own = rows[part][where].to(wide).detach()
             with torch.set_grad_enabled(gradient is not None):
-                value = loss(own.requires_grad_(gradient is not None), *(other[part][where] for other in others))
+                own.requires_grad_(gradient is not None)
+                values = [
+                    each.value(own, part, where, all_count=own_all)
+                    for each, own_all in zip(sums, all_count, strict=True)
+                ]
+                whole = sum(share * value for share, value in zip(shares, values, strict=True))
             if gradient is not None:
-                gradient[part][where] = torch.autograd.grad(value, own)[0].to(gradient.dtype)
-            total += value.detach()
-        ctx.gradient = gradient
-        return total
+                gradient[part][where] = torch.autograd.grad(whole, own)[0].to(gradient.dtype)
+            for total, value in zip(totals, values, strict=True):
+                total += value.detach()
+        ctx.gradient, ctx.shares = gradient, shares
+        return tuple(totals)
 
     @staticmethod
-    def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None  # let go of, so that autograd adds to it in place
         if gradient is None:
             raise RuntimeError("The gradient of these logits was used already: a second backward needs a new forward.")
-        return (gradient.mul_(output), *[None] * (len(ctx.needs_input_grad) - 1))
+        factors = torch.stack([output / share for output, share in zip(outputs, ctx.shares, strict=True)])
+        if len(factors) > 1 and not torch.allclose(factors, factors[:1], rtol=1e-3):
+            raise RuntimeError(f"These sums reached the loss with other shares than {ctx.shares}.")
+        return gradient.mul_(factors[0]), None, None, None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError, unknown_name
-from .chunks import sum_rows
+from .chunks import RowSum
 from .divergences import find_divergence, forward_kl_of_logits, log_probabilities
 from .draws import DrawnTokens
 from .top_k import TopLogits
@@ -54,12 +54,17 @@ def ce_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, problem: str = SING
     """
     if problem == SINGLE_LABEL:
         check_shape(logits, mask)
-        return sum_rows(partial(F.cross_entropy, reduction="sum"), logits, (labels,), mask), mask.sum()
+        return ce_rows(labels, mask).of(logits), mask.sum()
     chosen = select(logits, mask)
     targets = labels[mask].to(chosen.dtype)
     if problem == MULTI_LABEL:
         return F.binary_cross_entropy_with_logits(chosen, targets, reduction="sum"), mask.sum()
     return F.mse_loss(chosen, targets, reduction="sum"), mask.sum()
+
+
+def ce_rows(labels: Tensor, mask: Tensor) -> RowSum:
+    """The sum of `ce_loss` of single labels."""
+    return RowSum(partial(F.cross_entropy, reduction="sum"), (labels,), mask)
 
 
 def kd_loss(
@@ -84,6 +89,29 @@ def kd_loss(
     check_shape(student, mask)
     if problem == REGRESSION:
         return F.mse_loss(select(student, mask), select(teacher, mask), reduction="sum"), mask.sum()
+    rows = kd_rows(
+        teacher,
+        mask,
+        problem=problem,
+        temperature=temperature,
+        temperature_squared=temperature_squared,
+        divergence=divergence,
+        beta=beta,
+    )
+    return rows.of(student), mask.sum()
+
+
+def kd_rows(
+    teacher: Tensor | TopLogits | DrawnTokens,
+    mask: Tensor,
+    *,
+    problem: str = SINGLE_LABEL,
+    temperature: float = 1.0,
+    temperature_squared: bool = True,
+    divergence: str = "forward",
+    beta: float = 0.5,
+) -> RowSum:
+    """The sum of `kd_loss` of probabilities."""
     factor = temperature**2 if temperature_squared else 1.0
     compare = find_divergence(divergence)
     if isinstance(teacher, TopLogits):
@@ -92,14 +120,14 @@ def kd_loss(
         def of_top(own: Tensor, ids: Tensor, logits: Tensor, log_sum_exp: Tensor) -> Tensor:
             return factor * compare(*TopLogits(ids, logits, log_sum_exp, kept).buckets(own), beta).sum()
 
-        return sum_rows(of_top, student, (teacher.ids, teacher.logits, teacher.log_sum_exp), mask), mask.sum()
+        return RowSum(of_top, (teacher.ids, teacher.logits, teacher.log_sum_exp), mask)
     if isinstance(teacher, DrawnTokens):
         at = teacher.temperature
 
         def of_drawn(own: Tensor, ids: Tensor, entropy: Tensor) -> Tensor:
             return factor * DrawnTokens(ids, entropy, at).forward_kl(own).sum()
 
-        return sum_rows(of_drawn, student, (teacher.ids, teacher.entropy), mask), mask.sum()
+        return RowSum(of_drawn, (teacher.ids, teacher.entropy), mask)
     check_shape(teacher, mask)
 
     def of_all(own: Tensor, other: Tensor) -> Tensor:
@@ -109,7 +137,7 @@ def kd_loss(
         logs = (log_probabilities(side, temperature, binary=problem == MULTI_LABEL) for side in sides)
         return factor * compare(*logs, beta).sum()
 
-    return sum_rows(of_all, student, (teacher,), mask), mask.sum()
+    return RowSum(of_all, (teacher,), mask)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "mse") -> tuple[Tensor, Tensor]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from .answers import Answer
-from .batch import Batch
+from .batch import Batch, Task
+from .chunks import sum_together
 from .draws import DrawnTokens
 from .layer_map import Pairs
-from .losses import ce_loss, hidden_loss, kd_loss, pool
+from .losses import SINGLE_LABEL, ce_loss, ce_rows, hidden_loss, kd_loss, kd_rows, pool
 from .projections import project
 from .recorded import Projected
 from .relations import attention_loss, relation_loss
@@ -31,6 +32,8 @@ class LossSettings:
     pairs: by loss and stack the (student, teacher) layers that it compares; 0 is the embeddings.
     projections: by `place_name`, and `embedding`, where the widths differ.
     vocabulary: how many entries both vocabularies share, where one of them is padded.
+    shares: by part, where that is known, the factor with which its mean will reach the loss, and what the sum is
+        divided by.
     """
 
     temperature: float
@@ -45,6 +48,11 @@ class LossSettings:
     pairs: Mapping[str, Mapping[str, Pairs]] = field(default_factory=dict)
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     vocabulary: int | None = None
+    shares: Mapping[str, tuple[float, Tensor]] = field(default_factory=dict)
+
+    def of_kd(self) -> dict[str, Any]:
+        names = ("temperature", "temperature_squared", "divergence", "beta")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,27 @@ def _kd_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSetti
         *comparable(student.logits, teacher.logits, settings.vocabulary),
         batch.soft_mask(),
         problem=batch.problem,
-        temperature=settings.temperature,
-        temperature_squared=settings.temperature_squared,
-        divergence=settings.divergence,
-        beta=settings.beta,
+        **settings.of_kd(),
     )
     return {"kd": total}
+
+
+def sums_of(
+    losses: Mapping[str, Loss], batch: Batch, student: Answer, teacher: Answer | None, settings: LossSettings
+) -> dict[str, dict[str, Tensor]]:
+    """The sums of all parts, by loss. `ce` and `kd` write one gradient of the logits, where their shares are known."""
+    together: dict[str, dict[str, Tensor]] = {}
+    if {"ce", "kd"} <= settings.shares.keys() and batch.problem == SINGLE_LABEL and settings.vocabulary is None:
+        assert teacher is not None and teacher.logits is not None and isinstance(student.logits, Tensor)
+        sums = [ce_rows(*batch.label_targets()), kd_rows(teacher.logits, batch.soft_mask(), **settings.of_kd())]
+        wide = torch.promote_types(student.logits.dtype, torch.float32)
+        shares = [factor / count.to(wide) for factor, count in (settings.shares["ce"], settings.shares["kd"])]
+        found = sum_together(sums, student.logits, shares)
+        together = {"ce": {"ce": found[0]}, "kd": {"kd": found[1]}}
+    return {
+        name: together[name] if name in together else loss.sums(batch, student, teacher, settings)
+        for name, loss in losses.items()
+    }
 
 
 def _embedding_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ All else is as in `Trainer`: `accelerate launch`, resume, `compute_metrics`, PEF
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from .pairing import pair, share_encoder
 from .projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
 from .recorded import recording
 from .sharding import resharded, shard_teacher
-from .terms import comparable
+from .terms import comparable, sums_of
 
 AGREEMENT = "teacher_agreement"
 
@@ -180,7 +181,13 @@ class DistillationTrainer(StepTrainer):
         counts = self._counts(batch) if num_items_in_batch is None else num_items_in_batch
         share = 1 if num_items_in_batch is None else self.accelerator.num_processes
         teacher = self._run_teacher(batch) if self.pairing.needs_teacher else None
-        sums, logits = self._run_student(model, batch, teacher)
+        shares = {
+            part: (share * self.args.losses[name], counts[part].clamp_min(1))
+            for name in self.pairing.losses
+            for part in self.parts_of(name)
+            if part in counts and self.args.losses[name]
+        }
+        sums, logits = self._run_student(model, batch, teacher, shares)
         terms = {name: share * _mean(parts, counts) for name, parts in sums.items()}
         if num_items_in_batch is not None:
             for name, value in terms.items():
@@ -189,18 +196,18 @@ class DistillationTrainer(StepTrainer):
         return (loss, {"logits": self._outputs(logits)}) if return_outputs else loss
 
     def _run_student(
-        self, model: nn.Module, batch: Batch, teacher: Answer | None
+        self, model: nn.Module, batch: Batch, teacher: Answer | None, shares: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
         inputs = self._model_inputs("student", batch)
-        settings = self.pairing.settings(self.args, self._progress())
+        settings = replace(self.pairing.settings(self.args, self._progress()), shares=shares or {})
         if self.args.share_encoder and teacher is not None:
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=_as(model, teacher.encoded))
 
         def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
             with recording(self.pairing.recorded["student"]) as attentions:
                 answer = read_answer(batch, self._compiled(forward)(**inputs), attentions)
-            sums = {name: loss.sums(batch, answer, teacher, settings) for name, loss in self.pairing.losses.items()}
+            sums = sums_of(self.pairing.losses, batch, answer, teacher, settings)
             # Detached: DDP takes parameters that only these logits reach for unused, as they are.
             return sums, None if answer.logits is None else answer.logits.detach()
 

@@ -73,8 +73,8 @@ def test_the_gradient_is_that_of_the_mean_loss(reference, name):
 @pytest.mark.parametrize("case", split_driver.STOCK)
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_stock_trainer_depends_on_it(reference, others, split, case):
-    """Why the trainer counts for itself: with most heads, accumulated batches x processes times too large. Where labels
-    are tokens the micro-batches differ in length too, so that the factor is only about that."""
+    """Why the trainer counts for itself: most heads get a gradient that is accumulated batches x processes times too
+    large. Where labels are tokens the micro-batches differ in length too, so that the factor is only about that."""
     accumulation = int(split.split("x")[1])
     factor = accumulation * SPLITS[split] if case not in ("llama", "vit") else 1
     ratio = others[0][f"{split}/stock-{case}"]["grad_norm"] / reference[0][f"16x1/stock-{case}"]["grad_norm"]
