@@ -139,11 +139,11 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path):
 
 
 def test_the_command(tmp_path):
-    from .commands import cli as _cli
+    from .commands import cli
 
     available("onnx")
     make_model("bert").save_pretrained(tmp_path / "model")
-    done = _cli("export", str(tmp_path / "model"), "--output-dir", str(tmp_path / "onnx"), "--json")
+    done = cli("export", str(tmp_path / "model"), "--output-dir", str(tmp_path / "onnx"), "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["difference"] < 1e-4 and told["folder"] == str(tmp_path / "onnx")

@@ -6,7 +6,7 @@ import pytest
 
 from hf_efficient import CheckpointError, ConfigError, Recipe, compress, load_report, sweep
 
-from .commands import cli as _cli
+from .commands import cli
 from .test_pipeline import TINY
 
 SHORT = TINY | {
@@ -18,6 +18,12 @@ SHORT = TINY | {
     "sweep": {"prune.ratio": [0.2, 0.4], "attention.window": [2, 4]},
 }
 LABELS = ["ratio=0.2,window=2", "ratio=0.2,window=4", "ratio=0.4,window=2", "ratio=0.4,window=4"]
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch):
+    """Each result is loaded in a fresh process, which other tests see to."""
+    monkeypatch.setattr("hf_efficient.verify.check_reload", lambda *_: None)
 
 
 def test_every_combination_is_a_run_and_all_are_on_one_page(tmp_path):
@@ -54,10 +60,10 @@ def test_a_shared_stage_gives_what_the_run_alone_gives(tmp_path):
 def test_the_command(tmp_path):
     recipe = tmp_path / "sweep.yaml"
     recipe.write_text(Recipe.from_dict(SHORT | {"sweep": {"prune.ratio": [0.2, 0.4]}}).to_yaml())
-    done = _cli("compress", str(recipe), "--output-dir", str(tmp_path / "out"))
+    done = cli("compress", str(recipe), "--output-dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "ratio=0.2" in done.stdout and "speed-up" in done.stdout and "report.html" in done.stdout
-    again = _cli("compress", str(tmp_path / "out"), "--json")
+    again = cli("compress", str(tmp_path / "out"), "--json")
     assert again.returncode == 0 and list(json.loads(again.stdout)) == ["ratio=0.2", "ratio=0.4"]
 
 

@@ -19,10 +19,10 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, upload nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Upload model, tokenizer, exports, report, page, card and recipe to the Hub, in one commit.
+    """Upload a result to the Hub, in one commit.
 
-    The repository is private unless it is there already or --public is given. After a failure, the same command sends
-    what is missing.
+    Model, tokenizer, exports, report, page, card and recipe. The repository is private unless it is there already or
+    --public is given. After a failure, the same command sends what is missing.
     """
     from ..hub import push as run
 
@@ -54,7 +54,10 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
-    """Write a model for another runtime, and compare what it computes with PyTorch."""
+    """Write a model for another runtime.
+
+    What it computes there is compared with PyTorch.
+    """
     from ..exporting import check_folder, check_format, check_runtime, folder_name
     from ..exporting import export as run
 

@@ -112,9 +112,10 @@ def plan(
         bool, typer.Option("--json", help="Print the plan as JSON; of a recipe, a list with one for each prune stage.")
     ] = False,
 ) -> None:
-    """Say what pruning would give, before any weight is touched: sizes, MACs, bytes, and how the result loads.
+    """Say what pruning would give, weights untouched.
 
-    Only the config is read, so a model of any size takes seconds. For a recipe the sizes are those after its stages.
+    Sizes, MACs, bytes, and how the result loads. Only the config is read, so a model of any size takes seconds. For a
+    recipe the sizes are those after its stages.
     """
     from ..pipeline import plan_recipe
     from ..pruning.config import PruningConfig

@@ -35,7 +35,10 @@ def measure(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurement as JSON.")] = False,
 ) -> None:
-    """Measure size, cost and latency of a model, alone or against a baseline in one interleaved run."""
+    """Measure size, cost and latency of a model.
+
+    Alone, or against a baseline in one interleaved run.
+    """
     from ..measure import measure as run
     from ..reporting.tables import measurement_table
 
@@ -65,7 +68,10 @@ def report(
     page: Annotated[Path | None, typer.Option(help="Write all of them into one page here, as HTML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the reports as a JSON list.")] = False,
 ) -> None:
-    """Show what was measured, and draw several results into one plot or page."""
+    """Show what was measured, of one result or several.
+
+    Several can be drawn into one plot or page.
+    """
     from ..reporting.page import report_page
     from ..reporting.plots import plot_accuracy_latency
     from ..reporting.tables import text_table
@@ -129,7 +135,7 @@ def list_names(
 
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Show the machine and the versions: what to paste into a bug report."""
+    """Show machine and versions, for a bug report."""
     from importlib import metadata
 
     from ..reporting.environment import Environment, package_commit

@@ -156,7 +156,7 @@ def _emissions(report: Report) -> dict[str, Any] | None:
     return {
         "emissions": used.co2_grams,
         "source": f"{used.tool}, {used.source}",
-        "training_type": "fine-tuning",
+        "training_type": "fine-tuning" if _hub_id(report.base_model) else "pre-training",
         "geographical_location": used.country,
         "hardware_used": describe_machine(report),
     }
