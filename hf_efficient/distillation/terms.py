@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from .answers import Answer
-from .batch import Batch, Task
+from .batch import Batch
 from .chunks import sum_together
 from .draws import DrawnTokens
 from .layer_map import Pairs
