@@ -186,6 +186,23 @@ def test_a_folder_that_may_not_be_written(place, monkeypatch):
         cli("--debug", "compress", "column.yaml", "--data.text_column", "text")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "error: No space left on device. Make room"),
+        (PermissionError(13, "Permission denied", "out"), "error: out: Permission denied. Check that the folder"),
+        (ConnectionResetError("the line is dead."), "error: the line is dead. `hf-efficient --debug"),
+    ],
+)
+def test_what_the_system_refuses_is_told(error, words, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hf_efficient.pipeline.compress", refuse)
+    done = cli("compress", "digits")
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_missing_extras_name_the_pip_command(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("hf_efficient.exporting.find_spec", lambda name: None)

@@ -6,6 +6,7 @@ def hello() -> None: ...
 main()                                                   # reads sys.argv
 """
 
+import errno
 import json
 import logging
 import os
@@ -123,11 +124,14 @@ def main() -> None:
 
 
 def _told(error: OSError) -> str:
-    """A file system that refuses: which file, why, and what to do."""
+    """A file system or network that refuses: what, why, and what to do."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where = f"{' -> '.join(names)}: " if names else ""
     reason = error.strerror or str(error) or type(error).__name__
-    return (
-        f"{where}{reason}. Check that the folder is there, that you may write to it and that the disk has room, or "
-        "name another one. `hf-efficient --debug ...` shows where it arose."
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "Make room, or name a folder on another disk; what is finished is kept. "
+    elif names:
+        fix = "Check that the folder is there and that you may write to it, or name another one. "
+    else:
+        fix = ""
+    return f"{where}{reason.rstrip('.')}. {fix}`hf-efficient --debug ...` shows where it arose."
