@@ -127,7 +127,7 @@ def prepare(
       the same `pair` belong together: text and pair or, without `text_pair_column`, the halves of a text.
     - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
       word carries its label, all others -100.
-    - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every batch, in `test` once.
+    - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every epoch, in `test` once.
     - question-answering: rows as in SQuAD. A context that is too long is cut at its end, without a second part that
       begins later; an answer that is not in what is left has the positions 0.
 

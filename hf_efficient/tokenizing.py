@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def continue_text(
 
 
 def fill(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    """Without masks: `Masking` draws them anew each time a block is used."""
+    """Without masks, which `Masking` draws."""
     return _attended(_pack(batch, indices, columns["text"], tokenizer, max_length))
 
 
@@ -141,13 +142,23 @@ def make_collator(task: str, processor: Any) -> Callable:
 
 @dataclass
 class Masking:
-    """Draws masks for samples without labels; samples that were masked before are only padded."""
+    """Draws masks for samples without labels; samples that were masked before are only padded.
 
-    mask: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    What is drawn depends on the samples of the batch alone: shuffled, a text has other masks in each epoch, and a run
+    that is resumed in the middle of one has the masks of the uninterrupted run.
+    """
+
+    mask: Any
     pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.pad(samples) if "labels" in samples[0] else self.mask(samples)
+        import torch
+
+        if "labels" in samples[0]:
+            return self.pad(samples)
+        content = repr([torch.as_tensor(sample["input_ids"]).tolist() for sample in samples]).encode()
+        self.mask.generator = torch.Generator().manual_seed(zlib.crc32(content))
+        return self.mask(samples)
 
 
 def check_tokenizer_of(task: str, tokenizer: Any) -> None:

@@ -138,8 +138,9 @@ def test_test_masks_are_drawn_once_and_train_masks_anew(tokenizer):
     rows = [ready.test[0], ready.test[1]]
     assert torch.equal(ready.collator(rows)["labels"], ready.collator(rows)["labels"])
     rows = [ready.train[0], ready.train[1]]
-    first, second = ready.collator(rows), ready.collator(rows)
-    assert not torch.equal(first["input_ids"], second["input_ids"]) and (first["labels"] != -100).any()
+    first, same, other = (ready.collator(batch) for batch in (rows, rows, rows[::-1]))
+    assert torch.equal(first["labels"], same["labels"]) and (first["labels"] != -100).any()  # as if resumed
+    assert not torch.equal(first["labels"], other["labels"].flip(0))  # shuffled: other masks of the same texts
 
 
 def test_a_tokenizer_without_a_mask_is_refused(tokenizer):

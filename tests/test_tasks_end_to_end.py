@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -185,8 +187,19 @@ def test_each_task_is_distilled_from_a_cache(task, tmp_path):
     assert found[name] == pytest.approx(live[name], rel=1e-5)
 
 
+def test_a_run_resumed_within_an_epoch_has_the_masks_of_the_whole_run(tmp_path):
+    steps = ["--max_steps", "4", "--save_steps", "1", "--per_device_train_batch_size", "2", "--save_total_limit", "9"]
+    run(*training(tmp_path, "masked-lm", *steps))
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    run(*training(tmp_path, "masked-lm", *steps, "--resume_from_checkpoint", "true"))
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_masks_that_change_cannot_be_cached(tmp_path):
-    with pytest.raises(ConfigError, match="masked-lm masks anew"):
+    with pytest.raises(ConfigError, match="masked-lm has other masks in every epoch"):
         read_cache(flags(tmp_path, "masked-lm"))
     with pytest.raises(ConfigError, match="leave teacher_cache out"):
         training(tmp_path, "masked-lm", "--teacher_cache", str(tmp_path))

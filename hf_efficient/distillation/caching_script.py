@@ -42,7 +42,7 @@ class CacheArguments(DataArguments):
         if not self.output_dir:
             raise ConfigError("Give output_dir, the folder of the cache.")
         if self.task == "masked-lm":
-            raise ConfigError("masked-lm masks anew in every batch, which no cache can hold: use the live teacher.")
+            raise ConfigError("masked-lm has other masks in every epoch, so a cache is of no use.")
 
 
 def read(words: Sequence[str]) -> CacheArguments:

@@ -67,7 +67,7 @@ class ScriptArguments(DataArguments):
         if self.student_layers is not None and self.student_layers < 1:
             raise ConfigError(f"student_layers must be 1 or more, got {self.student_layers}.")
         if self.teacher_cache is not None and self.task == "masked-lm":
-            raise ConfigError("masked-lm masks anew in every batch, which no cache can hold: leave teacher_cache out.")
+            raise ConfigError("masked-lm has other masks in every epoch: leave teacher_cache out.")
 
 
 def read(words: Sequence[str]) -> tuple[ScriptArguments, DistillationArguments]:
