@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 
 from hf_efficient import CheckpointError, ConfigError, TeacherCache, cache_teacher, compress
 from hf_efficient.disk import clear_disk_errors, disk_fault
+from hf_efficient.exporting import Exported
 from hf_efficient.workspace import Workspace, write_text
 
 from ..distillation.test_cache import collate_rows, make_cache, rows_of
 from ..distillation.tiny import make_pair
-from .tiny import recipe, run_stages
+from .tiny import recipe, run_stage, run_stages
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -183,3 +184,20 @@ def test_a_teacher_cache_that_cannot_begin(tmp_path, monkeypatch):
         TeacherCache(tmp_path / "cache")
     monkeypatch.undo()
     assert len(cache_teacher(teacher, rows_of("bert"), tmp_path / "cache", data_collator=collate_rows)) == 16
+
+
+def test_an_export_that_was_stopped_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Half of it lies in the folder of the stage when the same command is given again."""
+    run_stage(recipe(**{"teacher.max_steps": 1}), "teacher", tmp_path, "0-teacher")
+    left = tmp_path / "1-export.partial/onnx/model.onnx.data"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+
+    def export(model, kind, folder, **kwargs):
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+        return Exported(kind, "onnxruntime", None, folder, 1, 0.0, 1.0, ())
+
+    monkeypatch.setattr("hf_efficient.running.export", export)
+    run_stage(recipe(stages=[{"export": {}}]), "export", tmp_path, "1-export.partial")
+    assert not left.exists() and (left.parent / "model.onnx").exists()
