@@ -87,6 +87,16 @@ def test_an_existing_student_learns_the_labels_of_the_teacher(workplace):
     assert AutoModelForSequenceClassification.from_pretrained(workplace / "out").config.hidden_size == 8
 
 
+def test_a_student_that_is_narrower_everywhere(workplace):
+    narrow = ("--student_layers", "2", "--student_heads", "1", "--student_neurons", "8", "--student_hidden_size", "8")
+    run(*read(words(workplace, student=narrow)))
+    config = BertConfig.from_pretrained(workplace / "out")
+    assert (config.num_hidden_layers, config.num_attention_heads) == (2, 1)
+    assert (config.intermediate_size, config.hidden_size) == (8, 8)
+    with pytest.raises(ConfigError, match="cut the teacher"):
+        read(words(workplace, student=("--student", "x", "--student_hidden_size", "8")))
+
+
 def test_an_output_folder_in_use(workplace):
     run(*read(words(workplace)))
     with pytest.raises(CheckpointError, match="--overwrite"):

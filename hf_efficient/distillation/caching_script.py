@@ -28,7 +28,12 @@ class CacheArguments(DataArguments):
     top_k: int | None = field(
         default=None, metadata={"help": "How many logits of each token to keep; language models need it, such as 64."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "With top_k: the temperature of the training."})
+    sampled: int | None = field(
+        default=None, metadata={"help": "Or how many tokens to draw for each: unbiased, for the forward divergence."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "With top_k or sampled: the temperature of the training."}
+    )
     pooling: str = field(default="mean", metadata={"help": "Of sentence-embeddings: mean, cls or last."})
     hidden_states: list[int] = field(
         default_factory=list, metadata={"help": "Which hidden states to keep for the hidden loss; 0: the embeddings."}
@@ -70,6 +75,7 @@ def run(script: CacheArguments) -> TeacherCache:
         data_collator=data.collator,
         batch_size=script.batch_size,
         top_k=script.top_k,
+        sampled=script.sampled,
         temperature=script.temperature,
         pooling=script.pooling,
         hidden_states=script.hidden_states,

@@ -45,6 +45,9 @@ class ScriptArguments(DataArguments):
     student_neurons: int | None = field(
         default=None, metadata={"help": "With student_layers: keep this many neurons of each feed-forward network."}
     )
+    student_hidden_size: int | None = field(
+        default=None, metadata={"help": "With student_layers: the width of the hidden states."}
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={"help": "Folder of scripts/cache_teacher.py with the teacher's answers to these data."},
@@ -62,8 +65,10 @@ class ScriptArguments(DataArguments):
                 "Give student (an existing model) or student_layers (cut from the teacher), one of them; "
                 f"got student={self.student!r} and student_layers={self.student_layers!r}."
             )
-        if self.student_layers is None and (self.student_heads or self.student_neurons):
-            raise ConfigError("student_heads and student_neurons cut the teacher: give student_layers too.")
+        if self.student_layers is None and (self.student_heads or self.student_neurons or self.student_hidden_size):
+            raise ConfigError(
+                "student_heads, student_neurons and student_hidden_size cut the teacher: give student_layers too."
+            )
         if self.student_layers is not None and self.student_layers < 1:
             raise ConfigError(f"student_layers must be 1 or more, got {self.student_layers}.")
         if self.teacher_cache is not None and self.task == "masked-lm":
@@ -149,7 +154,11 @@ def _checkpoint(script: ScriptArguments, args: DistillationArguments) -> str | N
 def _student(script: ScriptArguments, config: Any, teacher: PreTrainedModel | None) -> PreTrainedModel:
     if script.student_layers is not None and teacher is not None:
         return build_student(
-            teacher, script.student_layers, heads=script.student_heads, neurons=script.student_neurons
+            teacher,
+            script.student_layers,
+            heads=script.student_heads,
+            neurons=script.student_neurons,
+            hidden_size=script.student_hidden_size,
         )
     labels: dict[str, Any] = {}
     if "label" in TASKS[script.task].columns:
