@@ -12,7 +12,7 @@ from hf_efficient.pruning.importance import IMPORTANCES
 from hf_efficient.pruning.layers import LAYER_IMPORTANCES
 from hf_efficient.pruning.schedule import SCHEDULES
 from hf_efficient.pruning.weight_importance import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
-from hf_efficient.running import RUNNERS
+from hf_efficient.runners import RUNNERS
 from hf_efficient.stages import STAGES
 
 

@@ -8,8 +8,8 @@ import transformers
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
 from hf_efficient.families import FAMILIES, family_of, find_stacks
+from hf_efficient.measuring import structure
 from hf_efficient.models.configs import block_of
-from hf_efficient.pipeline import structure
 from hf_efficient.pruning.calibration import average_length, model_loss
 from hf_efficient.pruning.costs import total_cost
 from hf_efficient.pruning.groups import find_groups, unit_parameters

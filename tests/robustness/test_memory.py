@@ -9,7 +9,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_efficient import TrainingError, compress
-from hf_efficient.running import Run, distilled
+from hf_efficient.runners import distilled
+from hf_efficient.running import Run
 from hf_efficient.training import in_smaller_batches
 
 from .tiny import TRAINING, recipe, run_stage

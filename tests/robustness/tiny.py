@@ -7,7 +7,8 @@ from typing import Any
 from transformers import set_seed
 
 from hf_efficient import Recipe
-from hf_efficient.running import RUNNERS, TEACHER, Run, run_teacher
+from hf_efficient.runners import RUNNERS, run_teacher
+from hf_efficient.running import TEACHER, Run
 from hf_efficient.workspace import Workspace
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
