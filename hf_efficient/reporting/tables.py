@@ -295,7 +295,7 @@ def _shown(value: Any) -> str:
 
 def markdown_results(reports: Mapping[str, Report]) -> str:
     """One line for each finished recipe, for the README: quality, speed and size, and where they were measured."""
-    header = ("recipe", "teacher", "student", "speed-up", "parameters without embeddings", "MACs", "loads as")
+    header = ("recipe", "teacher", "student", "speed-up", "in other runtimes", "weights", "MACs", "loads as")
     rows = [_result(name, report) for name, report in reports.items()]
     places = [f"{name}: {_where(report)}" for name, report in reports.items()]
     return markdown(header, rows) + "\n\n" + "\n".join(places)
@@ -305,13 +305,13 @@ def _result(name: str, report: Report) -> tuple[str, ...]:
     teacher, student, compared = report.teacher, report.student, report.comparison
     if teacher is None or compared is None or teacher.quality is None or student.quality is None:
         raise DataError(f"The report of {name} has no teacher or no quality to compare with. Run the recipe again.")
-    small, large = student.size.non_embedding_parameters, teacher.size.non_embedding_parameters
     return (
         f"[{name}](model_cards/{name}/README.md)",
         f"{teacher.quality.main.name} {format_score(teacher.quality.main)}",
         format_score(student.quality.main),
         f"{compared.speedup:.1f}x",
-        f"{format_count(large)} → {format_count(small)}",
+        ", ".join(f"{each.folder} {each.speedup:.1f}x" for each in report.exports),
+        f"{format_bytes(teacher.size.weight_bytes)} → {format_bytes(student.size.weight_bytes)}",
         f"{format_count(teacher.size.macs)} → {format_count(student.size.macs)}",
         report.loads_with,
     )
