@@ -141,8 +141,8 @@ def _about_tokens(records: list[StageRecord]) -> tuple[str, ...]:
     before, after = (trimmed.facts[f"tokens_{when}"] for when in ("before", "after"))
     which = "the most frequent" if trimmed.settings.get("max_tokens") else "those"
     return (
-        f"The tokenizer has {after:,} of {before:,} tokens, {which} of the training texts: use the one that lies beside "
-        "the model. Other texts are spelled in more pieces.",
+        f"The tokenizer has {after:,} of {before:,} tokens, {which} of the training texts: use the one that lies "
+        "beside the model. Other texts are spelled in more pieces.",
     )
 
 
