@@ -82,6 +82,22 @@ def test_eight_bits_are_smaller_and_close(tmp_path):
     assert rounded.bytes_on_disk < plain.bytes_on_disk
 
 
+def test_onnx_runtime_keeps_its_fast_norms_and_moves_few_tensors(tmp_path):
+    """Its fused SkipLayerNormalization is slower than its parts; windows are cut without a change of layout."""
+    available("onnx")
+    import onnx
+    import onnxruntime
+
+    model = convert_attention(make_model("bert", num_hidden_layers=2), TINY["local-global"]).eval()
+    export(model, "onnx", tmp_path / "out")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
+    assert found.count("LayerNormalization") == 5 and "SkipLayerNormalization" not in found
+    assert found.count("Transpose") <= 2 * 5, "query, key, value, output; the key of the global tokens' scores"
+
+
 def test_a_wrong_result_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     from hf_efficient.runtime import Runtime
 

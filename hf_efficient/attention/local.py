@@ -121,9 +121,12 @@ def local_attention(
     tokens, visible = None, _real(key, key_mask)
     if global_tokens:
         tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
-    if length == seen:
-        key, value = zero_padding(key, value, key_mask)
-    out = _windowed(query, key, value, key_mask, visible, tokens, band, causal, scaling, dropout, bias)
+    if length == seen and bias is None and not dropout and torch.compiler.is_exporting():
+        out = _exported(query, key, value, visible, tokens, band, causal, scaling)
+    else:
+        if length == seen:
+            key, value = zero_padding(key, value, key_mask)
+        out = _windowed(query, key, value, key_mask, visible, tokens, band, causal, scaling, dropout, bias)
     if tokens is not None and not causal:
         rows = global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
         out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
@@ -262,6 +265,51 @@ def _windowed(
     return section(out, 2, blocks.lead, length)
 
 
+def _exported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    tokens: GlobalTokens | None,
+    band: _Band,
+    causal: bool,
+    scaling: float | None,
+) -> Tensor:
+    """[B,H,T,D]: `_windowed` for a program that leaves Python, without dropout and bias, over as many keys as queries.
+
+    Other runtimes have no views: the heads stay outside of the blocks, so that no tensor changes its layout, and the
+    windows are joined of whole blocks, in one copy. Masked scores are finite, so that a query without keys, always a
+    padded one, gives some mean instead of NaN; then all padded keys are finite too, and need no zeros.
+    """
+    length = query.shape[2]
+    key, value = match_heads(query, key, value)
+    count = count_blocks(length, band.block) + spare_block()
+    rows = F.pad(query, (0, 0, 0, count * band.block - length)).unflatten(2, (count, band.block))
+    keys, values = _joined(key, count, band), _joined(value, count, band)  # lists of [B, H, N, some keys, D]
+    seen = torch.cat(_joined(visible[:, None, :, None], count, band), 3).squeeze(-1).squeeze(1)  # [B or 1, N, span]
+    position = torch.arange(count * band.block, device=query.device).unflatten(0, (count, band.block))
+    allowed = _allowed(seen, position, band, band.left, tokens, causal, query.shape[0])
+    if tokens is not None:
+        chosen = match_heads(query, tokens.key, tokens.value)
+        first = [x.unsqueeze(2).expand(-1, -1, count, -1, -1) for x in chosen]
+        keys, values = [first[0], *keys], [first[1], *values]
+    scores = rows @ torch.cat(keys, 3).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    out = (scores + hidden.unsqueeze(1)).softmax(-1) @ torch.cat(values, 3)  # [B, H, N, block, D]
+    return section(out.flatten(2, 3), 2, 0, length)
+
+
+def _joined(x: Tensor, count: int, band: _Band) -> list[Tensor]:
+    """[B,K,S,D] -> what [B,K,N,span,D], the overlapping windows of N blocks, is joined of along the keys."""
+    span = band.left + band.block + band.right
+    parts = count_blocks(span, band.block)
+    blocks = count + parts - 1
+    filled = F.pad(x, (0, 0, band.left, blocks * band.block - band.left - x.shape[2]))
+    filled = filled.unflatten(2, (blocks, band.block))
+    joined = [section(filled, 2, first, count) for first in range(parts)]
+    return [*joined[:-1], joined[-1][:, :, :, : span - (parts - 1) * band.block]]
+
+
 def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
     """[B, S], or [1, S] of True where there is no padding."""
     return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
@@ -296,22 +344,37 @@ def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:
     return rows.unfold(0, band.left + band.block + band.right, band.block).transpose(2, 3)
 
 
+def _allowed(
+    visible: Tensor,
+    position: Tensor,
+    band: _Band,
+    before: int,
+    tokens: GlobalTokens | None,
+    causal: bool,
+    batch: int,
+) -> Tensor:
+    """[B,N,block,keys]: what queries see of the global keys, then of the `visible` [B or 1,N,span] ones."""
+    device, span, block = visible.device, visible.shape[2], position.shape[1]
+    distance = torch.arange(span, device=device) - torch.arange(block, device=device)[:, None] - before
+    inside = (distance >= -band.left) & (distance <= band.right)
+    allowed = visible.unsqueeze(2) & inside  # [B or 1, N, block, span]
+    allowed = allowed.expand(batch, -1, -1, -1)
+    if tokens is None:
+        return allowed
+    seen_by = tokens.valid[:, None, None, :]  # [B, 1, 1, g]
+    if causal:
+        seen_by = seen_by & (tokens.index[:, None, None, :] <= position[..., None])
+    return torch.cat([seen_by.expand(*allowed.shape[:3], -1), allowed], -1)
+
+
 def _mask(
     blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, causal: bool, bias: Tensor | None, seen: int
 ) -> Tensor:
     """What the blocks' queries may see: bool [B*N,1,block,keys], or scores [B*N,H,block,keys] with a bias."""
-    device, batch = blocks.query.device, blocks.query.shape[0] // blocks.visible.shape[1]
+    batch = blocks.query.shape[0] // blocks.visible.shape[1]
     block, span = blocks.query.shape[2], blocks.key.shape[2]
-    distance = torch.arange(span, device=device) - torch.arange(block, device=device)[:, None] - blocks.before
-    inside = (distance >= -band.left) & (distance <= band.right)
-    allowed = blocks.visible.unsqueeze(2) & inside  # [B or 1, N, block, span]
-    if tokens is not None:
-        seen_by = tokens.valid[:, None, None, :]  # [B, 1, 1, g]
-        if causal:
-            seen_by = seen_by & (tokens.index[:, None, None, :] <= blocks.position[..., None])
-        shape = (batch, *allowed.shape[1:3], -1)
-        allowed = torch.cat([seen_by.expand(shape), allowed.expand(shape)], -1)
-    allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    allowed = _allowed(blocks.visible, blocks.position, band, blocks.before, tokens, causal, batch)
+    allowed = allowed.flatten(0, 1).unsqueeze(1)
     if bias is None:
         return allowed
     # [1, H, block, span]: bias[seen - 1] is distance 0; the ends are filled up where a block is longer than the input.

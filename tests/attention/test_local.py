@@ -194,6 +194,22 @@ def test_exports_with_any_length(global_tokens):
     program = torch.export.export(Module(), example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
     for batch, seen in ((1, 70), (3, 301), (2, 192)):
         inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
+        out, real = program.module()(*inputs), inputs[-1][:, None, :, None]
+        assert_close(out * real, Module()(*inputs) * real, 1e-12)
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("global_tokens", [0, 2])
+def test_causal_and_shared_heads_export(global_tokens):
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value):
+            options = {"window": 70, "global_tokens": global_tokens, "causal": True, "scaling": 0.3}
+            return local_attention(query, key, value, **options)
+
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(Module(), make_inputs(200, kv_heads=2), dynamic_shapes=[{0: auto, 2: auto}] * 3)
+    for batch, seen in ((1, 30), (2, 301)):
+        inputs = make_inputs(seen, batch=batch, kv_heads=2)
         assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
 
 
