@@ -103,6 +103,7 @@ class Workspace:
             name=name.split("-", 1)[-1], seconds=time.perf_counter() - start, settings=settings, facts=facts
         )
         write_text(partial / MANIFEST, _manifest(record))
+        self._share(partial)
         os.replace(partial, target)
         return target, record
 
@@ -112,8 +113,15 @@ class Workspace:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         work(partial)
+        self._share(partial)
         os.replace(partial, target)
         return target
+
+    def _share(self, made: Path) -> None:
+        """Weights may be read by whoever may read the recipe; safetensors writes them for their owner alone."""
+        mode = (self.folder / RECIPE).stat().st_mode & 0o777
+        for path in made.rglob("*.safetensors"):
+            path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -104,6 +104,12 @@ def test_a_fresh_process_must_give_the_same_output(finished, tmp_path):
 
 
 @pytest.mark.processes
+def test_who_may_read_the_recipe_may_read_the_weights(finished):
+    allowed = (finished / "recipe.yaml").stat().st_mode & 0o777
+    weights = list(finished.rglob("*.safetensors"))
+    assert len(weights) == 5 and {path.stat().st_mode & 0o777 for path in weights} == {allowed}
+
+
 def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_result(finished, tmp_path):
     folder = tmp_path / "out"
     for appears in (
