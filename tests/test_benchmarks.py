@@ -76,6 +76,7 @@ def test_attention_benchmark_runs_and_resumes(tmp_path):
     assert ("linear", "forward", 128) in second and ("linear", "forward", 64) not in second
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_quality_benchmark_runs_and_resumes(tmp_path):
     output = tmp_path / "quality.json"
@@ -193,6 +194,7 @@ def _tiny_bert() -> tuple[transformers.PreTrainedModel, Calibration]:
     return model, Calibration(batches, 10)
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_pruning_benchmark_runs_and_resumes(tmp_path):
     output = tmp_path / "pruning.json"
@@ -240,6 +242,7 @@ def test_benchmarks_of_pruned_speed_run(program, few, measured, tmp_path):
     assert rows and all(row[measured] > 0 and row["heads"] and row["neurons"] for row in rows)
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_decoder_benchmark_runs_resumes_and_is_drawn(tmp_path):
     output, picture = tmp_path / "decoder.json", tmp_path / "decoder.png"
@@ -260,6 +263,7 @@ def test_decoder_benchmark_runs_resumes_and_is_drawn(tmp_path):
     _draw(output, picture)
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_distillation_after_pruning_runs_resumes_and_is_drawn(tmp_path):
     reviews, output = tmp_path / "reviews.tsv", tmp_path / "distilled.json"

@@ -235,7 +235,7 @@ def test_options_of_distillation_reach_it(tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("granularity", [["head", "neuron"], ["weight"]])
+@pytest.mark.parametrize("granularity", [["head", "neuron"], pytest.param(["weight"], marks=pytest.mark.thorough)])
 def test_pruning_while_distilling_goes_on_after_kill_9(granularity, tmp_path):
     distill = TINY["stages"][2]["distill"] | {"prune": WHILE_TRAINING | {"granularity": granularity}}
     recipe = TINY | {"stages": [{"distill": distill}]}

@@ -266,7 +266,7 @@ class _Module(nn.Module):
         return attend(query, key, value, mask, causal=self.causal)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiles_whole(causal):
     function = compiled(attend, causal=causal)
     for length in (150, 301, 192):

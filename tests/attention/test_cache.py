@@ -368,7 +368,7 @@ def test_two_threads_do_not_share_a_state(model):
         assert_close(out, model(tokens, use_cache=False).logits, 1e-5)
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("use_cache", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_the_model_compiles_whole(model, use_cache):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)

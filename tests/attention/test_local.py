@@ -1,5 +1,7 @@
 """local_attention against its naive twin, SDPA, and the limits it promises."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from hf_efficient.attention.local import local_attention
 from hf_efficient.attention.naive import naive_local_attention
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ..helpers import assert_close, padding_mask
+from ..helpers import assert_close, padding_mask, selected
 from .cases import (
     assert_causal,
     assert_equals_naive,
@@ -173,8 +175,9 @@ def test_dropout_is_unbiased():
     assert_mean_unbiased(local_attention, window=3, global_tokens=1)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("global_tokens", [0, 2])
+@pytest.mark.parametrize(
+    ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal == (count == 0))
+)
 def test_compiles_whole(causal, global_tokens):
     options = {"window": 9, "causal": causal, "global_tokens": global_tokens}
     function = compiled(local_attention, **options)

@@ -1,6 +1,6 @@
 """strided_attention against its naive twin, SDPA, and the limits it promises."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hf_efficient.attention.strided import StridedAttention, _spread, strided_at
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ..helpers import assert_close, leaves, padding_mask
+from ..helpers import assert_close, leaves, padding_mask, selected
 from .cases import (
     DIM,
     HEADS,
@@ -258,8 +258,9 @@ def test_dropout_is_the_same_going_back(monkeypatch):
         assert_close((grad * value).sum(), out.sum(), 1e-10)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("global_tokens", [0, 2])
+@pytest.mark.parametrize(
+    ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal == (count == 0))
+)
 def test_compiles_whole(causal, global_tokens):
     options = {**SMALL, "causal": causal, "global_tokens": global_tokens}
     function = compiled(strided_attention, **options)

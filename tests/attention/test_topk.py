@@ -1,5 +1,7 @@
 """topk_attention and its decoding against the naive twin, SDPA, and the limits they promise."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from hf_efficient.attention.topk import TopkAttention, topk_attention, topk_deco
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ..helpers import assert_close, leaves, padding_mask
+from ..helpers import assert_close, leaves, padding_mask, selected
 from .cases import (
     DIM,
     HEADS,
@@ -278,8 +280,9 @@ def test_dropout_is_unbiased():
     assert_mean_unbiased(topk_attention, block_size=2, top_k=2, global_tokens=1)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("global_tokens", [0, 2])
+@pytest.mark.parametrize(
+    ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal == (count == 0))
+)
 def test_compiles_whole(causal, global_tokens):
     options = {**SMALL, "causal": causal, "global_tokens": global_tokens}
     function = compiled(topk_attention, **options)
