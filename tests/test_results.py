@@ -47,6 +47,12 @@ def test_the_main_job_is_faster_still_in_8_bits():
     assert small.bytes_on_disk < 0.5 * exports["onnx"].bytes_on_disk
 
 
+def test_whole_articles_are_read_four_times_as_fast_and_no_worse_than_their_beginnings():
+    report = load_report(ROOT / "model_cards" / "bbc-news-long")
+    assert report.student.workload.sequence_length == 2048
+    assert report.comparison.speedup >= 4 and report.comparison.quality_difference >= 0
+
+
 @pytest.mark.parametrize("recipe", sorted(shipped_recipes()))
 def test_every_shipped_recipe_has_a_card_of_its_present_settings(recipe):
     from hf_efficient import Recipe
