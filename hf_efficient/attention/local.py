@@ -283,6 +283,7 @@ def _exported(
     """
     length = query.shape[2]
     key, value = match_heads(query, key, value)
+    band = band._replace(block=32 if max(band.left, band.right) <= 32 else band.block)  # fewer masked pairs
     count = count_blocks(length, band.block) + spare_block()
     rows = F.pad(query, (0, 0, 0, count * band.block - length)).unflatten(2, (count, band.block))
     keys, values = _joined(key, count, band), _joined(value, count, band)  # lists of [B, H, N, some keys, D]
