@@ -117,9 +117,10 @@ class Workspace:
         os.replace(partial, target)
         return target
 
-    def _share(self, made: Path) -> None:
-        """Weights may be read by whoever may read the recipe; safetensors writes them for their owner alone."""
-        mode = (self.folder / RECIPE).stat().st_mode & 0o777
+    @staticmethod
+    def _share(made: Path) -> None:
+        """Weights may be read by whoever may read their folder; safetensors writes them for their owner alone."""
+        mode = made.stat().st_mode & 0o666
         for path in made.rglob("*.safetensors"):
             path.chmod(mode)
 

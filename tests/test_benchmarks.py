@@ -52,6 +52,7 @@ def test_our_methods_take_the_inputs_of_dense_attention():
         assert out.shape == inputs[0].shape and out.isfinite().all(), name
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_attention_benchmark_runs_and_resumes(tmp_path):
     output = tmp_path / "report.json"

@@ -147,6 +147,7 @@ def test_transfer_comes_after_the_conversion_and_is_reported(material):
     assert not all(torch.equal(value, other[key]) for key, value in model.state_dict().items() if ATTACHED in key)
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_a_transfer_that_is_killed_goes_on_to_the_same_weights(material):
     recipe = make_recipe(material, {"attention": HEDGEHOG | {"positions": 48, "transfer": {**TRAINING, "epochs": 3}}})

@@ -234,8 +234,9 @@ def test_options_of_distillation_reach_it(tmp_path):
         compress(Recipe.from_dict(wrong), output_dir=tmp_path / "wrong")
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
-@pytest.mark.parametrize("granularity", [["head", "neuron"], pytest.param(["weight"], marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("granularity", [["head", "neuron"], ["weight"]])
 def test_pruning_while_distilling_goes_on_after_kill_9(granularity, tmp_path):
     distill = TINY["stages"][2]["distill"] | {"prune": WHILE_TRAINING | {"granularity": granularity}}
     recipe = TINY | {"stages": [{"distill": distill}]}

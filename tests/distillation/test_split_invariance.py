@@ -20,7 +20,7 @@ from . import split_driver
 ROOT = Path(__file__).parents[2]
 NAMES = [name for name, *_ in split_driver.RUNS]
 SPLITS = {"4x4": 1, "4x2": 2, "8x1": 2}  # batch size x accumulation: processes
-CHOSEN = selected([(split,) for split in SPLITS], lambda split: split != "8x1")
+CHOSEN = selected([(split,) for split in SPLITS], lambda split: split == "4x2")
 TOLERANCE = 1e-10
 
 
@@ -41,7 +41,7 @@ def others(tmp_path_factory, pytestconfig):
     command = [*launcher, "-m", "tests.distillation.split_driver", str(out), *splits]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    reports, tensors = split_driver.run("4x4")
+    reports, tensors = split_driver.run("4x4") if pytestconfig.getoption("--thorough") else ({}, {})
     reports |= json.loads(Path(f"{out}.json").read_text())
     tensors |= load_file(f"{out}.safetensors")
     return reports, tensors

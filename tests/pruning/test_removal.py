@@ -203,7 +203,7 @@ class Zeros(TrainerCallback):
         self.shares.append(gone / total)
 
 
-@pytest.mark.parametrize("case", ["bert", "gpt2"])
+@pytest.mark.parametrize("case", ["bert", pytest.param("gpt2", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("importance", [*LEARNED, "magnitude", "random"])
 @pytest.mark.parametrize(
     "structure", [{}, {"allocation": "uniform", "ratio": 0.6}, {"mask_structure": "2:4"}], ids=str
