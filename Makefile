@@ -31,7 +31,7 @@ lint: $(VENV)/ready
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# All combinations of families and kinds, every benchmark and every kill; over an hour.
+# All combinations of families and kinds, every benchmark and every kill: far longer.
 test-thorough: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --thorough
 

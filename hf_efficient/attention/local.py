@@ -295,7 +295,7 @@ def _exported(
         first = [x.unsqueeze(2).expand(-1, -1, count, -1, -1) for x in chosen]
         keys, values = [first[0], *keys], [first[1], *values]
     scores = rows @ torch.cat(keys, 3).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
     out = (scores + hidden.unsqueeze(1)).softmax(-1) @ torch.cat(values, 3)  # [B, H, N, block, D]
     return section(out.flatten(2, 3), 2, 0, length)
 

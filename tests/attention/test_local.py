@@ -202,6 +202,19 @@ def test_exports_with_any_length(global_tokens):
         assert out.isfinite().all()
 
 
+def test_an_exported_row_without_keys_is_finite_in_half_precision():
+    """Scores of -64 before the mask: with the smallest number itself as the mask they would leave the range."""
+
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value, mask):
+            return local_attention(query, key, value, mask, window=9, scaling=1.0)
+
+    query = torch.full((1, 2, 200, 4), 4.0, dtype=torch.float16)
+    mask = torch.arange(200).expand(1, -1) >= 150
+    program = torch.export.export(Module(), (query, -query, query, mask))
+    assert program.module()(query, -query, query, mask).isfinite().all()
+
+
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_causal_and_shared_heads_export(global_tokens):
     class Module(torch.nn.Module):

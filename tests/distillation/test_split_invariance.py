@@ -1,7 +1,8 @@
 """The gradient of one optimizer step must not depend on how its 16 examples are split.
 
-The reference is one batch of 16 in one process; the others are 4 x 4 accumulated, 8 on each of 2 processes, and 4 x 2
-accumulated on each of 2 processes. Everything is in float64, so what remains is the order of additions.
+The reference is one batch of 16 in one process; the others are 4 x 2 accumulated on each of 2 processes and, with
+`--thorough`, also 4 x 4 accumulated and 8 on each of 2 processes. Everything is in float64, so what remains is the
+order of additions.
 """
 
 import json
