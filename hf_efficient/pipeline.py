@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checking import check, check_attention
-from .disk import clear_disk_errors
 from .errors import ConfigError
+from .io.disk import clear_disk_errors
 from .measuring import measured
 from .recipe import Recipe
 from .reporting.schema import Report, load_report

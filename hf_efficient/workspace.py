@@ -23,8 +23,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
+from .io.json import parse_json
 from .recipe import Recipe
-from .reporting.codec import decode, read_json
+from .reporting.codec import decode
 from .reporting.schema import StageRecord
 
 MANIFEST = "stage.json"
@@ -148,7 +149,7 @@ def _manifest(record: StageRecord) -> str:
 
 def _read_manifest(path: Path) -> StageRecord:
     try:
-        data = read_json(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         if data.pop("schema_version") != MANIFEST_VERSION:
             raise ValueError("another schema_version")
         return decode(StageRecord, data, str(path))

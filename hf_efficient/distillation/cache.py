@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError, DataError, shown
+from ..io.json import parse_json
 from ..models.building import find_model_class
-from ..reporting.codec import read_json
 from .answers import Answer
 from .batch import Batch, Task
 from .cached_rows import KEY, PREFIX, Layout, row_keys
@@ -71,7 +71,7 @@ class Manifest:
             CheckpointError: there is none, or it cannot be read.
         """
         try:
-            values = read_json((folder / MANIFEST).read_text(encoding="utf-8"))
+            values = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError("another format or version")
             layout, values["inputs"] = values.pop("layout"), tuple(values["inputs"])

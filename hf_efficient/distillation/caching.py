@@ -19,8 +19,8 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, default_data_collator
 
-from ..disk import clear_disk_errors
 from ..errors import CheckpointError, ConfigError
+from ..io.disk import clear_disk_errors
 from .answers import read_answer
 from .batch import Batch, base_of, forward_names, task_of
 from .cache import MANIFEST, Manifest, TeacherCache, open_shard

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
-from ..reporting.codec import decode, read_json
+from ..io.json import parse_json
+from ..reporting.codec import decode
 from .config import PruningConfig
 
 FORMAT = "hf_efficient pruning plan"
@@ -161,7 +162,7 @@ class PruningPlan:
         if file.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{file} is too large to be a plan.")
         try:
-            data = read_json(file.read_text(encoding="utf-8"))
+            data = parse_json(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{file} is not JSON: {error}.") from error
         return cls.from_dict(data)

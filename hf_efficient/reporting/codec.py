@@ -6,7 +6,6 @@ clean({"output_dir": "/home/me/runs/a", "hub_token": "hf_..."})      # {"output_
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -17,7 +16,6 @@ from typing import Any
 from ..errors import CheckpointError, shown
 
 MAX_INTEGER = 1 << 1000  # a larger one is no float
-MAX_DEPTH = 100
 
 # An absolute path of two or more parts (Unix, `~`, Windows); group 1 is the last part, all that is kept of it.
 _PATH = re.compile(r"(?<![\w/.~\\-])(?!(?<=:)//)(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:'\"]+)*[/\\]([^\s/\\:'\"]+)[/\\]?")
@@ -55,26 +53,6 @@ def _plain_text(text: str) -> str:
     if os.path.isabs(text) and "\n" not in text:
         return os.path.basename(text.rstrip("/\\")) or "/"
     return _PATH.sub(r"\1", text)
-
-
-def read_json(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: not JSON, or nested deeper than anything that is written here.
-    """
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested far too deep") from None
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
-        level = [item for items in inner for item in items]
-    return value
 
 
 def decode(cls: type, data: Any, source: str) -> Any:

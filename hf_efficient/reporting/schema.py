@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
-from .codec import clean, decode, read_json
+from ..io.json import parse_json
+from .codec import clean, decode
 from .environment import Environment, package_commit
 
 SCHEMA_VERSION = 1
@@ -320,7 +321,7 @@ class Report:
             CheckpointError: not JSON, not a report, damaged, or written by a newer hf_efficient.
         """
         try:
-            data = read_json(text)
+            data = parse_json(text)
         except ValueError as error:
             raise CheckpointError(f"{source} is not valid JSON ({error}). Write it again with `measure`.") from None
         version = data.get("schema_version") if isinstance(data, dict) else None

@@ -12,10 +12,10 @@ import yaml
 
 from hf_efficient import CheckpointError, ConfigError, HfEfficientError, PruningConfig, PruningPlan, Recipe, Report
 from hf_efficient.families import FAMILIES
+from hf_efficient.io.json import parse_json
 from hf_efficient.models.block import EfficientBlock, check_block
 from hf_efficient.pruning.plan import Forecast, LayerForecast
 from hf_efficient.recipe import shipped_recipes
-from hf_efficient.reporting.codec import read_json
 from hf_efficient.safe_yaml import parse
 
 from ..families import make_config
@@ -58,7 +58,7 @@ def read_overrides(text: str) -> bool:
 def read_block(text: str) -> bool:
     """A family, and the `efficient` entry of its config.json."""
     try:
-        data = read_json(text)
+        data = parse_json(text)
     except ValueError:
         return False
     name, entry = "bert", data
@@ -75,7 +75,7 @@ def read_block(text: str) -> bool:
 
 def read_plan(text: str) -> bool:
     try:
-        plan = PruningPlan.from_dict(read_json(text))
+        plan = PruningPlan.from_dict(parse_json(text))
     except HfEfficientError as error:
         return _told(error)
     except ValueError:
@@ -96,7 +96,7 @@ def read_report(text: str) -> bool:
 def read_pruning(text: str) -> bool:
     """The arguments of a PruningConfig."""
     try:
-        data = read_json(text)
+        data = parse_json(text)
     except ValueError:
         return False
     if not isinstance(data, dict):

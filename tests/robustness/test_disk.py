@@ -10,8 +10,8 @@ import transformers.modeling_utils
 from safetensors import SafetensorError
 
 from hf_efficient import CheckpointError, ConfigError, TeacherCache, cache_teacher, compress
-from hf_efficient.disk import clear_disk_errors, disk_fault
 from hf_efficient.exporting import Exported
+from hf_efficient.io.disk import clear_disk_errors, disk_fault
 from hf_efficient.workspace import Workspace, write_text
 
 from ..distillation.test_cache import collate_rows, make_cache, rows_of

@@ -1,0 +1,162 @@
+"""The one place that writes into folders: complete or not at all, under names of our own, never through a link.
+
+    write_atomic("out/report.json", text)                    # a reader sees the old file or the new one
+    with new_folder("out/onnx") as made:                     # "out/onnx" must be new or empty; it appears at the end
+        model.save_pretrained(made)
+
+    with clear_disk_errors("out/bbc-news", "Give the same command again: it goes on after the last finished stage."):
+        model.save_pretrained("out/bbc-news/1-prune.partial")
+
+Temporary names are made by the system, exclusively, so nothing of a user is ever taken for one of ours. A disk that is
+full or fails is told in one message; the libraries that write for us say it each in their own way: OSError,
+SafetensorError or a RuntimeError of torch.save.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CheckpointError, HfEfficientError
+
+TEMPORARY = ".hf-efficient-"  # every temporary name begins so: hidden, and never part of a result
+
+FAULTS = {
+    errno.ENOSPC: "Free some space.",
+    errno.EDQUOT: "Free some space, or ask for a larger quota.",
+    errno.EROFS: "Choose a folder that can be written.",
+    errno.EIO: "Check the disk.",
+}
+# What torch.save says, without the reason, when it cannot write on.
+_CUT_SHORT = ("PytorchStreamWriter failed writing file", "inline_container.cc")
+
+
+@contextmanager
+def clear_disk_errors(folder: str | os.PathLike, then: str) -> Iterator[None]:
+    """Any such error within is a CheckpointError that names `folder`, and says what to do `then`."""
+    try:
+        yield
+    except HfEfficientError:
+        raise
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        raise CheckpointError(f"{os.fspath(folder)} could not be written: {fault} {then}") from error
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong with the disk, and how to mend it; None for any other error."""
+    text = str(error)
+    for number, advice in FAULTS.items():
+        name = os.strerror(number)
+        if (isinstance(error, OSError) and error.errno == number) or f"{name} (os error {number})" in text:
+            return f"{name}. {advice}"
+    if isinstance(error, RuntimeError) and any(words in text for words in _CUT_SHORT):
+        return f"a file was cut short, so the disk is full or fails. {FAULTS[errno.ENOSPC]}"
+    return None
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> Path:
+    """Write a file, complete or not at all; text as UTF-8. A link of that name is replaced, not followed."""
+    target = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o666 & ~current_umask())  # mkstemp makes it for its owner alone
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def check_empty(folder: str | os.PathLike) -> Path:
+    """The folder as a path, if it is new or empty.
+
+    Raises:
+        CheckpointError: it is not empty, a file, or a link to nowhere.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file. Choose another output folder.")
+    if target.is_symlink() and not target.exists():
+        raise CheckpointError(
+            f"{target} is a link to {os.readlink(target)}, which does not exist. Choose another folder."
+        )
+    if target.is_dir() and any(target.iterdir()):
+        raise CheckpointError(f"{target} is not empty. Choose another output folder.")
+    return target
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its name when the work within is done; after an error it goes.
+
+    Raises:
+        CheckpointError: `folder` is not new or empty.
+    """
+    target = check_empty(folder)
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
+    try:
+        os.chmod(made, 0o777 & ~current_umask())
+        yield made
+        if target.is_dir():
+            target.rmdir()  # it is empty, or this fails
+        os.replace(made, target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def own_folder(folder: str | os.PathLike) -> Path:
+    """A folder of a fixed name that belongs to us, made if it is not there.
+
+    Raises:
+        CheckpointError: a file or a link stands in its place.
+    """
+    target = Path(folder)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise CheckpointError(f"{target} is a link or a file, where a folder of this run belongs. Remove it.")
+    target.mkdir(exist_ok=True)
+    return target
+
+
+def remove_own(folder: str | os.PathLike) -> None:
+    """Delete a folder that `own_folder` made; what a link of that name leads to stays."""
+    if not Path(folder).is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
+    """`folder / name`, if that lies in the folder once all links are followed.
+
+    Raises:
+        CheckpointError: it leads out of the folder.
+    """
+    path = Path(folder) / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise CheckpointError(f"{path} leads out of {os.fspath(folder)}. Put a copy of the file there in its place.")
+    return path
+
+
+def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """The same file under a second name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False) if not os.path.islink(source) else shutil.copy2(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def current_umask() -> int:
+    """The permissions that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,63 @@
+"""The one place that reads JSON which somebody else may have written.
+
+    read_json("out/model/report.json")         # a fault is a CheckpointError with the file and what to do
+    parse_json(text)                           # a fault is a ValueError
+
+Size and depth are bounded, and text is text: a lone surrogate, which no file could hold again, is refused.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+MAX_BYTES = 1 << 26  # above any config, report, index or tokenizer of a real model
+MAX_DEPTH = 100
+
+
+def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        CheckpointError: no such file, not a file, too large, not UTF-8, not JSON; it names the file.
+    """
+    target = Path(path)
+    try:
+        if not target.is_file():
+            raise ValueError("it is not a file" if target.exists() else "there is no such file")
+        size = target.stat().st_size
+        if size > max_bytes:
+            raise ValueError(f"it has {size:,} bytes, at most {max_bytes:,} are read")
+        return parse_json(target.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"Cannot read {target} as JSON: {error}. Take the file from a good copy.") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, nested deeper than anything that is written here, or text with half a character.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested far too deep") from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str) and not item.isascii():
+                item.encode("utf-8")  # UnicodeEncodeError is a ValueError
+        level = below
+    return value
