@@ -1,7 +1,7 @@
-"""The one place where text of strangers is made fit to be shown: in a terminal, Markdown, a plot, or as code.
+r"""The one place where text of strangers is made fit to be shown: in a terminal, Markdown, a plot, or as code.
 
 for_terminal("a\x1b[2Jb")         # a\x1b[2Jb, visible: nothing that a terminal obeys
-for_markdown("*a* <b>")           # \\*a\\* &lt;b&gt;: as it was typed
+for_markdown("*a* <b>")           # \*a\* &lt;b&gt;: as it was typed
 for_plot("my$\frac{$model")       # matplotlib draws it, and reads no mathematics in it
 python_literal('a"\nimport os')   # 'a"\nimport os' in quotes: one Python string, whatever it holds
 """
