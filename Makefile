@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-thorough lint cards docs fuzz soak clean
+.PHONY: demo test test-thorough lint cards docs fuzz soak kills clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ fuzz: $(VENV)/ready
 # 50 compressions in one process: memory, tensors and open files stay flat. A few minutes.
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.robustness.soak --rounds 50
+
+# 50 kills at random moments of all stages, two processes included: the same weights in the end. Some ten minutes.
+kills: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness.kills --kills 50
 
 cards: $(VENV)/ready
 	$(BIN)/python scripts/make_model_cards.py
