@@ -20,6 +20,7 @@ from hf_efficient.safe_yaml import parse
 
 from ..families import make_config
 from ..reporting.samples import sample_report
+from . import folders
 
 Document = Any
 
@@ -181,4 +182,8 @@ TARGETS = {
     "plan": Target(read_plan, to_json, plans),
     "report": Target(read_report, to_json, reports),
     "pruning": Target(read_pruning, to_json, pruning),
+    "config": Target(folders.read_config, to_json, folders.configs),
+    "index": Target(folders.read_index, to_json, folders.indexes),
+    "tokenizer": Target(folders.read_tokenizer, to_json, folders.tokenizers),
+    "cache": Target(folders.read_cache, to_json, folders.caches),
 }
