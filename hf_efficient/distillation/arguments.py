@@ -17,13 +17,12 @@ from transformers import TrainingArguments
 from ..errors import ConfigError, unknown_name
 from .divergences import DIVERGENCES
 from .layer_map import MAPS
-from .losses import HIDDEN_DISTANCES, POOLINGS
+from .losses import HIDDEN_DISTANCES, MAX_TEMPERATURE, POOLINGS
 from .relations import ATTENTION_LOSSES
 from .terms import LOSSES
 
 SOFT_POSITIONS = ("labels", "attended")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
-MAX_TEMPERATURE = 1000.0
 
 
 @dataclass

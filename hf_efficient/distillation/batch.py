@@ -36,6 +36,7 @@ KINDS = {
     "ForVideoClassification": "examples",
     "ForQuestionAnswering": "spans",
 }
+TASK_KINDS = ("causal_lm", "tokens", "examples", "spans", "embeddings")
 LABELS = frozenset({"labels", "start_positions", "end_positions"})
 
 

@@ -7,9 +7,12 @@ out/cache/
   cache.json                what is kept, of which teacher
   config.json               the teacher's config; its weights are not needed any more
   shard-00000/ ...          Arrow tables of `datasets`, memory-mapped
+    shard.json              sha256 of its files, and to which cache they belong
 """
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -17,17 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError, DataError, shown
-from ..io.json import parse_json
+from ..io.disk import inside
+from ..io.json import read_json
+from ..loading import load_config
 from ..models.building import find_model_class
+from ..reporting.codec import decode
 from .answers import Answer
-from .batch import Batch, Task
-from .cached_rows import KEY, PREFIX, Layout, row_keys
+from .batch import Batch, forward_names
+from .cached_rows import KEY, KEY_BYTES, PREFIX, Layout, row_keys
 from .layer_map import Pairs
 from .terms import LOSSES
 
@@ -35,8 +42,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MANIFEST = "cache.json"
+CONFIG = "config.json"
+SEAL = "shard.json"
 FORMAT = "hf_efficient teacher cache"
-VERSION = 1
+VERSION = 2
+UNSEALED = 1  # the version whose shards have no digest
+MAX_SHARDS = 100_000
+MAX_ROWS = 1 << 40
+MAX_INPUTS = 1000
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Manifest:
         model_class, teacher: the teacher's class, and sha256 of its weights and config.
         inputs: the names that its forward takes.
         rows, shard_size: how many examples there are, and in one table.
+        config: sha256 of config.json; empty in a cache of the first version, which had no digests.
     """
 
     layout: Layout
@@ -56,10 +72,37 @@ class Manifest:
     inputs: tuple[str, ...]
     rows: int
     shard_size: int
+    config: str = ""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: numbers that no cache has.
+        """
+        numbers = {"rows": (self.rows, MAX_ROWS), "shard_size": (self.shard_size, MAX_ROWS)}
+        for name, (value, most) in numbers.items():
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {value}")
+        if -(-self.rows // self.shard_size) > MAX_SHARDS:
+            raise ValueError(
+                f"{self.rows} rows in tables of shard_size={self.shard_size} are more than {MAX_SHARDS} tables"
+            )
+        if not 1 <= len(self.inputs) <= MAX_INPUTS:
+            raise ValueError(f"inputs must be 1 to {MAX_INPUTS} names, got {len(self.inputs)}")
+
+    @property
+    def is_sealed(self) -> bool:
+        return bool(self.config)
 
     @property
     def shards(self) -> tuple[str, ...]:
         return tuple(f"shard-{index:05d}" for index in range(-(-self.rows // self.shard_size)))
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what makes an answer: the teacher, and what is kept of it."""
+        facts = [self.teacher, self.model_class, self.config, self.inputs, asdict(self.layout)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
@@ -70,28 +113,33 @@ class Manifest:
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
-        try:
-            values = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-            if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
-                raise ValueError("another format or version")
-            layout, values["inputs"] = values.pop("layout"), tuple(values["inputs"])
-            task = layout.pop("task")
-            layout["task"] = Task(**task | {"stacks": tuple(task["stacks"])})
-            layout["hidden_states"] = tuple(layout["hidden_states"])
-            return cls(layout=Layout(**layout), **values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        path = folder / MANIFEST
+        if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no teacher cache that this version can read ({error}). Make one with cache_teacher."
-            ) from error
+                f"{folder} has no teacher cache: {MANIFEST} is missing. Make one with cache_teacher."
+            )
+        values = read_json(path)
+        found = (values.pop("format", None), values.pop("version", None)) if isinstance(values, dict) else None
+        if found not in ((FORMAT, VERSION), (FORMAT, UNSEALED)):
+            raise CheckpointError(
+                f"{folder} has no teacher cache that this version can read (another format or version). Make one with "
+                "cache_teacher."
+            )
+        manifest: Manifest = decode(cls, values, str(path))
+        if manifest.is_sealed != (found == (FORMAT, VERSION)):
+            raise CheckpointError(f"{path} is damaged at Manifest.config. Write the cache again, with cache_teacher.")
+        return manifest
 
 
 class TeacherCache:
     """The answers of a teacher, in its place: `DistillationTrainer(..., teacher=TeacherCache(folder))`.
 
-    Of each example 16 bytes are held in memory, the rest is read where it lies.
+    Of each example 16 bytes are held in memory, the rest is read where it lies. All files are read once, here, to
+    compare them with their digests; a cache that was written before there were any is taken as it is, with a warning.
 
     Raises:
-        CheckpointError: no cache, one of another version, or one that was not written to its end.
+        CheckpointError: no cache, one of another version, one that was not written to its end, or one that is not
+            as `cache_teacher` wrote it.
     """
 
     def __init__(self, folder: str | Path):
@@ -106,6 +154,12 @@ class TeacherCache:
                 f"{folder} has {len(self.manifest.shards) - len(missing)} of {len(self.manifest.shards)} shards. Call "
                 "cache_teacher again with the same arguments: it goes on where it was stopped."
             )
+        if not self.manifest.is_sealed:
+            logger.warning(
+                "%s was written by an earlier version, without digests: damaged files would not be noticed. "
+                "cache_teacher into a new folder writes them.",
+                folder,
+            )
         shards = [open_shard(self.folder / name, self.manifest) for name in self.manifest.shards]
         self._rows = datasets.concatenate_datasets(shards).with_format("arrow")
         heads = _heads(self._rows.select_columns([KEY])[:][KEY].to_pylist())
@@ -116,12 +170,34 @@ class TeacherCache:
         return len(self._rows)
 
     def skeleton(self) -> PreTrainedModel:
-        """The teacher without its weights, on the meta device: its class, config and forward."""
-        config = AutoConfig.from_pretrained(self.folder)
-        name = self.manifest.model_class
-        kind = getattr(transformers, name, None) or find_model_class(name)
+        """The teacher without its weights, on the meta device: its class, config and forward.
+
+        Raises:
+            CheckpointError: a config or a class that is not the teacher's.
+        """
+        path, name = self.folder / CONFIG, self.manifest.model_class
+        if self.manifest.is_sealed and digest_of(path) != self.manifest.config:
+            raise CheckpointError(f"{path} is not the file that cache_teacher wrote. Take it from a good copy.")
+        config = load_config(self.folder)
+        kind = getattr(transformers, name, None)
+        try:
+            kind = find_model_class(name) if kind is None else kind
+        except AttributeError:
+            kind = None
+        is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
+        if not is_model or not isinstance(config, kind.config_class or ()):
+            raise CheckpointError(
+                f"{self.folder / MANIFEST} names {shown(name)} as the teacher's class, which is no model of "
+                f"transformers for its {type(config).__name__}. Make the cache again, with cache_teacher."
+            )
         with torch.device("meta"):
-            return kind(config)
+            model = kind(config)
+        if unknown := set(self.manifest.inputs) - forward_names(model):
+            raise CheckpointError(
+                f"{self.folder / MANIFEST} names inputs that {name} does not take: {shown(sorted(unknown))}. Make the "
+                "cache again, with cache_teacher."
+            )
+        return model
 
     def check(self, args: Any, pairs: Mapping[str, Mapping[str, Pairs]]) -> None:
         """Whether the losses of these `DistillationArguments` find here what they need.
@@ -184,24 +260,89 @@ class TeacherCache:
         return self.layout.answer(batch)
 
 
+def digest_of(path: Path) -> str:
+    """sha256 of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What lies beside the files of a shard. cache: `Manifest.identity`. files: sha256 by name."""
+
+    cache: str
+    files: dict[str, str]
+
+
+def seal(shard: Path, manifest: Manifest) -> str:
+    """The text of `SEAL` for a shard that has just been written."""
+    files = {path.name: digest_of(path) for path in sorted(shard.iterdir())}
+    return json.dumps(asdict(Seal(manifest.identity, files)), indent=1)
+
+
 def open_shard(path: Path, manifest: Manifest) -> "Dataset":
-    """
+    """A shard that is as it was written, for this cache.
+
     Raises:
-        CheckpointError: it is cut short, or parts of it are missing.
+        CheckpointError: it is cut short, changed, or of another cache, or parts of it are missing.
     """
     import datasets
 
     try:
+        if manifest.is_sealed:
+            _check_seal(path, manifest)
         shard = datasets.load_from_disk(str(path))
-        expected = min(manifest.shard_size, manifest.rows - manifest.shards.index(path.name) * manifest.shard_size)
-        if len(shard) != expected:
-            raise ValueError(f"{len(shard)} of {expected} examples")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # of Arrow too
+        for file in shard.cache_files:
+            inside(path, file["filename"])
+        _check_rows(shard, path.name, manifest)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise CheckpointError(
             f"{path} is damaged ({shown(str(error))}). Delete that folder and call cache_teacher again with the same "
             "arguments: it makes what is missing."
         ) from error
     return shard
+
+
+def _check_seal(path: Path, manifest: Manifest) -> None:
+    """
+    Raises:
+        OSError, ValueError: other files than the seal says, or a seal of another cache.
+    """
+    found: Seal = decode(Seal, read_json(path / SEAL), str(path / SEAL))
+    if found.cache != manifest.identity:
+        raise ValueError("it belongs to the cache of another teacher or of other settings")
+    for name, digest in found.files.items():
+        if Path(name).name != name or digest_of(path / name) != digest:
+            raise ValueError(f"{name} is not the file that was written")
+    if not found.files.keys() >= {file.name for file in path.glob("*.arrow")} | {"state.json", "dataset_info.json"}:
+        raise ValueError("it has files that are not its own")
+
+
+def _check_rows(shard: Any, name: str, manifest: Manifest) -> None:
+    """
+    Raises:
+        ValueError: a table that does not hold what the manifest says.
+    """
+    expected = min(manifest.shard_size, manifest.rows - manifest.shards.index(name) * manifest.shard_size)
+    if len(shard) != expected:
+        raise ValueError(f"{len(shard)} of {expected} examples")
+    if shard.features != features_of(manifest.layout):
+        raise ValueError("its columns are not those of the manifest")
+    first = shard.with_format("arrow")[:1]
+    for column, shape in manifest.layout.columns().items():
+        if len(first[column][0].as_py()) % shape.width:
+            raise ValueError(f"{column} is not made of vectors of {shape.width}, as the manifest says")
+
+
+def features_of(layout: Layout) -> Any:
+    """The columns of a shard, as `datasets` describes them."""
+    import datasets
+
+    types = {name: datasets.LargeList(datasets.Value(column.dtype)) for name, column in layout.columns().items()}
+    return datasets.Features({KEY: datasets.Value("binary")} | types)
 
 
 @dataclass(frozen=True)
@@ -223,5 +364,11 @@ def _arrays(column: Any) -> list[np.ndarray]:
 
 
 def _heads(keys: list[bytes]) -> np.ndarray:
-    """The first 64 bits of each key; two examples that share them would be told apart by the rest."""
+    """The first 64 bits of each key; two examples that share them would be told apart by the rest.
+
+    Raises:
+        CheckpointError: something else than keys.
+    """
+    if any(key is None or len(key) != KEY_BYTES for key in keys):
+        raise CheckpointError("The cache has keys that are none. Make it again, with cache_teacher.")
     return np.frombuffer(b"".join(key[:8] for key in keys), dtype=np.uint64)

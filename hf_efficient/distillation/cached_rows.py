@@ -15,13 +15,17 @@ from torch import Tensor
 
 from ..errors import DataError
 from .answers import Answer
-from .batch import LABELS, Batch, Task
+from .batch import LABELS, TASK_KINDS, Batch, Task
 from .draws import DrawnTokens
-from .losses import pool
+from .losses import MAX_TEMPERATURE, POOLINGS, PROBLEMS, pool
 from .top_k import TopLogits
 
 PREFIX = "teacher_"
 KEY = "key"
+KEY_BYTES = 32
+DTYPES = ("float16", "float32", "float64")
+MAX_CLASSES = 1 << 31  # ids are int32 at most
+MAX_WIDTH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,40 @@ class Layout:
     pooling: str
     dtype: str
     sampled: int | None = None
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: what no teacher has; a manifest may say anything, and these numbers decide about memory.
+        """
+        task = self.task
+        numbers = {
+            "classes": (self.classes, 0, MAX_CLASSES),
+            "num_labels": (task.num_labels, 0, MAX_CLASSES),
+            "hidden_size": (self.hidden_size, 0, MAX_WIDTH),
+        }
+        numbers |= {f"{n} (classes {self.classes})": (k, 1, self.classes) for n, k in self._kept() if k is not None}
+        numbers |= {f"hidden_states {i}": (position, 0, MAX_WIDTH) for i, position in enumerate(self.hidden_states)}
+        for name, (value, low, high) in numbers.items():
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+        names = {
+            "kind": (task.kind, TASK_KINDS),
+            "problem": (task.problem, (None, *PROBLEMS)),
+            "stacks": (task.stacks, (("encoder",), ("encoder", "decoder"))),
+            "pooling": (self.pooling, POOLINGS),
+            "dtype": (self.dtype, DTYPES),
+        }
+        for name, (given, known) in names.items():
+            if given not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {given!r}")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}")
+        if self.top_k is not None and self.sampled is not None:
+            raise ValueError("top_k and sampled are not to be had together")
+
+    def _kept(self) -> tuple[tuple[str, int | None], ...]:
+        return ("top_k", self.top_k), ("sampled", self.sampled)
 
     @property
     def keeps_few(self) -> bool:

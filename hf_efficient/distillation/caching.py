@@ -8,9 +8,8 @@ a call that was killed goes on with those that are missing, and one that asks fo
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +19,20 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, default_data_collator
 
 from ..errors import CheckpointError, ConfigError
-from ..io.disk import clear_disk_errors
+from ..io.disk import clear_disk_errors, new_folder, write_atomic
+from ..measure.context import eval_mode
 from .answers import read_answer
 from .batch import Batch, base_of, forward_names, task_of
-from .cache import MANIFEST, Manifest, TeacherCache, open_shard
-from .cached_rows import KEY, Layout, row_keys
+from .cache import CONFIG, MANIFEST, MAX_SHARDS, SEAL, Manifest, TeacherCache, digest_of, features_of, open_shard, seal
+from .cached_rows import DTYPES, KEY, Layout, row_keys
 from .hidden_states import wanted_states
 from .layer_map import depths, width
-from .losses import POOLINGS
+from .losses import MAX_TEMPERATURE, POOLINGS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_CLASSES = 4096  # of each token; a whole vocabulary would fill the disk
-DTYPES = ("float16", "float32", "float64")
 
 
 def cache_teacher(
@@ -60,7 +59,7 @@ def cache_teacher(
     divergence, and (k + 1) 2 + 4 bytes a token, (k + 1) 4 + 4 above 65,536 entries.
 
     Parameters:
-        teacher: a loaded model, on the device where it shall run; it is put in eval mode.
+        teacher: a loaded model, on the device where it shall run; it runs in eval mode, and gets its own back.
         dataset: tokenised examples, or several data sets (train and test) for one cache.
         data_collator: the one of the training.
         top_k, sampled: how many of each token, one of both; `None` keeps all logits, up to 4,096 classes for each.
@@ -82,6 +81,8 @@ def cache_teacher(
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("rows of the data", len(rows))):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
+    if len(rows) > shard_size * MAX_SHARDS:
+        raise ConfigError(f"shard_size={shard_size} makes more than {MAX_SHARDS} tables of {len(rows)} examples.")
     manifest = Manifest(
         layout=layout,
         model_class=type(base_of(teacher)).__name__,
@@ -93,12 +94,12 @@ def cache_teacher(
     state, folder = PartialState(), Path(folder)
     with clear_disk_errors(folder, "Then call cache_teacher again: it goes on with the shards that are missing."):
         with state.main_process_first():
-            _begin(folder, manifest, teacher)
-        teacher.eval()
-        for index, name in enumerate(manifest.shards):
-            if index % state.num_processes == state.process_index:
-                part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
-                _write_shard(folder / name, part, teacher, manifest, data_collator, batch_size)
+            manifest = _begin(folder, manifest, teacher)
+        with eval_mode(teacher):
+            for index, name in enumerate(manifest.shards):
+                if index % state.num_processes == state.process_index:
+                    part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
+                    _write_shard(folder / name, part, teacher, manifest, data_collator, batch_size)
     state.wait_for_everyone()
     return TeacherCache(folder)
 
@@ -144,8 +145,9 @@ def _layout(
             f"All {classes} logits of each token would be {classes * 4 / 1024:.0f} KiB a token. Give top_k=64 or "
             "sampled=64, and the temperature of the training."
         )
-    if not temperature > 0:
-        raise ConfigError(f"temperature must be above 0, got {temperature!r}.")
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_number or not 0 < temperature <= MAX_TEMPERATURE:
+        raise ConfigError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {temperature!r}.")
     depth = min(depths(teacher, task.stacks).values()) if hidden_states else 0
     if any(type(p) is not int or not 0 <= p <= depth for p in hidden_states):
         raise ConfigError(f"hidden_states={list(hidden_states)} must be positions from 0 (embeddings) to {depth}.")
@@ -168,25 +170,30 @@ def _columns_of(rows: "Dataset", teacher: PreTrainedModel) -> "Dataset":
     return rows.remove_columns([name for name in rows.column_names if name not in names])
 
 
-def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> None:
-    """A new cache, or one to go on with."""
+def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> Manifest:
+    """A new cache, or one to go on with; its manifest.
+
+    Raises:
+        CheckpointError: the folder holds something else.
+    """
     if (folder / MANIFEST).is_file():
         found = Manifest.read(folder)
         differing = [name for name, value in vars(manifest).items() if getattr(found, name) != value]
-        if differing:
+        if differing := [name for name in differing if name != "config"]:  # `teacher` covers it
             raise CheckpointError(
                 f"{folder} is a teacher cache with another {' and '.join(differing)}. Choose another folder, or "
                 "delete this one."
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+        return found
+    if folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty and no teacher cache. Choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = type(teacher.config).from_dict(base_of(teacher).config.to_dict())
-    config.save_pretrained(folder)
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    with new_folder(folder) as made:
+        values = base_of(teacher).config.to_dict()
+        values.pop("quantization_config", None)  # says how its weights lie in memory, which is not kept
+        type(base_of(teacher).config).from_dict(values).save_pretrained(made)
+        manifest = replace(manifest, config=digest_of(made / CONFIG))
+        write_atomic(made / MANIFEST, manifest.to_json())
+    return manifest
 
 
 def _write_shard(
@@ -220,15 +227,9 @@ def _write_shard(
         table[KEY] += keys
         for name, values in _answers(teacher, inputs, keys, layout).items():
             table[name] += values
-    types = {name: datasets.LargeList(datasets.Value(column.dtype)) for name, column in layout.columns().items()}
-    features = datasets.Features({KEY: datasets.Value("binary")} | types)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        datasets.Dataset.from_dict(table, features=features).save_to_disk(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # half a shard would take space on a full disk
+    with new_folder(path) as made:
+        datasets.Dataset.from_dict(table, features=features_of(layout)).save_to_disk(str(made))
+        write_atomic(made / SEAL, seal(made, manifest))
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from .top_k import TopLogits
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 SINGLE_LABEL = "single_label_classification"
+MAX_TEMPERATURE = 1000.0
+PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)  # all that a config's problem_type may be
 
 
 def check_shape(values: Tensor, mask: Tensor) -> None:
