@@ -9,6 +9,7 @@ layer without one, and cross attention unless asked for, gets dense softmax atte
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.output_capturing import _active_collector
 
@@ -49,8 +50,15 @@ def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> N
         )
 
 
-def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape, cross: bool = False) -> None:
-    """Give one attention module its variant; `full` means none. `cross`: its keys are those of another sequence."""
+def attach(
+    module: nn.Module, config: AttentionConfig, shape: HeadShape, cross: bool = False
+) -> RemovableHandle | None:
+    """Give one attention module its variant; `full` means none. `cross`: its keys are those of another sequence.
+
+    Returns:
+        the hook that sees to its cache, if it has one.
+    """
+    handle = None
     if config.kind != "full":
         device = torch.empty(0).device
         variant = make_variant(config, shape).to(device)
@@ -59,7 +67,8 @@ def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape, cross: 
                 setattr(part, name, value.to(device))
         module.add_module(ATTACHED, variant)
         if not cross:
-            attach_cache(module, config, variant.has_state)
+            handle = attach_cache(module, config, variant.has_state, variant.keeps_keys)
+    return handle
 
 
 def make_variant(config: AttentionConfig, shape: HeadShape) -> AttentionVariant:

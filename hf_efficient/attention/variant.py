@@ -40,6 +40,7 @@ class AttentionVariant(nn.Module):
         takes_cross: queries and keys may come from different sequences, so it can serve cross attention.
         has_weights: the output is a matrix of weights, one for each pair, times the values.
         has_state: `decode` carries a state from call to call, so that no key is kept that is not needed.
+        keeps_keys: the state begins with keys [B,K,m,D] and values [B,K,m,Dv], which others may read from the cache.
         needs_training: as converted, without training, the outputs are not close to softmax attention.
     """
 
@@ -47,6 +48,7 @@ class AttentionVariant(nn.Module):
     takes_cross = False
     has_weights = True
     has_state = False
+    keeps_keys = False
     needs_training = False
 
     def __init__(self, config: AttentionConfig, shape: HeadShape):
