@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
@@ -49,9 +50,10 @@ class StateLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: AttentionConfig, is_sliding: bool = False, max_length: int = -1):
-        super().__init__()
-        self.config, self.is_sliding, self.max_length = config, is_sliding, max_length
+    def __init__(
+        self, config: AttentionConfig, is_sliding: bool = False, max_length: int = -1, keeps_keys: bool = False
+    ):
+        self.config, self.is_sliding, self.max_length, self.keeps_keys = config, is_sliding, max_length, keeps_keys
         self.reset()
 
     def reset(self) -> None:
@@ -94,12 +96,42 @@ class StateLayer(CacheLayerMixin):
                 "can go on from it."
             )
         self.expected = False
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.tokens += key_states.shape[-2]
         return key_states, value_states
 
     def advance(self, state: State) -> None:
         """The state after all tokens so far."""
         self.state, self.decoded = state, self.tokens
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, K, m, D], those that are kept: of `local` the last in the window, as a sliding stock layer has them.
+
+        Raises:
+            UnsupportedModelError: the kind keeps none.
+        """
+        return self._kept(0)
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        return self._kept(1)
+
+    def _kept(self, place: int) -> Tensor | None:
+        if self.state is None:
+            return None
+        if not self.keeps_keys:
+            raise UnsupportedModelError(
+                f"This cache holds a state of {self.config.kind!r} attention, out of which no keys and values can be "
+                "read. Use the cache as a whole, with the model that filled it; Whisper reads them for "
+                "return_dict_in_generate=True: leave that out."
+            )
+        return self.state[place]
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +167,7 @@ class StateLayer(CacheLayerMixin):
         """Refused: no token can be taken out of a state.
 
         Raises:
-            UnsupportedModelError: always.
+            UnsupportedModelError: always, for 0 tokens too: who asks means to take some later.
         """
         raise UnsupportedModelError(
             f"Assisted and contrastive decoding take tokens back from the cache, but {self.config.kind!r} attention "
@@ -168,7 +200,9 @@ def _mask_sizes(layer: StateLayer | AllKeysLayer, query_length: int) -> tuple[in
     return (layer.get_seq_length() + query_length if layer.max_length < 0 else layer.max_length), 0
 
 
-def attach_cache(module: nn.Module, config: AttentionConfig, has_state: bool) -> None:
+def attach_cache(
+    module: nn.Module, config: AttentionConfig, has_state: bool, keeps_keys: bool
+) -> RemovableHandle | None:
     """Make a self-attention module that is called with a cache see to its layer there.
 
     One that takes no further keywords could not pass a state on to its attention: it keeps its ordinary cache.
@@ -176,12 +210,20 @@ def attach_cache(module: nn.Module, config: AttentionConfig, has_state: bool) ->
     parameters = inspect.signature(module.forward).parameters
     names = [name for name in _ARGUMENTS if name in parameters]
     if names and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        hook = partial(_find_state, config, has_state, names[0], list(parameters).index(names[0]))
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        hook = partial(_find_state, config, has_state, keeps_keys, names[0], list(parameters).index(names[0]))
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return None
 
 
 def _find_state(
-    config: AttentionConfig, has_state: bool, name: str, place: int, module: Any, args: tuple, kwargs: dict
+    config: AttentionConfig,
+    has_state: bool,
+    keeps_keys: bool,
+    name: str,
+    place: int,
+    module: Any,
+    args: tuple,
+    kwargs: dict,
 ) -> tuple[tuple, dict] | None:
     """The forward pre-hook: adds `state_layer` to the arguments if this call decodes from a state.
 
@@ -189,9 +231,10 @@ def _find_state(
     tensors must stay the same ones.
     """
     cache = args[place] if len(args) > place else kwargs.get(name)
-    if cache is None or not getattr(module, "is_causal", True):
+    index = getattr(module, "layer_idx", None)  # None where one module serves several layers (Zamba)
+    if cache is None or index is None or not getattr(module, "is_causal", True):
         return None
-    index, layers = module.layer_idx, _layers_of(cache, module.layer_idx)
+    layers = _layers_of(cache, index)
     if index >= len(layers):
         return None
     layer = layers[index]
@@ -199,7 +242,7 @@ def _find_state(
     trains = module.training and torch.is_grad_enabled()  # `generate` in training mode records no gradients
     keeps_state = has_state and not (trains or fixed or torch.compiler.is_exporting())
     if _is_stock(layer) and (keeps_state or layer.is_sliding):
-        layer = layers[index] = _in_place_of(layer, config, keeps_state)
+        layer = layers[index] = _in_place_of(layer, config, keeps_state, keeps_keys)
     if not isinstance(layer, StateLayer):
         return None
     if trains:
@@ -224,7 +267,7 @@ def _is_stock(layer: Any) -> bool:
     return type(layer) in _STOCK or isinstance(layer, _QUANTIZED)
 
 
-def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool) -> CacheLayerMixin:
+def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_keys: bool) -> CacheLayerMixin:
     """What serves a converted layer instead of a stock layer.
 
     Raises:
@@ -233,7 +276,7 @@ def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool) -> Cach
     tokens = int(layer.get_seq_length())
     max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else -1
     if keeps_state and not tokens:
-        return StateLayer(config, layer.is_sliding, max_length)
+        return StateLayer(config, layer.is_sliding, max_length, keeps_keys)
     if not layer.is_sliding:
         return layer
     if tokens > (layer.keys.shape[2] if tokens else 0):

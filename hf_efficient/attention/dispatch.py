@@ -9,6 +9,7 @@ layer without one, and cross attention unless asked for, gets dense softmax atte
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.output_capturing import _active_collector
 
@@ -49,14 +50,64 @@ def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> N
         )
 
 
-def attach(module: nn.Module, config: AttentionConfig, shape: HeadShape, cross: bool = False) -> None:
-    """Give one attention module its variant; `full` means none. `cross`: its keys are those of another sequence."""
+def attach(
+    module: nn.Module, config: AttentionConfig, shape: HeadShape, cross: bool = False
+) -> RemovableHandle | None:
+    """Give one attention module its variant; `full` means none. `cross`: its keys are those of another sequence.
+
+    Returns:
+        the hook that sees to its cache, if it has one.
+    """
+    handle = None
     if config.kind != "full":
-        variant = ATTENTIONS[config.kind](config, shape)
-        variant.reset_parameters()
+        device = torch.empty(0).device
+        variant = make_variant(config, shape).to(device)
+        if device.type != "meta":
+            for part, name, value in _plain_tensors(variant):
+                setattr(part, name, value.to(device))
         module.add_module(ATTACHED, variant)
         if not cross:
-            attach_cache(module, config, variant.has_state)
+            handle = attach_cache(module, config, variant.has_state, variant.keeps_keys)
+    return handle
+
+
+def make_variant(config: AttentionConfig, shape: HeadShape) -> AttentionVariant:
+    """A variant with its starting values, on the CPU: they depend on the config and the shape alone.
+
+    What is drawn at random in whatever way is drawn from the seed of the config, so that what a checkpoint does not
+    hold (a buffer that is not persistent, a tensor that is no buffer) is the same when it is loaded; and it is made
+    for real where a model is built on meta, so that `__init__` may read its own tensors.
+    """
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(config.seed)
+        variant = ATTENTIONS[config.kind](config, shape)
+        variant.reset_parameters()
+    return variant
+
+
+@torch.no_grad()
+def fill_missing(variant: AttentionVariant) -> None:
+    """Give what no checkpoint held of a loaded variant the values of a new one. What was loaded is not touched."""
+    made = make_variant(variant.config, variant.shape)
+    fresh = dict(made.named_parameters()) | dict(made.named_buffers())
+    for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
+        if name in fresh and not getattr(tensor, "_is_hf_initialized", False):
+            tensor.copy_(fresh[name])
+    parts = dict(variant.named_modules())
+    paths = {part: path for path, part in made.named_modules()}
+    for part, name, value in _plain_tensors(made):  # in `__init__`, torch.nn.init did nothing while a model was loaded
+        kept = parts[paths[part]]
+        setattr(kept, name, value.to(getattr(kept, name)))
+
+
+def _plain_tensors(variant: AttentionVariant) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """The tensors that are attributes, neither parameters nor buffers: transformers neither loads nor moves them."""
+    return [
+        (part, name, value)
+        for part in variant.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    ]
 
 
 def variant_of(module: nn.Module) -> AttentionVariant | None:

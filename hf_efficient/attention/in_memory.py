@@ -10,8 +10,9 @@ measured as any model, but no class could load it from disk: it refuses to be sa
 """
 
 import copy
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,17 +21,29 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, unknown_name
 from ..families import FAMILIES
+from .config import MAX_WINDOW, AttentionConfig
 from .dispatch import ATTACHED, NAME, attach, decodes_from_state, efficient_attention_forward
+from .kinds import ATTENTIONS
 from .masks import key_mask
 from .mixing import Mixing, spread_layers
-from .probe import Inputs, check_reached, forward_names, run, tiny_inputs
+from .probe import Inputs, check_reached, forward_names, run, run_steps, tiny_inputs
 from .variant import HeadShape
 
 PROBE = f"{NAME}_probe"
 TOLERANCE = 1e-3  # of the largest output; half precision: 50 times that
 _PROBING = threading.Lock()  # the registers are global: one probe at a time
+
+
+class _Layer(NamedTuple):
+    """A module that computes self-attention, its heads, a query for the device and dtype that it works with, and how
+    often one forward calls it."""
+
+    module: nn.Module
+    shape: HeadShape
+    like: Tensor
+    calls: int
 
 
 def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
@@ -44,21 +57,132 @@ def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
     _check(model)
     made = copy.deepcopy(model)
     inputs, expected = _first_run(made)
-    layers = _self_attentions(made, inputs, expected)
-    spread = spread_layers(asked, len(layers))
-    chosen = {index: spread[index] for index in sorted(spread) if spread[index].kind != "full"}
+    has_steady_cache = _decodes_alike(made, inputs)
+    layers, reached = _self_attentions(made, inputs, expected)
+    names = {module: name for name, module in made.named_modules()}
+    places = [names[layer.module] for layer in layers]
+    chosen = _choose(asked, places)
+    _check_towers(made, {names[module] for module in reached}, asked)
     if not chosen:
         return copy.deepcopy(model)
-    names = {module: name for name, module in made.named_modules()}
+    _use(made, NAME)
+    if has_steady_cache:
+        _check_cache(made, [(layers[index], config) for index, config in chosen.items()], inputs)
     for index, config in chosen.items():
-        module, shape, like = layers[index]
+        module, shape, like, _ = layers[index]
         attach(module, config, shape)
         module.get_submodule(ATTACHED).to(like.device, like.dtype).train(module.training)
-    _use(made, NAME)
     check_reached(made, inputs)
-    made.config.efficient_in_memory = {names[layers[i].module]: config.to_dict() for i, config in chosen.items()}
+    made.config.efficient_in_memory = {places[i]: config.to_dict() for i, config in chosen.items()}
     _seal(made)
     return made
+
+
+def _choose(asked: Mixing, places: list[str]) -> dict[int, AttentionConfig]:
+    """The attention of each self-attention, by its number, without the full ones.
+
+    Parameters:
+        asked: by layers, or by parts of the model: `{"model.language_model": local}`.
+        places: the names of the modules.
+    """
+    parts = _named_parts(asked, places)
+    if not parts:
+        spread = spread_layers(asked, len(places))
+    else:
+        spread = {}
+        for part, given in parts.items():
+            inside = [index for index, place in enumerate(places) if _is_inside(place, part)]
+            spread |= {inside[index]: config for index, config in spread_layers(given, len(inside)).items()}
+    return {index: spread[index] for index in sorted(spread) if spread[index].kind != "full"}
+
+
+def _named_parts(asked: Mixing, places: list[str]) -> dict[str, Any]:
+    """The parts of the model that are asked for by name; none if its layers are.
+
+    Raises:
+        ConfigError: a name beside others that is none of a part with self-attention.
+    """
+    if not isinstance(asked, Mapping):
+        return {}
+    found = {key for key in asked if isinstance(key, str) and any(_is_inside(place, key) for place in places)}
+    for key in asked if found else ():
+        if key not in found:
+            raise unknown_name("part of the model with self-attention", str(key), {_tower(place) for place in places})
+    return {key: asked[key] for key in asked if key in found}
+
+
+def _is_inside(place: str, part: str) -> bool:
+    return f"{place}.".startswith(f"{part}.")
+
+
+def _tower(place: str) -> str:
+    """`model.vision_tower` of `model.vision_tower.layers.0.self_attn`: what holds the list of layers."""
+    names = place.split(".")
+    number = next((index for index, name in enumerate(names) if name.isdigit()), len(names))
+    return ".".join(names[: max(number - 1, 0)])
+
+
+def _check_towers(model: PreTrainedModel, reached: set[str], asked: Mixing) -> None:
+    """Refuse to leave a whole stack of layers dense without a word: made-up inputs may hold no image or sound."""
+    reached_towers = {_tower(name) for name in reached}
+    parts = _named_parts(asked, list(reached)) or {"": None}
+    missed = sorted(
+        {
+            _tower(name)
+            for name, module in model.named_modules()
+            if _calls_interface(module) and any(not part or _is_inside(name, part) for part in parts)
+        }
+        - reached_towers
+    )
+    if missed:
+        example = ", ".join(f"{tower!r}: AttentionConfig(...)" for tower in sorted(reached_towers))
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has attention in {', '.join(missed)} too, which made-up inputs do not reach: it "
+            f"would stay dense. Name the part that is to be converted, convert_attention(model, {{{example}}}), or "
+            "convert that part of the model alone."
+        )
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Its forward looks up transformers' attention functions."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _decodes_alike(model: PreTrainedModel, inputs: Inputs) -> bool:
+    """True if the model gives the same token by token from a cache; False where it fails, or has none."""
+    try:
+        outputs = run_steps(model, inputs)
+        return outputs is not None and _is_close(*outputs, None)
+    except Exception:  # whatever the code of a model may raise that wants more than tokens
+        return False
+
+
+def _check_cache(model: PreTrainedModel, chosen: list[tuple[_Layer, AttentionConfig]], inputs: Inputs) -> None:
+    """Refuse a kind if the model decodes otherwise from a cache than without one, with a kind like it that sees all.
+
+    A state belongs to one layer that is called once for each token.
+    """
+    wide = AttentionConfig("local", window=MAX_WINDOW, global_tokens=0)
+    for has_state in (True, False):
+        concerned = [(layer, config) for layer, config in chosen if ATTENTIONS[config.kind].has_state == has_state]
+        stand_in = wide if has_state else AttentionConfig("strided")
+        handles = [attach(layer.module, stand_in, layer.shape) for layer, _ in concerned]
+        alike = not concerned or _decodes_alike(model, inputs)
+        for (layer, _), handle in zip(concerned, handles, strict=True):
+            del layer.module._modules[ATTACHED]
+            if handle is not None:
+                handle.remove()
+        if not alike:
+            often = max(layer.calls for layer, _ in concerned)
+            why = f"call attention {often} times in one forward" if often > 1 else "use the keys of other layers"
+            kinds = sorted({config.kind for _, config in concerned})
+            allowed = ", ".join(kind for kind, variant in ATTENTIONS.items() if not variant.has_state)
+            advice = f"Kinds that keep all keys: {allowed}." if has_state else "It cannot be converted."
+            raise UnsupportedModelError(
+                f"{type(model).__name__} would decode otherwise from a cache than without one with attention of the "
+                f"kind {', '.join(kinds)}: its layers {why}, or treat their cache in a way of their own. {advice}"
+            )
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -73,14 +197,6 @@ def _check(model: PreTrainedModel) -> None:
             f"{model.config.model_type} models are not in the table of families, so it takes a forward to find their "
             "attention, and this one has no weights (meta device). Load it first."
         )
-
-
-class _Layer(NamedTuple):
-    """A module that computes self-attention, its heads, and a query for the device and dtype that it works with."""
-
-    module: nn.Module
-    shape: HeadShape
-    like: Tensor
 
 
 @dataclass
@@ -98,7 +214,8 @@ class _Recorder:
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
         shape = HeadShape(query.shape[1], key.shape[1], query.shape[3])
-        self.layers.setdefault(module, _Layer(module, shape, query.detach()))
+        calls = self.layers[module].calls + 1 if module in self.layers else 1
+        self.layers[module] = _Layer(module, shape, query.detach(), calls)
         if query.shape[2] != key.shape[2] or getattr(module, "is_cross_attention", False):
             self.crossed.add(module)
         self.knows_window |= kwargs.get("sliding_window") is not None
@@ -118,7 +235,7 @@ def _first_run(model: PreTrainedModel) -> tuple[Inputs, Any]:
             inputs = tiny_inputs(model, main_only)
             if "input_ids" in inputs and "attention_mask" in forward_names(model):
                 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-                inputs["attention_mask"][:, 0] = 0  # an attention that loses its padding must show
+                inputs["attention_mask"][:, 1] = 0  # what loses its padding must show; the first may be what is pooled
             return inputs, run(model, inputs)
         except Exception as error:
             problem = error
@@ -127,8 +244,9 @@ def _first_run(model: PreTrainedModel) -> tuple[Inputs, Any]:
     ) from problem
 
 
-def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> list[_Layer]:
-    """The modules that compute self-attention through the interface, in the order in which they are called."""
+def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> tuple[list[_Layer], set[nn.Module]]:
+    """The modules that compute self-attention through the interface, in the order in which they are called; and all
+    that call it."""
     recorder, name = _Recorder(), type(model).__name__
     try:
         with _PROBING:
@@ -137,6 +255,7 @@ def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> l
             _use(model, PROBE)
             output = run(model, inputs)
         layers = [layer for module, layer in recorder.layers.items() if module not in recorder.crossed]
+        reached = set(recorder.layers)
     except Exception as error:
         raise UnsupportedModelError(
             f"{name} does not run with converted attention, most likely because its masks are more than padding and "
@@ -150,21 +269,49 @@ def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> l
             "MPNet, BLOOM, Longformer and others)."
         )
     is_lost = recorder.is_biased or (recorder.masks_are_local and not recorder.knows_window)
-    if is_lost or not _is_close(output[0], expected[0], inputs.get("attention_mask")):
+    unlike = None if is_lost else _find_unlike(output, expected, inputs.get("attention_mask"))
+    if is_lost or unlike is not None:
         raise UnsupportedModelError(
             f"The attention of {name} is more than softmax over the keys that are not padding: converted attention "
-            "has no place for its bias or its mask. Models of this family cannot be converted."
+            f"has no place for its bias or its mask{f' ({unlike} would change)' if unlike else ''}. Models of this "
+            "family cannot be converted."
         )
-    return layers
+    return layers, reached
+
+
+def _find_unlike(output: Any, expected: Any, mask: Tensor | None) -> str | None:
+    """The name of a tensor of the output that is not as expected; None: all are."""
+    got, wanted = _tensors(output), _tensors(expected)
+    for name, tensor in wanted.items():
+        other = got.get(name)
+        if other is None or other.shape != tensor.shape or not _is_close(other, tensor, mask):
+            return name
+    return None
+
+
+def _tensors(output: Any, name: str = "output") -> dict[str, Tensor]:
+    """The floating-point tensors of an output, however deep they lie, by their names."""
+    if isinstance(output, Tensor):
+        return {name: output} if output.is_floating_point() and output.numel() else {}
+    pairs: Iterable = output.items() if isinstance(output, Mapping) else ()
+    if isinstance(output, list | tuple):
+        pairs = enumerate(output)
+    found = {}
+    for key, value in pairs:
+        found |= _tensors(value, str(key) if name == "output" else f"{name}.{key}")
+    return found
 
 
 def _is_close(output: Tensor, expected: Tensor, mask: Tensor | None) -> bool:
-    """Equal to rounding, at the tokens that are not padding."""
+    """Equal to rounding, at the tokens that are not padding and where a number is expected."""
     if mask is not None and mask.shape == expected.shape[:2]:
         output, expected = output[mask.bool()], expected[mask.bool()]
-    tolerance = TOLERANCE if expected.dtype in (torch.float32, torch.float64) else 50 * TOLERANCE
-    error = (output.double() - expected.double()).abs().max()
-    return bool(error <= tolerance * expected.double().abs().max())
+    dtype, finite = expected.dtype, expected.isfinite()
+    if not finite.any():
+        return True
+    output, expected = output[finite].double(), expected[finite].double()
+    tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else 50 * TOLERANCE
+    return bool((output - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _use(model: PreTrainedModel, name: str) -> None:

@@ -44,6 +44,7 @@ class LocalAttention(AttentionVariant):
 
     takes_bias = True
     has_state = True
+    keeps_keys = True
 
     def attend(self, query, key, value, key_mask, **kwargs):
         window, global_tokens = self.config.window, self.config.global_tokens

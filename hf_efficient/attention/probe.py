@@ -49,6 +49,33 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
         model.train(training)
 
 
+@torch.no_grad()
+def run_steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The first output `[1, tokens, width]` of the base model token by token from a cache, and that without one.
+
+    None: the model keeps no cache of its text. A mask is left out: all tokens are real.
+    """
+    names = forward_names(model)
+    main = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    if main not in inputs or not {"past_key_values", "use_cache"} <= set(names):
+        return None
+    given = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    whole, steps, cache, training = run(model, given)[0], [], None, model.training
+    ids = given.pop(main)
+    try:
+        for part in ids.split([2] + [1] * (ids.shape[1] - 2), dim=1):
+            output = model.eval().base_model(**given, **{main: part}, past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                return None
+            steps.append(output[0])
+            if main == "input_ids":  # an image belongs to the prompt, the text of an encoder to every step
+                given = {}
+    finally:
+        model.train(training)
+    return torch.cat(steps, 1), whole
+
+
 def check_reached(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
     """Run a tiny forward and make sure that every attached variant was called.
 

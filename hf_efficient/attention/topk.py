@@ -43,6 +43,7 @@ class TopkAttention(AttentionVariant):
     """`topk_attention` with the blocks and the global tokens of the config."""
 
     has_state = True
+    keeps_keys = True
 
     def attend(self, query, key, value, key_mask, *, bias=None, **kwargs):
         return topk_attention(query, key, value, key_mask, **self._sizes(), **kwargs)

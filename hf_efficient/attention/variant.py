@@ -31,14 +31,16 @@ class AttentionVariant(nn.Module):
     """The attention of one converted layer.
 
     Learned parts are parameters whose first dimension is the query heads H or the key/value heads K (pruning slices
-    them so); what is drawn once, such as a random projection, is a buffer shared by the heads. `reset_parameters`
-    gives all of them their starting values.
+    them so); what is drawn once, such as a random projection, is a buffer shared by the heads. `__init__` and
+    `reset_parameters` give all of them their starting values. What is not saved (`persistent=False`, tensors that are
+    mere attributes) is made again by them for the heads that there are, whenever a model is built.
 
     Attributes:
         takes_bias: the kind has a place for T5's relative position bias.
         takes_cross: queries and keys may come from different sequences, so it can serve cross attention.
         has_weights: the output is a matrix of weights, one for each pair, times the values.
         has_state: `decode` carries a state from call to call, so that no key is kept that is not needed.
+        keeps_keys: the state begins with keys [B,K,m,D] and values [B,K,m,Dv], which others may read from the cache.
         needs_training: as converted, without training, the outputs are not close to softmax attention.
     """
 
@@ -46,6 +48,7 @@ class AttentionVariant(nn.Module):
     takes_cross = False
     has_weights = True
     has_state = False
+    keeps_keys = False
     needs_training = False
 
     def __init__(self, config: AttentionConfig, shape: HeadShape):
@@ -54,8 +57,8 @@ class AttentionVariant(nn.Module):
         self.transfer: Any = None  # what a call goes to while attention is transferred; set and unset by `transfer.py`
 
     def reset_parameters(self) -> None:
-        """Starting values of learned parts and buffers, written with `transformers.initialization`, which leaves
-        alone what came from a checkpoint."""
+        """Starting values of learned parts and buffers, written in any way: it is called on a new variant only, whose
+        values then go to what a checkpoint does not hold. Random numbers come from the seed of the config."""
 
     def attend(
         self,

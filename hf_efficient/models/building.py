@@ -23,11 +23,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from ..attention.dispatch import ATTACHED, NAME, attach, check_fit, decodes_from_state
+from ..attention.dispatch import ATTACHED, NAME, attach, check_fit, decodes_from_state, fill_missing
 from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import CheckpointError, UnsupportedModelError
@@ -59,12 +58,11 @@ class EfficientMixin:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def initialize_weights(self) -> None:
-        """As the stock method; the learned parts of variants too that no checkpoint held."""
+        """As the stock method; what no checkpoint held of the variants starts as in a new one."""
         super().initialize_weights()
-        with guard_torch_init_functions():  # torch.nn.init leaves alone what came from a checkpoint
-            for module in self.modules():
-                if isinstance(module, AttentionVariant):
-                    module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, AttentionVariant):
+                fill_missing(module)
 
     def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
         """As the stock method, but not while layers decode from a state: a CUDA graph needs tensors that stay."""
