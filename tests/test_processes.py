@@ -1,4 +1,4 @@
-"""Other programs that we start: isolated from the current folder, the same package, and never waited for without end."""
+"""Programs that we start: isolated from the current folder, the same package, and never waited for without end."""
 
 import shutil
 import subprocess
