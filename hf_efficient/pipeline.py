@@ -39,6 +39,7 @@ def compress(
     *,
     output_dir: str | Path | None = None,
     announce: Callable[[str], None] = lambda line: None,
+    trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Report:
     """Run a recipe: teacher, stages, measurement, report.
@@ -47,6 +48,7 @@ def compress(
         recipe: a `Recipe`, a YAML file, or the name of a shipped recipe.
         output_dir: default `out/<recipe name>`. The result lies in its folder `model`.
         announce: called with one line when a stage begins or ends.
+        trust_remote_code: run code that comes with the model. That the recipe says so is not enough.
         **overrides: dotted recipe keys: `compress("bbc-news", **{"prune.ratio": 0.5})`.
 
     Raises:
@@ -55,7 +57,7 @@ def compress(
         TrainingError: a loss that is not finite, or one example that does not fit into memory.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
-    recipe = recipe.with_overrides(overrides) if overrides else recipe
+    recipe = recipe.allowed(trust_remote_code, overrides)
     if recipe.sweep:
         raise ConfigError("The recipe has a sweep, so it gives many results: call sweep(recipe), not compress.")
     from .running import Run
@@ -81,8 +83,10 @@ def compress(
             space.close()
 
 
-def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
+def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False) -> list["PruningPlan"]:
     """What each prune stage of a recipe will give, from the config of its model alone: sizes, not choices.
+
+    `trust_remote_code`: run code that comes with the model. That the recipe says so is not enough.
 
     Raises:
         ConfigError: there is no such stage; a ratio that cannot be reached.
@@ -93,7 +97,7 @@ def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
     from .running import Run, longest_text
     from .stages import AttentionStage, PruneStage
 
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
+    recipe = (recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)).allowed(trust_remote_code)
     run = Run(recipe, Path())
     config, plans = run.config, []
     for stage in recipe.stages:

@@ -42,6 +42,7 @@ from .stages import STAGES, AnyStage, check_order
 
 __all__ = ["STAGES", "Recipe", "Stage", "shipped_recipes"]
 
+TRUST = "model.trust_remote_code"
 MAX_STAGES = 100
 MAX_COMBINATIONS = 200
 KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "sweep"]
@@ -194,6 +195,26 @@ class Recipe:
             value = parse(value, f"override {key}") if isinstance(value, str) else value
             _set(data, str(key), value)
         return Recipe.from_dict(data)
+
+    def allowed(self, trust_remote_code: bool, overrides: Mapping[str, Any] | None = None) -> "Recipe":
+        """The recipe that is run: with its overrides, and running code that comes with the model only on your own word.
+
+        A recipe may come from a stranger, as the model that it names: so `model.trust_remote_code` in it is only a
+        wish. An override is the word of whoever runs it, as `trust_remote_code=True` is.
+
+        Raises:
+            ConfigError: the recipe wants it, and you did not say so.
+        """
+        own = dict(overrides or {}) | ({TRUST: True} if trust_remote_code else {})
+        recipe = self.with_overrides(own) if own else self
+        if recipe.model.trust_remote_code and not {"model", TRUST} & own.keys():
+            named = recipe.model.name_or_path or recipe.model.tokenizer
+            raise ConfigError(
+                f"The recipe {recipe.name!r} wants to run code that comes with the model {shown(named)} ({TRUST}: true), "
+                "which may do anything on this machine. If you know that code and want it, say so yourself: "
+                "--trust-remote-code, or trust_remote_code=True in Python. Else take that line out of the recipe."
+            )
+        return recipe
 
 
 def _check_sweep(sweep: Any) -> None:

@@ -81,7 +81,8 @@ class Run:
     def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of the config without memory for its weights."""
         with torch.device("meta"):
-            return getattr(transformers, self.auto_class).from_config(config)
+            trust = {"trust_remote_code": self.recipe.model.trust_remote_code}  # not given, transformers would ask
+            return getattr(transformers, self.auto_class).from_config(config, **trust)
 
     @property
     def processor_class(self) -> str | None:

@@ -31,12 +31,14 @@ def sweep(
     *,
     output_dir: str | Path | None = None,
     announce: Callable[[str], None] = lambda line: None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Report]:
     """Run every combination of `recipe.sweep`, then write `report.html` and `pareto.png` over all of them.
 
     Parameters:
         output_dir: default `out/<recipe name>`; each combination has a folder in it.
         announce: called with one line when something begins or ends.
+        trust_remote_code: run code that comes with the model. That the recipe says so is not enough.
 
     Returns:
         The report of each combination by its label. Called again, what is finished is not done again.
@@ -50,17 +52,20 @@ def sweep(
         raise ConfigError(
             f"The recipe {recipe.name!r} has no sweep. Add one: sweep: {{prune.ratio: [0.3, 0.5, 0.7]}}."
         )
+    recipe = recipe.allowed(trust_remote_code)
+    combinations = {label: one.allowed(trust_remote_code) for label, one in recipe.combinations().items()}
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     _check_folder(folder, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RECIPE, recipe.to_yaml())
     reports: dict[str, Report] = {}
     done: list[tuple[Path, Recipe]] = []
-    for label, one in recipe.combinations().items():
+    for label, one in combinations.items():
         announce(f"== {label}")
         target = folder / label
         _share(done, target, one)
-        reports[label] = compress(one, output_dir=target, announce=announce)
+        trust = one.model.trust_remote_code  # was allowed above
+        reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
         done.append((target, one))
     write_text(folder / PAGE, report_page(list(reports.values()), list(reports)))
     if find_spec("matplotlib") and all(report.student.quality is not None for report in reports.values()):

@@ -7,12 +7,13 @@ one machine.
 """
 
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 
 from .errors import CheckpointError
+from .io.process import run_module
 
+LIMIT = 3600.0  # seconds for loading and one forward: what takes longer hangs
 LENGTH = 192  # tokens, where the model takes so many: longer than usual windows, so that they count
 
 
@@ -29,14 +30,22 @@ def output_digest(model) -> str:
     return hashlib.sha256(output.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def check_reload(folder: str | Path, auto_class: str, expected: str, trust_remote_code: bool = False) -> None:
+def check_reload(
+    folder: str | Path, auto_class: str, expected: str, trust_remote_code: bool = False, limit: float = LIMIT
+) -> None:
     """Load `folder` in a fresh process and compare its output digest.
 
     Raises:
-        CheckpointError: it does not load, or gives another output.
+        CheckpointError: it does not load, takes more than `limit` seconds, or gives another output.
     """
-    command = [sys.executable, "-m", "hf_efficient.verify", str(folder), auto_class, *["trust"] * trust_remote_code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = (str(folder), auto_class, *["trust"] * trust_remote_code)
+    try:
+        done = run_module("hf_efficient.verify", *words, timeout=limit)
+    except TimeoutError:
+        raise CheckpointError(
+            f"The model in {folder} does not load in a fresh process within {limit:g} s. Give the same command again "
+            "when the machine has less to do."
+        ) from None
     if done.returncode != 0:
         raise CheckpointError(f"The model in {folder} does not load in a fresh process: {done.stderr.strip()[-500:]}")
     if done.stdout.split()[-1:] != [expected]:

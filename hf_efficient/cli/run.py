@@ -13,7 +13,8 @@ from .overrides import parse_overrides
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 PASSED_ON: dict[str, Any] = OVERRIDES | {"help_option_names": []}
-OPTIONS = ("output-dir", "resume", "json", "help")
+OPTIONS = ("output-dir", "resume", "json", "trust-remote-code", "help")
+TRUST_HELP = "Run code that comes with the model. That a recipe says so is not enough."
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -35,6 +36,7 @@ def compress(
     ],
     output_dir: Annotated[Path | None, typer.Option(help="Default: out/<recipe name>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and never begin a new one.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run a recipe and write model, report, plots and card.
@@ -50,10 +52,12 @@ def compress(
         raise ConfigError(f"The recipe comes first: `hf-efficient compress RECIPE {recipe} ...`.")
     quiet_libraries()
     chosen, folder = _chosen(recipe, output_dir, context.args, resume)
+    chosen = chosen.allowed(trust_remote_code, parse_overrides(context.args, OPTIONS))
+    trust = chosen.model.trust_remote_code
     if chosen.sweep:
-        _sweep(chosen, folder, as_json)
+        _sweep(chosen, folder, as_json, trust or trust_remote_code)
         return
-    report = run(chosen, output_dir=folder, announce=say)
+    report = run(chosen, output_dir=folder, announce=say, trust_remote_code=trust)
     typer.echo(report.to_json() if as_json else text_table(report))
     if not as_json:
         typer.echo(f"\nModel, report, page, plots and card: {folder / MODEL}")
@@ -80,14 +84,14 @@ def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool
     return chosen, folder
 
 
-def _sweep(recipe: Any, folder: Path, as_json: bool) -> None:
+def _sweep(recipe: Any, folder: Path, as_json: bool, trust: bool) -> None:
     import json
 
     from ..reporting.page import PAGE
     from ..reporting.tables import text_results
     from ..sweeping import sweep
 
-    reports = sweep(recipe, output_dir=folder, announce=say)
+    reports = sweep(recipe, output_dir=folder, announce=say, trust_remote_code=trust)
     if as_json:
         print_json({label: json.loads(each.to_json()) for label, each in reports.items()})
     else:
@@ -107,6 +111,7 @@ def plan(
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens at which MACs are counted. Default: 128, or all that the model takes.")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     output: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON; of a recipe, a list with one for each prune stage.")
@@ -126,7 +131,9 @@ def plan(
     quiet_libraries()
     of_recipe = is_recipe(what)
     if of_recipe:
-        plans = plan_recipe(what)
+        plans = plan_recipe(what, trust_remote_code=trust_remote_code)
+    elif trust_remote_code:
+        raise ConfigError(f"--trust-remote-code is for recipes, and {what!r} is a model. Leave it out.")
     else:
         options: dict[str, Any] = {"ratio": ratio, "metric": metric, "round_to": round_to}
         options |= {"granularity": tuple(granularity.split(",")), "sequence_length": sequence_length}

@@ -1,32 +1,84 @@
-"""The one place that starts another Python: it never sees the current folder, whatever files lie there.
+"""The one place that starts another program, and another Python, which never sees the current folder.
 
-    done = run_module("hf_efficient.verify", folder, "AutoModel")
+    done = run_module("hf_efficient.verify", folder, "AutoModel", timeout=3600)
     done.returncode, done.stdout
+
+    program_output("git", "--version")                  # None where there is no git
 
 `python -m` would look for `torch` and `random` in the current folder first (`-P`, which forbids that, came with 3.11).
 """
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-_START = (
-    "import sys; sys.path[:1] = [] if sys.path[:1] == [''] else sys.path[:1]; "
-    "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+PACKAGE = Path(__file__).resolve().parent.parent
+
+# Arguments: how many folders are searched for modules, these, our own folder, the module, and what it is given.
+# Nothing is imported before the search path is that of the caller. Our own package is taken from where the caller has
+# it, whatever folder that is: so the folder itself, which may hold anything, need not be searched.
+_START = """
+import sys
+count = int(sys.argv[1])
+sys.path[:] = sys.argv[2 : 2 + count]
+own, module = sys.argv[2 + count : 4 + count]
+del sys.argv[1 : 4 + count]
+import importlib.util, os, runpy
+spec = importlib.util.spec_from_file_location(
+    "hf_efficient", os.path.join(own, "__init__.py"), submodule_search_locations=[own]
 )
+sys.modules["hf_efficient"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["hf_efficient"])
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 def run_module(module: str, *arguments: str, timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
     """Run `module` as a program in a fresh Python and wait for it.
 
+    It finds the modules that this process finds, but for those in the current folder.
+
     Raises:
-        subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+        TimeoutError: it took longer than `timeout` seconds; it was stopped.
     """
-    return subprocess.run(
-        [sys.executable, "-c", _START, module, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=timeout,
-    )
+    folders = _search_path()
+    command = [sys.executable, "-c", _START, str(len(folders)), *folders, str(PACKAGE), module, *arguments]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "check": False}
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=timeout, **options)
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{module} took longer than {timeout:g} s") from error
+
+
+def _search_path() -> list[str]:
+    """`sys.path` without the current folder, under whatever name it stands there."""
+    try:
+        here = os.path.realpath(os.getcwd())
+    except OSError:  # it was deleted
+        here = None
+    absolute = [path for path in sys.path if isinstance(path, str) and os.path.isabs(path)]
+    return [path for path in absolute if os.path.realpath(path) != here]
+
+
+def program_output(*command: str | os.PathLike, without: Sequence[str] = (), timeout: float = 10) -> str | None:
+    """What a program printed; None if it is not installed, failed, or took longer than `timeout` seconds.
+
+    `without`: variables of the environment that begin so are kept from it.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(tuple(without))}
+    try:
+        done = subprocess.run(
+            [os.fspath(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=timeout,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

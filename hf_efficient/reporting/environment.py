@@ -5,11 +5,11 @@ Environment.collect()          # Environment(cpu="AMD EPYC", cores=2, gpu=None, 
 
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ..io.process import program_output
 from ..version import __version__
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def _cpu_model() -> str:
             if line.lower().startswith(("model name", "hardware")):
                 return line.split(":", 1)[1].strip()
     if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+        return program_output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()
 
 
@@ -59,17 +59,17 @@ def package_commit(package: Path = PACKAGE) -> str | None:
     """The commit of the package's own checkout, `-dirty` if its files were changed; None for an installed package."""
     root = package.parent
     # A package copied into another project's checkout must not report that project's commit: it is not tracked there.
-    if not (root / ".git").exists() or _output("git", "-C", root, "ls-files", package / "version.py") in (None, ""):
+    if not (root / ".git").exists() or _git(root, "ls-files", package / "version.py") in (None, ""):
         return None
-    commit = _output("git", "-C", root, "rev-parse", "HEAD")
-    changed = _output("git", "-C", root, "status", "--porcelain", "--", package)
+    commit = _git(root, "rev-parse", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--", package)
     return f"{commit}-dirty" if commit and changed else commit
 
 
-def _output(*command: str | Path) -> str | None:
-    """What the command printed; None if it is not installed or failed."""
-    try:
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def _git(root: Path, *words: str | Path) -> str | None:
+    """What git says of the checkout in `root`, running none of its programs.
+
+    In a hook of another repository the variables GIT_DIR and GIT_WORK_TREE would make it speak of that one.
+    """
+    quiet = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "--no-optional-locks")
+    return program_output("git", "-C", root, *quiet, *words, without=("GIT_",))
