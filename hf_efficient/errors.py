@@ -6,9 +6,16 @@ They subclass the built-in exception a caller would expect, so `except ValueErro
 import difflib
 from collections.abc import Iterable
 
+from .io.secrets import without_secrets
+from .io.text import for_terminal
+
 
 class HfEfficientError(Exception):
     """Base of every error raised on purpose by hf_efficient."""
+
+    def __str__(self) -> str:
+        # What was given is in the message: no secret of it is told, and no terminal obeys it.
+        return for_terminal(without_secrets(super().__str__()))
 
 
 class ConfigError(HfEfficientError, ValueError):

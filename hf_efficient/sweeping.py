@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, ConfigError
+from .io.disk import write_atomic
 from .pipeline import compress
 from .recipe import Recipe
 from .reporting.page import PAGE, report_page
@@ -67,7 +68,7 @@ def sweep(
         trust = one.model.trust_remote_code  # was allowed above
         reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
         done.append((target, one))
-    write_text(folder / PAGE, report_page(list(reports.values()), list(reports)))
+    write_atomic(folder / PAGE, report_page(list(reports.values()), list(reports)))
     if find_spec("matplotlib") and all(report.student.quality is not None for report in reports.values()):
         from .reporting.plots import plot_accuracy_latency
 

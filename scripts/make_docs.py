@@ -61,6 +61,8 @@ def table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def number(value: float | None, unit: str = "") -> str:
     if value is None:
         return "-"
+    if value < 1:  # 0.96 is not 1.0, and 0.04 is not 0.0
+        return f"{value:.2g}{unit}" if float(f"{value:.2g}") < 1 else f"{value:.4g}{unit}"
     return (f"{value:,.0f}" if value >= 100 else f"{value:.1f}") + unit
 
 
@@ -235,7 +237,7 @@ def distilled(report: dict) -> str:
         error = math.hypot(*(cell["difference_error"] for cell in own)) / len(own)
         accuracy = (f"{value:.1%}" for value in (dense, cut, after))
         lost = f"{100 * difference:+.1f} ± {100 * error:.1f}"
-        rows.append((f"{removed:.0%}" if ratio else "none", f"{speedup:.1f}x", *accuracy, lost, str(len(own))))
+        rows.append((f"{removed:.0%}" if ratio else "none", number(speedup, "x"), *accuracy, lost, str(len(own))))
     headers = ("MACs removed", "speed-up", "dense", "pruned", "then distilled", "difference", "seeds")
     training = report["settings"]
     note = (

@@ -7,6 +7,7 @@ main()                                                   # reads sys.argv
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -17,9 +18,12 @@ import typer
 import typer.core
 
 from ..errors import HfEfficientError
+from ..io.secrets import without_secrets
+from ..io.text import PLAIN, for_terminal
 
 DEBUG = "HF_EFFICIENT_DEBUG"
 STOPPED = 130
+LONGEST = 4000  # characters of an error
 
 ORDER = ("compress", "plan", "prune", "distill", "measure", "report", "card", "export", "push", "list", "env")
 
@@ -45,7 +49,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         from ..version import __version__
 
-        typer.echo(__version__)
+        print_text(__version__)
         raise typer.Exit
 
 
@@ -62,12 +66,17 @@ def common(
 
 def print_json(value: Any) -> None:
     """The one way in which commands answer machines: on stdout, and nothing else there."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    print_text(json.dumps(value, indent=2, default=str).replace("\x7f", "\\u007f"))
+
+
+def print_text(text: str) -> None:
+    """What was asked for, on stdout. Whoever wrote it, the terminal obeys nothing in it."""
+    typer.echo(for_terminal(text))
 
 
 def say(line: str) -> None:
     """What a person wants to know and a machine does not: on stderr."""
-    typer.echo(line, err=True)
+    typer.echo(for_terminal(without_secrets(line)), err=True)
 
 
 def quiet_libraries() -> None:
@@ -110,16 +119,20 @@ def fitting_length(config: Any, asked: int | None, usual: int) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PLAIN)  # a terminal of ascii is told all that we tell
     try:
         app(prog_name="hf-efficient")
     except (HfEfficientError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
-        typer.echo(f"error: {error if isinstance(error, HfEfficientError) else _told(error)}", err=True)
+        told = str(error) if isinstance(error, HfEfficientError) else _told(error)
+        say(f"error: {told if len(told) <= LONGEST else told[:LONGEST] + '...'}")
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == STOPPED:
-            typer.echo("stopped; the same command goes on where it was", err=True)
+            say("stopped; the same command goes on where it was")
         raise
 
 

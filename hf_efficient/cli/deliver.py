@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .base import app, load, print_json, quiet_libraries
+from .base import app, load, print_json, print_text, quiet_libraries
 
 FORMATS = ("onnx", "openvino", "executorch", "torch")
 
@@ -31,10 +31,10 @@ def push(
         print_json(asdict(done))
         return
     for name, size in done.files.items():
-        typer.echo(f"{size:>14,}  {name}")
-    typer.echo(f"{sum(done.files.values()):>14,}  bytes in {len(done.files)} files")
+        print_text(f"{size:>14,}  {name}")
+    print_text(f"{sum(done.files.values()):>14,}  bytes in {len(done.files)} files")
     seen = "private" if done.private else "public"
-    typer.echo(f"Pushed: {done.url} ({seen})" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
+    print_text(f"Pushed: {done.url} ({seen})" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
 
 
 @app.command()
@@ -70,7 +70,7 @@ def export(
     if as_json:
         print_json(asdict(made))
         return
-    typer.echo(
+    print_text(
         f"{made.folder}: {made.bytes_on_disk:,} bytes for {made.runtime}. Largest difference to PyTorch "
         f"{made.difference:.2g} of the largest output; the same prediction in {made.same_prediction:.1%}."
     )

@@ -1,6 +1,7 @@
 """Commands that change models: `compress`, `plan`, `prune`, `distill`."""
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .base import app, print_json, quiet_libraries, say
+from .base import app, print_json, print_text, quiet_libraries, say
 from .overrides import parse_overrides
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -58,9 +59,9 @@ def compress(
         _sweep(chosen, folder, as_json, trust or trust_remote_code)
         return
     report = run(chosen, output_dir=folder, announce=say, trust_remote_code=trust)
-    typer.echo(report.to_json() if as_json else text_table(report))
+    print_json(json.loads(report.to_json())) if as_json else print_text(text_table(report))
     if not as_json:
-        typer.echo(f"\nModel, report, page, plots and card: {folder / MODEL}")
+        print_text(f"\nModel, report, page, plots and card: {folder / MODEL}")
 
 
 def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool) -> tuple[Any, Path]:
@@ -85,8 +86,6 @@ def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool
 
 
 def _sweep(recipe: Any, folder: Path, as_json: bool, trust: bool) -> None:
-    import json
-
     from ..reporting.page import PAGE
     from ..reporting.tables import text_results
     from ..sweeping import sweep
@@ -95,7 +94,7 @@ def _sweep(recipe: Any, folder: Path, as_json: bool, trust: bool) -> None:
     if as_json:
         print_json({label: json.loads(each.to_json()) for label, each in reports.items()})
     else:
-        typer.echo(f"{text_results(reports)}\n\nAll of them on one page: {folder / PAGE}")
+        print_text(f"{text_results(reports)}\n\nAll of them on one page: {folder / PAGE}")
 
 
 @app.command()
@@ -148,7 +147,7 @@ def plan(
     if as_json:
         print_json(made if of_recipe else made[0])
     else:
-        typer.echo("\n\n".join(map(plan_table, plans)))
+        print_text("\n\n".join(map(plan_table, plans)))
 
 
 def _usual_length(name: str) -> int:
@@ -194,7 +193,7 @@ def _script(context: typer.Context) -> tuple[list[str], bool]:
     sys.argv[0] = context.command_path
     words = list(context.args)
     if "-h" in words or "--help" in words:
-        typer.echo("With --json the numbers are printed as JSON, and all else goes to stderr.\n")
+        print_text("With --json the numbers are printed as JSON, and all else goes to stderr.\n")
     return [word for word in words if word != "--json"], "--json" in words
 
 

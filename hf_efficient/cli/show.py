@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import app, fitting_length, load, print_json, quiet_libraries, say
+from .base import app, fitting_length, load, print_json, print_text, quiet_libraries, say
 
 LISTS = ("attention", "importance", "losses", "stages", "formats", "quantize", "families", "tasks", "recipes")
 # What a bug report needs beside torch and transformers; those that are not installed are told as such.
@@ -56,7 +56,7 @@ def measure(
     if as_json:
         print_json(asdict(measured))
     else:
-        typer.echo(measurement_table(measured))
+        print_text(measurement_table(measured))
 
 
 @app.command()
@@ -72,10 +72,11 @@ def report(
 
     Several can be drawn into one plot or page.
     """
+    from ..io.disk import write_atomic
+    from ..io.text import for_line
     from ..reporting.page import report_page
     from ..reporting.plots import plot_accuracy_latency
     from ..reporting.tables import text_table
-    from ..workspace import write_text
 
     reports = [load_result(folder) for folder in folders]
     if plot is not None:
@@ -83,12 +84,13 @@ def report(
         say(f"Plot: {plot}")
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(page, report_page(reports))
+        write_atomic(page, report_page(reports))
         say(f"Page: {page}")
     if as_json:
         print_json([json.loads(each.to_json()) for each in reports])
     else:
-        typer.echo("\n\n".join(f"{folder}\n{text_table(each)}" for folder, each in zip(folders, reports, strict=True)))
+        tables = (f"{for_line(str(name))}\n{text_table(each)}" for name, each in zip(folders, reports, strict=True))
+        print_text("\n\n".join(tables))
 
 
 @app.command()
@@ -103,9 +105,9 @@ def card(
 
     chosen, name = result_folder(folder), repo_id or "path/to/this/model"
     if to_stdout:
-        typer.echo(str(model_card(load_result(folder), name)))
+        print_text(str(model_card(load_result(folder), name)))
     else:
-        typer.echo(f"Card: {save_card(load_result(folder), chosen, name)}")
+        print_text(f"Card: {save_card(load_result(folder), chosen, name)}")
 
 
 @app.command("list")
@@ -130,7 +132,7 @@ def list_names(
         print_json(chosen)
         return
     for title, entries in chosen.items():
-        typer.echo(f"{title}: {', '.join(entries)}")
+        print_text(f"{title}: {', '.join(entries)}")
 
 
 @app.command()
@@ -149,7 +151,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     if as_json:
         print_json(facts)
     else:
-        typer.echo("\n".join(f"{key}: {'none' if value is None else value}" for key, value in facts.items()))
+        print_text("\n".join(f"{key}: {'none' if value is None else value}" for key, value in facts.items()))
 
 
 def load_result(folder: Path) -> Any:

@@ -25,18 +25,30 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
     """
     target = Path(path)
     try:
-        if not target.is_file():
-            raise ValueError("it is not a file" if target.exists() else "there is no such file")
-        size = target.stat().st_size
-        if size > max_bytes:
-            raise ValueError(f"it has {size:,} bytes, at most {max_bytes:,} are read")
-        return parse_json(target.read_bytes().decode("utf-8"))
+        return parse_json(read_text(target, max_bytes))
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(f"Cannot read {target} as JSON: {error}. Take the file from a good copy.") from error
 
 
-def parse_json(text: str) -> Any:
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """What a file holds, as UTF-8.
+
+    Raises:
+        OSError, ValueError: no such file, not a file, too large, not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a file" if path.exists() else "there is no such file")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"it has {size:,} bytes, at most {max_bytes:,} are read")
+    return path.read_bytes().decode("utf-8")
+
+
+def parse_json(text: str, *, halves: bool = False) -> Any:
     """The value of a JSON text.
+
+    Parameters:
+        halves: let half a character pass; the caller replaces it.
 
     Raises:
         ValueError: not JSON, nested deeper than anything that is written here, or text with half a character.
@@ -57,7 +69,7 @@ def parse_json(text: str) -> Any:
                 below += item.values()
             elif isinstance(item, list):
                 below += item
-            elif isinstance(item, str) and not item.isascii():
+            elif isinstance(item, str) and not halves and not item.isascii():
                 item.encode("utf-8")  # UnicodeEncodeError is a ValueError
         level = below
     return value

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..reporting.plots import new_figure, save_figure
+from ..io.text import for_plot
+from ..reporting.plots import new_figure, save_figure, without_tex
 from .importance import Scores
 
 
+@without_tex
 def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """One point for each ratio with one standard error; the dense model, the first row, is the dashed line."""
     dense, *pruned = sorted(rows, key=lambda row: row["removed_macs"])
@@ -26,7 +28,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         capsize=3,
         label="pruned",
     )
-    axes.set(xlabel="MACs of the layers removed", ylabel=dense["metric"], xlim=(0, 1))
+    axes.set(xlabel="MACs of the layers removed", ylabel=for_plot(dense["metric"]), xlim=(0, 1))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(color="#eceff3")
     axes.set_axisbelow(True)
@@ -35,6 +37,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+@without_tex
 def plot_importance(scores: Scores, path: str | Path) -> Path:
     """A panel for each stack and kind of unit, a box for each layer: the middle half of the scores and all others as
     dots. Scores of zero or below have no place on the logarithmic axis."""
@@ -49,7 +52,7 @@ def plot_importance(scores: Scores, path: str | Path) -> Path:
         for median in drawn["medians"]:
             median.set_color("#0072b2")
         axes.set_xticks(range(1, len(boxes) + 1), [name for name, _ in boxes])
-        axes.set(xlabel=f"layer ({stack})", yscale="log", title=kind.replace("_", " "))
+        axes.set(xlabel=f"layer ({for_plot(stack)})", yscale="log", title=for_plot(kind.replace("_", " ")))
         axes.set_ylabel("importance of a unit" if number == 1 else "")
         axes.grid(color="#eceff3", axis="y")
         axes.set_axisbelow(True)

@@ -3,15 +3,17 @@
     card = model_card(report, repo_id="me/bert-fast")
     save_card(report, "out", repo_id="me/bert-fast")       # out/README.md, with the plots that lie in out/
 
-Nothing here talks to the network.
+Whatever the template shows is escaped, but for Markdown that was made here (`Markup`): no field of a report begins a
+link, an image, a heading or HTML. Nothing here talks to the network.
 """
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..io.disk import write_atomic
+from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code, python_literal
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
 from .tables import (
@@ -19,6 +21,7 @@ from .tables import (
     describe_footprint,
     describe_machine,
     describe_workload,
+    format_seconds,
     listed,
     markdown_exports,
     markdown_structure,
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "templates" / "model_card.md"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?!.*(\.\.|--|\.git$))[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+_WORD = re.compile(r"[\w.+-]{1,80}", re.ASCII)  # such as a licence on the Hub
 _FILE = re.compile(r".*\.(csv|tsv|json|jsonl|parquet|arrow|txt)")
 EMBEDDINGS = "sentence-embeddings"
 # The Hub's own names of the tasks that it calls differently.
@@ -51,28 +55,30 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         images: file names beside the card, of those that `save_plots` writes.
     """
     from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment
 
     title = repo_id.split("/")[-1] if repo_id != "path/to/this/model" else f"Compressed {report.base_model}"
     quality = report.student.quality
     base_id = _hub_id(report.base_model)
+    names = dict.fromkeys(stage.name for stage in report.stages if stage.name != "teacher")
     data = ModelCardData(
         base_model=base_id,
         base_model_relation=_relation(report) if base_id else None,
-        license=report.licence,
+        license=report.licence if report.licence and _WORD.fullmatch(report.licence) else None,
         library_name="transformers",
-        pipeline_tag=None if quality is None else _HUB_TASKS.get(quality.task, quality.task),
-        tags=["hf_efficient", *dict.fromkeys(stage.name for stage in report.stages if stage.name != "teacher")],
+        pipeline_tag=None if quality is None else for_line(_HUB_TASKS.get(quality.task, quality.task)),
+        tags=["hf_efficient", *map(for_line, names)],
         datasets=[report.dataset.name] if report.dataset and _hub_id(report.dataset.name) else None,
-        metrics=None if quality is None else [score.name for score in quality.scores],
-        model_name=title,
+        metrics=None if quality is None else [for_line(score.name) for score in quality.scores],
+        model_name=for_line(title),
         eval_results=_eval_results(report) or None,
         co2_eq_emissions=_emissions(report),
     )
-    return ModelCard.from_template(
-        data,
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
+    recipe = recipe_text(report)
+    template = Environment(finalize=for_markdown).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    content = template.render(
+        card_data=Markup(data.to_yaml()),
         report=report,
-        repo_id=repo_id,
         title=title,
         base_id=base_id,
         quality=quality,
@@ -84,27 +90,23 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         machine=describe_machine(report),
         energy=describe_energy(report.student),
         footprint=describe_footprint(report),
-        snippet=loading_snippet(report, repo_id),
-        recipe=recipe_text(report),
-        fence=_fence(recipe_text(report)),
+        snippet=Markup(loading_snippet(report, repo_id)),
+        export_snippet=_export_snippet(report, repo_id),
+        export_needs=markdown_code(next(iter(report.exports[0].runtime.split()), "")) if report.exports else "",
+        recipe=Markup(recipe),
+        fence=Markup("`" * max(3, 1 + longest_run("`", recipe))),  # longer than any run of backticks inside
         stages=[_stage(stage) for stage in report.stages],
-        sizes=listed(report.dataset.sizes) if report.dataset else "",
+        sizes=Markup(listed(report.dataset.sizes, for_markdown)) if report.dataset else "",
         images=[(name, _IMAGES[name]) for name in images],
     )
+    return ModelCard(content)
 
 
 def save_card(report: Report, folder: str | Path, repo_id: str = "path/to/this/model") -> Path:
     """Write `README.md` into a checkpoint folder, showing the plots that lie there; complete or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = str(model_card(report, repo_id, plots_in(folder)))
-    part = folder / f".README.md.{os.getpid()}.part"
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / "README.md")
-    finally:
-        part.unlink(missing_ok=True)
-    return folder / "README.md"
+    return write_atomic(folder / "README.md", str(model_card(report, repo_id, plots_in(folder))))
 
 
 def plots_in(folder: Path) -> tuple[str, ...]:
@@ -123,7 +125,18 @@ def recipe_text(report: Report) -> str:
 
     if not report.recipe:
         return ""
-    return yaml.safe_dump(_said(report.recipe), sort_keys=False, allow_unicode=True).rstrip()
+    texts = (
+        yaml.safe_dump(_said(report.recipe), sort_keys=False, allow_unicode=each).rstrip() for each in (True, False)
+    )
+    return next((text for text in texts if for_terminal(text) == text), "")  # no control character stands in it
+
+
+def _export_snippet(report: Report, repo_id: str) -> Markup:
+    """Python that loads the first of the exports."""
+    if not report.exports:
+        return Markup()
+    place, folder = python_literal(repo_id), python_literal(report.exports[0].folder)
+    return Markup(f"model = ExportedModel.from_pretrained({place}, subfolder={folder})")
 
 
 def _said(value: Any) -> Any:
@@ -131,11 +144,6 @@ def _said(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _said(each) for name, each in value.items() if each is not None}
     return [_said(each) for each in value] if isinstance(value, list) else value
-
-
-def _fence(text: str) -> str:
-    """Longer than any run of backticks inside."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _relation(report: Report) -> str:
@@ -155,10 +163,10 @@ def _emissions(report: Report) -> dict[str, Any] | None:
         return None
     return {
         "emissions": used.co2_grams,
-        "source": f"{used.tool}, {used.source}",
+        "source": for_line(f"{used.tool}, {used.source}"),
         "training_type": "fine-tuning" if _hub_id(report.base_model) else "pre-training",
-        "geographical_location": used.country,
-        "hardware_used": describe_machine(report),
+        "geographical_location": None if used.country is None else for_line(str(used.country)),
+        "hardware_used": for_line(describe_machine(report)),
     }
 
 
@@ -170,12 +178,12 @@ def _eval_results(report: Report) -> list["EvalResult"]:
         return []
     return [
         EvalResult(
-            task_type=_HUB_TASKS.get(quality.task, quality.task),
-            dataset_type=dataset.name.split(":")[-1],
-            dataset_name=dataset.name,
+            task_type=for_line(_HUB_TASKS.get(quality.task, quality.task)),
+            dataset_type=for_line(dataset.name.split(":")[-1]),
+            dataset_name=for_line(dataset.name),
             dataset_split="test" if "test" in dataset.sizes else None,
-            metric_type=score.name,
-            metric_name=score.name.replace("_", " "),
+            metric_type=for_line(score.name),
+            metric_name=for_line(score.name.replace("_", " ")),
             metric_value=score.value,
         )
         for score in quality.scores
@@ -186,6 +194,6 @@ def _eval_results(report: Report) -> list["EvalResult"]:
 def _stage(stage: StageRecord) -> dict[str, str]:
     # For machines and for the page: they stay in the report.
     hidden = {name for name in stage.facts if name.endswith("sha256") or name in ("curve", "energy")}
-    settings = listed(stage.settings)
-    facts = listed({name: value for name, value in stage.facts.items() if name not in hidden})
-    return {"name": stage.name, "time": f"{stage.seconds:.1f} s", "settings": settings, "facts": facts}
+    settings = Markup(listed(stage.settings, for_markdown))
+    facts = Markup(listed({name: value for name, value in stage.facts.items() if name not in hidden}, for_markdown))
+    return {"name": stage.name, "time": format_seconds(stage.seconds), "settings": settings, "facts": facts}

@@ -11,48 +11,69 @@ import os
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..io.secrets import is_secret, without_secrets
 
 MAX_INTEGER = 1 << 1000  # a larger one is no float
 
 # An absolute path of two or more parts (Unix, `~`, Windows); group 1 is the last part, all that is kept of it.
-_PATH = re.compile(r"(?<![\w/.~\\-])(?!(?<=:)//)(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:'\"]+)*[/\\]([^\s/\\:'\"]+)[/\\]?")
-_SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_key)$", re.IGNORECASE)
-_SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}\b")
+_PATH = re.compile(
+    r"(?<![\w/.~\\-])(?!(?<=:)//|\\u[0-9a-f]{4})(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\:'\"]+)*[/\\]([^\s/\\:'\"]+)[/\\]?"
+)
 
 
-def clean(value: Any) -> Any:
+def clean(value: Any, secrets: Iterable[str | None] = ()) -> Any:
     """A JSON-ready copy without secrets and absolute paths: keys become strings, tuples of dict values become lists.
 
-    A tuple given at the top stays a tuple. Cleaning twice changes nothing.
+    A tuple given at the top stays a tuple, and a dataclass stays one. Cleaning twice changes nothing.
+
+    Parameters:
+        secrets: known ones, such as the caller's token, to be removed in whatever form they appear.
     """
+    secrets = tuple(secrets)
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
-    return _plain(value)
+        return tuple(clean(item, secrets) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        cleaned = {name: clean(item, secrets) for name, item in given.items() if not _is_number(item)}
+        changed = {name: item for name, item in cleaned.items() if item != given[name]}
+        return dataclasses.replace(value, **changed) if changed else value
+    return _plain(value, secrets)
 
 
-def _plain(value: Any) -> Any:
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _plain(value: Any, secrets: tuple[str | None, ...]) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if not _SECRET_KEY.search(str(key))}
+        return {
+            _plain_text(str(key), secrets): _plain(item, secrets)
+            for key, item in value.items()
+            if not is_secret(str(key), item)
+        }
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [_plain(item, secrets) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if value is None or isinstance(value, (bool, int, float)):
+    if _is_number(value):
         return value
-    return _plain_text(os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+    return _plain_text(os.fspath(value) if isinstance(value, os.PathLike) else str(value), secrets)
 
 
-def _plain_text(text: str) -> str:
-    text = _SECRET.sub("[removed]", text).replace("file://", "")
+def _plain_text(text: str, secrets: tuple[str | None, ...]) -> str:
+    text = without_secrets(text, secrets).replace("file://", "")
     home = os.path.expanduser("~")
     if len(home) > 1:  # a user name with a space in it is still one part of a path
         text = text.replace(home + os.sep, "~/")
     if os.path.isabs(text) and "\n" not in text:
-        return os.path.basename(text.rstrip("/\\")) or "/"
-    return _PATH.sub(r"\1", text)
+        text = os.path.basename(text.rstrip("/\\")) or "/"
+    else:
+        text = _PATH.sub(r"\1", text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # bytes of a path that are no text
 
 
 def decode(cls: type, data: Any, source: str) -> Any:

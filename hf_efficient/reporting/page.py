@@ -5,19 +5,21 @@ report_page([one, two, three])                           # several results: a co
 """
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..io.disk import write_atomic
+from ..io.text import for_terminal
 from .card import recipe_text
 from .schema import Measurement, Report, StageRecord
-from .svg import COLOURS, Line, Point, lines, scatter
+from .svg import COLOURS, Line, Point, drawable, lines, scatter
 from .tables import (
     EXPORT_HEADER,
     HEADER,
     RESULTS_HEADER,
+    best_export,
     comparison_rows,
     describe_energy,
     describe_footprint,
@@ -27,18 +29,24 @@ from .tables import (
     format_bytes,
     format_count,
     format_difference,
+    format_export_change,
     format_ms,
     format_ratio,
     format_score,
+    format_seconds,
+    format_speedup,
     is_fraction,
+    kept,
+    layer_names,
     listed,
-    name_layer,
+    name_export,
     result_rows,
 )
 from .usage import loading_snippet
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).resolve().parent.parent / "templates" / "report.html"
+CURVES, POINTS = 12, 1000  # at most so many losses of a stage are drawn, and so many steps of each
 
 
 def report_page(
@@ -59,7 +67,7 @@ def report_page(
     names = [_name(report) for report in reports] if names is None else list(names)
     if not reports or len(names) != len(reports):
         raise ConfigError(f"Give at least one report and one name for each, got {len(reports)} and {len(names)}.")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    template = Environment(autoescape=True, finalize=_visible, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     return template.render(
@@ -73,14 +81,12 @@ def report_page(
 
 def save_page(report: Report, folder: str | Path, repo_id: str = "path/to/this/model") -> Path:
     """Write `report.html` into a folder; complete or not at all."""
-    target = Path(folder) / PAGE
-    part = target.with_name(f".{PAGE}.{os.getpid()}.part")
-    try:
-        part.write_text(report_page(report, repo_id=repo_id), encoding="utf-8")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    return write_atomic(Path(folder) / PAGE, report_page(report, repo_id=repo_id))
+
+
+def _visible(value: Any) -> Any:
+    """Text without controls, such as those that turn it around; what is HTML already stays. Then it is escaped."""
+    return for_terminal(value) if type(value) is str else value
 
 
 def _name(report: Report) -> str:
@@ -119,7 +125,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         tiles += [(now, "median latency"), (small, "of weights"), (format_count(student.size.macs), "MACs")]
     else:
         before = format_ms(teacher.latency.median_ms)
-        tiles.append((f"{compared.speedup:.1f}x", f"as fast: {now} instead of {before}"))
+        tiles.append((format_speedup(compared.speedup), f"as fast: {now} instead of {before}"))
     if student.quality is not None:
         main = student.quality.main
         change = format_difference(compared) if compared is not None else ""
@@ -127,11 +133,10 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     if compared is not None:
         tiles.append((small, f"of weights, {format_ratio(compared.weight_bytes_ratio)} the teacher's"))
         tiles.append((format_count(student.size.macs), f"MACs, {format_ratio(compared.mac_ratio)} the teacher's"))
-    if report.exports:
-        best = max(report.exports, key=lambda each: each.speedup)
-        tiles.append(
-            (f"{best.speedup:.1f}x", f"as fast as {best.format}{f', {best.quantize}' if best.quantize else ''}")
-        )
+    best = best_export(report)
+    if best is not None:
+        what = f"the speed of the teacher in PyTorch, as {name_export(best, ' ')}: {format_export_change(best)}"
+        tiles.append((format_speedup(best.speedup), what))
     return tiles
 
 
@@ -148,10 +153,8 @@ def _pareto(reports: Sequence[Report], names: Sequence[str]) -> str:
         for each in report.exports:
             main = each.quality.main
             scale = 100 if is_fraction(main.name) else 1
-            label = each.format if each.quantize is None else f"{each.format}, {each.quantize}"
-            points.append(
-                Point(each.latency.median_ms, scale * main.value, label, colour, scale * main.standard_error, False)
-            )
+            error, label = scale * main.standard_error, name_export(each)
+            points.append(Point(each.latency.median_ms, scale * main.value, label, colour, error, False))
     quality = reports[0].student.quality
     if quality is None:
         return ""
@@ -170,59 +173,63 @@ def _points(measured: Measurement, label: str, colour: str, filled: bool = True)
 def _lengths(report: Report) -> str:
     if len(report.lengths) < 2:
         return ""
-    student = [(point.sequence_length, point.student_ms) for point in report.lengths]
-    teacher = [(p.sequence_length, p.teacher_ms) for p in report.lengths if p.teacher_ms is not None]
+    student = [(_float(point.sequence_length), point.student_ms) for point in report.lengths]
+    teacher = [(_float(p.sequence_length), p.teacher_ms) for p in report.lengths if p.teacher_ms is not None]
     return lines([Line("teacher", "teacher", teacher), Line("student", "student", student)], "tokens", "median, ms")
 
 
 def _layers(report: Report) -> list[dict[str, Any]]:
     return [
         {
-            "name": name_layer(layer, report.structure),
-            "heads": layer.heads,
-            "original_heads": layer.original_heads,
-            "head_part": 100 * layer.heads / max(layer.original_heads, 1),
-            "neurons": layer.neurons,
-            "original_neurons": layer.original_neurons,
-            "neuron_part": 100 * layer.neurons / max(layer.original_neurons, 1),
+            "name": name,
+            "heads": kept(layer.heads, layer.original_heads),
+            "head_part": _percent(layer.heads, layer.original_heads),
+            "neurons": kept(layer.neurons, layer.original_neurons),
+            "neuron_part": _percent(layer.neurons, layer.original_neurons),
             "attention": layer.attention,
         }
-        for layer in report.structure
+        for name, layer in zip(layer_names(report.structure), report.structure, strict=True)
     ]
+
+
+def _percent(count: float, original: float) -> float:
+    """For a bar: from 0 to 100 whatever the report says."""
+    return 0.0 if count <= 0 or original <= 0 else 100.0 if count >= original else 100 * (count / original)
 
 
 def _curve(stage: StageRecord) -> str:
     """The losses that a stage logged while it trained."""
     logged = stage.facts.get("curve")
-    if not isinstance(logged, list) or len(logged) < 2:
+    rows = [row for row in logged if isinstance(row, dict)] if isinstance(logged, list) else []
+    if len(rows) < 2:
         return ""
-    names = [name for name in logged[0] if name != "step"]
+    names = [name for name in rows[0] if name != "step"][:CURVES]
     series = []
     for number, name in enumerate(names):
-        points = [(float(row["step"]), _float(row.get(name))) for row in logged]
+        points = [(_float(row.get("step")), _float(row.get(name))) for row in rows[:: 1 + len(rows) // POINTS]]
         series.append(Line(name.replace("_", " "), COLOURS[number % len(COLOURS)], points))
     return lines(series, "optimizer step", "loss")
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, int | float) and drawable(value) else math.nan
 
 
 def _timeline(stages: Sequence[StageRecord]) -> list[dict[str, Any]]:
     """Where each stage begins and how long it is, in percent of all; and what it was told to do."""
-    total = sum(stage.seconds for stage in stages) or 1.0
+    seconds = [stage.seconds if drawable(stage.seconds) and stage.seconds > 0 else 0.0 for stage in stages]
+    total = sum(seconds) or 1.0
     rows: list[dict[str, Any]] = []
     start = 0.0
-    for stage in stages:
-        part = 100 * stage.seconds / total
+    for stage, length in zip(stages, seconds, strict=True):
         rows.append(
             {
                 "name": stage.name,
-                "seconds": stage.seconds,
+                "time": format_seconds(stage.seconds, 0),
                 "start": min(100 * start / total, 99.0),
-                "length": max(part, 1.0),
+                "length": max(100 * length / total, 1.0),
                 "settings": listed(stage.settings),
             }
         )
-        start += stage.seconds
+        start += length
     return rows

@@ -4,21 +4,29 @@
     plot_structure(report, "structure.png")
 
 Needs matplotlib (`pip install "hf-efficient[plots]"`). Only Figure objects are used, never pyplot, so a caller's
-backend and open figures stay as they are.
+backend and open figures stay as they are. No name is read as mathematics or TeX, whatever it holds.
 """
 
-import math
-from collections.abc import Sequence
+import contextlib
+import functools
+import io
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ..errors import ConfigError, DataError
+from ..io.disk import write_atomic
+from ..io.text import for_plot
 from .schema import Latency, Quality, Report
-from .tables import describe_machine, describe_workload, is_fraction, name_layer
+from .svg import drawable
+from .tables import describe_machine, describe_workload, is_fraction, kept, layer_names
 
 ACCURACY_LATENCY = "accuracy_latency.png"
 STRUCTURE = "structure.png"
+LAYERS = 200  # at most so many rows of a picture
+Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 _TEACHER, _TEXT, _FAINT, _GRID = "#6b7280", "#1f2937", "#d5dae1", "#eceff3"
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -37,10 +45,26 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
     """Draw into `folder` what the report has the data for, under the names that the model card looks for."""
     folder, written = Path(folder), []
     if report.student.quality is not None:
-        written.append(plot_accuracy_latency(report, folder / ACCURACY_LATENCY))
+        with contextlib.suppress(DataError):  # teacher and student that cannot share a picture
+            written.append(plot_accuracy_latency(report, folder / ACCURACY_LATENCY))
     if report.structure:
         written.append(plot_structure(report, folder / STRUCTURE))
     return written
+
+
+def without_tex(draw: Draw) -> Draw:
+    """The same function, where a user's matplotlibrc has `text.usetex` too: TeX would run what a name says."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        try:
+            from matplotlib import rc_context
+        except ImportError:
+            raise ConfigError('Plots need matplotlib. Run `pip install "hf-efficient[plots]"`.') from None
+        with rc_context({"text.usetex": False, "text.parse_math": True}):
+            return draw(*arguments, **options)
+
+    return cast(Draw, drawn)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -58,10 +82,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
+    path, picture = Path(path), io.BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in letters that it lacks
+        figure.savefig(picture, format="png")
+    return write_atomic(path, picture.getvalue())
 
 
 @dataclass(frozen=True)
@@ -86,10 +112,15 @@ class _Point:
 
     @property
     def error(self) -> float:
-        error = self.scale * self.quality.main.standard_error
-        return error if math.isfinite(error) else 0.0  # one sample has no standard error
+        return _length(self.scale * self.quality.main.standard_error)  # one sample has none
 
 
+def _length(value: float) -> float:
+    """Of an error bar: none where it is negative or no number."""
+    return value if drawable(value) and value > 0 else 0.0
+
+
+@without_tex
 def plot_accuracy_latency(
     reports: Report | Sequence[Report], path: str | Path, labels: Sequence[str] | None = None
 ) -> Path:
@@ -100,7 +131,8 @@ def plot_accuracy_latency(
         labels: names of the students, one per report; default: the recipe's name, else the stages.
 
     Raises:
-        DataError: a report without quality, or reports with different scores, workloads or machines.
+        DataError: a report without quality or without finite numbers, or reports with different scores, workloads or
+            machines.
         ConfigError: matplotlib is missing, or not one label per report.
     """
     reports = [reports] if isinstance(reports, Report) else list(reports)
@@ -114,10 +146,11 @@ def plot_accuracy_latency(
     name = points[0].quality.main
     better = "higher is better" if name.higher_is_better else "lower is better"
     unit = " (%)" if is_fraction(name.name) else ""
-    _dress(axes, f"median latency (ms), {describe_workload(reports[0].student)}", f"{name.name}{unit}, {better}")
+    workload = for_plot(describe_workload(reports[0].student), 90)
+    _dress(axes, f"median latency (ms), {workload}", f"{for_plot(name.name)}{unit}, {better}")
     axes.set_title("Quality and latency", loc="left", fontsize=12, fontweight="bold", color=_TEXT, pad=22)
-    samples = points[0].quality.samples
-    note = f"{describe_machine(reports[0])}; {samples} samples, bars: ±1 standard error, fastest to p95 time"
+    machine, samples = for_plot(describe_machine(reports[0])), for_plot(str(points[0].quality.samples))
+    note = f"{machine}; {samples} samples, bars: ±1 standard error, fastest to p95 time"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8, color=_TEACHER)
     _label_points(figure, axes, points)
     return save_figure(figure, path)
@@ -136,9 +169,12 @@ def _points(reports: list[Report], labels: Sequence[str] | None) -> list[_Point]
             if measured.quality is None:
                 raise DataError("A report has no quality to plot. Measure it with a data set.")
             # A teacher that several reports share is named once.
-            named = any(not filled and not p.filled and p.label == names[0] for p in points)
+            named = any(not filled and not p.filled and p.label == for_plot(names[0]) for p in points)
             label = "" if named else names[filled]
-            points.append(_Point(label, colors[filled], bool(filled), measured.latency, measured.quality))
+            point = _Point(for_plot(label), colors[filled], bool(filled), measured.latency, measured.quality)
+            points += [point] * drawable(point.x, point.y)
+    if not points:
+        raise DataError("No time and score of the reports are finite numbers, so there is nothing to draw.")
     scores = {point.quality.main.name for point in points}
     if len(scores) > 1:
         raise DataError(f"Reports with different scores cannot share a plot: {', '.join(sorted(scores))}.")
@@ -160,7 +196,7 @@ def _draw_point(axes: Any, point: _Point) -> None:
     axes.errorbar(
         point.x,
         point.y,
-        xerr=[[point.x - latency.min_ms], [max(0.0, latency.p95_ms - point.x)]],
+        xerr=[[_length(point.x - latency.min_ms)], [_length(latency.p95_ms - point.x)]],
         yerr=point.error,
         fmt="o",
         markersize=8,
@@ -213,7 +249,10 @@ def _bars(axes: Any, point: _Point) -> list[Any]:
     latency = point.latency
     boxes = []
     for low, high in (
-        ((latency.min_ms, point.y), (latency.p95_ms, point.y)),
+        (
+            (point.x - _length(point.x - latency.min_ms), point.y),
+            (point.x + _length(latency.p95_ms - point.x), point.y),
+        ),
         ((point.x, point.y - point.error), (point.x, point.y + point.error)),
     ):
         (x0, y0), (x1, y1) = axes.transData.transform([low, high])
@@ -221,41 +260,47 @@ def _bars(axes: Any, point: _Point) -> list[Any]:
     return boxes
 
 
+@without_tex
 def plot_structure(report: Report, path: str | Path) -> Path:
     """Heads and neurons kept in each layer (dark) of those it had (light), and the attention each layer uses.
+
+    Of more than 200 layers the first 200 are drawn.
 
     Raises:
         DataError: the report has no structure. ConfigError: matplotlib missing.
     """
-    layers = report.structure
+    every, layers = report.structure, report.structure[:LAYERS]
     if not layers:
         raise DataError("The report does not say what is left of each layer, so there is nothing to draw.")
     figure = new_figure(8.4, 1.2 + 0.3 * max(len(layers), 4))
     heads, neurons, attention = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 0.6))
     _draw_kept(heads, [(x.heads, x.original_heads) for x in layers], "heads", _STUDENTS[0])
     _draw_kept(neurons, [(x.neurons, x.original_neurons) for x in layers], "neurons", _STUDENTS[2])
-    heads.set_yticks(range(len(layers)), [name_layer(x, layers) for x in layers])
+    heads.set_yticks(range(len(layers)), [for_plot(name, 30) for name in layer_names(every)[:LAYERS]])
     heads.set_ylabel("layer", fontsize=9.5, color=_TEXT)
     heads.set_ylim(len(layers) - 0.5, -0.5)
     attention.set_axis_off()
     attention.set_title("attention", loc="left", fontsize=9.5, color=_TEXT, pad=4)
     for row, layer in enumerate(layers):
         color = _TEACHER if layer.attention in ("full", "removed") else _STUDENTS[1]
-        attention.text(0, row, layer.attention, va="center", fontsize=8.5, color=color)
-    total = sum(x.original_heads > 0 and x.heads == 0 and x.neurons == 0 for x in layers)
-    removed = f", {total} of {len(layers)} layers removed" if total else ""
-    title = f"What is left of each layer of {report.base_model.split('/')[-1]}{removed}"
+        attention.text(0, row, for_plot(layer.attention, 20), va="center", fontsize=8.5, color=color)
+    total = sum(x.original_heads > 0 and x.heads == 0 and x.neurons == 0 for x in every)
+    removed = f", {total} of {len(every)} layers removed" if total else ""
+    first = f" (the first {LAYERS} of {len(every):,})" if len(every) > LAYERS else ""
+    title = f"What is left of each layer of {for_plot(report.base_model.split('/')[-1])}{removed}{first}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_TEXT)
     return save_figure(figure, path)
 
 
 def _draw_kept(axes: Any, counts: list[tuple[int, int]], what: str, color: str) -> None:
     rows = range(len(counts))
-    axes.barh(rows, [original for _, original in counts], height=0.66, color=_FAINT)
-    axes.barh(rows, [kept for kept, _ in counts], height=0.66, color=color)
-    widest = max(original for _, original in counts)
-    for row, (kept, original) in enumerate(counts):
-        axes.text(original + 0.02 * widest, row, f"{kept} of {original}", va="center", fontsize=8, color=_TEXT)
+    # As lengths of bars: from 0 to a number that a float holds.
+    bars = [tuple(float(max(0, min(count, 10**12))) for count in pair) for pair in counts]
+    axes.barh(rows, [original for _, original in bars], height=0.66, color=_FAINT)
+    axes.barh(rows, [left for left, _ in bars], height=0.66, color=color)
+    widest = max(1.0, *(original for _, original in bars))
+    for row, (pair, (_, original)) in enumerate(zip(counts, bars, strict=True)):
+        axes.text(original + 0.02 * widest, row, kept(*pair), va="center", fontsize=8, color=_TEXT)
     _dress(axes, "", "")
     axes.set_xlim(0, 1.42 * widest)
     axes.tick_params(axis="both", length=0)

@@ -10,19 +10,24 @@ teacher time / student time. A report never holds a token or an absolute path: b
 
 import datetime
 import json
-import os
-from dataclasses import asdict, dataclass, field, replace
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
-from ..io.json import parse_json
+from ..io.disk import write_atomic
+from ..io.json import parse_json, read_text
 from .codec import clean, decode
 from .environment import Environment, package_commit
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
 LOADS_WITH = ("portable", "plugin")
+MAX_ITEMS = 20_000  # stages, layers, warnings and the like: above any real model
+# What may stand in code that a reader copies: the Auto classes that transformers could have.
+_AUTO_MODEL, _AUTO_PROCESSOR = re.compile(r"AutoModel[A-Za-z0-9]{0,60}"), re.compile(r"Auto[A-Za-z0-9]{1,60}")
 LATER = {"later": True}  # a field that reports of this version may lack, since it came after they were written
 
 
@@ -64,7 +69,7 @@ class Size:
     @property
     def sparsity(self) -> float:
         """The fraction of parameters that are zero."""
-        return 1 - self.nonzero_parameters / self.parameters
+        return 1 - self.nonzero_parameters / self.parameters if self.parameters > 0 else 0.0
 
     @property
     def is_sparse(self) -> bool:
@@ -93,6 +98,9 @@ class Score:
     higher_is_better: bool
 
 
+NO_SCORE = Score("", math.nan, math.nan, True)
+
+
 @dataclass(frozen=True)
 class Quality:
     """Scores on a data set, the task's main score first; `targets` counts labels (tokens for text generation)."""
@@ -104,7 +112,7 @@ class Quality:
 
     @property
     def main(self) -> Score:
-        return self.scores[0]
+        return self.scores[0] if self.scores else NO_SCORE
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,10 @@ class Measurement:
     baseline: "Measurement | None" = None
     comparison: Comparison | None = None
     energy: Energy | None = None
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and not self.quality.scores:  # samples without a score say nothing of quality
+            object.__setattr__(self, "quality", None)
 
     def alone(self) -> "Measurement":
         """The same without baseline and comparison, which a `Report` keeps in places of their own."""
@@ -256,7 +268,7 @@ class Report:
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
 
     Raises:
-        ConfigError: an unknown `loads_with`.
+        ConfigError: an unknown `loads_with`, a class that transformers cannot have, or too many entries.
     """
 
     student: Measurement
@@ -285,13 +297,16 @@ class Report:
             raise unknown_name("loads_with", self.loads_with, LOADS_WITH)
         if self.schema_version != SCHEMA_VERSION:
             raise ConfigError(f"schema_version must be {SCHEMA_VERSION}, got {self.schema_version!r}. Leave it out.")
-        for name in ("base_model", "recipe", "warnings"):
-            object.__setattr__(self, name, clean(getattr(self, name)))
-        stages = (replace(s, settings=clean(s.settings), facts=clean(s.facts)) for s in self.stages)
-        object.__setattr__(self, "stages", tuple(stages))
-        object.__setattr__(self, "structure", tuple(self.structure))
-        if self.dataset is not None:
-            object.__setattr__(self, "dataset", replace(self.dataset, name=clean(self.dataset.name)))
+        if not _AUTO_MODEL.fullmatch(self.auto_class):
+            raise ConfigError(f"auto_class must be as 'AutoModelForCausalLM', got {shown(self.auto_class)}.")
+        if self.processor_class is not None and not _AUTO_PROCESSOR.fullmatch(self.processor_class):
+            raise ConfigError(f"processor_class must be as 'AutoTokenizer', got {shown(self.processor_class)}.")
+        for name in ("stages", "structure", "warnings", "exports", "lengths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) > MAX_ITEMS:
+                raise ConfigError(f"{name} has {len(getattr(self, name)):,} entries, at most {MAX_ITEMS:,} are read.")
+        for item in fields(self):
+            object.__setattr__(self, item.name, clean(getattr(self, item.name)))
 
     @property
     def footprint(self) -> Footprint | None:
@@ -321,7 +336,7 @@ class Report:
             CheckpointError: not JSON, not a report, damaged, or written by a newer hf_efficient.
         """
         try:
-            data = parse_json(text)
+            data = parse_json(text, halves=True)  # of a path that is no text: `clean` shows it escaped
         except ValueError as error:
             raise CheckpointError(f"{source} is not valid JSON ({error}). Write it again with `measure`.") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
@@ -338,13 +353,7 @@ class Report:
         """Write to a `.json` file, or as `report.json` into a folder; the file is complete or not there at all."""
         target = _report_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            part.write_text(self.to_json(), encoding="utf-8")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-        return target
+        return write_atomic(target, self.to_json())
 
 
 def load_report(path: str | Path) -> Report:
@@ -355,8 +364,8 @@ def load_report(path: str | Path) -> Report:
     """
     target = _report_path(path)
     try:
-        text = target.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(target)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"No readable report at {target}: {error}. Give a folder with {REPORT_FILE}.") from None
     return Report.from_json(text, source=str(target))
 

@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+from ..io.text import for_line
+
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 18, 14, 48
+LABEL, DOTS = 40, 200  # at most so many characters of a name, and so many dots with names
+LARGEST = 1e100  # beyond it differences of floats are no floats
 COLOURS = ("student", "other", "third", "fourth", "fifth", "sixth")
 
 
@@ -38,16 +42,27 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
+def drawable(*values: float) -> bool:
+    """Whether all of them have a place in a chart."""
+    return all(abs(value) < LARGEST for value in values)  # nan is not below anything
+
+
+def _label(text: str) -> str:
+    return escape(for_line(text, LABEL))
+
+
 def scatter(points: Sequence[Point], x_label: str, y_label: str, best: str | None = None) -> str:
-    """Dots with names beside them; nothing for no finite point.
+    """Dots with names beside them, of the first 200; nothing for no finite point.
 
     Parameters:
         best: `"high"` or `"low"`: joins the points to which no other is better in y and as low in x.
     """
-    shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
+    shown = [replace(point, label=for_line(point.label, LABEL)) for point in points if drawable(point.x, point.y)][
+        :DOTS
+    ]
     if not shown:
         return ""
-    shown = [point if math.isfinite(point.error) else replace(point, error=0.0) for point in shown]
+    shown = [point if drawable(point.error) else replace(point, error=0.0) for point in shown]
     ends = [value for point in shown for value in (point.y - point.error, point.y + point.error)]
     axes = _Axes([0.0, *(point.x for point in shown)], ends)
     labels = _place_labels(axes, shown)
@@ -123,10 +138,7 @@ def _overlap(box: tuple[float, float, float, float], taken: Sequence[tuple[float
 
 def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
     """Curves with a legend; nothing for no finite point."""
-    cleaned = [
-        Line(line.label, line.colour, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)])
-        for line in series
-    ]
+    cleaned = [Line(line.label, line.colour, [(x, y) for x, y in line.points if drawable(x, y)]) for line in series]
     cleaned = [line for line in cleaned if line.points]
     if not cleaned:
         return ""
@@ -140,15 +152,18 @@ def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         few = len(places) <= 12
         dots = "".join(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="dot"><title>{escape(line.label)}: {_number(a)}, '
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="dot"><title>{_label(line.label)}: {_number(a)}, '
             f"{_number(b)}</title></circle>"
             for (x, y), (a, b) in zip(places, line.points, strict=True)
         )
         marks.append(
             f'<g class="{line.colour}"><polyline points="{path}" class="curve"/>{dots if few else ""}'
-            f'<text x="{legend}" y="{TOP + 14 + 19 * number}" text-anchor="{anchor}">{escape(line.label)}</text></g>'
+            f'<text x="{legend}" y="{TOP + 14 + 19 * number}" text-anchor="{anchor}">{_label(line.label)}</text></g>'
         )
-    said = [f"{line.label}: {_number(line.points[0][1])} to {_number(line.points[-1][1])}" for line in cleaned]
+    said = [
+        f"{for_line(line.label, LABEL)}: {_number(line.points[0][1])} to {_number(line.points[-1][1])}"
+        for line in cleaned
+    ]
     return _frame(axes, x_label, y_label, marks, said)
 
 
@@ -168,7 +183,8 @@ class _Axes:
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = 0.12 * (high - low) or max(abs(high) * 0.05, 1e-9)
+    flat = high - low <= 1e-12 * max(abs(high), abs(low), 1e-6)  # too near for a float to tell apart
+    room = max(abs(high) * 0.05, 1e-9) if flat else 0.12 * (high - low)
     return (0.0 if low == 0 else low - room), high + room
 
 
@@ -193,11 +209,11 @@ def _frame(axes: _Axes, x_label: str, y_label: str, marks: Sequence[str], said: 
         grid.append(f'<text x="{x:.1f}" y="{base + 20}" text-anchor="middle" class="label">{_number(value)}</text>')
     names = (
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle" class="label">'
-        f"{escape(x_label)}</text>"
+        f"{_label(x_label)}</text>"
         f'<text transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle" '
-        f'class="label">{escape(y_label)}</text>'
+        f'class="label">{_label(y_label)}</text>'
     )
-    name = f"{y_label} against {x_label}. {'; '.join(said)}"
+    name = for_line(f"{y_label} against {x_label}. {'; '.join(said)}")
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">'
         f"{''.join(grid)}{names}{''.join(marks)}</svg>"

@@ -2,22 +2,30 @@
 
 print(text_table(report))
 print(markdown_table(report))          # README, model card
+
+A number of any size and sign has a short text, and text of others is shown as it is.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from ..errors import DataError
-from .schema import Comparison, LayerStructure, Measurement, Report, Score
+from ..io.text import Markup, for_line, for_markdown
+from .schema import Comparison, ExportRecord, LayerStructure, Measurement, Report, Score
 
+CELL, NOTE = 60, 2000  # at most so many characters of a cell, and of a note below a table, in a terminal
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def format_count(value: float) -> str:
     """Three digits and a prefix: `22.7M` parameters, `2.75G` MACs; below 1,000 as it is."""
+    if abs(value) >= 1e15 and not (isinstance(value, float) and math.isinf(value)):
+        return f"{Decimal(value):.2e}"  # an integer may be too large for a float
     # 0.9995: what would be written as 1000k is written as 1.00M.
     for size, prefix in _PREFIXES:
-        if value >= 0.9995 * size and value >= 1000:
+        if 1000 <= value < math.inf and value >= 0.9995 * size:
             return f"{_three_digits(value / size)}{prefix}"
     return str(value)
 
@@ -25,7 +33,7 @@ def format_count(value: float) -> str:
 def format_bytes(value: float) -> str:
     """Decimal units: `90.9 MB`."""
     text = format_count(value)
-    return f"{text[:-1]} {text[-1].replace('k', 'K')}B" if text[-1].isalpha() else f"{text} B"
+    return f"{text[:-1]} {text[-1].replace('k', 'K')}B" if text[-1:] in ("k", "M", "G", "T") else f"{text} B"
 
 
 def format_ms(value: float) -> str:
@@ -33,9 +41,21 @@ def format_ms(value: float) -> str:
     return f"{_three_digits(value)} ms"
 
 
+def format_seconds(value: float, decimals: int = 1) -> str:
+    """`41.3 s`."""
+    return f"{_fixed(value, decimals)} s"
+
+
 def _three_digits(value: float) -> str:
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
     decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
     return f"{value:.{decimals}f}"
+
+
+def _fixed(value: float, decimals: int, sign: str = "") -> str:
+    """So many decimals, or three digits where that would be a long text."""
+    return f"{value:{sign}.{decimals}f}" if abs(value) < 1e9 else f"{value:{sign}.3g}"
 
 
 def is_fraction(name: str) -> bool:
@@ -46,23 +66,35 @@ def is_fraction(name: str) -> bool:
 def format_score(score: Score) -> str:
     """`84.5% ± 0.6` or `3.214 ± 0.021`: value and standard error."""
     if is_fraction(score.name):
-        return f"{100 * score.value:.1f}% ± {100 * score.standard_error:.1f}"
-    return f"{score.value:.3f} ± {score.standard_error:.3f}"
+        return f"{_fixed(100 * score.value, 1)}% ± {_fixed(100 * score.standard_error, 1)}"
+    return f"{_fixed(score.value, 3)} ± {_fixed(score.standard_error, 3)}"
 
 
 def format_difference(comparison: Comparison) -> str:
     """`-0.4 ± 0.3 points` for accuracy, `+0.031 ± 0.008` for losses."""
     name, change, error = comparison.quality_score, comparison.quality_difference, comparison.quality_difference_error
-    if name is None or change is None or error is None:
-        return ""
+    return "" if name is None or change is None or error is None else _difference(name, change, error)
+
+
+def _difference(name: str, change: float, error: float) -> str:
     if is_fraction(name):
-        return f"{100 * change:+.1f} ± {100 * error:.1f} points"
-    return f"{change:+.3f} ± {error:.3f}"
+        return f"{_fixed(100 * change, 1, '+')} ± {_fixed(100 * error, 1)} points"
+    return f"{_fixed(change, 3, '+')} ± {_fixed(error, 3)}"
 
 
 def format_ratio(value: float) -> str:
-    """Three digits: `0.52x`, `1.94x`, `0.042x`."""
-    return f"{value:.3f}x" if value < 0.1 else f"{value:.2f}x"
+    """Two digits after the point, more below 0.1, and never `1.00x` for what is less: `1.94x`, `0.042x`, `0.997x`."""
+    if not abs(value) < 1e6 or 0 < value < 1e-4:
+        return f"{value:.3g}x"
+    decimals = 2 if value >= 0.1 or value <= 0 else max(3, 1 - math.floor(math.log10(value)))
+    while 0 < value < 1 and decimals < 17 and float(f"{value:.{decimals}f}") == 1:
+        decimals += 1
+    return f"{value:.{decimals}f}x"
+
+
+def format_speedup(value: float) -> str:
+    """`8.2x`; with more digits where one would hide which of both is faster: `1.04x`, `0.96x`."""
+    return f"{value:.1f}x" if 1.095 <= value < 1e6 else format_ratio(value)
 
 
 def describe_workload(measurement: Measurement) -> str:
@@ -141,31 +173,35 @@ def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -
         change = format_difference(compared) if compared is not None and compared.quality_score == name else ""
         rows.append((name.replace("_", " "), teacher, student, change))
     if compared is not None and compared.agreement is not None:
-        rows.append(("same prediction", "", f"{100 * compared.agreement:.1f}%", ""))
+        rows.append(("same prediction", "", f"{_fixed(100 * compared.agreement, 1)}%", ""))
     return rows
 
 
-def name_layer(layer: LayerStructure, layers: Sequence[LayerStructure]) -> str:
+def layer_names(layers: Sequence[LayerStructure]) -> list[str]:
     """`3`, or `decoder 3` where the model has more than one stack of layers."""
-    return f"{layer.stack} {layer.layer}" if len({each.stack for each in layers}) > 1 else str(layer.layer)
+    several = len({each.stack for each in layers}) > 1
+    return [f"{each.stack} {each.layer}" if several else str(each.layer) for each in layers]
+
+
+def kept(count: int, original: int) -> str:
+    """`8 of 12`."""
+    return " of ".join(str(each) if abs(each) < 1e9 else format_count(each) for each in (count, original))
 
 
 def structure_rows(layers: Sequence[LayerStructure]) -> list[tuple[str, str, str, str]]:
     """(layer, heads, neurons, attention), kept of original."""
     return [
-        (
-            name_layer(x, layers),
-            f"{x.heads} of {x.original_heads}",
-            f"{x.neurons} of {x.original_neurons}",
-            x.attention,
-        )
-        for x in layers
+        (name, kept(x.heads, x.original_heads), kept(x.neurons, x.original_neurons), x.attention)
+        for name, x in zip(layer_names(layers), layers, strict=True)
     ]
 
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns of equal width, the first `left` of them left-aligned, a rule below the header, no trailing spaces."""
-    table = [tuple(header), *map(tuple, rows)]
+    """Columns of equal width, the first `left` of them left-aligned, a rule below the header, no trailing spaces.
+
+    For a terminal: control characters are shown as escapes, long cells are cut.
+    """
+    table = [tuple(for_line(cell, CELL) for cell in row) for row in (header, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
 
     def line(row):
@@ -175,9 +211,9 @@ def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return "\n".join([line(table[0]), "  ".join("-" * width for width in widths), *map(line, table[1:])])
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned source text; a `|` in a cell is escaped."""
-    table = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """A Markdown table with aligned source text; cells are shown as they are, but for `Markup`."""
+    table = [[for_markdown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(header))]
 
     def line(row):
@@ -185,7 +221,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cells) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
+    return Markup("\n".join([line(table[0]), rule, *map(line, table[1:])]))
 
 
 HEADER = ("", "teacher", "student", "change")
@@ -201,11 +237,11 @@ def export_rows(report: Report) -> list[tuple[str, ...]]:
         change = f"{scale * each.quality_difference:+.3g} ± {scale * each.quality_difference_error:.2g}{unit}"
         rows.append(
             (
-                each.format if each.quantize is None else f"{each.format}, {each.quantize}",
+                name_export(each),
                 each.runtime,
                 format_ms(each.latency.median_ms),
                 format_ratio(each.speedup),
-                f"{name.replace('_', ' ')} {format_score(each.quality.main)}",
+                f"{name.replace('_', ' ')} {format_score(each.quality.main)}" if each.quality.scores else "",
                 change,
                 format_bytes(each.bytes_on_disk),
                 f"{each.difference:.1g}",
@@ -214,15 +250,44 @@ def export_rows(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
+def name_export(export: ExportRecord, between: str = ", ") -> str:
+    """`onnx`, or `onnx, int8`."""
+    return export.format if export.quantize is None else f"{export.format}{between}{export.quantize}"
+
+
+def format_export_change(export: ExportRecord) -> str:
+    """What the exported student gains or loses to the teacher: `-0.9 ± 0.6 points`."""
+    name = export.quality.main.name
+    return _difference(name, export.quality_difference, export.quality_difference_error)
+
+
+def best_export(report: Report) -> ExportRecord | None:
+    """The fastest of those that lose no more to the teacher than the student itself does, within a standard error.
+
+    None where each is known to be worse, or nothing is known.
+    """
+    compared = report.comparison
+
+    def loss(change: float | None, higher_is_better: bool) -> float:
+        return 0.0 if change is None else -change if higher_is_better else change
+
+    def good(export: ExportRecord) -> bool:
+        better = export.quality.main.higher_is_better
+        own = loss(compared and compared.quality_difference, better)
+        lost, error = loss(export.quality_difference, better), export.quality_difference_error
+        return bool(export.quality.scores) and lost <= max(own, 0.0) + max(error, 0.0) < math.inf
+
+    return max(filter(good, report.exports), key=lambda each: each.speedup, default=None)
+
+
 def text_table(report: Report) -> str:
     """The comparison for a terminal, with the workload and machine below it."""
     table = align(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
     if report.exports:
         table += "\n\n" + align(EXPORT_HEADER, export_rows(report), left=2)
-    notes = "".join(
-        f"\n{note}" for note in (describe_energy(report.student), describe_footprint(report), *report.warnings) if note
-    )
-    return f"{table}\n\n{describe_workload(report.student)}; {describe_machine(report)}{notes}"
+    place = f"{describe_workload(report.student)}; {describe_machine(report)}"
+    notes = (place, describe_energy(report.student), describe_footprint(report), *report.warnings)
+    return f"{table}\n\n" + "\n".join(for_line(note, NOTE) for note in notes if note)
 
 
 def measurement_table(measurement: Measurement) -> str:
@@ -234,24 +299,23 @@ def measurement_table(measurement: Measurement) -> str:
         compared = comparison_rows(measurement.baseline, measurement, measurement.comparison)
         table = align(("", "baseline", "model", "change"), compared)
     energy = describe_energy(measurement)
-    return f"{table}\n\n{describe_workload(measurement)}" + (f"\n{energy}" if energy else "")
+    return f"{table}\n\n{for_line(describe_workload(measurement))}" + (f"\n{energy}" if energy else "")
 
 
-def markdown_table(report: Report) -> str:
+def markdown_table(report: Report) -> Markup:
     """The comparison as a Markdown table."""
     return markdown(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
 
 
-def markdown_exports(report: Report) -> str:
+def markdown_exports(report: Report) -> Markup:
     """The other runtimes as a Markdown table; an empty text if there are none."""
-    return markdown(EXPORT_HEADER, export_rows(report)) if report.exports else ""
+    return markdown(EXPORT_HEADER, export_rows(report)) if report.exports else Markup()
 
 
-def markdown_structure(report: Report) -> str:
+def markdown_structure(report: Report) -> Markup:
     """What is left of each layer, as a Markdown table; an empty text if the report does not say."""
-    return markdown(("layer", "heads", "neurons", "attention"), structure_rows(report.structure)) * bool(
-        report.structure
-    )
+    rows = structure_rows(report.structure)
+    return markdown(("layer", "heads", "neurons", "attention"), rows) if rows else Markup()
 
 
 RESULTS_HEADER = ("", "quality", "change", "speed-up", "parameters", "MACs")
@@ -267,7 +331,7 @@ def result_rows(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
                 label,
                 "" if student.quality is None else f"{student.quality.main.name} {format_score(student.quality.main)}",
                 "" if compared is None else format_difference(compared),
-                "" if compared is None else f"{compared.speedup:.1f}x",
+                "" if compared is None else format_speedup(compared.speedup),
                 format_count(student.size.parameters),
                 format_count(student.size.macs),
             )
@@ -280,24 +344,24 @@ def text_results(reports: Mapping[str, Report]) -> str:
     return align(RESULTS_HEADER, result_rows(reports))
 
 
-def listed(values: Mapping[str, Any]) -> str:
-    """`ratio 0.55, metric macs`; what is not set is not said."""
-    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items() if value is not None)
+def listed(values: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """`ratio 0.55, metric macs`; what is not set is not said. `shown` makes each name and value fit for its place."""
 
+    def one(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"({listed(value, shown)})"
+        if isinstance(value, list):
+            return f"[{', '.join(map(one, value))}]"
+        return shown((f"{value:.4g}" if isinstance(value, float) else str(value)).replace("\n", " "))
 
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"({listed(value)})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
-    return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("\n", " ")
+    return ", ".join(f"{shown(name)} {one(value)}" for name, value in values.items() if value is not None)
 
 
 def markdown_results(reports: Mapping[str, Report]) -> str:
     """One line for each finished recipe, for the README: quality, speed and size, and where they were measured."""
-    header = ("recipe", "teacher", "student", "speed-up", "in other runtimes", "weights", "MACs", "loads as")
+    header = ("recipe", "teacher", "student", "speed-up", "other runtimes, change", "weights", "MACs", "loads as")
     rows = [_result(name, report) for name, report in reports.items()]
-    places = [f"{name}: {_where(report)}" for name, report in reports.items()]
+    places = [for_markdown(f"{name}: {_where(report)}") for name, report in reports.items()]
     return markdown(header, rows) + "\n\n" + "\n".join(places)
 
 
@@ -306,11 +370,13 @@ def _result(name: str, report: Report) -> tuple[str, ...]:
     if teacher is None or compared is None or teacher.quality is None or student.quality is None:
         raise DataError(f"The report of {name} has no teacher or no quality to compare with. Run the recipe again.")
     return (
-        f"[{name}](model_cards/{name}/README.md)",
+        Markup(f"[{for_markdown(name)}](model_cards/{name}/README.md)"),  # a shipped recipe
         f"{teacher.quality.main.name} {format_score(teacher.quality.main)}",
         format_score(student.quality.main),
-        f"{compared.speedup:.1f}x",
-        ", ".join(f"{each.folder} {each.speedup:.1f}x" for each in report.exports),
+        format_speedup(compared.speedup),
+        ", ".join(
+            f"{each.folder} {format_speedup(each.speedup)} ({format_export_change(each)})" for each in report.exports
+        ),
         f"{format_bytes(teacher.size.weight_bytes)} → {format_bytes(student.size.weight_bytes)}",
         f"{format_count(teacher.size.macs)} → {format_count(student.size.macs)}",
         report.loads_with,

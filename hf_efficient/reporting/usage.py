@@ -3,6 +3,7 @@
 print(loading_snippet(report, "me/bert-fast"))
 """
 
+from ..io.text import python_literal
 from .schema import Report
 
 _GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -25,13 +26,13 @@ def loading_snippet(report: Report, repo_id: str) -> str:
 
     `image` stands for an image of the reader's own.
     """
-    auto, processor = report.auto_class, report.processor_class
+    auto, processor, place = report.auto_class, report.processor_class, python_literal(repo_id)
     lines = ["import hf_efficient"] if report.loads_with == "plugin" else []
     lines += ["import torch"] if auto == "AutoModel" and processor else []
     lines += [f"from transformers import {auto}{f', {processor}' if processor else ''}", ""]
-    lines += [f'model = {auto}.from_pretrained("{repo_id}")']
+    lines += [f"model = {auto}.from_pretrained({place})"]
     if processor:
-        lines += [f'processor = {processor}.from_pretrained("{repo_id}")', "", *_call(report)]
+        lines += [f"processor = {processor}.from_pretrained({place})", "", *_call(report)]
     return "\n".join(lines)
 
 
@@ -50,12 +51,19 @@ def _call(report: Report) -> list[str]:
 
 
 def _vectors(report: Report) -> list[str]:
-    """How texts become vectors, pooled as they were when they were distilled and measured."""
+    """How texts become vectors, pooled as they were when they were distilled and measured; not at all by a way
+    that we do not know."""
     pooling = next((stage.settings["pooling"] for stage in report.stages[::-1] if "pooling" in stage.settings), "mean")
-    return [
+    known = isinstance(pooling, str) and pooling in _POOLED
+    lines = [
         'inputs = processor(["A text.", "Another text."], padding=True, truncation=True, return_tensors="pt")',
         "with torch.no_grad():",
         "    states = model(**inputs).last_hidden_state",
+    ]
+    if not known:
+        return [*lines, "print(states.shape)"]
+    return [
+        *lines,
         'mask = inputs["attention_mask"]',
         f"vectors = {_POOLED[pooling]}",
         "print(torch.cosine_similarity(vectors[0], vectors[1], dim=0))",
