@@ -50,7 +50,23 @@ def opens_for_writing(call: ast.Call) -> bool:
     return any(isinstance(mode, ast.Constant) and set(str(mode.value)) & set("wax+") for mode in modes)
 
 
+def escapes_nothing(call: ast.Call) -> bool:
+    """A jinja template whose fields are not escaped by default."""
+    return name_of(call.func).endswith("Environment") and not {"autoescape", "finalize"} & {
+        k.arg for k in call.keywords
+    }
+
+
+def marks_up_a_format(call: ast.Call) -> bool:
+    """Markdown made of an f-string: whatever is filled in there is no longer escaped."""
+    return name_of(call.func).endswith("Markup") and any(isinstance(each, ast.JoinedStr) for each in call.args)
+
+
 RULES = {
+    "what a terminal shows goes through print_text and say": Rule(
+        calls("print", "typer.echo", ".stdout.write"), ("cli/base.py",), {}
+    ),
+    "Markdown of f-strings is made by io/text": Rule(marks_up_a_format, ("io/text.py",), {}),
     "JSON of strangers is read by io/json": Rule(calls("json.load", "json.loads"), ("io/json.py",), {}),
     "what a user named is loaded by loading": Rule(calls(".from_pretrained"), ("loading.py",), {}),
     "other programs are started by io/process": Rule(
@@ -91,6 +107,19 @@ def test_nobody_goes_around_a_door(what):
     assert all(places(rule, name, tree) for name, tree in modules() if name in rule.doors), "a door that does nothing"
 
 
+def test_templates_escape_what_they_are_not_told_about():
+    environments = calls("Environment", "jinja2.Environment")
+    seen = [(name, node) for name, tree in modules() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    templates = [
+        (name, node)
+        for name, node in seen
+        if environments(node) and name.startswith(("reporting/card", "reporting/page"))
+    ]
+    assert {name for name, _ in templates} == {"reporting/card.py", "reporting/page.py"}
+    assert not [name for name, node in templates if escapes_nothing(node)]
+    assert escapes_nothing(ast.parse("Environment(trim_blocks=True)").body[0].value)
+
+
 @pytest.mark.parametrize(
     ("what", "source"),
     [
@@ -101,6 +130,8 @@ def test_nobody_goes_around_a_door(what):
         ("files are written by io/disk", "path.with_suffix('.x').write_text('')"),
         ("files are written by io/disk", "open(path, 'wb')"),
         ("files are written by io/disk", "path.open(mode='a')"),
+        ("Markdown of f-strings is made by io/text", "Markup(f'# {title}')"),
+        ("what a terminal shows goes through print_text and say", "print(report.base_model)"),
     ],
 )
 def test_a_way_around_is_seen(what, source):

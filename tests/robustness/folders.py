@@ -105,7 +105,7 @@ def read_config(text: str) -> bool:
 def read_index(text: str) -> bool:
     folder = good_folder("sharded")
     with_file(folder, INDEX, text)
-    return refused_or(lambda: _same_weights(load_model("AutoModelForSequenceClassification", folder), folder))
+    return refused_or(lambda: _same_weights(load_model(auto_class_of(folder), folder), folder))
 
 
 def read_tokenizer(text: str) -> bool:
