@@ -28,10 +28,12 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from .distillation.batch import base_of
 from .distillation.checks import check_run
 from .distillation.meter import Meter
 from .errors import TrainingError
 from .loading import load_model
+from .models.token_masks import real_inputs
 
 Counts = dict[str, Tensor]
 
@@ -59,6 +61,17 @@ class ExactTrainer(Trainer):
         """As in `Trainer.train`."""
         self._first_broken = None
         return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As in `Trainer`; labels that padding would predict are taken out before they are counted."""
+        return super().get_batch_samples(map(self._real, epoch_iterator), num_batches, device)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`, of real tokens."""
+        return super().prediction_step(model, self._real(inputs), *args, **kwargs)
+
+    def _real(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return real_inputs(inputs, base_of(self.accelerator.unwrap_model(self.model)))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

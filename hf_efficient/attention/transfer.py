@@ -28,6 +28,7 @@ from ..distillation.forward import call_inside
 from ..distillation.losses import SINGLE_LABEL, hidden_loss
 from ..errors import ConfigError, UnsupportedModelError
 from ..families import find_stacks, is_known
+from ..models.token_masks import counts_columns, first_positions
 from ..training import Counts, StepTrainer
 from .config import FEATURE_MAPS, KINDS, AttentionConfig
 from .dispatch import ATTACHED, variant_of
@@ -188,7 +189,9 @@ class TransferTrainer(StepTrainer):
         """What the forward takes, never labels: no loss of the model's own, and no more logits than it must make."""
         given = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
         if self._shift is not None and inputs.get("labels") is not None and inputs.get("decoder_input_ids") is None:
-            given["decoder_input_ids"] = self._shift(labels=inputs["labels"])
+            given["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.task).labels)
+        if counts_columns(self.model, self._names):
+            given |= first_positions(inputs)
         return given | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
 
     def _masks(self, inputs: dict[str, Any], rows: int | None = None) -> dict[str, Tensor]:

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, UnsupportedModelError
 from ..families import find_stacks, is_known
+from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
 from .losses import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-
-IGNORED = -100
 
 # `PreTrainedModel.loss_type` -> how labels and logits are aligned.
 KINDS = {
@@ -127,10 +126,11 @@ class Batch:
     """
 
     def __init__(self, inputs: dict[str, Any], task: Task, *, soft_positions: str = "labels", rows: int | None = None):
-        self.inputs = inputs
+        self.labels = _labels(inputs, task)
+        is_moved = task.kind != "spans" and self.labels is not inputs.get("labels")
+        self.inputs = {**inputs, "labels": self.labels} if is_moved else inputs
         self.task = task
         self.soft_positions = soft_positions
-        self.labels = _labels(inputs, task)
         first = self.labels if self.labels is not None else next(v for v in inputs.values() if torch.is_tensor(v))
         self.size, self.device = first.shape[0], first.device
         self.rows = self.size if rows is None else min(rows, self.size)
@@ -156,7 +156,12 @@ class Batch:
             )
         labels = self.labels
         if self.task.kind == "spans":  # positions behind the end of a text that was cut are nowhere in it
-            return labels, self._real((labels >= 0) & (labels < self._length()))
+            tokens = self.token_masks()["encoder"]
+            inside = (labels >= 0) & (labels < tokens.shape[1])
+            return labels, self._real(inside & tokens.gather(1, labels.clamp(0, tokens.shape[1] - 1)))
+        if self.task.kind in ("causal_lm", "tokens"):
+            mask = self.token_masks()[self.task.stacks[-1]]
+            labels = real_labels(labels, mask, ahead=int(self.task.kind == "causal_lm"))
         if self.task.kind == "causal_lm":
             labels = torch.cat([labels[:, 1:], labels.new_full((self.size, 1), IGNORED)], dim=1)
         if self.task.kind != "examples" or self.problem == SINGLE_LABEL:
@@ -217,32 +222,16 @@ class Batch:
 
     def token_masks(self) -> dict[str, Tensor]:
         """Positions that are not padding, for each stack: [batch, length], or [batch] for images."""
-        masks = {"encoder": self._mask("attention_mask", ("input_ids", "inputs_embeds"))}
-        if len(self.task.stacks) == 2:
-            masks["decoder"] = self._decoder_mask(masks["encoder"])
-        return masks
-
-    def _decoder_mask(self, encoder_mask: Tensor) -> Tensor:
-        if "decoder_attention_mask" not in self.inputs and self.task.kind == "tokens" and self.labels is not None:
-            return self._real(self.labels != IGNORED)
-        if "decoder_attention_mask" in self.inputs or "decoder_input_ids" in self.inputs:
-            return self._mask("decoder_attention_mask", ("decoder_input_ids",))
-        return encoder_mask  # BART-like classifiers feed the shifted input to the decoder
-
-    def _length(self) -> int:
-        return self.token_masks()["encoder"].shape[1]
-
-    def _mask(self, name: str, inputs: tuple[str, ...]) -> Tensor:
-        mask = self.inputs.get(name)
-        if mask is not None:
-            if mask.dim() != 2:
+        for name in ("attention_mask", "decoder_attention_mask"):
+            mask = self.inputs.get(name)
+            if mask is not None and mask.dim() != 2:
                 raise DataError(
                     f"`{name}` has shape {tuple(mask.shape)}; distillation needs [batch, length] (1 token, 0 padding)."
                 )
-            return self._real(mask.bool())
-        given = next((self.inputs[i] for i in inputs if self.inputs.get(i) is not None), None)
-        shape = (self.size,) if given is None else given.shape[:2]
-        return self._real(torch.ones(shape, dtype=torch.bool, device=self.device))
+        say_positions = self.task.kind == "tokens"
+        inputs = {name: value for name, value in self.inputs.items() if say_positions or name != "labels"}
+        masks = token_masks(inputs, has_decoder=len(self.task.stacks) == 2)
+        return {stack: self._real(mask) for stack, mask in masks.items()}
 
     def _real(self, mask: Tensor) -> Tensor:
         if self.rows < self.size:
@@ -252,9 +241,14 @@ class Batch:
 
 
 def _labels(inputs: dict[str, Any], task: Task) -> Tensor | None:
-    """`labels`; of spans [batch, 2] from `start_positions` and `end_positions`."""
+    """`labels`; of spans [batch, 2] from `start_positions` and `end_positions`.
+
+    Those from which a decoder's inputs are made begin in the first column.
+    """
     if task.kind != "spans":
-        return inputs.get("labels")
+        labels = inputs.get("labels")
+        is_read = task.kind == "tokens" and len(task.stacks) == 2 and inputs.get("decoder_input_ids") is None
+        return from_first(labels) if is_read and labels is not None else labels
     ends = [inputs.get("start_positions"), inputs.get("end_positions")]
     return None if any(end is None for end in ends) else torch.stack([end.flatten() for end in ends], dim=1)
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, default_data_collator
 from ..errors import CheckpointError, ConfigError
 from ..io.disk import clear_disk_errors, new_folder, write_atomic
 from ..measure.context import eval_mode
+from ..models.token_masks import counts_columns, first_positions
 from .answers import read_answer
 from .batch import Batch, base_of, forward_names, task_of
 from .cache import CONFIG, MANIFEST, MAX_SHARDS, SEAL, Manifest, TeacherCache, digest_of, features_of, open_shard, seal
@@ -239,5 +240,8 @@ def _answers(
     placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
     batch = Batch(placed, layout.task)
     pairs = {stack: [(position, position) for position in layout.hidden_states] for stack in layout.task.stacks}
-    given = batch.model_inputs(forward_names(teacher), base_of(teacher))
+    names = forward_names(teacher)
+    given = batch.model_inputs(names, base_of(teacher))
+    if counts_columns(base_of(teacher), names):
+        given |= first_positions(batch.inputs)
     return layout.pack(batch, read_answer(batch, teacher(**given, **wanted_states(pairs, 1)), {}), keys)

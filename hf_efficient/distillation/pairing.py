@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.token_masks import counts_columns, first_positions
 from .arguments import DistillationArguments
 from .batch import Batch, Task, base_of, forward_names
 from .cache import TeacherCache
@@ -32,6 +33,7 @@ class Pairing:
         pairs: by loss and stack the (student, teacher) layers that it compares.
         projections: between the widths, where they differ.
         names: what the forward of each side takes.
+        counts_columns: whether each side is to be told the positions of tokens behind padding.
         recorded: the attentions of each side that a loss looks into.
         vocabulary: how many entries both vocabularies share, where one of them is padded.
     """
@@ -41,6 +43,7 @@ class Pairing:
     pairs: Mapping[str, Mapping[str, Pairs]]
     projections: nn.ModuleDict
     names: Mapping[str, Collection[str]]
+    counts_columns: Mapping[str, bool]
     recorded: Mapping[str, Modules]
     vocabulary: int | None
 
@@ -68,6 +71,8 @@ class Pairing:
     def inputs(self, side: str, batch: Batch, student: PreTrainedModel) -> dict[str, Any]:
         """What the forward of one side is given; the student makes the decoder inputs of both."""
         given = batch.model_inputs(self.names[side], student)
+        if self.counts_columns[side]:
+            given |= first_positions(batch.inputs)
         return given | wanted_states(self.pairs.get("hidden", {}), SIDES.index(side))
 
 
@@ -89,15 +94,17 @@ def pair(
     pairs = _pairs(student, teacher, args, losses, task)
     if cache is not None:
         cache.check(args, pairs)
+    sides = dict(zip(SIDES, (student, teacher), strict=True))
+    names = {side: forward_names(model) for side, model in sides.items()}
     return Pairing(
         task=task,
         losses=losses,
         pairs=pairs,
         projections=_projections(student, teacher, losses, pairs).to(args.device),
-        names={"student": forward_names(student), "teacher": forward_names(teacher)},
+        names=names,
+        counts_columns={side: counts_columns(base_of(model), names[side]) for side, model in sides.items()},
         recorded={
-            side: _to_record(model, index, losses, pairs, task)
-            for index, (side, model) in enumerate(zip(SIDES, (student, teacher), strict=True))
+            side: _to_record(model, index, losses, pairs, task) for index, (side, model) in enumerate(sides.items())
         },
         vocabulary=common_vocabulary(student, teacher) if args.truncate_vocabulary else None,
     )

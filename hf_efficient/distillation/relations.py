@@ -49,12 +49,16 @@ def relation_loss(
 
     The heads of each model are laid side by side and cut anew into `heads` pieces, so that neither the numbers of
     heads nor the widths need agree (Wang et al. 2021, section 3.1). `None`: as many as the teacher's heads, or the
-    next smaller number that divides all widths.
+    next smaller number that divides all widths. A key or value that several queries share lies beside each of them:
+    so pieces are whole heads wherever those of the queries are.
 
     Raises:
         ConfigError: `heads` does not divide a width.
     """
-    sides = [[side.query, side.key, side.value] for side in (student, teacher)]
+    sides = [
+        [_for_queries(state, side.query) for state in (side.query, side.key, side.value)]
+        for side in (student, teacher)
+    ]
     widths = [state.shape[1] * state.shape[3] for side in sides for state in side]
     common = math.gcd(*widths)
     if heads is None:
@@ -78,6 +82,11 @@ def _positions(mask: Tensor, query: Tensor) -> Tensor:
     return mask if mask.dim() == 2 else mask[:, None].expand(-1, query.shape[2])
 
 
+def _for_queries(state: Tensor, query: Tensor) -> Tensor:
+    """[B, K, T, D] -> [B, H, T, D]: grouped heads once for each query head."""
+    return state.repeat_interleave(query.shape[1] // state.shape[1], dim=1)
+
+
 def _cut(state: Tensor, heads: int) -> Tensor:
     """[B, H, T, D] -> [B, heads, T, H D / heads]."""
     return state.transpose(1, 2).flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -88,7 +97,7 @@ def _scores(query: Tensor, key: Tensor, where: Tensor) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     nowhere = ~where[:, None, :, None]
     query, key = (state.to(wide).masked_fill(nowhere, 0) for state in (query, key))
-    return query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2)
+    return query @ _for_queries(key, query).transpose(-1, -2)
 
 
 def _compare(

@@ -259,6 +259,7 @@ class DistillationTrainer(StepTrainer):
         """As in `Trainer`, but only the logits are gathered, and only the `ce` loss needs labels."""
         inputs = self._prepare_inputs(inputs)
         batch = self._batch(inputs, rows=self.real_rows(inputs))
+        inputs = batch.inputs  # whose labels lie where the logits are
         if batch.labels is None and "ce" in self.pairing.losses:  # predict() on unlabelled data
             with torch.no_grad():
                 return None, self._outputs(batch.logits(model(**self._model_inputs("student", batch)))), None

@@ -32,6 +32,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
+from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from .context import evaluating
 from .retrieval import PAIR, embeddings, find_pairs
@@ -121,7 +122,8 @@ def evaluate_quality(
     """Run the model over the data set in its order, in eval mode, and score it.
 
     Parameters:
-        dataset: samples with labels, as `Trainer` takes them; -100 marks token labels that do not count.
+        dataset: samples with labels, as `Trainer` takes them; -100 marks token labels that do not count. Nor do those
+            of padding, or predicted by it: on the left the first real token of a causal model.
         collator: list of samples -> batch with `labels`; default `transformers.default_data_collator`.
         task: one of `TASKS`; default: what the model's head is for.
         pooling: of embeddings: mean, cls or last.
@@ -164,10 +166,10 @@ def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple
     inputs = inputs_of(model, batch)
     labels = torch.stack([batch[name] for name in names], dim=-1).to(next(model.parameters()).device)
     if len(names) == 2:
-        return _score_spans(model(**inputs), inputs["attention_mask"].bool(), labels)
+        return _score_spans(model(**inputs), token_masks(inputs, has_decoder=False)["encoder"], labels)
     labels = labels[..., 0]
-    if model.config.is_encoder_decoder and task.tokens and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    if task.tokens:
+        labels = _place(model, inputs, labels, task)
     logits = model(**inputs).logits  # [B, classes] or [B, T, C]
     if not task.tokens:
         if logits.shape[-1] < 2 or labels.is_floating_point():
@@ -178,14 +180,29 @@ def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple
     return [_score_sample(logits[i], labels[i]) for i in range(len(labels))]
 
 
+def _place(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, task: Task) -> torch.Tensor:
+    """Token labels `[B, T]` where the logits are, -100 where these are of padding; adds the inputs of a decoder."""
+    has_decoder = model.config.is_encoder_decoder
+    if has_decoder and "decoder_input_ids" not in inputs:
+        labels = from_first(labels)
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    masks = token_masks(inputs | {"labels": labels}, has_decoder=has_decoder)
+    return real_labels(labels, list(masks.values())[-1], ahead=task.shift)
+
+
 def inputs_of(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What of a batch the model is given: no labels, on its device."""
+    """What of a batch the model is given: no labels, on its device; positions that do not count padding."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value) and key not in _LABELS}
     names = inspect.signature(model.forward).parameters
-    if model.main_input_name in names:  # a wrapper such as PEFT's names none and passes all on
+    if model.main_input_name in names:
         inputs = {key: value for key, value in inputs.items() if key in names}
-    return inputs
+    else:  # a wrapper such as PEFT's names none and passes all on
+        from ..distillation.batch import base_of
+
+        model = base_of(model)
+        names = inspect.signature(model.forward).parameters
+    return inputs | first_positions(inputs) if counts_columns(model, names) else inputs
 
 
 def _score_spans(output: Any, mask: torch.Tensor, ends: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
@@ -205,7 +222,7 @@ def _one(loss: torch.Tensor, prediction: torch.Tensor, target: Any) -> tuple[tor
 
 def _score_sample(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Logits `[T, classes]`, labels `[T]`; only labels other than -100 count."""
-    kept = labels != -100
+    kept = labels != IGNORED
     logits, targets = logits[kept].float(), labels[kept]
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").cpu()
     predictions, targets = logits.argmax(-1).cpu(), targets.cpu()

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..distillation.losses import pool
 from ..errors import DataError
+from ..models.token_masks import token_masks
 
 PAIR = "pair"
 CHUNK = 1024  # queries compared at once
@@ -39,7 +40,7 @@ def embeddings(model: Any, loader: Iterable[Mapping[str, Any]], pooling: str) ->
             )
         inputs = inputs_of(model, batch)
         states = model(**inputs).last_hidden_state  # [B, T, width]
-        mask = inputs.get("attention_mask", torch.ones(states.shape[:2], device=states.device)).bool()
+        mask = token_masks(inputs, has_decoder=False)["encoder"]
         vectors.append(F.normalize(pool(states, mask, pooling), dim=-1).cpu())
         numbers.append(batch[PAIR].cpu())
     return torch.cat(vectors), torch.cat(numbers)

@@ -4,13 +4,16 @@
 the model is sure of it or not; the loss of a model that is right has hardly any gradient to go by.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from random import Random
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import DataError
+from ..models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
 from .costs import num_patches
 from .stream import Batch, forward
 
@@ -18,7 +21,6 @@ Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 # The field of the output that is the model's answer; the first that is there.
 ANSWERS = ("logits", "logits_per_image", "start_logits", "last_hidden_state")
-IGNORED = -100
 # The length at which MACs are counted when there are no calibration batches to take it from.
 DEFAULT_LENGTH = 128
 
@@ -65,30 +67,47 @@ def answer_loss(seed: int = 0) -> Loss:
     Fisher matrix, Martens 2020, section 5), since most of its logits do not matter. Over classes it is uniform among
     those of length 1 that change the logits against each other: of two classes always their difference. Else it is
     Gaussian. Of token by token answers the mean over real tokens is taken.
+
+    Each row has a seed of its own, its number since the first batch, and draws for its real tokens alone: so its
+    direction does not depend on its padding or on how the rows are cut into batches.
     """
-    generator = torch.Generator().manual_seed(seed)
+    numbers = itertools.count()
 
     def loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         answer = answer_of(model, batch)  # [B, C] or [B, T, C]
-        if answer.ndim == 3 and answer.shape[-1] == getattr(model.config, "vocab_size", None):
-            chances = answer.detach().softmax(-1).flatten(0, 1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=generator).view(answer.shape[:2])
-            along = F.cross_entropy(answer.transpose(1, 2), drawn.to(answer.device), reduction="none")
-        else:
-            direction = torch.randn(answer.shape, generator=generator).to(answer)
-            if is_distribution(model, answer):
-                direction = F.normalize(direction - direction.mean(-1, keepdim=True), dim=-1)
-            along = (answer * direction).sum(-1)
-        if along.ndim == 1:
-            return along.sum()
-        mask = token_mask(batch, model, None, along)
-        return ((along * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+        where = real_entries(model, batch, answer)  # [B, C] or [B, T]
+        sums = []
+        for own, real in zip(answer, where, strict=True):
+            generator = torch.Generator().manual_seed(Random(f"{seed} {next(numbers)}").getrandbits(63))
+            along = _along(model, own[real], generator)  # of [real classes] or [real tokens, C]
+            sums.append(along.sum() / max(1, along.numel()))
+        return torch.stack(sums).sum()
 
     return loss
 
 
+def _along(model: PreTrainedModel, answer: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """How far each answer, `[..., C]`, goes in a direction drawn for it: `[...]`."""
+    if answer.ndim == 2 and answer.shape[-1] == getattr(model.config, "vocab_size", None):
+        if not len(answer):  # a row of padding only
+            return answer.sum(-1)
+        drawn = torch.multinomial(answer.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return F.cross_entropy(answer, drawn.to(answer.device), reduction="none")
+    direction = torch.randn(answer.shape, generator=generator, dtype=answer.dtype).to(answer.device)
+    if is_distribution(model, answer):
+        direction = F.normalize(direction - direction.mean(-1, keepdim=True), dim=-1)
+    return (answer * direction).sum(-1)
+
+
+def real_entries(model: PreTrainedModel, batch: Batch, answer: torch.Tensor) -> torch.Tensor:
+    """What of an answer counts, bool: its real tokens, `[B, T]`; the classes of `[B, C]`, which are tokens themselves
+    where a text is asked for the place of an answer."""
+    are_classes = answer.ndim == 2 and model.loss_type != "ForQuestionAnswering"
+    return torch.ones_like(answer, dtype=torch.bool) if are_classes else token_mask(batch, model, None, answer).bool()
+
+
 def answer_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The answer in float32, [B, C] or [B, T, C].
+    """The answer in float32 or wider, [B, C] or [B, T, C].
 
     Raises:
         DataError: the model gives nothing that is known to be an answer.
@@ -96,11 +115,16 @@ def answer_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     outputs = forward(model, batch)
     for name in ANSWERS:
         if outputs.get(name) is not None:
-            return outputs[name].float()
+            return wide(outputs[name])
     raise DataError(
         f"{type(model).__name__} gives {', '.join(outputs)}; importance needs one of {', '.join(ANSWERS)}. Use "
         "importance='magnitude'."
     )
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or as it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def is_distribution(model: PreTrainedModel, answer: torch.Tensor) -> bool:
@@ -110,16 +134,23 @@ def is_distribution(model: PreTrainedModel, answer: torch.Tensor) -> bool:
 
 
 def model_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Times the number of rows: the model's own loss if the batch has labels, else the cross-entropy of its own hard
-    predictions.
+    """Summed over rows: the loss of the labels if the batch has some, else the cross-entropy of the model's own hard
+    predictions. Of token by token answers the mean over the real tokens of a row is taken, of answers in a text that
+    over first and last token; so a row counts the same whatever else is in its batch.
 
     Two towers (CLIP) have to tell the pairs of the batch from all other combinations, as when they were trained.
 
     Raises:
         DataError: the model returns no logits, so there is no loss to measure importance with.
     """
+    batch = real_inputs(batch, model)
     outputs = forward(model, batch)
     rows = len(next(iter(batch.values())))
+    if "start_logits" in outputs and "start_positions" in batch:
+        return _span_loss(model, batch, outputs)
+    logits, labels = outputs.get("logits"), batch.get("labels")
+    if labels is not None and logits is not None and logits.ndim == 3 and labels.shape == logits.shape[:2]:
+        return _token_loss(wide(logits), labels.to(logits.device), ahead=int(predicts_next(model)))
     if outputs.get("loss") is not None:
         return outputs.loss * rows
     if "logits_per_text" in outputs:  # CLIP: every text belongs to the image of its row
@@ -131,21 +162,43 @@ def model_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
             f"importance='taylor' needs a loss, but {type(model).__name__} returned neither loss nor logits. "
             "Use a model with a task head, batches with labels, or importance='fisher'."
         )
-    logits = outputs.logits.float()  # [B, C] or [B, T, C]
-    if logits.ndim == 3:
-        logits = logits[token_mask(batch, model, None, logits[..., 0]).bool()]
+    logits = wide(outputs.logits)  # [B, C] or [B, T, C]
+    if logits.ndim == 3 and logits.shape[-1] > 1:
+        real = token_mask(batch, model, None, logits[..., 0]).bool()
+        return _token_loss(logits, logits.argmax(-1).masked_fill(~real, IGNORED), ahead=0)
     if logits.shape[-1] == 1:
         return logits.square().mean() * rows
     return F.cross_entropy(logits, logits.argmax(-1)) * rows
 
 
+def _token_loss(logits: torch.Tensor, labels: torch.Tensor, ahead: int) -> torch.Tensor:
+    """Logits [B, T, C] of labels [B, T] that run `ahead`: the mean cross-entropy of each row, summed."""
+    logits, labels = logits[:, : logits.shape[1] - ahead], labels[:, ahead:]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).sum()
+
+
+def _span_loss(model: PreTrainedModel, batch: Batch, outputs: Mapping) -> torch.Tensor:
+    """The answer is sought among the real tokens; one that lies elsewhere does not count."""
+    total = wide(outputs["start_logits"]).new_zeros(())
+    for end in ("start", "end"):
+        logits = wide(outputs[f"{end}_logits"])
+        real = token_mask(batch, model, None, logits).bool()
+        where = batch[f"{end}_positions"].flatten().to(logits.device)
+        inside = (where >= 0) & (where < logits.shape[1])
+        inside &= real.gather(1, where.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+        total = total + F.cross_entropy(logits[inside], where[inside], reduction="sum") / 2
+    return total
+
+
 def token_mask(batch: Batch, model: PreTrainedModel, stack: str | None, like: torch.Tensor) -> torch.Tensor:
-    """`[B, T]` as `like`: 1 for each real token of a stack (None: of the answer), 0 for padding."""
-    mask = batch.get("attention_mask")
-    if model.config.is_encoder_decoder and stack != "encoder":
-        mask = batch.get("decoder_attention_mask")
-        if mask is None and "labels" in batch:
-            mask = batch["labels"] != IGNORED
-    if mask is None or mask.shape != like.shape[:2]:
+    """`[B, T]` as `like`: 1 for each real token of a stack (None: of the answer), 0 for padding.
+
+    A mask of another shape belongs to something else (frames of sound before they were joined).
+    """
+    masks = masks_of(batch, model)
+    mask = masks["encoder" if stack == "encoder" else list(masks)[-1]]
+    if stack == "vision" or mask.shape != like.shape[:2]:
         return torch.ones(like.shape[:2], dtype=like.dtype, device=like.device)
     return mask.to(like)

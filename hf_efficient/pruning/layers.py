@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..families import find_stacks
 from ..measure.context import evaluating
-from .calibration import answer_of, is_distribution, token_mask
+from .calibration import answer_of, is_distribution, real_entries, token_mask
 from .config import PruningConfig
 from .groups import find_groups
 from .importance import IMPORTANCES, check_scores
@@ -78,14 +78,17 @@ def _change(model: PreTrainedModel, batches: Sequence[Batch], expected: list, wi
 
 def _distance(answer: torch.Tensor, expected: torch.Tensor, batch: Batch, model: PreTrainedModel) -> float:
     """KL(expected, answer) where the last dimension is one of classes or tokens, else the squared difference."""
+    where = real_entries(model, batch, answer)
+    if where.shape == answer.shape:  # classes, or places in a text: of these the real ones
+        lowest = torch.finfo(answer.dtype).min
+        answer, expected = answer.masked_fill(~where, lowest), expected.masked_fill(~where, lowest)
     if is_distribution(model, answer):
         apart = F.kl_div(answer.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     else:
         apart = (answer - expected).square().sum(-1)
     if apart.ndim == 1:
         return float(apart.sum())
-    mask = token_mask(batch, model, None, apart)
-    return float((apart * mask).sum() / mask.sum().clamp(min=1)) * len(apart)
+    return float(((apart * where).sum(1) / where.sum(1).clamp(min=1)).sum())
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..models.token_masks import masks_of, real_inputs
 from .linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
 
 Batch = Mapping[str, Tensor]
-IGNORED = -100
 
 
 class _Enough(Exception):
@@ -49,26 +49,16 @@ def collect(
     try:
         with evaluating(model):
             for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
-                batch = {key: value.to(model.device) for key, value in batch.items()}
-                masks.update(token_masks(batch))
+                batch = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
+                own = masks_of(batch, model)
+                masks = {MAIN: own["encoder"], DECODER: own.get("decoder")}
+                masks[ENCODER_STATES] = batch.get("encoder_attention_mask")
                 with suppress(_Enough):
                     model(**batch)
     finally:
         for handle in handles:
             handle.remove()
     return sums
-
-
-def token_masks(batch: Batch) -> dict[str, Tensor | None]:
-    """Where there are real tokens, by what a linear reads; None: everywhere.
-
-    The decoder of an encoder-decoder reads labels moved by one place, where it is not given inputs of its own.
-    """
-    main, labels = batch.get("attention_mask"), batch.get("labels")
-    decoder = batch.get("decoder_attention_mask")
-    if decoder is None and "decoder_input_ids" not in batch:
-        decoder = labels != IGNORED if labels is not None and labels.ndim == 2 else main
-    return {MAIN: main, DECODER: decoder, ENCODER_STATES: batch.get("encoder_attention_mask")}
 
 
 def _real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:

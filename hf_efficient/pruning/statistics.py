@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..measure.context import eval_mode, evaluating
-from .calibration import Loss, token_mask
+from .calibration import Loss, token_mask, wide
 from .groups import Group, output_module
 from .stream import Batch, forward
 
@@ -45,7 +45,7 @@ def mask_gradients(
             found = torch.autograd.grad(scalar, [masks[group] for group in reached], allow_unused=True)
             for group, gradient in zip(reached, found, strict=True):
                 if gradient is not None:
-                    rows[group].append(gradient.float().cpu())
+                    rows[group].append(wide(gradient).cpu())
     return {group: torch.cat(own) if own else torch.zeros(1, group.units) for group, own in rows.items()}
 
 
@@ -81,7 +81,7 @@ def input_squares(
 
 def _summed(group: Group, number: int, sums: dict, batch: Batch, model: PreTrainedModel) -> Callable:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        states = args[0].float()
+        states = wide(args[0])
         mask = token_mask(batch, model, group.stack, states)
         squares = (states.square() * mask[..., None]).flatten(0, -2).sum(0)
         sums[group][number] = sums[group][number] + squares.cpu()

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families import family_of, find_stacks
+from ..models.token_masks import real_inputs
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -134,6 +135,6 @@ class _Seen:
 
 def forward(model: PreTrainedModel, batch: Batch):
     """The model's answer to one batch, without a cache of keys and values."""
-    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    inputs = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
     without = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     return model(**inputs, **without, return_dict=True)

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -88,7 +89,9 @@ def relation(student, teacher, mask: Tensor, causal: bool, heads: int) -> float:
             for piece in range(heads):
                 rows = []
                 for side in (student, teacher):
-                    flat = getattr(side, name).transpose(1, 2).flatten(2)[b]
+                    heads_of = getattr(side, name)[b]  # those that several queries share, beside each of them
+                    shared = side.query.shape[1] // len(heads_of)
+                    flat = torch.cat([heads_of[h // shared] for h in range(side.query.shape[1])], dim=-1)
                     width = flat.shape[-1] // heads
                     own = flat[:, piece * width : (piece + 1) * width]
                     rows.append([_dot(own[i], own[j]) / math.sqrt(width) for j in seen])
