@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..families import find_stacks, is_known
+from ..measure.context import eval_mode
 from .dispatch import ATTACHED
 
 Inputs = dict[str, Tensor]
@@ -42,11 +43,8 @@ def tiny_inputs(model: PreTrainedModel, main_only: bool = False) -> Inputs:
 def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """The output of the base model in eval mode, without a cache: decoding does not call a variant as a module."""
     cache = {"use_cache": False} if "use_cache" in forward_names(model) else {}
-    training = model.training
-    try:
-        return model.eval().base_model(**inputs, **cache)
-    finally:
-        model.train(training)
+    with eval_mode(model):
+        return model.base_model(**inputs, **cache)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from ..distillation.forward import call_inside
 from ..distillation.losses import SINGLE_LABEL, hidden_loss
 from ..errors import ConfigError, UnsupportedModelError
 from ..families import find_stacks, is_known
+from ..measure.context import eval_mode
 from ..models.token_masks import counts_columns, first_positions
 from ..training import Counts, StepTrainer
 from .config import FEATURE_MAPS, KINDS, AttentionConfig
@@ -65,13 +66,12 @@ def transfer_attention(
         UnsupportedModelError: the attention of the model is not converted, or has no learned parts.
         ConfigError: an option that cannot be honoured.
     """
-    training = model.training
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, eval_mode(model):  # the trainer changes it, and it comes back
         trainer = TransferTrainer(
             model, args or _short(folder), train_dataset=train_dataset, data_collator=data_collator, **kwargs
         )
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    return model.train(training)
+    return model
 
 
 def _short(folder: str) -> TrainingArguments:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
+from ..measure.context import eval_mode
 from .batch import base_of
 
 
@@ -36,11 +37,5 @@ def own_base(student: nn.Module, args: Any) -> PreTrainedModel:
 @contextmanager
 def without_adapters(student: PeftModel) -> Iterator[PreTrainedModel]:
     """The base model in eval mode, its adapters off; afterwards all is as it was."""
-    was_training = {module for module in student.modules() if module.training}
-    student.eval()
-    try:
-        with student.disable_adapter():
-            yield base_of(student)
-    finally:
-        for module in student.modules():
-            module.training = module in was_training
+    with eval_mode(student), student.disable_adapter():
+        yield base_of(student)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, default_data_collator
 
 from ..errors import CheckpointError, ConfigError
@@ -110,9 +111,20 @@ def fingerprint(model: PreTrainedModel) -> str:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for place, part in _plain_parts(name, tensor.detach()):
+            digest.update(f"{place}{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor itself; of a quantised one, whose bytes cannot be seen, what it is made of: integers and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    inner, _ = tensor.__tensor_flatten__()  # the rest is in the config's quantization_config too
+    for part in inner:
+        yield from _plain_parts(f"{name}.{part} of {type(tensor).__name__}", getattr(tensor, part))
 
 
 def _layout(

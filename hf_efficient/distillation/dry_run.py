@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..measure.context import eval_mode
 from .batch import base_of
 from .trainer import DistillationTrainer
 
@@ -60,13 +61,8 @@ def _layers(trainer: DistillationTrainer) -> Lines:
 def _losses(trainer: DistillationTrainer) -> Lines:
     """The first batch goes through both models, without dropout and gradients."""
     inputs = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
-    training = trainer.model.training
-    trainer.model.eval()
-    try:
-        with torch.no_grad():
-            trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
-    finally:
-        trainer.model.train(training)
+    with eval_mode(trainer.model), torch.no_grad():
+        trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
     means = trainer.eval_meter.drain(trainer.accelerator)
     lines = []
     for name, weight in trainer.args.losses.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, default_data_collator
 
 from ..errors import ConfigError, DataError
+from ..measure.context import eval_mode
 from .batch import IGNORED, Batch, Task, base_of, forward_names, task_of
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def write(
         decoder_start_token_id=own.decoder_start_token_id,
         **({"temperature": sampling, "top_k": 0, "top_p": 1.0} if sampling is not None else {}),
     )
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         if batch.task.kind == "causal_lm":
             prompts = _prompts(batch)
             ids, mask = _padded(prompts, padding, left=True)
@@ -80,8 +79,6 @@ def write(
         labels, counts = _padded([_until(row, stops) for row in written], padding)
         kept = {n: v for n, v in batch.inputs.items() if n not in ("labels", "decoder_input_ids")}
         return kept | {"labels": labels.masked_fill(counts == 0, IGNORED)}
-    finally:
-        model.train(was_training)
 
 
 def teacher_texts(

@@ -24,6 +24,7 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
+from ..measure.context import eval_mode
 from ..training import Counts, StepTrainer
 from .adapters import own_base, without_adapters
 from .answers import Answer, read_answer
@@ -50,11 +51,11 @@ class DistillationTrainer(StepTrainer):
     Parameters:
         model: the student, a transformers model or a PEFT model around one.
         args: the losses and all training settings.
-        teacher: a loaded model of the same kind. It is put in eval mode and moved to the student's device, and
-            runs without gradients; its weights and their `requires_grad` stay as they are, but under FSDP it is shared
-            out among the processes. Or a `TeacherCache` of its
-            answers to these data. Or `None` for a PEFT student, whose teacher is then its own base model, its
-            adapters turned off: no second copy of the weights.
+        teacher: a loaded model of the same kind. It is moved to the student's device, and runs in eval mode (its own
+            comes back) without gradients; its weights and their `requires_grad` stay as they are, but under FSDP it is
+            shared out among the processes. Or a `TeacherCache` of its answers to these data. Or `None`: a PEFT student
+            then learns from its own base model, its adapters turned off (no second copy of the weights); any other
+            needs none where `ce` is the only loss.
         kwargs: as in `Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, ...
 
     Logs `loss_<name>` for each term, unweighted; evaluation adds `eval_loss_<name>` and `eval_teacher_agreement`, the
@@ -118,8 +119,7 @@ class DistillationTrainer(StepTrainer):
         return self.pairing.projections
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        """In eval mode, on the device; never given to accelerate, which would take it for a second student."""
-        teacher.eval()
+        """On the device; never given to accelerate, which would take it for a second student."""
         if self.args.teacher_dtype is not None:
             teacher = teacher.to(getattr(torch, self.args.teacher_dtype))
         if self.is_fsdp_enabled:
@@ -233,6 +233,7 @@ class DistillationTrainer(StepTrainer):
             inputs = first_tokens(inputs, self.args.teacher_max_length)
         with (
             self._teacher() as teacher,
+            eval_mode(teacher),  # whatever mode its owner puts it into
             self.accelerator.autocast(),
             recording(self.pairing.recorded["teacher"]) as attentions,
         ):

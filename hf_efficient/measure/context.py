@@ -14,15 +14,15 @@ from ..errors import ConfigError
 
 @contextmanager
 def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each submodule is in the mode it was in before."""
-    training = [module for model in models for module in model.modules() if module.training]
+    """Eval mode; afterwards each submodule is in the mode it was in before, whatever was done to it meanwhile."""
+    before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 norms = collect(model, linears, batches, lambda rows: rows.square().sum(0))      # [in] for each linear
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..measure.context import eval_mode
 from ..models.token_masks import masks_of, real_inputs
 from .linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
 
@@ -47,7 +48,7 @@ def collect(
     handles = [module_of(model, linear).register_forward_pre_hook(partial(hook, linear)) for linear in linears]
     handles += [] if last_layer is None else [last_layer.register_forward_hook(stop)]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
                 batch = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
                 own = masks_of(batch, model)
@@ -67,14 +68,3 @@ def _real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and mask.numel() == len(rows):
         rows = rows[mask.flatten().bool()]
     return rows if rows.dtype == torch.float64 else rows.float()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; the mode comes back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..measure.context import eval_mode
 from .calibration import model_loss
-from .linear_inputs import Batch, collect, evaluating
+from .linear_inputs import Batch, collect
 from .linears import Linear, as_matrix, matrix, parameter_of
 
 WeightScores = dict[Linear, Tensor]  # [out, in], on the CPU
@@ -73,7 +74,7 @@ def _gradients(
         for weight in frozen:
             weight.requires_grad_(True)
         for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
-            with evaluating(model), torch.enable_grad():
+            with eval_mode(model), torch.enable_grad():
                 found = torch.autograd.grad(model_loss(model, batch), weights, allow_unused=True)
             for linear, gradient in zip(linears, found, strict=True):
                 if gradient is not None:

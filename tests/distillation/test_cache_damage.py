@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hf_efficient.distillation.cache import MAX_SHARDS, Manifest, TeacherCache
+from hf_efficient.distillation.caching import fingerprint
 from hf_efficient.errors import CheckpointError, ConfigError
+from hf_efficient.quantization import quantize
 
 from .test_cache import make_cache
 from .test_trainer import make_trainer
@@ -266,3 +268,24 @@ def test_teacher_gets_its_mode_back(tmp_path):
     assert len({*before.values()}) == 2
     make_cache("bert", tmp_path / "cache", teacher)
     assert {name: module.training for name, module in teacher.named_modules()} == before
+
+
+@pytest.mark.parametrize("method", ["int8", "int8_dynamic", "int4"])
+def test_quantised_teacher_is_cached(tmp_path, method):
+    """Its fingerprint is that of its integers: the same after a reload, another where one of them changes."""
+    _, teacher = make_pair("bert")
+    small = quantize(teacher.float(), method, group_size=8)
+    small.save_pretrained(tmp_path / "small")
+    again = type(teacher).from_pretrained(tmp_path / "small").eval()
+    assert fingerprint(again) == fingerprint(small) != fingerprint(teacher)
+    cache = make_cache("bert", tmp_path / "cache", small)
+    assert len(make_cache("bert", tmp_path / "cache", again)) == 27
+    batch = collate(examples("bert"))
+    with torch.no_grad():
+        expected = small(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+    assert torch.allclose(cache.find(batch)["teacher_logits"], expected, atol=1e-5)
+    assert type(cache.skeleton()) is type(teacher)
+    again.bert.encoder.layer[0].attention.self.query.weight.qdata[0, 0] += 1
+    assert fingerprint(again) != fingerprint(small)
+    with pytest.raises(CheckpointError, match="another teacher"):
+        make_cache("bert", tmp_path / "cache", again)
