@@ -69,7 +69,7 @@ def attach(
                 setattr(part, name, value.to(device))
         module.add_module(ATTACHED, variant)
         if not cross:
-            handle = attach_cache(module, config, variant.has_state, variant.keeps_keys)
+            handle = attach_cache(module, variant.config, variant.has_state, variant.keeps_keys)
     return handle
 
 
@@ -82,7 +82,7 @@ def make_variant(config: AttentionConfig, shape: HeadShape) -> AttentionVariant:
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(config.seed)
-        variant = ATTENTIONS[config.kind](config, shape)
+        variant = ATTENTIONS[config.kind](config.resolve(causal=False), shape)
         variant.reset_parameters()
     return variant
 
