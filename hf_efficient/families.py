@@ -89,6 +89,16 @@ class Stack:
         """The config that holds the sizes of this stack."""
         return getattr(config, self.config) if self.config else config
 
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        """Its self-attention sees no later tokens: decoders, the text of CLIP, and encoders used as decoders."""
+        return self.name in ("decoder", "text") or getattr(config, "is_decoder", False)
+
+    def has_window(self, config: PreTrainedConfig, layer: int) -> bool:
+        """The stock config gives the layer a sliding window of its own."""
+        own = self.own_config(config)
+        types = getattr(own, "layer_types", None)
+        return types[layer] == "sliding_attention" if types else getattr(own, "sliding_window", None) is not None
+
     def depth(self, config: PreTrainedConfig) -> int:
         return getattr(self.own_config(config), self.num_layers)
 

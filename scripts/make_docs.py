@@ -150,6 +150,9 @@ def settings(report: dict) -> str:
 
 def _shown(kind: str, name: str, default: object) -> object:
     """A default of None in words."""
+    if name == "global_tokens":
+        sinks = AttentionConfig(kind).resolve(causal=True).global_tokens
+        return f"0, in decoders {sinks}" if sinks else 0
     if default is None:
         return "16" if kind == "kernel" else "head dimension"
     return default

@@ -249,7 +249,7 @@ def test_longer_inputs_and_transfer():
     other = attention({"positions": 64, "position_method": "interpolate", "layers": {"1-2": LOCAL_YAML}})
     assert other.longer.position_method == "interpolate" and other.transfer is None
     assert attention({"positions": 64, "rope": "yarn"}).longer.rope == "yarn"
-    assert set(attention(LOCAL_YAML).to_dict()) == {"kind", "window", "global_tokens"}  # only what was asked for
+    assert set(attention(LOCAL_YAML).to_dict()) == {"kind", "window"}  # only what was asked for
 
 
 def test_transfer_settings_can_be_overridden():

@@ -6,7 +6,7 @@ An `AttentionConfig` is plain data: it is written to config.json as a small dict
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import ConfigError, shown, unknown_name
@@ -17,6 +17,8 @@ MAX_BLOCK = 4096
 MAX_COUNT = 1 << 16
 MAX_FEATURES = 4096
 
+SINKS = 4  # global tokens in decoders, unless told otherwise
+_FORGETTING = ("local", "topk")  # kinds that would lose the first tokens
 _SEEDED = ("favor",)  # feature maps with a random projection
 
 # The fields that mean something for each kind; the others must keep their default. Kinds of `register_attention` too.
@@ -57,7 +59,7 @@ class AttentionConfig:
         window: `local`, `local_linear`: in tokens. Bidirectional: keys with |i - j| <= window. Causal: the last
             `window` keys including the token itself, as transformers' `sliding_window`.
         global_tokens: `local`, `strided`, `topk`: the number of first tokens (padding not counted) that see all and
-            are seen by all.
+            are seen by all. None: 4 for `local` and `topk` in a causal stack, 0 else (see `resolve`).
         block_size: `strided`, `topk`: tokens in a block. `lsh`: how many keys of its bucket a query sees.
         num_blocks: `strided`: the other blocks that a block sees, beside itself.
         top_k: `topk`: the blocks that a block sees, itself included.
@@ -76,7 +78,7 @@ class AttentionConfig:
 
     kind: str = "full"
     window: int = 128
-    global_tokens: int = 0
+    global_tokens: int | None = None
     block_size: int = 64
     num_blocks: int = 7
     top_k: int = 8
@@ -97,8 +99,10 @@ class AttentionConfig:
         if self.kernel not in KERNELS:
             raise unknown_name("kernel", self.kernel, KERNELS)
         for name, (low, high) in _RANGES.items():
-            if name != "feature_dim" or self.feature_dim is not None:
+            if name not in ("feature_dim", "global_tokens") or getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)
+        if self.global_tokens == 0 and "global_tokens" not in KINDS[self.kind]:
+            object.__setattr__(self, "global_tokens", None)  # no global tokens is true of every kind
         if self.num_buckets > 1 and self.num_buckets % 2:
             raise ConfigError(f"num_buckets must be even, or 1, got {self.num_buckets}: a hash has two signs.")
         if self.feature_dim == 0 and self.kind != "kernel":
@@ -116,6 +120,21 @@ class AttentionConfig:
                     f"{entry.name}={shown(getattr(self, entry.name))} has no meaning for {self._described()}, "
                     f"which uses {allowed}. Remove it or choose another kind."
                 )
+
+    def resolve(self, causal: bool) -> "AttentionConfig":
+        """The same with a number of global tokens, if the kind has any and none was asked for.
+
+        The first tokens of a causal model are attention sinks: they take much of the softmax whatever they say, and a
+        window that loses them loses the text (StreamingLLM 2023, arXiv 2309.17453). So `local`, which forgets them,
+        and `topk`, which may not choose them, keep 4; `strided` has the first block among its own from two on.
+
+        Parameters:
+            causal: of self-attention over all tokens so far, as trained. A window that the model was trained with has
+                no sinks outside of it.
+        """
+        if self.global_tokens is not None or "global_tokens" not in KINDS[self.kind]:
+            return self
+        return replace(self, global_tokens=SINKS if causal and self.kind in _FORGETTING else 0)
 
     def _used(self) -> tuple[str, ...]:
         used = KINDS[self.kind]

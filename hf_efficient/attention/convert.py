@@ -95,14 +95,19 @@ def _converted(config: PreTrainedConfig, asked: Mixing, layers: Sequence[int] | 
     counts = {stack.name: stack.depth(config) for stack in family.stacks}
     crossed = {stack.name: counts[stack.name] for stack in family.stacks if stack.cross(config)}
     stacks = {}
+    by_name = {stack.name: stack for stack in family.stacks}
     for name, wanted in spread(asked, counts, crossed).items():
-        entry = block.stack(name)
+        entry, stack = block.stack(name), by_name[name]
         changed = {}
         for key in ATTENTIONS:
             for one in wanted[key].values():
                 check_fit(one, family, cross=key == CROSS)
             old = getattr(entry, key) or (AttentionConfig(),) * counts[name]
-            new = tuple(wanted[key].get(i, old[i]) for i in range(counts[name]))
+            causal = key != CROSS and stack.is_causal(config)
+            new = tuple(
+                wanted[key].get(i, old[i]).resolve(causal and not stack.has_window(config, i))
+                for i in range(counts[name])
+            )
             changed[key] = new if any(one.kind != "full" for one in new) else ()
         stacks[name] = replace(entry, **changed)
     return replace(block, stacks=_drop_empty(stacks))

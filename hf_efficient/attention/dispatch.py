@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
 from ..errors import UnsupportedModelError
@@ -22,6 +23,7 @@ from .kinds import ATTENTIONS
 from .masks import key_mask
 from .variant import AttentionVariant, HeadShape
 
+logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
 ATTACHED = "efficient_attention"
 
@@ -67,7 +69,7 @@ def attach(
                 setattr(part, name, value.to(device))
         module.add_module(ATTACHED, variant)
         if not cross:
-            handle = attach_cache(module, config, variant.has_state, variant.keeps_keys)
+            handle = attach_cache(module, variant.config, variant.has_state, variant.keeps_keys)
     return handle
 
 
@@ -80,7 +82,7 @@ def make_variant(config: AttentionConfig, shape: HeadShape) -> AttentionVariant:
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(config.seed)
-        variant = ATTENTIONS[config.kind](config, shape)
+        variant = ATTENTIONS[config.kind](config.resolve(causal=False), shape)
         variant.reset_parameters()
     return variant
 
@@ -137,11 +139,11 @@ def efficient_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query `[B,H,T,D]`, key and value `[B,K,S,D]` -> `([B,T,H,D], weights)`.
 
-    The weights `[B,H,T,S]` come with `output_attentions=True` alone, else None.
+    The weights `[B,H,T,S]` come with `output_attentions=True` alone, else None; `[B,H,T,0]` of a kind without weights.
 
     Raises:
-        UnsupportedModelError: a 4D mask on a converted layer, `softcap` or attention sinks; weights where there are
-            none.
+        UnsupportedModelError: a 4D mask on a converted layer, `softcap` or attention sinks; weights while decoding
+            from a state.
     """
     _refuse(kwargs)
     variant = variant_of(module)
@@ -169,7 +171,7 @@ def efficient_attention_forward(
         out, weights = variant.transfer(query, key, value, attention_mask, window=window, **common), None
     else:
         out = variant(query, key, value, attention_mask, dropout=dropout, **common)
-        weights = variant.weights(query, key, attention_mask, dropout=0.0, **common) if wanted else None
+        weights = _weights(variant, query, key, attention_mask, **common) if wanted else None
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -193,7 +195,7 @@ def _decode(
     mask = None if mask is None else mask[:, -query.shape[2] :]
     bias = None if position_bias is None else position_bias[:, :, 0]
     common = {"scaling": scaling, "bias": bias}
-    weights = variant.weights(query, key, mask, causal=True, dropout=0.0, **common) if weights_wanted else None
+    weights = _weights(variant, query, key, mask, causal=True, **common) if weights_wanted else None
     out, state = variant.decode(query, key, value, mask, layer.state, **common)
     layer.advance(state)
     return out, weights
@@ -203,6 +205,18 @@ def _weights_wanted(kwargs: dict) -> bool:
     """`output_attentions=True`, which GPT-2 does not tell its attention; transformers collects what comes anyway."""
     collected = None if torch.compiler.is_compiling() else _active_collector.get()
     return bool(kwargs.get("output_attentions")) or "attentions" in (collected or ())
+
+
+def _weights(variant: AttentionVariant, query: torch.Tensor, key: torch.Tensor, mask, **common) -> torch.Tensor:
+    """Those of the variant; `[B, H, T, 0]` of a kind that has none, so that other layers' keep their places."""
+    if variant.has_weights:
+        return variant.weights(query, key, mask, dropout=0.0, **common)
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"{variant.config.kind!r} attention has no weight for each pair of tokens: where attentions are asked "
+            "for, those of its layers are tensors with 0 keys."
+        )
+    return query.new_zeros(*query.shape[:3], 0)
 
 
 def _window(sliding_window: int | None, causal: bool) -> int | None:

@@ -37,13 +37,14 @@ _PROBING = threading.Lock()  # the registers are global: one probe at a time
 
 
 class _Layer(NamedTuple):
-    """A module that computes self-attention, its heads, a query for the device and dtype that it works with, and how
-    often one forward calls it."""
+    """A module that computes self-attention, its heads, a query for the device and dtype that it works with, how often
+    one forward calls it, and whether it sees all tokens so far and no later ones."""
 
     module: nn.Module
     shape: HeadShape
     like: Tensor
     calls: int
+    is_causal: bool
 
 
 def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
@@ -61,7 +62,7 @@ def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
     layers, reached = _self_attentions(made, inputs, expected)
     names = {module: name for name, module in made.named_modules()}
     places = [names[layer.module] for layer in layers]
-    chosen = _choose(asked, places)
+    chosen = {index: config.resolve(layers[index].is_causal) for index, config in _choose(asked, places).items()}
     _check_towers(made, {names[module] for module in reached}, asked)
     if not chosen:
         return copy.deepcopy(model)
@@ -69,7 +70,7 @@ def convert_in_memory(model: PreTrainedModel, asked: Mixing) -> PreTrainedModel:
     if has_steady_cache:
         _check_cache(made, [(layers[index], config) for index, config in chosen.items()], inputs)
     for index, config in chosen.items():
-        module, shape, like, _ = layers[index]
+        module, shape, like, *_ = layers[index]
         attach(module, config, shape)
         module.get_submodule(ATTACHED).to(like.device, like.dtype).train(module.training)
     check_reached(made, inputs)
@@ -215,7 +216,9 @@ class _Recorder:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
         shape = HeadShape(query.shape[1], key.shape[1], query.shape[3])
         calls = self.layers[module].calls + 1 if module in self.layers else 1
-        self.layers[module] = _Layer(module, shape, query.detach(), calls)
+        causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        has_window = kwargs.get("sliding_window") is not None
+        self.layers[module] = _Layer(module, shape, query.detach(), calls, causal and not has_window)
         if query.shape[2] != key.shape[2] or getattr(module, "is_cross_attention", False):
             self.crossed.add(module)
         self.knows_window |= kwargs.get("sliding_window") is not None

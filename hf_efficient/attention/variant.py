@@ -53,7 +53,7 @@ class AttentionVariant(nn.Module):
 
     def __init__(self, config: AttentionConfig, shape: HeadShape):
         super().__init__()
-        self.config, self.shape = config, shape
+        self.config, self.shape = config.resolve(causal=False), shape
         self.transfer: Any = None  # what a call goes to while attention is transferred; set and unset by `transfer.py`
 
     def reset_parameters(self) -> None:

@@ -77,7 +77,7 @@ class EfficientBlock:
         stacks = {}
         for name, stack in self.stacks.items():
             attention = {
-                name: [config.to_dict() for config in getattr(stack, name)]
+                name: [config.resolve(causal=False).to_dict() for config in getattr(stack, name)]
                 for name in ATTENTIONS
                 if any(config.kind != "full" for config in getattr(stack, name))
             }
@@ -218,7 +218,7 @@ def _read_attentions(where: str, data: Any) -> tuple[AttentionConfig, ...]:
 
 def _read_attention(where: str, data: Any) -> AttentionConfig:
     try:
-        return AttentionConfig.from_dict(data)
+        return AttentionConfig.from_dict(data).resolve(causal=False)  # what an older config.json leaves out is 0
     except ConfigError as error:
         raise ConfigError(f"efficient.{where}: {error}") from error
 

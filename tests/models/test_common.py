@@ -1,12 +1,14 @@
 """What transformers' common model tests ask of a model, for six families with every attention kind."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoConfig, BertForMaskedLM
+from transformers import AutoConfig, BertForMaskedLM, PreTrainedModel
+from transformers.utils.output_capturing import CompileableContextVar
 
-from hf_efficient import UnsupportedModelError, convert_attention
+from hf_efficient import convert_attention
 from hf_efficient.attention.kinds import ATTENTIONS
 from hf_efficient.attention.variant import AttentionVariant
 from hf_efficient.families import FAMILIES
@@ -157,21 +159,49 @@ def test_hidden_states_and_attentions_are_given(family, name):
     out = model(**inputs, output_hidden_states=True)
     states = out.encoder_hidden_states if family in SEQUENCES_OUT else out.hidden_states
     assert len(states) == 4 and all(torch.isfinite(state).all() for state in states)
-    if not ATTENTIONS[TINY[name].kind].has_weights:
-        with pytest.raises(UnsupportedModelError, match="has no weight for each pair"):
-            model(**inputs, output_attentions=True)
-        return
     out = model(**inputs, output_attentions=True)
     assert_close(out[1] if "loss" in out else out[0], expected, 1e-6)
     groups = {"t5": ("encoder_attentions", "decoder_attentions"), "bart": ("encoder_attentions", "decoder_attentions")}
     for group in groups.get(family, ("attentions",)):
         for weights in out[group]:
-            length = weights.shape[-1]
+            length = weights.shape[-2]
+            if not ATTENTIONS[TINY[name].kind].has_weights:
+                assert weights.shape == (2, 4, length, 0) and length
+                continue
             assert weights.shape == (2, 4, length, length)
             check_weights(weights, causal=family in ("llama", "gpt2") or group == "decoder_attentions")
             if length == LENGTH and "attention_mask" in inputs:
                 padded = inputs["attention_mask"] == 0
                 assert weights.movedim(3, 1)[padded].eq(0).all(), "a padded key has weight"
+
+
+def test_everything_that_is_recorded_is_recorded_once(family, name, monkeypatch):
+    """As transformers' `test_capture_outputs_decorator`: a collector inside another would take its outputs."""
+    model, inputs = make(family, name), padded_inputs(family) | no_cache(family)
+    recorded = set().union(*(part._can_record_outputs or {} for part in model.modules() if is_model(part)))
+    is_open, opened = Counter(), []
+    enter, leave = CompileableContextVar.set, CompileableContextVar.reset
+
+    def new_set(self, value):
+        is_open.update(value.keys())
+        opened.extend(value)
+        assert max(is_open.values()) == 1, is_open
+        return enter(self, value)
+
+    def new_reset(self, token):
+        is_open.subtract(self.context_var.get().keys())
+        leave(self, token)
+
+    monkeypatch.setattr(CompileableContextVar, "set", new_set)
+    monkeypatch.setattr(CompileableContextVar, "reset", new_reset)
+    out = model(**inputs, output_attentions=True, output_hidden_states=True)
+    assert {"attentions", "hidden_states"} <= recorded and {"attentions", "hidden_states"} <= set(opened)
+    attentions = [out[key] for key in out if key.endswith("attentions") and "cross" not in key]
+    assert attentions and all(len(group) == 3 and all(w.shape[0] == 2 for w in group) for group in attentions)
+
+
+def is_model(module):
+    return isinstance(module, PreTrainedModel)
 
 
 def check_weights(weights, causal):
