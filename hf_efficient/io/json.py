@@ -35,14 +35,14 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
         raise CheckpointError(f"Cannot read {target} as JSON: {error}. Take the file from a good copy.") from error
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str, *, unique_keys: bool = False) -> Any:
+    """The value of a JSON text. `unique_keys`: a key that an object has twice is refused; else the last one counts.
 
     Raises:
         ValueError: not JSON, nested deeper than anything that is written here, or text with half a character.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ValueError("nested far too deep") from None
     level, depth = [value], 0
@@ -61,3 +61,12 @@ def parse_json(text: str) -> Any:
                 item.encode("utf-8")  # UnicodeEncodeError is a ValueError
         level = below
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        known: set[str] = set()
+        doubled = next(key for key, _ in pairs if key in known or known.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {doubled[:60]!r} is given twice")
+    return made
