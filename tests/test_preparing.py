@@ -272,3 +272,30 @@ def test_a_length_that_a_tokenizer_makes_up_counts_for_nothing(known, tokenizer,
     expected = prepare(splits, "text-classification", tokenizer).train[:]
     tokenizer.model_max_length = known
     assert prepare(splits, "text-classification", tokenizer).train[:] == expected
+
+
+def test_a_text_that_is_far_too_long_has_the_tokens_of_the_whole(tokenizer):
+    """Also where what begins it gives no tokens, or it is cut on its left."""
+    texts = ["w1 w2 " * 5000, " " * 20_000 + "w3 w4 w5 w6", "w1" + " " * 20_000 + "w2 w3 w4", "w5 " * 9000 + "w6"]
+    data = rows(4, text=texts, label=["a", "b"] * 2)
+    for side in ("right", "left"):
+        tokenizer.truncation_side = side
+        expected = [tokenizer(text, truncation=True, max_length=4)["input_ids"] for text in texts]
+        ready = prepare({"train": data, "test": data}, "text-classification", tokenizer, max_length=4)
+        assert list(ready.train["input_ids"]) == expected
+    assert expected[3][-1] == tokenizer.convert_tokens_to_ids("w6")
+
+
+def test_of_a_text_that_is_far_too_long_the_head_is_read(tokenizer, monkeypatch):
+    longest = []
+    call = transformers.PreTrainedTokenizerFast.__call__
+
+    def counted(self, text=None, *others, **options):
+        longest.append(max(map(len, text or options.get("text_target"))))
+        return call(self, text, *others, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", counted)
+    data = rows(2, text=["w1 " * 50_000, "w2"], label=["w3 " * 50_000, "w4"])
+    prepare({"train": data, "test": data}, "text-classification", tokenizer, max_length=4)
+    prepare({"train": data, "test": data}, "seq2seq", tokenizer, max_length=4, target_column="label")
+    assert longest and max(longest) <= 4000
