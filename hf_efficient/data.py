@@ -6,14 +6,14 @@
     ready = prepare(rows, "text-classification", tokenizer, max_length=128)
     Trainer(model, train_dataset=ready.train, eval_dataset=ready.test, data_collator=ready.collator)
 
-`preparing.py` turns the rows into model inputs. Bundled and local data never touch the network; whatever is cached
-lies in the Hugging Face cache, never in the working directory or beside the user's files.
+`tables.py` reads files, `preparing.py` turns rows into model inputs. Bundled and local data never touch the network;
+whatever is cached lies in the Hugging Face cache, never in the working directory or beside the user's files.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -21,8 +21,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundled import PREFIX, bundled_dataset
-from .errors import DataError
-from .preparing import TASKS, PreparedData, Task, check_labels, find_column, need_column, prepare
+from .errors import DataError, shown
+from .io.disk import write_atomic
+from .io.json import read_json
+from .preparing import (
+    MAX_LABELS,
+    TASKS,
+    PreparedData,
+    Task,
+    check_labels,
+    find_column,
+    is_missing,
+    need_column,
+    prepare,
+    sorted_classes,
+)
+from .tables import FORMATS, files_in, missing_file, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -32,22 +46,13 @@ __all__ = [
     "PreparedData",
     "Task",
     "check_labels",
+    "files_in",
     "load_dataset_any",
     "missing_file",
     "prepare",
+    "read_table",
     "rows_digest",
 ]
-
-# file ending -> the builder of `datasets` that reads it, and its arguments
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
-MAX_LABELS = 10_000
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ def load_dataset_any(
     Raises:
         DataError: no such file or data set, an unreadable or empty one, or no rows left to hold out.
     """
-    _check_options(test_fraction, limit)
+    _check_options(test_fraction, limit, seed)
     splits = _usable_splits(_read(name_or_path), label_column)
     label = (
         need_column(splits["train"], "label", label_column) if label_column else find_column(splits["train"], "label")
@@ -92,24 +97,6 @@ def load_dataset_any(
     return _dict(dict(zip(("train", "test"), _split(rows, test_fraction, seed, label), strict=True)))
 
 
-def missing_file(path: str) -> DataError:
-    """The error for a data file that does not exist: its nearest neighbours in the folder and the endings we read."""
-    folder, name = os.path.split(path)
-    if not os.path.isdir(folder or "."):
-        return DataError(f"No such data file {path!r}: the folder {folder!r} does not exist.")
-    near = difflib.get_close_matches(name, files_in(folder or "."), n=3)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return DataError(f"No such data file {path!r}.{hint} Files are read by ending: {', '.join(FORMATS)}.")
-
-
-def files_in(folder: str) -> list[str]:
-    """Sorted names; none where the folder cannot be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []
-
-
 def looks_local(name: str) -> bool:
     """Whether a name means a file or folder here rather than a Hub id: it exists, or is spelt like a path."""
     # os.path, which answers False where pathlib raises: names too long, a null byte, an unknown ~user
@@ -118,11 +105,13 @@ def looks_local(name: str) -> bool:
     return spelt or os.path.exists(path)
 
 
-def _check_options(test_fraction: object, limit: object) -> None:
+def _check_options(test_fraction: object, limit: object, seed: object) -> None:
     if isinstance(test_fraction, bool) or not isinstance(test_fraction, (int, float)) or not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction must lie between 0 and 1 (both excluded), got {test_fraction!r}.")
+        raise DataError(f"test_fraction must lie between 0 and 1 (both excluded), got {shown(test_fraction)}.")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise DataError(f"limit must be a positive integer or None (all rows), got {limit!r}.")
+        raise DataError(f"limit must be a positive integer or None (all rows), got {shown(limit)}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise DataError(f"seed must be an integer from 0 to 2**64 - 1, got {shown(seed)}.")
 
 
 def _read(source: Any) -> dict[str, Dataset]:
@@ -140,45 +129,93 @@ def _read(source: Any) -> dict[str, Dataset]:
     name = str(source)
     if name.startswith(PREFIX):
         return {"train": bundled_dataset(name.removeprefix(PREFIX))}
-    return _read_local(Path(os.path.expanduser(name))) if looks_local(name) else _read_hub(name)
+    if not looks_local(name):
+        return _read_hub(name)
+    return _read_local(Path(name if os.path.exists(name) else os.path.expanduser(name)))
 
 
 def _read_local(path: Path) -> dict[str, Dataset]:
-    import datasets
-
-    if os.path.isdir(path):
-        if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-            raise DataError(
-                f"The folder {str(path)!r} was not written by save_to_disk. Give such a folder, or one file: "
-                f"{', '.join(FORMATS)}."
-            )
-        loaded = datasets.load_from_disk(str(path))
-        return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    if not os.path.isfile(path):
-        raise missing_file(str(path))
-    if path.suffix not in FORMATS:
-        raise DataError(f"Cannot tell what {str(path)!r} holds: its ending must be one of {', '.join(FORMATS)}.")
-    if not path.stat().st_size:
-        raise DataError(f"The data file {str(path)!r} is empty.")
-    builder, arguments = FORMATS[path.suffix]
-    try:
-        splits = datasets.load_dataset(builder, data_files={"train": str(path)}, **arguments)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
+    if not os.path.isdir(path):
+        return {"train": _on_disk(read_table(path), path)}
+    if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         raise DataError(
-            f"Cannot read {str(path)!r} as {path.suffix}: {cause} "
-            "It must be UTF-8 text (or Parquet) with one row or more."
+            f"The folder {str(path)!r} was not written by save_to_disk. Give such a folder, or one file: "
+            f"{', '.join(FORMATS)}."
+        )
+    try:
+        if not (path / "dataset_dict.json").is_file():
+            return {"train": _read_saved(path)}
+        names = _entry(path / "dataset_dict.json", "splits")
+        return {name: _read_saved(path / _plain(name)) for name in names}
+    except Exception as error:  # Arrow says it in its own way when a file is damaged
+        raise DataError(
+            f"Cannot read the folder {str(path)!r} of save_to_disk: {str(error)[:500] or type(error).__name__} Write "
+            "it again with save_to_disk, or take it from a good copy."
         ) from error
-    rows = splits["train"]
-    if builder == "text":
-        rows = rows.select([row for row, line in enumerate(rows["text"]) if line.strip()])
-    return {"train": rows}
+
+
+def _read_saved(folder: Path) -> Dataset:
+    """The rows of one split. Not by `load_from_disk`, which takes "::" in the folder's name for an address."""
+    import datasets
+    import pyarrow as pa
+
+    info = datasets.DatasetInfo.from_dict(read_json(folder / "dataset_info.json"))
+    files = [folder / _plain(entry["filename"]) for entry in _entry(folder / "state.json", "_data_files")]
+    if str(folder) == str(folder).encode("utf-8", "replace").decode():
+        parts = [datasets.Dataset.from_file(str(file), info=info.copy()) for file in files]
+    else:  # Arrow opens no file whose name is not UTF-8
+        parts = [datasets.Dataset.from_buffer(pa.py_buffer(file.read_bytes()), info=info.copy()) for file in files]
+    rows = datasets.concatenate_datasets(parts)
+    rows.data.validate(full=True)
+    return rows
+
+
+def _entry(path: Path, name: str) -> list:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get(name), list) or not content[name]:
+        raise DataError(f"{path.name} has no list {name!r}.")
+    return content[name]
+
+
+def _plain(name: str) -> str:
+    """The name of a file or folder that lies where it is named."""
+    if name != os.path.basename(name) or name in ("", ".", ".."):
+        raise DataError(f"{name!r} is not the name of a file in it.")
+    return name
+
+
+def _on_disk(rows: Dataset, source: Path) -> Dataset:
+    """The same rows in a file of the Hugging Face cache, so that what is made of them need not lie in memory.
+
+    The file is named after what is in it: a source that changes can never give what it held before.
+    """
+    import datasets
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.data.table.schema) as writer:
+        writer.write_table(rows.data.table)
+    content = sink.getvalue()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_efficient"
+    target = folder / f"rows-{hashlib.sha256(content).hexdigest()}.arrow"
+    try:
+        if not target.is_file() or target.stat().st_size != content.size:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(target, content)
+        rows = datasets.Dataset.from_file(str(target))
+    except OSError as error:
+        logger.warning("The rows stay in memory, as the cache cannot be written: %s", error)
+    rows.info.download_checksums = {os.path.abspath(source): {"num_bytes": source.stat().st_size, "checksum": None}}
+    return rows
 
 
 def _read_hub(name: str) -> dict[str, Dataset]:
     import datasets
 
     repository, _, config = name.partition(":")
+    if repository.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{repository}"):
+        # `datasets` would read whatever files of that kind lie in the current folder
+        raise DataError(f"{name!r} is a kind of file, not a data set. Give a file ending in {', '.join(FORMATS)}.")
     try:
         loaded = datasets.load_dataset(repository, config or None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
@@ -224,9 +261,16 @@ def _with_class_labels(splits: dict[str, Dataset], label: str | None) -> dict[st
     if any(label not in split.column_names or not _is_class(split, label) for split in splits.values()):
         return splits
     values = set().union(*(split[label] for split in splits.values()))
-    if None in values or len(values) > MAX_LABELS:
+    if len(values) > MAX_LABELS or any(map(is_missing, values)):
         return splits
-    ids = {value: index for index, value in enumerate(sorted(values))}
+    try:
+        ids = {value: index for index, value in enumerate(sorted_classes(values, splits["train"]))}
+    except DataError:  # `prepare` tells it, if its task has labels at all
+        return splits
+    names = [value.strip() for value in values if isinstance(value, str)]
+    if len(set(names)) < len(names):
+        alike = sorted({value for value in values if names.count(value.strip()) > 1})[:10]
+        logger.warning("Some classes differ in spaces alone, and are told apart: %s.", ", ".join(map(repr, alike)))
     class_label = datasets.ClassLabel(names=[str(value) for value in ids])
     return {
         name: split.remove_columns(label).add_column(label, [ids[v] for v in split[label]], feature=class_label)

@@ -12,9 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import DataError
+from .errors import ConfigError, DataError, shown
 
 PAD, END, MASK = "<pad>", "<end>", "<mask>"
+LEAST, MOST = 260, 1 << 20  # the bytes, the special tokens and one merge; above any vocabulary that was ever trained
 
 
 def train_tokenizer(texts: Iterable[str], size: int, *, close: bool = False) -> PreTrainedTokenizerFast:
@@ -24,8 +25,11 @@ def train_tokenizer(texts: Iterable[str], size: int, *, close: bool = False) -> 
         close: every text gets the token `<end>`, as encoder-decoders expect; a decoder's prompt must not have it.
 
     Raises:
+        ConfigError: a size below 260 or above 1,048,576.
         DataError: the texts are empty.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or not LEAST <= size <= MOST:
+        raise ConfigError(f"The size of a tokenizer must be an integer from {LEAST} to {MOST:,}, got {shown(size)}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -3,19 +3,22 @@
     ready = prepare(rows, "text-classification", AutoTokenizer.from_pretrained(name), max_length=128)
     ready.num_labels, ready.label_names                                # 5, ("business", "entertainment", ...)
 
-A task is one entry of `TASKS`. Labels are classes: strings and integers are numbered in sorted order, floats
-(regression) and lists (several labels per row) are refused.
+A task is one entry of `TASKS`. Labels are classes: strings and integers are numbered in sorted order, those of a CSV
+file as numbers if all of them are whole numbers; floats (regression) and lists (several labels per row) are refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, DataError, unknown_name
+from .errors import ConfigError, DataError, shown, unknown_name
+from .tables import FORMATS, place_of, read_table
 from .tokenizing import IGNORED, TOKENIZING, check_tokenizer_of, make_collator
 
 if TYPE_CHECKING:
@@ -84,6 +87,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "answers": ("answers", "answer"),
 }
 DEFAULT_MAX_LENGTH = 512
+LONGEST = 1 << 24  # tokens
+MAX_LABELS = 100_000
+INPUTS = 2  # raised when the same rows give other inputs than before, so that no older cache file is used
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,9 @@ def prepare(
     settings: dict[str, Any] = {"columns": columns, "ids": ids}
     functions: tuple[Callable[..., dict], Callable[..., dict]]
     if needs.is_of_images:
-        from .images import image_settings, images_to_inputs
+        from .images import image_settings, images_to_inputs, undecoded
 
+        dataset = undecoded(dataset, columns["image"])
         settings |= image_settings(dataset, columns["image"], processor, image_size)
         functions, batch_size = (images_to_inputs, images_to_inputs), 100
     else:
@@ -246,33 +253,101 @@ def _classes(dataset: Mapping[str, Dataset], column: str, is_by_word: bool) -> t
         feature, test_feature = feature.feature, test_feature.feature
         rows = [value for row in rows for value in row or ()]
     dtype = str(getattr(feature, "dtype", "list")) if not isinstance(feature, datasets.ClassLabel) else "int64"
-    if isinstance(feature, datasets.List) or dtype.startswith(("float", "double", "list", "dict")):
-        kind = "numbers (regression)" if "float" in dtype else "several labels per row"
-        raise DataError(f"The label column {column!r} holds {kind}; only classes (strings or integers) are supported.")
-    values = set(rows)
+    values = set(rows) if isinstance(feature, datasets.ClassLabel | datasets.Value) else set()
     if is_by_word:
         values -= {IGNORED}
+    gaps = {value for value in values if is_missing(value)}
+    if "float" in dtype and gaps and all(value.is_integer() for value in values - gaps):
+        dtype = "int64"  # how pandas holds whole numbers where one is missing
+    if isinstance(feature, datasets.List) or dtype.startswith(("float", "double", "list", "dict")):
+        kind = NUMBERS if "float" in dtype else "several labels per row"
+        raise DataError(f"The label column {column!r} holds {kind}; only classes (strings or integers) are supported.")
+    if gaps or (isinstance(feature, datasets.ClassLabel) and values & {-1}):
+        gaps |= {-1} & values
+        raise DataError(
+            f"The label column {column!r} has rows without a label ({_some(sorted(set(map(repr, gaps))))}"
+            f"{_where(dataset['train'], column)}): give them one, or remove them."
+        )
+    if len(values) > MAX_LABELS:
+        raise DataError(
+            f"The label column {column!r} has {len(values):,} classes, at most {MAX_LABELS:,} are allowed."
+        )
     if isinstance(feature, datasets.ClassLabel):
         if not isinstance(test_feature, datasets.ClassLabel) or test_feature.names != feature.names:
             raise DataError(f"The label column {column!r} has other class names or order in test than in train.")
         names, ids = tuple(feature.names), {index: index for index in range(len(feature.names))}
+        if beyond := values - set(ids):
+            raise DataError(
+                f"The label column {column!r} has labels beyond its {len(names)} classes ({_some(sorted(beyond))}): "
+                f"they count from 0 to {len(names) - 1}."
+            )
     else:
-        ids = {value: index for index, value in enumerate(sorted(values - {None}))}
+        ids = {value: index for index, value in enumerate(sorted_classes(values, dataset["train"]))}
         names = tuple(map(str, ids))
-    if missing := values - set(ids):
-        raise DataError(f"The label column {column!r} has rows without a label ({_some(missing)}): remove them.")
     if len(values) < 2:
-        raise DataError(f"The label column {column!r} has the single class {_some(values)}: two or more are needed.")
+        present = [names[ids[value]] for value in values]
+        raise DataError(f"The label column {column!r} has the single class {_some(present)}: two or more are needed.")
     return names, ids | ({IGNORED: IGNORED} if is_by_word else {})
+
+
+def is_missing(label: object) -> bool:
+    """Nothing, not a number, or a text of spaces."""
+    return label is None or label != label or (isinstance(label, str) and not label.strip())
+
+
+def sorted_classes(values: set, rows: Dataset) -> list:
+    """In the order in which they are numbered: that of text or of numbers; in a file that has only text, of numbers
+    where every class is a whole number as a person would write it (`01` is not).
+
+    Raises:
+        DataError: they are numbers with a point, or of more digits than an integer of 64 bits has.
+    """
+    source = _source(rows)
+    if source is None or not source.endswith((".csv", ".tsv")) or not all(isinstance(each, str) for each in values):
+        return sorted(values)
+    if all(map(WHOLE.fullmatch, values)):
+        if longest := max((each for each in values if len(each) > 18), key=len, default=None):
+            raise DataError(f"{source!r} has the class {longest:.60}: numbers of more than 18 digits are no classes.")
+        return sorted(values, key=int)
+    if all(map(DECIMAL.fullmatch, values)) and any(set(each) & set(".eE") for each in values):
+        raise DataError(f"The labels of {source!r} are {NUMBERS}; only classes (strings or integers) are supported.")
+    return sorted(values)
+
+
+NUMBERS = "numbers (regression)"
+WHOLE, DECIMAL = re.compile(r"0|-?[1-9][0-9]*"), re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def _source(rows: Dataset) -> str | None:
+    """The file that the rows were read from, if that was one of ours."""
+    names = [name for name in rows.info.download_checksums or {} if os.path.splitext(name)[1] in FORMATS]
+    return names[0] if len(names) == 1 else None
+
+
+def _where(rows: Dataset, column: str) -> str:
+    """The place of the first row without a label in the file, read again; nothing where that is not possible."""
+    source = _source(rows)
+    if source is None:
+        return ""
+    try:
+        labels = read_table(source)[column]
+        first = next(index for index, label in enumerate(labels) if is_missing(label))
+        return f", the first on {place_of(source, first)} of {source!r}"
+    except (DataError, OSError, KeyError, StopIteration):  # gone, or another file by now
+        return ""
 
 
 def _text_settings(tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     if tokenizer is None:
         raise ConfigError("A text task needs a tokenizer, got None: AutoTokenizer.from_pretrained(model).")
     if max_length is None:
-        max_length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
-        raise ConfigError(f"max_length must be an integer of 2 tokens or more, got {max_length!r}.")
+        known = tokenizer.model_max_length
+        is_length = isinstance(known, int) and 0 < known < DEFAULT_MAX_LENGTH  # a stranger's config may say anything
+        max_length = known if is_length else DEFAULT_MAX_LENGTH
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or not 2 <= max_length <= LONGEST:
+        raise ConfigError(
+            f"max_length must be an integer of 2 tokens or more, at most {LONGEST:,}, got {shown(max_length)}."
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise DataError("The tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token.")
@@ -291,7 +366,7 @@ def _map(rows: Dataset, function: Callable, settings: dict[str, Any], batch_size
     if rows.cache_files and datasets.is_caching_enabled():
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_efficient"
         folder.mkdir(parents=True, exist_ok=True)
-        cache_file = str(folder / f"{Hasher.hash((rows._fingerprint, function, settings, batch_size))}.arrow")
+        cache_file = str(folder / f"{Hasher.hash((INPUTS, rows._fingerprint, function, settings, batch_size))}.arrow")
     mapped = rows.with_format(None).map(
         function,
         batched=True,

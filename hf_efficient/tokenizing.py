@@ -17,19 +17,22 @@ from .errors import ConfigError, DataError
 
 IGNORED = -100
 MASKED = 0.15  # of the tokens, as BERT was trained (Devlin et al. 2019)
+FAR = 1000  # characters for each token that is kept; no token is made of so many
 NO_ANSWER = 0  # the position of an answer that is not in the text: the first token, [CLS]
 
 
 def classify(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     texts = [_strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
     labels = [ids[value] for value in batch[columns["label"]]]
+    if len(texts) == 1:
+        return _truncated(tokenizer, max_length, text=texts[0]) | {"labels": labels}
     return dict(tokenizer(*texts, truncation=True, max_length=max_length)) | {"labels": labels}
 
 
 def translate(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    options = {"truncation": True, "max_length": max_length}
     sources, targets = (_strings(batch, indices, columns[role]) for role in ("text", "target"))
-    return dict(tokenizer(sources, **options)) | {"labels": tokenizer(text_target=targets, **options)["input_ids"]}
+    labels = _truncated(tokenizer, max_length, text_target=targets)["input_ids"]
+    return _truncated(tokenizer, max_length, text=sources) | {"labels": labels}
 
 
 def continue_text(
@@ -60,7 +63,7 @@ def embed(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenize
     """Each text of a pair is a row of its own; blank ones are left out."""
     sides = [_strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
     texts = [text for row in zip(*sides, strict=True) for text in row if text.strip()]
-    return dict(tokenizer(texts, truncation=True, max_length=max_length))
+    return _truncated(tokenizer, max_length, text=texts)
 
 
 def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
@@ -179,6 +182,21 @@ def _masking(tokenizer: Any) -> Any:
     import transformers
 
     return transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
+
+
+def _truncated(tokenizer: Any, max_length: int, **texts: list[str]) -> dict[str, Any]:
+    """The first tokens of each text. Of one that is far too long the head alone is read: 10 MB would take a minute."""
+    options: dict[str, Any] = {"truncation": True, "max_length": max_length}
+    [(argument, whole)] = texts.items()
+    far = FAR * max_length
+    long = [row for row, text in enumerate(whole) if len(text) > far and tokenizer.truncation_side == "right"]
+    heads = list(whole)
+    for row in long:
+        heads[row] = whole[row][:far].rsplit(None, 1)[0] if whole[row][:far].strip() else ""
+    inputs = dict(tokenizer(**{argument: heads}, **options))
+    if all(len(inputs["input_ids"][row]) >= max_length for row in long):
+        return inputs
+    return dict(tokenizer(**{argument: whole}, **options))  # a head of spaces, or of what gives no tokens
 
 
 def _pack(batch: dict, indices: list[int], column: str, tokenizer: Any, max_length: int) -> list[list[int]]:

@@ -1,10 +1,14 @@
 """Images to pixel values: layouts, ranges, sizes, Pillow, processors, and every refusal."""
 
+import io
+
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from hf_efficient.data import load_dataset_any, prepare
 from hf_efficient.errors import ConfigError, DataError
@@ -53,8 +57,6 @@ def test_image_size_resizes_to_a_square():
 
 
 def test_pillow_images_and_a_processor():
-    from PIL import Image
-
     arrays = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype("uint8")
     data = images([Image.fromarray(array) for array in arrays], datasets.Image())
     plain = prepare(data, "image-classification", None).train[:]["pixel_values"]
@@ -85,3 +87,117 @@ def test_pillow_images_and_a_processor():
 def test_images_refused(arrays, options, words):
     with pytest.raises((DataError, ConfigError), match=words):
         prepare(images(arrays), "image-classification", None, **options)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(contents, feature=None, processor=None, **options):
+    """The pixel values of encoded images, mapped back to 0..1."""
+    storage = pa.array([{"bytes": each, "path": None} for each in contents], datasets.Image.pa_type)
+    table = pa.table({"image": storage, "label": [n % 2 for n in range(len(contents))]})
+    features = datasets.Features(image=feature or datasets.Image(), label=datasets.Value("int64"))
+    data = datasets.Dataset(table.cast(features.arrow_schema), info=datasets.DatasetInfo(features=features))
+    ready = prepare({"train": data, "test": data}, "image-classification", processor, **options)
+    return (ready.train[:]["pixel_values"] + 1) / 2
+
+
+SIXTEEN = np.array([[0, 255, 256], [32767, 40000, 65535]], dtype="uint16")
+
+
+@pytest.mark.parametrize("mode", [None, "L", "RGB"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_and_never_clipped(kind, mode):
+    values = pixels([encoded(Image.fromarray(SIXTEEN), kind)] * 2, datasets.Image(mode=mode))
+    assert values.shape == (2, 3 if mode == "RGB" else 1, 2, 3)
+    torch.testing.assert_close(values[0, 0], torch.tensor(SIXTEEN / 65535, dtype=torch.float32))
+
+
+def test_sixteen_bits_in_other_layouts_agree():
+    swapped = Image.frombytes("I;16B", (3, 2), SIXTEEN.byteswap().tobytes())
+    wide = Image.fromarray(SIXTEEN.astype("int32"))
+    plain = pixels([encoded(Image.fromarray(SIXTEEN))] * 2)
+    assert torch.equal(plain, pixels([encoded(swapped, "TIFF")] * 2))
+    assert torch.equal(plain, pixels([encoded(wide, "TIFF")] * 2))
+    column = datasets.Dataset.from_dict(
+        {"image": [SIXTEEN.tolist()] * 2, "label": [0, 1]},
+        features=datasets.Features(image=datasets.Array2D((2, 3), "uint16"), label=datasets.Value("int64")),
+    )
+    ready = prepare({"train": column, "test": column}, "image-classification", None)
+    assert torch.equal(plain, (ready.train[:]["pixel_values"] + 1) / 2)
+
+
+def test_a_processor_sees_sixteen_bits_as_eight():
+    processor = transformers.ViTImageProcessorPil(do_resize=False)
+    deep = np.repeat(np.arange(0, 256, dtype="uint16").reshape(16, 16) * 257, 1, axis=0)
+    seen = [
+        pixels([encoded(Image.fromarray(array))] * 2, processor=processor)
+        for array in (deep, (deep // 257).astype("uint8"))
+    ]
+    assert torch.equal(*seen) and len(seen[0].unique()) == 256
+
+
+def test_floats_from_black_to_white():
+    values = np.array([[0.0, 0.25], [0.75, 1.0]], dtype="float32")
+    torch.testing.assert_close(pixels([encoded(Image.fromarray(values), "TIFF")] * 2)[0, 0], torch.tensor(values))
+
+
+def test_what_is_transparent_lies_on_white():
+    glyph = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    glyph.putpixel((0, 0), (0, 0, 0, 255))
+    grey = Image.new("LA", (2, 1), (0, 0))
+    grey.putpixel((0, 0), (0, 255))
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putpixel((0, 0), 0)
+    for content in (
+        encoded(glyph),
+        encoded(glyph, "WEBP", lossless=True),
+        encoded(grey),
+        encoded(palette, transparency=1),
+    ):
+        assert pixels([content] * 2)[0].tolist() == [[[0.0, 1.0]]] * 3
+    assert pixels([encoded(Image.new("RGB", (2, 1), "red"))] * 2)[0, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
+    assert pixels([encoded(Image.new("1", (2, 1), 1))] * 2)[0].tolist() == [[[1.0, 1.0]]] * 3
+
+
+def wide(*values, kind="int32"):
+    return encoded(Image.fromarray(np.array([values], dtype=kind)), "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (wide(0, 70_000), "from 0 to 70000.*65535 white"),
+        (wide(-1, 5), "from -1 to 5"),
+        (wide(0, 255), "nobody knows if 255 or 65535 is white"),
+        (wide(0, 255, kind="float32"), "from 0 to 255.*1 white"),
+        (wide(0, float("nan"), kind="float32"), "nan"),
+        (encoded(Image.new("RGB", (64, 64), "red"), "JPEG")[:-300], "cannot be decoded"),
+        (encoded(Image.new("RGB", (4, 4)), "EPS"), "EPS is a program"),
+        (encoded(Image.new("1", (10_000, 10_000))), "10000 x 10000 pixels, at most 89,478,485"),
+        (encoded(Image.new("1", (20_000, 20_000))), "decompression bomb"),
+        (b"", "cannot be decoded"),
+        (None, "no image"),
+    ],
+    ids=range(11),
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_encoded_images_refused(content, words):
+    fine = encoded(Image.new("L", (4, 4)))
+    with pytest.raises(DataError, match=rf"(?s)Row 1, image column 'image': .*{words}"):
+        pixels([fine, content], image_size=4)
+
+
+def test_an_image_in_a_file_and_one_that_is_gone(tmp_path):
+    path = tmp_path / "a[1]::b.png"
+    path.write_bytes(encoded(Image.fromarray(SIXTEEN)))
+    data = images([str(path)] * 2, datasets.Image())
+    ready = prepare(data, "image-classification", None)
+    torch.testing.assert_close((ready.train[0]["pixel_values"][0] + 1) / 2, torch.tensor(SIXTEEN / 65535).float())
+    path.unlink()
+    with pytest.raises(DataError, match="there is no image file"):
+        prepare(data, "image-classification", None, image_size=3)

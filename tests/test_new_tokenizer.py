@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, T5Config
 
-from hf_efficient import DataError, Recipe, compress
+from hf_efficient import ConfigError, DataError, Recipe, compress
 from hf_efficient.new_tokenizer import token_fields, train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "caf\u00e9 \U0001f600"] * 5
@@ -20,6 +20,12 @@ def test_it_spells_everything_and_closes_where_asked():
     assert train_tokenizer(TEXTS, 300).get_vocab() == tokenizer.get_vocab()
     with pytest.raises(DataError, match="texts are empty"):
         train_tokenizer(["", ""], 300)
+
+
+@pytest.mark.parametrize("size", [259, 1 << 40, True, "300"])
+def test_a_size_out_of_range(size):
+    with pytest.raises(ConfigError, match="size of a tokenizer must be an integer from 260"):
+        train_tokenizer(TEXTS, size)
 
 
 def test_a_config_learns_of_its_tokenizer():

@@ -1,6 +1,7 @@
 """Rows to model inputs: tokens, labels, padding, columns, caching, and every refusal."""
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 import transformers
@@ -204,3 +205,97 @@ def test_every_task_names_a_class_of_transformers():
     assert {name for name, task in TASKS.items() if not task.is_of_images} == TOKENIZING.keys()
     assert TASKS.keys() == QUALITY.keys()
     assert {name: task.metric for name, task in TASKS.items()} == {name: task.metric for name, task in QUALITY.items()}
+
+
+def stored_labels(values, names):
+    """Class labels as a file may hold them: nobody has compared them with the names."""
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
+    table = pa.table({"text": [f"w{n}" for n in range(len(values))], "label": pa.array(values, pa.int64())})
+    return datasets.Dataset(table.cast(features.arrow_schema), info=datasets.DatasetInfo(features=features))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 1, 2, 1], r"labels beyond its 2 classes \(2\): they count from 0 to 1"),
+        ([0, 1, -2, 1], r"labels beyond its 2 classes \(-2\)"),
+        ([0, 1, -1, 1], r"rows without a label \(-1\)"),
+        ([0, 1, None, 1], r"rows without a label \(None\)"),
+        ([1, 1, 1, 1], "single class b"),
+    ],
+)
+def test_class_labels_that_name_no_class(values, words, tokenizer):
+    right = stored_labels([0, 1, 0, 1], ["a", "b"])
+    assert prepare({"train": right, "test": right}, "text-classification", tokenizer).num_labels == 2
+    wrong = stored_labels(values, ["a", "b"])
+    for other in (wrong, right) if values != [1, 1, 1, 1] else (wrong,):
+        for splits in ({"train": wrong, "test": other}, {"train": other, "test": wrong}):
+            with pytest.raises(DataError, match=words):
+                prepare(splits, "text-classification", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0.0, 1.0, None, 1.0], r"rows without a label \(None\)"),
+        ([0.0, float("nan"), 1.0, float("nan")], r"rows without a label \(nan\)"),
+        ([0.0, 1.0, 0.0, 1.0], "regression"),
+        ([0.5, 1.0, None, 1.0], "regression"),
+        (["a", "", "b", "a"], r"rows without a label \(''\)"),
+    ],
+)
+def test_a_missing_label_is_told_from_a_number(labels, words, tokenizer):
+    data = rows(4, label=labels)
+    with pytest.raises(DataError, match=words):
+        prepare({"train": data, "test": data}, "text-classification", tokenizer)
+
+
+def test_labels_that_are_as_many_as_rows_are_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr("hf_efficient.preparing.MAX_LABELS", 5)
+    for count, is_fine in ((5, True), (6, False)):
+        data = rows(12, label=[f"c{n % count}" for n in range(12)])
+        if is_fine:
+            assert prepare({"train": data, "test": data}, "text-classification", tokenizer).num_labels == 5
+        else:
+            with pytest.raises(DataError, match="has 6 classes, at most 5"):
+                prepare({"train": data, "test": data}, "text-classification", tokenizer)
+
+
+@pytest.mark.parametrize("max_length", [1, 10**30, "9", True])
+def test_a_length_out_of_range(max_length, tokenizer, splits):
+    with pytest.raises(ConfigError, match="max_length must be an integer of 2 tokens or more"):
+        prepare(splits, "text-classification", tokenizer, max_length=max_length)
+
+
+@pytest.mark.parametrize("known", ["512", None, 1e30, 0, -5])
+def test_a_length_that_a_tokenizer_makes_up_counts_for_nothing(known, tokenizer, splits):
+    expected = prepare(splits, "text-classification", tokenizer).train[:]
+    tokenizer.model_max_length = known
+    assert prepare(splits, "text-classification", tokenizer).train[:] == expected
+
+
+def test_a_text_that_is_far_too_long_has_the_tokens_of_the_whole(tokenizer):
+    """Also where what begins it gives no tokens, or it is cut on its left."""
+    texts = ["w1 w2 " * 5000, " " * 20_000 + "w3 w4 w5 w6", "w1" + " " * 20_000 + "w2 w3 w4", "w5 " * 9000 + "w6"]
+    data = rows(4, text=texts, label=["a", "b"] * 2)
+    for side in ("right", "left"):
+        tokenizer.truncation_side = side
+        expected = [tokenizer(text, truncation=True, max_length=4)["input_ids"] for text in texts]
+        ready = prepare({"train": data, "test": data}, "text-classification", tokenizer, max_length=4)
+        assert list(ready.train["input_ids"]) == expected
+    assert expected[3][-1] == tokenizer.convert_tokens_to_ids("w6")
+
+
+def test_of_a_text_that_is_far_too_long_the_head_is_read(tokenizer, monkeypatch):
+    longest = []
+    call = transformers.PreTrainedTokenizerFast.__call__
+
+    def counted(self, text=None, *others, **options):
+        longest.append(max(map(len, text or options.get("text_target"))))
+        return call(self, text, *others, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", counted)
+    data = rows(2, text=["w1 " * 50_000, "w2"], label=["w3 " * 50_000, "w4"])
+    prepare({"train": data, "test": data}, "text-classification", tokenizer, max_length=4)
+    prepare({"train": data, "test": data}, "seq2seq", tokenizer, max_length=4, target_column="label")
+    assert longest and max(longest) <= 4000

@@ -44,17 +44,18 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
     return path.read_bytes().decode("utf-8")
 
 
-def parse_json(text: str, *, halves: bool = False) -> Any:
+def parse_json(text: str, *, halves: bool = False, unique_keys: bool = False) -> Any:
     """The value of a JSON text.
 
     Parameters:
         halves: let half a character pass; the caller replaces it.
+        unique_keys: a key that an object has twice is refused; else the last one counts.
 
     Raises:
         ValueError: not JSON, nested deeper than anything that is written here, or text with half a character.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ValueError("nested far too deep") from None
     level, depth = [value], 0
@@ -73,3 +74,12 @@ def parse_json(text: str, *, halves: bool = False) -> Any:
                 item.encode("utf-8")  # UnicodeEncodeError is a ValueError
         level = below
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        known: set[str] = set()
+        doubled = next(key for key, _ in pairs if key in known or known.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {doubled[:60]!r} is given twice")
+    return made
