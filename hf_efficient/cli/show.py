@@ -72,10 +72,10 @@ def report(
 
     Several can be drawn into one plot or page.
     """
+    from ..io.disk import write_atomic
     from ..reporting.page import report_page
     from ..reporting.plots import plot_accuracy_latency
     from ..reporting.tables import text_table
-    from ..workspace import write_text
 
     reports = [load_result(folder) for folder in folders]
     if plot is not None:
@@ -83,7 +83,7 @@ def report(
         say(f"Plot: {plot}")
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(page, report_page(reports))
+        write_atomic(page, report_page(reports))
         say(f"Page: {page}")
     if as_json:
         print_json([json.loads(each.to_json()) for each in reports])
