@@ -14,8 +14,6 @@ import contextlib
 import inspect
 import io
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
+from .errors import ConfigError, UnsupportedModelError, unknown_name
+from .io.disk import check_empty, new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -103,30 +102,23 @@ def export(
         raise UnsupportedModelError(
             "The model is quantised already. Export the one it was made of; quantize='int8' gives 8 bits there."
         )
-    folder = check_folder(output_dir)
+    folder = check_empty(output_dir)
     from .measure.context import evaluating
     from .runtime import Runtime
 
     batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)  # what cannot be written shall not be found out after the work
-    with _without_cache(model), _as_it_was(model):
-        _write(model, chosen, batches[0], quantize, partial)
-        runtime = Runtime(model, format, partial, exact=True)
+    # Made before the work, so that what cannot be written is not found out after it.
+    with new_folder(folder) as made, _without_cache(model), _as_it_was(model):
+        _write(model, chosen, batches[0], quantize, made)
+        runtime = Runtime(model, format, made, exact=True)
         with evaluating(model, runtime):
             pairs = [(model(**batch), runtime(**batch)) for batch in batches]
-    difference, same = _compare(pairs, batches)
-    if quantize is None and not difference <= SAME:
-        shutil.rmtree(partial)
-        raise UnsupportedModelError(
-            f"The {format} export of {type(model).__name__} computes another output: {difference:.2g} of the largest "
-            f"one away, where {SAME:g} is allowed. Try another format: {', '.join(FORMATS)}."
-        )
-    if folder.is_dir():
-        folder.rmdir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, folder)
+        difference, same = _compare(pairs, batches)
+        if quantize is None and not difference <= SAME:
+            raise UnsupportedModelError(
+                f"The {format} export of {type(model).__name__} computes another output: {difference:.2g} of the "
+                f"largest one away, where {SAME:g} is allowed. Try another format: {', '.join(FORMATS)}."
+            )
     shapes = tuple(tuple(batch[model.main_input_name].shape) for batch in batches)
     return Exported(format, runtime_version(format), quantize, folder, program_bytes(folder), difference, same, shapes)
 
@@ -147,20 +139,6 @@ def check_format(format: str, quantize: str | None = None) -> Format:
             f"format {format!r} is not quantised here, only {able}. Leave quantize out, or change format."
         )
     return FORMATS[format]
-
-
-def check_folder(output_dir: str | Path) -> Path:
-    """The folder as a path.
-
-    Raises:
-        CheckpointError: it is not empty, or a file.
-    """
-    folder = Path(output_dir)
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file. Choose another output folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty. Choose another output folder.")
-    return folder
 
 
 def check_runtime(format: str) -> None:

@@ -4,7 +4,6 @@ trainer = make_trainer(ExactTrainer, model, training_arguments(TrainingArguments
 fit(trainer)
 """
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from .data import PreparedData
+from .io.disk import remove_own
 from .pruning.zeros import KeepZeros, was_sparsified
 from .recipe import Recipe
 from .running import Run, longest_text
@@ -94,7 +94,7 @@ def fit(trainer: Trainer) -> None:
     """Train from the start, or from the last complete checkpoint of a run that was stopped; then tidy up."""
     folder = str(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=last_checkpoint(Path(folder)))
-    shutil.rmtree(folder)
+    remove_own(folder)
 
 
 def logged_losses(trainer: Trainer) -> dict[str, Any]:

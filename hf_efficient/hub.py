@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError
+from .io.disk import inside
 from .reporting.card import model_card, plots_in
 from .reporting.codec import clean
 from .reporting.page import PAGE, report_page
@@ -73,6 +74,8 @@ def push(
     if not _REPO_ID.fullmatch(repo_id):
         raise ConfigError(f"repo_id must be user/name, of letters, digits, '.', '_' and '-', got {repo_id!r}.")
     source = result_folder(folder)
+    if source != Path(folder):
+        inside(folder, MODEL)
     report = load_report(source)
     if not (source / "config.json").is_file() or not any(source.glob("*.safetensors")):
         raise CheckpointError(f"{source} has a report but no model (config.json, *.safetensors). Push a finished run.")
@@ -85,14 +88,18 @@ def push(
 
 
 def collect(source: Path, report: Report, repo_id: str) -> dict[str, Path | bytes]:
-    """Path in the repository -> file or content, in order. Hidden and half-written files stay behind."""
+    """Path in the repository -> file or content, in order. Hidden and half-written files stay behind.
+
+    Raises:
+        CheckpointError: a link leads out of the folder: what lies there was not meant to be published.
+    """
     import yaml
 
     contents: dict[str, Path | bytes] = {}
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") or part.endswith((".partial", ".part")) for part in name.parts)
-        if path.is_file() and not hidden and name.name != MANIFEST:
+        if not hidden and inside(source, name).is_file() and name.name != MANIFEST:
             contents[name.as_posix()] = path
     if report.recipe:
         contents[RECIPE] = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True).encode()

@@ -9,7 +9,6 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checking import check, check_attention
 from .errors import ConfigError
-from .io.disk import clear_disk_errors
+from .io.disk import clear_disk_errors, copy_folder, inside
 from .measuring import measured
 from .recipe import Recipe
 from .reporting.schema import Report, load_report
@@ -69,18 +68,26 @@ def compress(
         )
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     space = Workspace(folder, recipe)
-    if (folder / MODEL).is_dir():
-        announce(f"{folder} is finished: nothing to do. Delete {folder / MODEL} to measure again.")
-        return load_report(folder / MODEL)
+    if report := _finished(folder, announce):
+        return report
     run = Run(recipe, folder)
     check(run)
     then = "Then give the same command again: finished stages are kept, and it goes on from there."
     with clear_disk_errors(folder, then):
         space.open(run.inputs())
         try:
-            return _carry_out(run, space, announce)
+            # Another process may have ended it while this one looked at data and model.
+            return _finished(folder, announce) or _carry_out(run, space, announce)
         finally:
             space.close()
+
+
+def _finished(folder: Path, announce: Callable[[str], None]) -> Report | None:
+    """The report of a run that has ended."""
+    if not folder.is_dir() or not inside(folder, MODEL).is_dir():
+        return None
+    announce(f"{folder} is finished: nothing to do. Delete {folder / MODEL} to measure again.")
+    return load_report(folder / MODEL)
 
 
 def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False) -> list["PruningPlan"]:
@@ -153,11 +160,11 @@ def _publish(report: Report, source: Path, exports: list[Path], target: Path) ->
     from .reporting.card import save_card
     from .reporting.page import save_page
     from .reporting.plots import save_plots
-    from .workspace import copy_checkpoint
+    from .workspace import MANIFEST
 
-    copy_checkpoint(source, target)
+    copy_folder(source, target, leave_out=(MANIFEST,))
     for folder in exports:
-        shutil.copytree(folder, target / folder.name)
+        copy_folder(folder, target / folder.name)
     report.save(target)
     if find_spec("matplotlib"):
         save_plots(report, target)

@@ -197,7 +197,7 @@ class Recipe:
         return Recipe.from_dict(data)
 
     def allowed(self, trust_remote_code: bool, overrides: Mapping[str, Any] | None = None) -> "Recipe":
-        """The recipe that is run: with its overrides, and running code that comes with the model only on your own word.
+        """The recipe that is run, with its overrides. Code that comes with the model runs only on your own word.
 
         A recipe may come from a stranger, as the model that it names: so `model.trust_remote_code` in it is only a
         wish. An override is the word of whoever runs it, as `trust_remote_code=True` is.
@@ -210,8 +210,8 @@ class Recipe:
         if recipe.model.trust_remote_code and not {"model", TRUST} & own.keys():
             named = recipe.model.name_or_path or recipe.model.tokenizer
             raise ConfigError(
-                f"The recipe {recipe.name!r} wants to run code that comes with the model {shown(named)} ({TRUST}: true), "
-                "which may do anything on this machine. If you know that code and want it, say so yourself: "
+                f"The recipe {recipe.name!r} wants to run code of the model {shown(named)} ({TRUST}: true). It "
+                " may do anything on this machine. If you know that code and want it, say so yourself: "
                 "--trust-remote-code, or trust_remote_code=True in Python. Else take that line out of the recipe."
             )
         return recipe

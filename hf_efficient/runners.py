@@ -6,7 +6,6 @@ A new stage is one function and one entry of `RUNNERS`. Stages call the same pub
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from .distillation.arguments import DistillationArguments
 from .distillation.trainer import DistillationTrainer
 from .exporting import export
 from .fitting import fit, logged_losses, make_trainer, teacher_cut, trained, training_arguments
+from .io.disk import remove_own
 from .loading import load_model, load_processor
 from .models.building import is_portable
 from .models.configs import block_of
@@ -200,7 +200,7 @@ def run_export(run: Run, settings: ExportStage, source: Path, target: Path) -> d
     prepared = own.data(config=model.config)
     cuts = [(0, 2), (2, 3), (3, 8)]
     rows = [[prepared.test[i] for i in range(*cut) if i < len(prepared.test)] for cut in cuts]
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    remove_own(folder)  # of a run that was stopped
     made = export(
         model,
         settings.format,

@@ -9,20 +9,17 @@ Each combination is a run of its own in a folder of its own, so it can be resume
 Stages that two combinations begin with in common are done once.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from .errors import CheckpointError, ConfigError
-from .io.disk import write_atomic
+from .io.disk import copy_folder, inside, new_folder, own_file, write_atomic
 from .pipeline import compress
 from .recipe import Recipe
 from .reporting.page import PAGE, report_page
 from .reporting.schema import Report
-from .workspace import INPUTS, MANIFEST, RECIPE, write_text
+from .workspace import INPUTS, LOCK, MANIFEST, RECIPE, taken_lock
 
 PARETO = "pareto.png"
 
@@ -58,12 +55,21 @@ def sweep(
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     _check_folder(folder, recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RECIPE, recipe.to_yaml())
+    lock = taken_lock(folder)
+    try:
+        _check_folder(folder, recipe)  # again: another process may have been here since
+        write_atomic(folder / RECIPE, recipe.to_yaml())
+        return _run_all(folder, combinations, announce)
+    finally:
+        lock.release()
+
+
+def _run_all(folder: Path, combinations: dict[str, Recipe], announce: Callable[[str], None]) -> dict[str, Report]:
     reports: dict[str, Report] = {}
     done: list[tuple[Path, Recipe]] = []
     for label, one in combinations.items():
         announce(f"== {label}")
-        target = folder / label
+        target = inside(folder, label)
         _share(done, target, one)
         trust = one.model.trust_remote_code  # was allowed above
         reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
@@ -72,14 +78,14 @@ def sweep(
     if find_spec("matplotlib") and all(report.student.quality is not None for report in reports.values()):
         from .reporting.plots import plot_accuracy_latency
 
-        plot_accuracy_latency(list(reports.values()), folder / PARETO, list(reports))
+        plot_accuracy_latency(list(reports.values()), own_file(folder / PARETO), list(reports))
     return reports
 
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
         return
-    given = folder / RECIPE
+    given = inside(folder, RECIPE)
     if not given.is_file() or Recipe.from_yaml(given).fingerprint() != recipe.fingerprint():
         raise CheckpointError(
             f"{folder} is not empty and not a run of this sweep. Choose another output folder, or empty it."
@@ -93,16 +99,13 @@ def _share(done: list[tuple[Path, Recipe]], target: Path, recipe: Recipe) -> Non
     source, common = max(((folder, _common(other, recipe)) for folder, other in done), key=lambda pair: pair[1])
     if common < 0:
         return
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     names = ["0-teacher", *(f"{i}-{stage.name}" for i, stage in enumerate(recipe.stages[:common], 1))]
-    for name in names:
-        if (source / name / MANIFEST).is_file():
-            shutil.copytree(source / name, partial / name, copy_function=_link)
-    shutil.copy2(source / INPUTS, partial / INPUTS)
-    write_text(partial / RECIPE, recipe.to_yaml())
-    os.replace(partial, target)
+    with new_folder(target) as made:
+        for name in names:
+            if (inside(source, name) / MANIFEST).is_file():
+                copy_folder(source / name, made / name)
+        write_atomic(made / INPUTS, inside(source, INPUTS).read_bytes())
+        write_atomic(made / RECIPE, recipe.to_yaml())
 
 
 def _common(one: Recipe, other: Recipe) -> int:
@@ -112,13 +115,3 @@ def _common(one: Recipe, other: Recipe) -> int:
         return -1
     pairs = zip(first["stages"], second["stages"], strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first["stages"]), len(second["stages"])))
-
-
-def _link(source: str, target: str) -> Any:
-    """Weights without using their space twice, where the file system can."""
-    try:
-        if source.endswith(".safetensors"):
-            return os.link(source, target)
-    except OSError:
-        pass
-    return shutil.copy2(source, target)

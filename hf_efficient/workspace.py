@@ -9,11 +9,12 @@
       model/                 the result: checkpoint, card, plots, report
 
 A stage writes into `<name>.partial`; its manifest is the last file written there, and then the folder gets its name.
+The folder may come from a stranger: a link in it that leads elsewhere is refused, so nothing is read or written there.
 """
 
+import errno
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +24,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
-from .io.json import parse_json
+from .io.disk import check_inside, inside, own_file, own_folder, remove_own, write_atomic
+from .io.json import read_json
 from .recipe import Recipe
 from .reporting.codec import decode
 from .reporting.schema import StageRecord
@@ -45,7 +47,7 @@ class Workspace:
     def __init__(self, folder: str | os.PathLike, recipe: Recipe):
         self.folder = Path(folder)
         self.recipe = recipe
-        self._lock = FileLock(self.folder / LOCK)
+        self._lock: FileLock | None = None
         self._check()
 
     def _check(self) -> None:
@@ -53,7 +55,7 @@ class Workspace:
             raise CheckpointError(f"{self.folder} is a file; give a folder for the output.")
         if not self.folder.is_dir() or not any(path.name != LOCK for path in self.folder.iterdir()):
             return
-        given = self.folder / RECIPE
+        given = inside(self.folder, RECIPE)
         if not given.is_file():
             raise CheckpointError(
                 f"{self.folder} is not empty and not a run of hf-efficient. Choose another output folder, or empty it."
@@ -71,76 +73,85 @@ class Workspace:
     def open(self, inputs: dict[str, Any]) -> None:
         """Make the folder, lock it, and note what went in; from here on it belongs to this recipe and these inputs."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = taken_lock(self.folder)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise CheckpointError(f"Another process is running in {self.folder}. Wait for it, or stop it.") from None
-        write_text(self.folder / RECIPE, self.recipe.to_yaml())
-        note, text = self.folder / INPUTS, json.dumps(inputs, indent=2) + "\n"
-        if note.is_file() and note.read_text(encoding="utf-8") != text:
-            raise CheckpointError(
-                f"The data or the model folder changed since the run in {self.folder} began (see {note}). Its stages "
-                "would not fit together: choose another output folder, or empty this one."
-            )
-        write_text(note, text)
+            self._check()  # again: another process may have been here since
+            note = inside(self.folder, INPUTS)
+            if note.exists() and read_json(note) != inputs:
+                raise CheckpointError(
+                    f"The data or the model folder changed since the run in {self.folder} began (see {note}). Its "
+                    "stages would not fit together: choose another output folder, or empty this one."
+                )
+            write_atomic(self.folder / RECIPE, self.recipe.to_yaml())
+            write_atomic(note, json.dumps(inputs, indent=2) + "\n")
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def stage(
         self, name: str, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]
     ) -> tuple[Path, StageRecord]:
         """The folder and record of a stage: read if it is finished, else made by `work(partial_folder) -> facts`."""
-        target = self.folder / name
+        target = inside(self.folder, name)
+        check_inside(target)
         if (target / MANIFEST).is_file():
             return target, _read_manifest(target / MANIFEST)
         if target.exists():
             raise CheckpointError(f"{target} has no {MANIFEST}. Delete the folder {target} to run this stage again.")
-        partial = target.with_name(f"{name}.partial")
-        partial.mkdir(exist_ok=True)
+        partial = own_folder(target.with_name(f"{name}.partial"))
         start = time.perf_counter()
         facts = work(partial)
         record = StageRecord(
             name=name.split("-", 1)[-1], seconds=time.perf_counter() - start, settings=settings, facts=facts
         )
-        write_text(partial / MANIFEST, _manifest(record))
-        self._share(partial)
-        os.replace(partial, target)
+        write_atomic(partial / MANIFEST, _manifest(record))
+        _complete(partial, target)
         return target, record
 
     def result(self, name: str, work: Callable[[Path], None]) -> Path:
         """A folder that is written once, in one step, and belongs to the user then."""
         target, partial = self.folder / name, self.folder / f"{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        work(partial)
-        self._share(partial)
-        os.replace(partial, target)
+        remove_own(partial)
+        work(own_folder(partial))
+        _complete(partial, target)
         return target
 
-    @staticmethod
-    def _share(made: Path) -> None:
-        """Weights may be read by whoever may read their folder; safetensors writes them for their owner alone."""
-        mode = made.stat().st_mode & 0o666
-        for path in made.rglob("*.safetensors"):
-            path.chmod(mode)
+
+def taken_lock(folder: Path) -> FileLock:
+    """The lock of a folder that exists, which this process has from here on.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    lock = FileLock(own_file(folder / LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"Another process is running in {folder}. Wait for it, or stop it.") from None
+    return lock
 
 
-def write_text(path: Path, text: str) -> None:
-    """Complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _complete(partial: Path, target: Path) -> None:
+    """Give a finished folder its name.
 
-
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """The files of a checkpoint again; weights without using their space twice, where the file system can."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name != MANIFEST:
-            try:
-                (os.link if path.suffix == ".safetensors" else shutil.copy2)(path, target / path.name)
-            except OSError:
-                shutil.copy2(path, target / path.name)
+    Weights may be read by whoever may read their folder; safetensors writes them for their owner alone.
+    """
+    mode = partial.stat().st_mode & 0o666
+    for path in partial.rglob("*.safetensors"):
+        path.chmod(mode)
+    try:
+        os.replace(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise CheckpointError(
+            f"{target} was made by something else while this run made its own, which is {partial}. Delete one of the "
+            "two; then give the same command again."
+        ) from error
 
 
 def _manifest(record: StageRecord) -> str:
@@ -149,7 +160,7 @@ def _manifest(record: StageRecord) -> str:
 
 def _read_manifest(path: Path) -> StageRecord:
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data.pop("schema_version") != MANIFEST_VERSION:
             raise ValueError("another schema_version")
         return decode(StageRecord, data, str(path))

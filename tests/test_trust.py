@@ -61,7 +61,7 @@ def test_a_recipe_alone_runs_nothing_and_your_word_does(content, run, evil, tmp_
     monkeypatch.chdir(tmp_path)
     path = written(evil, content(evil))
     with pytest.raises(
-        ConfigError, match="may do anything on this machine.*--trust-remote-code, or trust_remote_code=True"
+        ConfigError, match=r"may do anything on this machine.*--trust-remote-code, or trust_remote_code=True"
     ):
         run(path)
     assert not evil[1].exists() and not (tmp_path / "out").exists()

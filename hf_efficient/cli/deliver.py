@@ -58,13 +58,14 @@ def export(
 
     What it computes there is compared with PyTorch.
     """
-    from ..exporting import check_folder, check_format, check_runtime, folder_name
+    from ..exporting import check_format, check_runtime, folder_name
     from ..exporting import export as run
+    from ..io.disk import check_empty
 
     check_format(format, quantize)
     check_runtime(format)
     target = output_dir or Path("out") / folder_name(format, quantize)
-    check_folder(target)
+    check_empty(target)
     quiet_libraries()
     made = run(load(model, task), format, target, quantize=quantize)
     if as_json:

@@ -16,7 +16,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,12 +120,26 @@ def own_folder(folder: str | os.PathLike) -> Path:
     """A folder of a fixed name that belongs to us, made if it is not there.
 
     Raises:
-        CheckpointError: a file or a link stands in its place.
+        CheckpointError: a file or a link stands in its place, or a link in it: what we write would go elsewhere.
     """
     target = Path(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is a link or a file, where a folder of this run belongs. Remove it.")
     target.mkdir(exist_ok=True)
+    if link := next((path for path in target.rglob("*") if path.is_symlink()), None):
+        raise CheckpointError(f"{link} is a link, where a file or folder of this run belongs. Remove it.")
+    return target
+
+
+def own_file(path: str | os.PathLike) -> Path:
+    """The place of a file of a fixed name that belongs to us, and that others open for us.
+
+    Raises:
+        CheckpointError: a link, a folder or a device stands there.
+    """
+    target = Path(path)
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise CheckpointError(f"{target} is a link or a folder, where a file of this run belongs. Remove it.")
     return target
 
 
@@ -145,6 +159,32 @@ def inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise CheckpointError(f"{path} leads out of {os.fspath(folder)}. Put a copy of the file there in its place.")
     return path
+
+
+def check_inside(folder: str | os.PathLike) -> None:
+    """Nothing in the folder is a link that leads out of it.
+
+    Raises:
+        CheckpointError: something is.
+    """
+    for path in Path(folder).rglob("*"):
+        inside(folder, path.relative_to(folder))
+
+
+def copy_folder(source: str | os.PathLike, target: str | os.PathLike, leave_out: Sequence[str] = ()) -> None:
+    """The files of a folder, and of those in it, again; weights without using their space twice.
+
+    `leave_out`: names that stay behind. What lies at the other end of a link within the folder becomes a file.
+
+    Raises:
+        CheckpointError: a link leads out of the folder.
+    """
+    for path in sorted(Path(source).rglob("*")):
+        name = path.relative_to(source)
+        if name.name in leave_out or not inside(source, name).is_file():
+            continue
+        (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
+        (link_or_copy if path.suffix == ".safetensors" else shutil.copy2)(path, Path(target) / name)
 
 
 def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:

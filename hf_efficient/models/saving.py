@@ -6,9 +6,10 @@ package.
 """
 
 import os
-import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
+
+from ..io.disk import write_atomic
 
 LOADER = "modeling_hf_efficient"
 
@@ -17,8 +18,5 @@ def write_loader(folder: str | os.PathLike) -> Path:
     """Copy the loader into a checkpoint folder, atomically; returns its path."""
     target = Path(folder) / f"{LOADER}.py"
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
     with as_file(files("hf_efficient") / "templates" / f"{LOADER}.py") as source:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    return target
+        return write_atomic(target, source.read_bytes())

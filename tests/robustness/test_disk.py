@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import datasets
 import pytest
@@ -11,8 +12,8 @@ from safetensors import SafetensorError
 
 from hf_efficient import CheckpointError, ConfigError, TeacherCache, cache_teacher, compress
 from hf_efficient.exporting import Exported
-from hf_efficient.io.disk import clear_disk_errors, disk_fault
-from hf_efficient.workspace import Workspace, write_text
+from hf_efficient.io.disk import clear_disk_errors, disk_fault, write_atomic
+from hf_efficient.workspace import Workspace
 
 from ..distillation.test_cache import collate_rows, make_cache, rows_of
 from ..distillation.tiny import make_pair
@@ -57,17 +58,18 @@ def test_errors_of_ours_pass_as_they_are():
 
 def test_a_text_is_complete_or_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "stage.json"
-    write_text(path, "old")
+    write_atomic(path, "old")
+    real = os.fdopen
 
-    def half(self, text, encoding):
-        with open(self, "w", encoding=encoding) as file:
-            file.write(text[: len(text) // 2])
+    def half(descriptor, *args, **kwargs):
+        with real(descriptor, "wb") as file:
+            file.write(b"ne")
         raise FULL
 
-    monkeypatch.setattr(type(path), "write_text", half)
+    monkeypatch.setattr("hf_efficient.io.disk.os.fdopen", half)
     with pytest.raises(OSError, match="No space"):
-        write_text(path, "new and longer")
-    assert path.read_text() == "old"
+        write_atomic(path, "new and longer")
+    assert path.read_text() == "old" and [each.name for each in tmp_path.iterdir()] == ["stage.json"]
 
 
 @pytest.fixture
