@@ -3,15 +3,25 @@
 Anything but an HfEfficientError is a fault. `TARGETS` are used by hypothesis here and by scripts/fuzz.py.
 """
 
+import csv
+import io
 import json
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
+from PIL import Image
 
 from hf_efficient import CheckpointError, ConfigError, HfEfficientError, PruningConfig, PruningPlan, Recipe, Report
+from hf_efficient.data import read_table
+from hf_efficient.errors import DataError
 from hf_efficient.families import FAMILIES
+from hf_efficient.images import read_image
 from hf_efficient.io.json import parse_json
 from hf_efficient.models.block import EfficientBlock, check_block
 from hf_efficient.pruning.plan import Forecast, LayerForecast
@@ -110,6 +120,40 @@ def read_pruning(text: str) -> bool:
     return True
 
 
+def read_csv(text: str) -> bool:
+    return _read_rows(text, ".csv", lambda rows: to_csv([rows.column_names, *zip(*rows[:].values(), strict=True)]))
+
+
+def read_jsonl(text: str) -> bool:
+    return _read_rows(text, ".jsonl", to_jsonl)
+
+
+def _read_rows(text: str, ending: str, write: Callable[[datasets.Dataset], str]) -> bool:
+    """A data file: what is read and written again is read as the same rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"rows{ending}")
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        try:
+            rows = read_table(path)
+        except DataError as error:
+            return _told(error)
+        path.write_bytes(write(rows).encode())
+        assert repr(list(read_table(path))) == repr(list(rows))
+    return True
+
+
+def read_encoded_image(text: str) -> bool:
+    """The bytes of an image, each as the character of its number."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of broken metadata
+            array = read_image(text.encode("latin-1", "replace"))
+    except DataError as error:
+        return _told(error)
+    assert array.ndim == 3 and array.shape[0] in (1, 3) and array.min() >= 0 and array.max() <= 1
+    return True
+
+
 def _told(error: HfEfficientError) -> bool:
     assert 0 < len(str(error)) < 3000, "a message that nobody can read"
     return False
@@ -161,6 +205,46 @@ def pruning() -> list[Document]:
     return [PruningConfig().to_dict(), PruningConfig(granularity=("layer", "head"), ratio=0.2).to_dict(), zeros]
 
 
+def csv_files() -> list[Document]:
+    return [[["text", "label"], ['a "b", c\nd', "01"], ["", "NA"]], [["", "a", "b"], ["0", "x\ry", "1e5"]]]
+
+
+def jsonl_files() -> list[Document]:
+    rows = [{"text": "é\u2028", "label": 1}, {"text": "", "label": 2.5, "tags": ["a"]}, {"answers": {"text": ["x"]}}]
+    return [rows, [{"a": None}, {"a": True}]]
+
+
+def encoded_images() -> list[Document]:
+    """Files in pieces of a few bytes, so that the changes fall into their headers."""
+    made = []
+    for mode, kind in [("L", "PNG"), ("I;16", "PNG"), ("P", "GIF"), ("RGB", "JPEG"), ("F", "TIFF"), ("RGBA", "WEBP")]:
+        buffer = io.BytesIO()
+        Image.new(mode, (5, 4)).save(buffer, kind)
+        content = buffer.getvalue().decode("latin-1")
+        made.append([content[start : start + 4] for start in range(0, len(content), 4)])
+    return made
+
+
+def to_csv(document: Document) -> str:
+    made = io.StringIO()
+    try:
+        csv.writer(made, quoting=csv.QUOTE_ALL).writerows(document)
+    except (csv.Error, TypeError, ValueError):
+        return str(document)
+    return made.getvalue()
+
+
+def to_jsonl(document: Document) -> str:
+    try:
+        return "\n".join(json.dumps(row) for row in document)
+    except (TypeError, ValueError):
+        return str(document)
+
+
+def to_bytes(document: Document) -> str:
+    return "".join(map(str, document)) if isinstance(document, list) else str(document)
+
+
 def to_yaml(document: Document) -> str:
     try:
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -186,4 +270,7 @@ TARGETS = {
     "index": Target(folders.read_index, to_json, folders.indexes),
     "tokenizer": Target(folders.read_tokenizer, to_json, folders.tokenizers),
     "cache": Target(folders.read_cache, to_json, folders.caches),
+    "csv": Target(read_csv, to_csv, csv_files),
+    "jsonl": Target(read_jsonl, to_jsonl, jsonl_files),
+    "image": Target(read_encoded_image, to_bytes, encoded_images),
 }
