@@ -66,7 +66,12 @@ def shown(report, folder):
         {"dataset__sizes": {"": 10**350}, "seed": -(10**350)},
         {
             "stages": [
-                {"name": "a", "seconds": 1.0, "facts": {"energy": {"kwh": 1e300, "co2_grams": 1.0, "country": []}}}
+                {
+                    "name": "a",
+                    "seconds": 1.0,
+                    "settings": {},
+                    "facts": {"energy": {"kwh": 1e300, "co2_grams": 1.0, "country": []}},
+                }
             ]
         },
         {"warnings": ["\x00" * 1000, "y" * 300_000], "base_model": "z" * 300_000},
