@@ -17,20 +17,22 @@ _KEYS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
     r"|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|gl[a-z]{1,5}-[\w-]{16,}"  # GitHub, GitLab
-    r"|sk-(?:[A-Za-z0-9]{1,20}[-_]){0,4}[A-Za-z0-9]{16,}[\w-]*|[sr]k_(?:live|test)_[A-Za-z0-9]{10,}"  # OpenAI, Stripe
+    r"|sk-(?:ant|proj|or|svcacct|admin)-[\w-]{16,}"  # Anthropic, OpenAI
+    r"|sk-(?:[A-Za-z0-9]{1,20}[-_]){0,4}[A-Za-z0-9]{16,}[\w-]*|[sr]k_(?:live|test)_[A-Za-z0-9]{10,}"
     r"|(?:gsk|r8|npm|dop_v1)_[A-Za-z0-9]{20,}|(?:nvapi|pypi|xapp)-[\w-]{16,}|SG\.[\w-]{16,}\.[\w-]{16,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])|AIza[\w-]{30,}|ya29\.[\w-]{20,}|xox[a-z]-[\w-]{10,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # a JSON web token
     r")"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)"
 )
-_IN_URL = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/?#]{1,500}@")
+_IN_URL = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/?#]{1,200}@")
 _BEARER = re.compile(r"\b(bearer\s+)(?=\S{0,500}[0-9._=])[\w.~+/=-]{8,}", re.IGNORECASE)
 _HEADER = re.compile(
     r"\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:(?:basic|token|digest|bearer)\s+)?)[^\s\"',;]{6,}", re.I
 )
-_ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]{1,64})([\"']?\s{0,3}[=:]\s{0,3}[\"']?)([^\s\"'&,;()\[\]{}<>]+)")
-_OPTION = re.compile(r"(?<!\S)(--[\w.-]{1,64})(\s{1,3})([^\s\"'-][^\s\"']*)")
+_ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]{1,64})([\"']?\s{0,3}[=:]\s{0,3}[\"']?)([^\s\"'&,;()\[\]{}<>]{1,200})")
+_OPTION = re.compile(r"(?<!\S)(--[\w.-]{1,64})(\s{1,3})([^\s\"'-][^\s\"']{0,200})")
+_REST = re.compile(r"[^\s\"'&,;()\[\]{}<>]*")
 
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _OWNERS = (
@@ -77,7 +79,7 @@ def without_secrets(text: str, secrets: Iterable[str | None] = ()) -> str:
         text = text.replace(form, REMOVED)
     text = _IN_URL.sub(r"\1", _KEYS.sub(REMOVED, text))
     text = _HEADER.sub(rf"\1{REMOVED}", _BEARER.sub(rf"\1{REMOVED}", text))
-    return _OPTION.sub(_value_removed, _ASSIGNED.sub(_value_removed, text))
+    return _without_values(_OPTION, _without_values(_ASSIGNED, text))
 
 
 def _forms(secret: str) -> list[str]:
@@ -86,10 +88,22 @@ def _forms(secret: str) -> list[str]:
     return [form for form in whole if len(form) >= 4]
 
 
-def _value_removed(found: "re.Match[str]") -> str:
-    name, between, value = found.groups()
-    sure = "=" in between or '"' in between or "'" in between or name.startswith("--")
-    # `token: a word` is prose, `token: 1f9c2...` is not
-    sure = sure or (len(value) >= 8 and any(c.isdigit() for c in value) and any(c.isalpha() for c in value))
-    number = value.replace(".", "").isdigit() and "token" in name.lower()
-    return f"{name}{between}{REMOVED}" if sure and not number and is_secret(name, value) else found[0]
+def _without_values(pattern: "re.Pattern[str]", text: str) -> str:
+    """The text without the values of secrets that `pattern` finds: (name, what stands between, value)."""
+    parts, done, place = [], 0, 0
+    while found := pattern.search(text, place):
+        if _is_given(*found.groups()):
+            parts += [text[done : found.start(3)], REMOVED]
+            rest = _REST.match(text, found.end())
+            done = place = rest.end() if rest else found.end()
+        else:
+            place = found.end(2)  # the value may be a name of the next: `error: token=...`
+    return "".join([*parts, text[done:]])
+
+
+def _is_given(name: str, between: str, value: str) -> bool:
+    """Whether a secret stands there: in `token=...`, `"token": ...`, `token: 1f9c2...`; `token: a word` is prose."""
+    of_tokens = "token" in name.lower()
+    sure = "=" in between or between[0] in "\"'" or name.startswith("--") or (not of_tokens and between[-1] in "\"'")
+    sure = sure or (len(value) >= 8 and any(map(str.isdigit, value)) and any(map(str.isalpha, value)))
+    return sure and not (of_tokens and value.replace(".", "").isdigit()) and is_secret(name, value)

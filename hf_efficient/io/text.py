@@ -66,7 +66,7 @@ def longest_run(character: str, text: str) -> int:
     return max(map(len, re.findall(f"{re.escape(character)}+", text)), default=0)
 
 
-def for_plot(text: str, limit: int = 60) -> str:
+def for_plot(text: str, limit: int = 40) -> str:
     """One line for matplotlib, which reads what stands between two dollars as mathematics."""
     return for_line(text, limit).replace("$", r"\$")
 

@@ -147,9 +147,9 @@ def plot_accuracy_latency(
     better = "higher is better" if name.higher_is_better else "lower is better"
     unit = " (%)" if is_fraction(name.name) else ""
     workload = for_plot(describe_workload(reports[0].student), 90)
-    _dress(axes, f"median latency (ms), {workload}", f"{for_plot(name.name)}{unit}, {better}")
+    _dress(axes, f"median latency (ms), {workload}", f"{for_plot(name.name, 30)}{unit}, {better}")
     axes.set_title("Quality and latency", loc="left", fontsize=12, fontweight="bold", color=_TEXT, pad=22)
-    machine, samples = for_plot(describe_machine(reports[0])), for_plot(str(points[0].quality.samples))
+    machine, samples = for_plot(describe_machine(reports[0]), 60), for_plot(str(points[0].quality.samples))
     note = f"{machine}; {samples} samples, bars: ±1 standard error, fastest to p95 time"
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8, color=_TEACHER)
     _label_points(figure, axes, points)

@@ -273,9 +273,10 @@ def best_export(report: Report) -> ExportRecord | None:
 
     def good(export: ExportRecord) -> bool:
         better = export.quality.main.higher_is_better
-        own = loss(compared and compared.quality_difference, better)
+        own = loss(None if compared is None else compared.quality_difference, better)
         lost, error = loss(export.quality_difference, better), export.quality_difference_error
-        return bool(export.quality.scores) and lost <= max(own, 0.0) + max(error, 0.0) < math.inf
+        allowed = (own if own > 0 else 0.0) + (error if error > 0 else 0.0)  # one sample has no error: nan
+        return bool(export.quality.scores) and lost <= allowed < math.inf
 
     return max(filter(good, report.exports), key=lambda each: each.speedup, default=None)
 
