@@ -201,7 +201,7 @@ def _mask_sizes(layer: StateLayer | AllKeysLayer, query_length: int) -> tuple[in
 
 
 def attach_cache(
-    module: nn.Module, config: AttentionConfig, has_state: bool, keeps_keys: bool
+    module: nn.Module, config: AttentionConfig, has_state: bool, keeps_keys: bool = False
 ) -> RemovableHandle | None:
     """Make a self-attention module that is called with a cache see to its layer there.
 

@@ -25,6 +25,8 @@ from .mixing import CROSS, Mixing, only, spread
 from .probe import check_reached
 
 
+@torch.inference_mode(False)  # what is made in inference mode could never be trained
+@torch.no_grad()
 def convert_attention(
     model: PreTrainedModel, config: Mixing, *, layers: Sequence[int] | int | str | None = None
 ) -> PreTrainedModel:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from ..errors import UnsupportedModelError, unknown_name
 from ..families import FAMILIES
+from ..models.building import check_has_weights
 from .config import MAX_WINDOW, AttentionConfig
 from .dispatch import ATTACHED, NAME, attach, decodes_from_state, efficient_attention_forward
 from .kinds import ATTENTIONS
@@ -193,11 +194,7 @@ def _check(model: PreTrainedModel) -> None:
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModelError("This model is quantised. Convert it first and quantise the result.")
-    if model.device.type == "meta":
-        raise UnsupportedModelError(
-            f"{model.config.model_type} models are not in the table of families, so it takes a forward to find their "
-            "attention, and this one has no weights (meta device). Load it first."
-        )
+    check_has_weights(model)
 
 
 @dataclass

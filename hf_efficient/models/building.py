@@ -264,6 +264,22 @@ def check_model(model: object) -> PreTrainedModel:
     return model
 
 
+def check_has_weights(model: PreTrainedModel) -> None:
+    """Refuse a model of which a part is on meta, as after `init_empty_weights` or where weights wait on a disk.
+
+    Raises:
+        UnsupportedModelError: it has tensors without values.
+    """
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise UnsupportedModelError(
+            f"{len(empty)} tensors of this {type(model).__name__} have no values (meta device), such as {empty[0]!r}. "
+            "Load it whole first, without a device_map that leaves weights on a disk."
+        )
+
+
+@torch.inference_mode(False)  # what is made in inference mode could never be trained
+@torch.no_grad()
 def rebuild(
     model: PreTrainedModel, config: PreTrainedConfig, state_dict: dict[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
@@ -274,8 +290,10 @@ def rebuild(
 
     Raises:
         CheckpointError: the state dict does not fit the config exactly.
+        UnsupportedModelError: a part of the model has no weights.
     """
     check_model(model)
+    check_has_weights(model)
     config = stock_config(config) if block_of(config).is_trivial() else config
     state = model.state_dict() if state_dict is None else state_dict
     passing = model._keys_to_ignore_on_save or ()  # not the model's own, such as projections while it is distilled

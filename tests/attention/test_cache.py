@@ -17,6 +17,7 @@ from hf_efficient.attention.kinds import ATTENTIONS
 from hf_efficient.attention.local import local_attention, local_decode
 
 from ..families import VOCABULARY, make_model
+from ..families import make_inputs as make_model_inputs
 from ..helpers import assert_close, leaves, padding_mask
 from .cases import make_bias, make_inputs
 
@@ -436,3 +437,40 @@ def test_a_sliding_layer_that_forgot_tokens_is_refused():
     long = stock(tokens, use_cache=True).past_key_values
     with pytest.raises(UnsupportedModelError, match="holds the last 2 of 12 tokens"):
         model(ids(1), past_key_values=long)
+
+
+@pytest.mark.parametrize("kind", ["local", "topk", "linear"])
+def test_others_read_the_keys_that_are_kept_or_are_told_that_there_are_none(kind):
+    """Of the first layer, whose keys do not depend on attention: those of the stock model."""
+    fields = {"local": {"window": 4}, "topk": {"block_size": 2, "top_k": 2}}.get(kind, {})
+    model = make_model("llama")
+    tokens = ids(9)
+    stock = model(tokens, use_cache=True).past_key_values.layers[0]
+    cache = convert_attention(model, AttentionConfig(kind, **fields))(tokens, use_cache=True).past_key_values
+    layer = cache.layers[0]
+    assert isinstance(layer, StateLayer) and layer.is_initialized and layer.get_seq_length() == 9
+    assert layer.dtype == stock.dtype and layer.device == stock.device
+    if kind == "linear":
+        for name in ("keys", "values"):
+            with pytest.raises(UnsupportedModelError, match="no keys and values can be read"):
+                getattr(layer, name)
+        return
+    kept = 3 if kind == "local" else 9
+    assert layer.keys.shape[2] == kept
+    assert_close(layer.keys, stock.keys[:, :, -kept:], 1e-6)
+    assert_close(layer.values, stock.values[:, :, -kept:], 1e-6)
+    cache.reset()
+    assert layer.keys is None and layer.values is None and not layer.is_initialized
+
+
+def test_whisper_returns_what_it_reads_from_the_cache():
+    model, inputs = make_model("whisper"), make_model_inputs("whisper")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True}
+    windowed = convert_attention(model, {"decoder": AttentionConfig("local", window=3)})
+    found = windowed.generate(inputs["input_features"], **options)
+    plain = windowed.generate(inputs["input_features"], max_new_tokens=4, min_new_tokens=4)
+    assert found["sequences"].shape[0] == 2 and torch.equal(found["sequences"][:, -plain.shape[1] :], plain)
+    assert found["past_key_values"].self_attention_cache.layers[0].keys.shape[2] == 2
+    linear = convert_attention(model, {"decoder": AttentionConfig("linear")})
+    with pytest.raises(UnsupportedModelError, match="return_dict_in_generate=True: leave that out"):
+        linear.generate(inputs["input_features"], **options)

@@ -1,6 +1,7 @@
 """Whole models before and after `convert_attention`: what must be equal, what must differ, what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,7 +148,8 @@ def test_only_the_named_layers_are_converted_and_the_others_keep_theirs(name):
     assert set(map(tuple, kinds(first).values())) == {("local", "full", "local")}
     second = convert_attention(first, {1: WIDE, 2: FULL})
     assert set(map(tuple, kinds(second).values())) == {("local", "local", "full")}
-    assert second.config.block().stacks[next(iter(kinds(second)))].attention == (NARROW, WIDE, FULL)
+    kept = second.config.block().stacks[next(iter(kinds(second)))].attention
+    assert [replace(one, global_tokens=None) for one in kept] == [NARROW, WIDE, FULL]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -353,3 +355,26 @@ def test_the_check_needs_every_converted_layer_reached():
     with pytest.raises(UnsupportedModelError, match=r"no effect on dropout\.efficient_attention"):
         check_reached(model)
     assert not model.training
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_a_model_without_values_is_refused_before_any_work(name):
+    whole, part = make_model(name).to("meta"), make_model(name)
+    next(layers for _, layers in find_stacks(part))[1].to("meta")
+    for model in (whole, part):
+        with pytest.raises(
+            UnsupportedModelError, match=r"have no values \(meta device\), such as '.*Load it whole first"
+        ):
+            convert_attention(model, NARROW)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_is_converted_in_inference_mode_can_be_trained(name):
+    hedgehog, inputs = AttentionConfig("linear", feature_map="hedgehog"), make_inputs(name)
+    model = make_model(name)
+    with torch.inference_mode():
+        converted = convert_attention(model, hedgehog)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    converted.train()(**inputs)[0].square().mean().backward()
+    assert all(one.grad is not None for key, one in converted.named_parameters() if "query_map" in key)
+    assert torch.equal(convert_attention(model, hedgehog)(**inputs)[0], converted.eval()(**inputs)[0])
