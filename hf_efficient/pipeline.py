@@ -85,7 +85,8 @@ def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
     """What each prune stage of a recipe will give, from the config of its model alone: sizes, not choices.
 
     Raises:
-        ConfigError: there is no such stage; a ratio that cannot be reached.
+        ConfigError: there is no such stage; a second stage's ratio that cannot be reached.
+        ConfigError, DataError, UnsupportedModelError, CheckpointError: whatever `compress` refuses before it begins.
     """
     from .pruning.calibration import DEFAULT_LENGTH
     from .pruning.prune import plan
@@ -95,6 +96,7 @@ def plan_recipe(recipe: Recipe | str | Path) -> list["PruningPlan"]:
 
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     run = Run(recipe, Path())
+    check(run)
     config, plans = run.config, []
     for stage in recipe.stages:
         if isinstance(stage.settings, AttentionStage):

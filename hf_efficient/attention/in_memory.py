@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from ..errors import UnsupportedModelError
 from ..families import FAMILIES
+from ..quantization import check_floats
 from .dispatch import ATTACHED, NAME, attach, decodes_from_state, efficient_attention_forward
 from .masks import key_mask
 from .mixing import Mixing, spread_layers
@@ -66,8 +67,7 @@ def _check(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             "This model was converted in memory before, and has no way back. Convert the original model instead."
         )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("This model is quantised. Convert it first and quantise the result.")
+    check_floats(model, "Convert it first and quantise the result.")
     if model.device.type == "meta":
         raise UnsupportedModelError(
             f"{model.config.model_type} models are not in the table of families, so it takes a forward to find their "

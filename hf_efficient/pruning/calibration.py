@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..errors import DataError
+from ..errors import DataError, shown
+from .checked_batches import check_batches, longest_text
 from .costs import num_patches
+from .finite import check_finite, not_finite
 from .stream import Batch, forward
 
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
@@ -27,10 +29,12 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
     """The batches as a list.
 
     Raises:
-        DataError: something is not a batch of inputs of the model.
+        DataError: something is not a batch of inputs that the model can read: see `check_batches`.
     """
     if isinstance(calibration, Mapping):
         raise DataError("calibration must give batches, got one batch. Put it in a list: [batch].")
+    if calibration is not None and (isinstance(calibration, str) or not isinstance(calibration, Iterable)):
+        raise DataError(f"calibration must give batches (a list of dicts of tensors), got {shown(calibration)}.")
     batches = list(calibration) if calibration is not None else []
     for batch in batches:
         fields = {key: type(value).__name__ for key, value in batch.items()} if isinstance(batch, Mapping) else {}
@@ -39,12 +43,15 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
                 f"calibration must give dicts of tensors with {model.main_input_name!r}, got "
                 f"{fields or type(batch).__name__}. A DataLoader with the collator of your Trainer does."
             )
-    return batches
+    check_batches(model, batches)
+    # Tensors made in inference mode cannot take part in gradients; copies can.
+    return [{name: v.clone() if v.is_inference() else v for name, v in batch.items()} for batch in batches]
 
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
     """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
-    sound that of frames. Of CLIP's two towers it is that of the text."""
+    sound that of frames. Of CLIP's two towers it is that of the text. Without batches the usual length, or all that
+    the model takes if that is less."""
     if model.main_input_name == "pixel_values":
         return num_patches(model.config)
     if model.main_input_name == "input_features":
@@ -55,7 +62,10 @@ def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
         ids = batch["input_ids"]
         tokens += int(mask.sum()) if mask is not None else ids.numel()
         sequences += ids.shape[0]
-    return max(1, tokens // sequences) if sequences else DEFAULT_LENGTH
+    if sequences:
+        return max(1, tokens // sequences)
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # rotary positions have no end
+    return min(limit for limit in (DEFAULT_LENGTH, longest_text(model), made_for) if limit)
 
 
 def answer_loss(seed: int = 0) -> Loss:
@@ -72,6 +82,8 @@ def answer_loss(seed: int = 0) -> Loss:
         answer = answer_of(model, batch)  # [B, C] or [B, T, C]
         if answer.ndim == 3 and answer.shape[-1] == getattr(model.config, "vocab_size", None):
             chances = answer.detach().softmax(-1).flatten(0, 1).cpu()
+            if not chances.isfinite().all():  # multinomial would say less
+                raise not_finite("The answer of the model to a calibration batch")
             drawn = torch.multinomial(chances, 1, generator=generator).view(answer.shape[:2])
             along = F.cross_entropy(answer.transpose(1, 2), drawn.to(answer.device), reduction="none")
         else:
@@ -80,9 +92,12 @@ def answer_loss(seed: int = 0) -> Loss:
                 direction = F.normalize(direction - direction.mean(-1, keepdim=True), dim=-1)
             along = (answer * direction).sum(-1)
         if along.ndim == 1:
-            return along.sum()
-        mask = token_mask(batch, model, None, along)
-        return ((along * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+            total = along.sum()
+        else:
+            mask = token_mask(batch, model, None, along)
+            total = ((along * mask).sum(1) / mask.sum(1).clamp(min=1)).sum()
+        check_finite(total.detach(), "The answer of the model to a calibration batch")
+        return total
 
     return loss
 
