@@ -28,7 +28,7 @@ def check(run: "Run") -> None:
     from .families import family_of
     from .measure.energy import check_energy
     from .pruning.tokenizer import check_tokenizer
-    from .quantization import check_torchao
+    from .quantization import check_pruned_groups, check_torchao
     from .stages import AttentionStage, ExportStage, PruneStage, QuantizeStage, VocabularyStage
 
     if run.recipe.measure.energy:
@@ -43,7 +43,7 @@ def check(run: "Run") -> None:
     _check_lengths(run.recipe, config)
     if run.recipe.teacher is None and run.recipe.model.config is None:
         check_labels(config, prepared)
-    pruned = False
+    prunings: list[PruningConfig] = []
     for number, stage in enumerate(run.recipe.stages):
         if isinstance(stage.settings, AttentionStage):
             try:
@@ -54,13 +54,15 @@ def check(run: "Run") -> None:
             check_tokenizer(run.processor)
         elif isinstance(stage.settings, QuantizeStage):
             check_torchao()
+            if stage.settings.method == "int4":
+                check_pruned_groups(run.skeleton(config), prunings, stage.settings.group_size)
         elif isinstance(stage.settings, ExportStage):
             check_runtime(stage.settings.format)
-        elif not pruned:  # a second one starts from what is not known yet
+        else:
             asked = stage.settings if isinstance(stage.settings, PruneStage) else stage.settings.prune
-            if asked is not None:
+            if asked is not None and not prunings:  # a second one starts from what is not known yet
                 _check_pruning(run, config, asked.config)
-                pruned = True
+            prunings += [asked.config] if asked is not None else []
 
 
 def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConfig") -> None:

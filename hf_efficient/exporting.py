@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError, unknown_name
 from .io.disk import check_empty, new_folder
+from .quantization import check_floats
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +99,7 @@ def export(
     """
     chosen = check_format(format, quantize)
     check_runtime(format)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "The model is quantised already. Export the one it was made of; quantize='int8' gives 8 bits there."
-        )
+    check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
     folder = check_empty(output_dir)
     from .measure.context import evaluating
     from .runtime import Runtime

@@ -96,7 +96,8 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
     `trust_remote_code`: run code that comes with the model. That the recipe says so is not enough.
 
     Raises:
-        ConfigError: there is no such stage; a ratio that cannot be reached.
+        ConfigError: there is no such stage; a second stage's ratio that cannot be reached.
+        ConfigError, DataError, UnsupportedModelError, CheckpointError: whatever `compress` refuses before it begins.
     """
     from .pruning.calibration import DEFAULT_LENGTH
     from .pruning.prune import plan
@@ -106,6 +107,7 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
 
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)).allowed(trust_remote_code)
     run = Run(recipe, Path())
+    check(run)
     config, plans = run.config, []
     for stage in recipe.stages:
         if isinstance(stage.settings, AttentionStage):

@@ -14,7 +14,10 @@ forward rarely faster: PyTorch has few integer kernels there, and keeps 4 bits i
 is the way to speed on a CPU.
 """
 
+import itertools
+import math
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,11 @@ from .loading import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .pruning.config import PruningConfig
+
 METHODS = ("int8_dynamic", "int8", "int4")
+# What transformers leaves on a model that it loaded from quantised weights, and on its config.
+MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config", "_is_quantized")
 
 
 def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_size: int = 32) -> "PreTrainedModel":
@@ -43,8 +50,7 @@ def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_si
 
     check_method(method)
     check_torchao()
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("The model is quantised already. Quantise the one it was made of.")
+    check_floats(model, "Quantise the one it was made of.")
     if method == "int4":
         check_groups(model, group_size)
     with tempfile.TemporaryDirectory() as folder:  # transformers quantises what it loads, and nothing else
@@ -68,6 +74,35 @@ def check_torchao() -> None:
         raise ConfigError('Quantisation needs torchao. Run `pip install "hf-efficient[quant]"`.')
 
 
+def check_pruned_groups(model: "PreTrainedModel", prunings: "Sequence[PruningConfig]", group_size: int) -> None:
+    """Whether the groups will divide the inputs of every linear after pruning; `model` may be on the meta device.
+
+    Raises:
+        ConfigError: they do not, or not for sure; it names what to set.
+    """
+    import torch
+
+    from .pruning.groups import find_groups, output_module
+
+    check_groups(model, group_size)
+    for pruning, group in itertools.product(prunings, find_groups(model)):
+        linear, width = output_module(model, group.members[0]), group.members[0].output.width
+        if group.kind not in pruning.unit_kinds or not isinstance(linear, torch.nn.Linear):
+            continue
+        if group.kind == "neurons" and pruning.round_to % group_size:
+            raise ConfigError(
+                f"Pruning with round_to={pruning.round_to} may leave a number of neurons that group_size={group_size} "
+                f"of int4 does not divide. Set round_to to {math.lcm(pruning.round_to, group_size)}, or quantise with "
+                "method int8."
+            )
+        if group.kind != "neurons" and width % group_size:
+            raise ConfigError(
+                f"Pruning heads, of {width} inputs each, may leave a number of inputs that group_size={group_size} of "
+                f"int4 does not divide. Set group_size to {math.gcd(width, group_size)}, leave head out of "
+                "granularity, or quantise with method int8."
+            )
+
+
 def check_groups(model: "PreTrainedModel", group_size: int) -> None:
     """Raises ConfigError where the groups do not divide the inputs of a linear."""
     import torch
@@ -84,6 +119,40 @@ def check_groups(model: "PreTrainedModel", group_size: int) -> None:
 
 def is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
+
+
+def take_floats(model: Any) -> None:
+    """Let a model that was loaded from a GGUF file be what it is.
+
+    Where transformers has unpacked the file, the weights are plain floats, and the model is still marked as quantised,
+    so that it can be neither trained nor saved. Here it loses these marks. Any other model stays as it is.
+    """
+    for holder in (model.config, getattr(model, "hf_quantizer", None)):
+        found = getattr(holder, "quantization_config", None)
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        if getattr(method, "value", method) == "gguf":
+            break
+    else:
+        return
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        for part in (model, *(module for module in model.modules() if hasattr(module, "config"))):
+            for marked in (vars(part), vars(part.config)):
+                for mark in MARKS:
+                    marked.pop(mark, None)
+
+
+def check_floats(model: Any, advice: str) -> None:
+    """Refuse weights that are not the floats which pruning, converting and exporting work on.
+
+    Raises:
+        UnsupportedModelError: the model is quantised; `advice` says what to do.
+    """
+    take_floats(model)
+    if is_quantized(model):
+        raise UnsupportedModelError(
+            f"The model is quantised. {advice} From a GGUF file, load the unpacked weights: from_pretrained(..., "
+            "gguf_file=..., quantization_config=GgufConfig(dequantize=True))."
+        )
 
 
 def _torchao(method: str, group_size: int) -> Any:

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from ..errors import UnsupportedModelError, unknown_name
 from ..families import FAMILIES
 from ..models.building import check_has_weights
+from ..quantization import check_floats
 from .config import MAX_WINDOW, AttentionConfig
 from .dispatch import ATTACHED, NAME, attach, decodes_from_state, efficient_attention_forward
 from .kinds import ATTENTIONS
@@ -192,8 +193,7 @@ def _check(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             "This model was converted in memory before, and has no way back. Convert the original model instead."
         )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("This model is quantised. Convert it first and quantise the result.")
+    check_floats(model, "Convert it first and quantise the result.")
     check_has_weights(model)
 
 

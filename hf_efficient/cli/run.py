@@ -106,6 +106,7 @@ def plan(
     ratio: Annotated[float, typer.Option(help="The fraction of the metric to remove.")] = 0.5,
     metric: Annotated[str, typer.Option(help="macs or parameters.")] = "macs",
     granularity: Annotated[str, typer.Option(help="Of head, neuron and layer, joined by commas.")] = "head,neuron",
+    allocation: Annotated[str, typer.Option(help="global, or uniform: the same sizes in every layer.")] = "global",
     round_to: Annotated[int, typer.Option(help="Neurons stay in multiples of this.")] = 8,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens at which MACs are counted. Default: 128, or all that the model takes.")
@@ -118,8 +119,9 @@ def plan(
 ) -> None:
     """Say what pruning would give, weights untouched.
 
-    Sizes, MACs, bytes, and how the result loads. Only the config is read, so a model of any size takes seconds. For a
-    recipe the sizes are those after its stages.
+    Sizes, MACs, bytes, and how the result loads; what pruning would refuse is refused. Only the config is read, so a
+    model of any size takes seconds. For a recipe the sizes are those after its stages, and its data is looked at too:
+    whatever `compress` would refuse before it begins is refused.
     """
     from ..pipeline import plan_recipe
     from ..pruning.config import PruningConfig
@@ -134,7 +136,7 @@ def plan(
     elif trust_remote_code:
         raise ConfigError(f"--trust-remote-code is for recipes, and {what!r} is a model. Leave it out.")
     else:
-        options: dict[str, Any] = {"ratio": ratio, "metric": metric, "round_to": round_to}
+        options: dict[str, Any] = {"ratio": ratio, "metric": metric, "allocation": allocation, "round_to": round_to}
         options |= {"granularity": tuple(granularity.split(",")), "sequence_length": sequence_length}
         config = PruningConfig(**options)
         if sequence_length is None:

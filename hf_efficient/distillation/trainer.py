@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
 from ..measure.context import eval_mode
+from ..quantization import take_floats
 from ..training import Counts, StepTrainer
 from .adapters import own_base, without_adapters
 from .answers import Answer, read_answer
@@ -98,6 +99,7 @@ class DistillationTrainer(StepTrainer):
 
     def _connect(self, model: nn.Module, args: DistillationArguments) -> None:
         """Find what is compared between this student and the teacher."""
+        take_floats(base_of(model))
         teacher = own_base(model, args) if self._source is None else self._source
         if not self.teaches_itself:
             check_separate(model, teacher)

@@ -103,9 +103,15 @@ class EfficientBlock:
         _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
         stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
         kept = {
-            name: _integers(f"kept_layers.{name}", layers, low=0)
+            name: _integers(f"kept_layers.{name}", layers, low=0, high=MAX_LAYERS - 1)
             for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
         }
+        for name, layers in kept.items():
+            if list(layers) != sorted(set(layers)):
+                raise ConfigError(
+                    f"efficient.kept_layers.{name} must name layers of the original in rising order, each once, got "
+                    f"{shown(list(layers))}."
+                )
         return cls(stacks=stacks, kept_layers=kept)
 
 
@@ -229,10 +235,13 @@ def _mapping(where: str, data: Any) -> dict:
     return data
 
 
-def _integers(where: str, data: Any, low: int) -> tuple[int, ...]:
+def _integers(where: str, data: Any, low: int, high: int = MAX_NEURONS) -> tuple[int, ...]:
     is_list = isinstance(data, list | tuple) and len(data) <= MAX_LAYERS
-    if not is_list or not all(type(x) is int and low <= x <= MAX_NEURONS for x in data):
-        raise ConfigError(f"efficient.{where} must be a list of integers from {low} to {MAX_NEURONS}.")
+    if not is_list or not all(type(x) is int and low <= x <= high for x in data):
+        raise ConfigError(
+            f"efficient.{where} must be a list of at most {MAX_LAYERS} integers from {low} to {high}, got "
+            f"{shown(data)}."
+        )
     return tuple(data)
 
 

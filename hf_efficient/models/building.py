@@ -31,6 +31,7 @@ from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import CheckpointError, UnsupportedModelError
 from ..families import FAMILIES, Attention, Family, Stack, family_of, find_stacks
+from ..quantization import check_floats
 from .block import EfficientBlock, StackBlock
 from .configs import EfficientConfigMixin, block_of, efficient_config_class, stock_config, stock_config_class
 from .linears import resize_linear
@@ -259,8 +260,7 @@ def check_model(model: object) -> PreTrainedModel:
             "adapters afterwards."
         )
     family_of(model.config)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("This model is quantised. Convert or prune it first and quantise the result.")
+    check_floats(model, "Convert or prune it first and quantise the result.")
     return model
 
 

@@ -5,13 +5,15 @@ of -inf, and leave first. A greedy pass over score per cost fills it; every grou
 chunks, so that what remains is a multiple of `round_to`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from math import inf
 
 import torch
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
+from ..families import family_of
 from .config import UNIT_KINDS, PruningConfig
 from .groups import Group
 from .importance import Scores
@@ -22,6 +24,41 @@ Cost = Callable[[Group, int], float]  # of a group with so many units
 # Costs are whole numbers; an amount that is missing by less than half of one is rounding.
 ROUNDING = 0.5
 TINY = 1e-9  # what a chunk saves at least, so that a price can be divided by it
+
+
+def allocate(
+    model: PreTrainedModel, scores: Scores, config: PruningConfig, cost: Cost, remove: float
+) -> dict[Group, tuple[int, ...]]:
+    """Spend the budget over the scored groups, globally or uniformly."""
+    if config.allocation == "global":
+        return allocate_global(scores, cost, remove, config.round_to)
+    return allocate_uniform(scores, cost, remove, config.round_to, heads_divide=_divided_by_heads(model))
+
+
+def allocate_alike(
+    model: PreTrainedModel, groups: Iterable[Group], config: PruningConfig, cost: Cost, remove: float
+) -> dict[Group, tuple[int, ...]]:
+    """As many units from every layer, where there are no scores: what a uniform allocation gives, and about as much of
+    the model as a global one.
+
+    Raises:
+        ConfigError: what `config` allows is not enough.
+    """
+    equal = {group: torch.ones(group.units) * cost(group, 1) for group in groups}
+    divide = _divided_by_heads(model) if config.allocation == "uniform" else None
+    try:
+        return allocate_uniform(equal, cost, remove, config.round_to, heads_divide=divide)
+    except ConfigError:
+        if config.allocation == "uniform":
+            raise
+        return allocate_global(equal, cost, remove, config.round_to)  # layers of sizes that no number fits
+
+
+def _divided_by_heads(model: PreTrainedModel) -> int | None:
+    """What the number of heads must divide, if anything, for a stock config to say it."""
+    family = family_of(model.config)
+    stack = family.stacks[0]
+    return stack.width(model.config) // stack.group_size(model.config) if family.heads_divide_hidden else None
 
 
 def allocate_global(scores: Scores, cost: Cost, remove: float, round_to: int) -> dict[Group, tuple]:
@@ -87,33 +124,49 @@ def choose_layers(
     exact: bool,
     deepest: str | None = None,
     first_stays: bool = False,
-    prices: LayerNumbers | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Kept layers of each stack: the least important leave while the amount lasts; every stack keeps one.
+    """Kept layers of each stack: those with the lowest score per cost leave first; the rest as in `drop_layers`."""
+    order = sorted(scores, key=lambda key: scores[key] / costs[key])
+    return drop_layers(order, costs, remove, exact, deepest, first_stays)
 
-    `scores` and `costs` go by (stack, layer). With `exact` the last layer that leaves may exceed the amount, so that
-    at least `remove` is gone. No stack may become deeper than `deepest`, if one is named. With `first_stays` no stack
-    loses its layer 0. Scores are compared per cost, or per `prices` if given.
+
+def drop_layers(
+    order: Iterable[tuple[str, int]],
+    costs: LayerNumbers,
+    remove: float,
+    exact: bool,
+    deepest: str | None = None,
+    first_stays: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Kept layers of each stack: they leave in `order` while the amount lasts; every stack keeps one.
+
+    `order` names layers by (stack, layer), as `costs` does, and is asked for no more of them than have to leave: to
+    find the next one may be long work. With `exact` the last layer that leaves may exceed the amount, so that at least
+    `remove` is gone. No stack may become deeper than `deepest`, if one is named. With `first_stays` no stack loses its
+    layer 0.
 
     Raises:
         ConfigError: even one layer for each stack costs too much (`exact` only).
     """
     kept: dict[str, set[int]] = {}
-    for stack, layer in scores:
+    for stack, layer in costs:
         kept.setdefault(stack, set()).add(layer)
-    prices = prices or costs
-    candidates = sorted(scores, key=lambda key: scores[key] / prices[key])
-    if first_stays:
-        candidates = [(stack, layer) for stack, layer in candidates if layer > 0]
-    while candidates:
-        index = next((i for i, (stack, _) in enumerate(candidates) if _may_shrink(kept, stack, deepest)), None)
-        if index is None:
+    coming, waiting = iter(order), list[tuple[str, int]]()  # those wait whose stack may not shrink yet
+    while any(_may_shrink(kept, stack, deepest) for stack in kept):
+        least = 0.0 if exact else min(costs[stack, layer] for stack, layers in kept.items() for layer in layers)
+        if remove < ROUNDING if exact else least >= remove + ROUNDING:
             break
-        stack, layer = candidates.pop(index)
-        cost = costs[stack, layer]
-        if (exact and remove >= ROUNDING) or (not exact and cost < remove + ROUNDING):
-            kept[stack].remove(layer)
-            remove -= cost
+        found = next((key for key in waiting if _may_shrink(kept, key[0], deepest)), None)
+        while found is None and (key := next(coming, None)) is not None:
+            if key[1] > 0 or not first_stays:
+                waiting.append(key)
+                found = key if _may_shrink(kept, key[0], deepest) else None
+        if found is None:
+            break
+        waiting.remove(found)
+        if exact or costs[found] < remove + ROUNDING:
+            kept[found[0]].remove(found[1])
+            remove -= costs[found]
     if exact:
         _check_enough(remove)
     return {stack: tuple(sorted(layers)) for stack, layers in kept.items()}

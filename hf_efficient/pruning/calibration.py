@@ -12,11 +12,14 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..errors import DataError
+from ..errors import DataError, shown
 from ..models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
+from .checked_batches import check_batches, longest_text
 from .costs import num_patches
+from .finite import check_finite, not_finite
 from .stream import Batch, forward
 
+ANSWER = "The answer of the model to a calibration batch"
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 # The field of the output that is the model's answer; the first that is there.
@@ -29,10 +32,12 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
     """The batches as a list.
 
     Raises:
-        DataError: something is not a batch of inputs of the model.
+        DataError: something is not a batch of inputs that the model can read: see `check_batches`.
     """
     if isinstance(calibration, Mapping):
         raise DataError("calibration must give batches, got one batch. Put it in a list: [batch].")
+    if calibration is not None and (isinstance(calibration, str) or not isinstance(calibration, Iterable)):
+        raise DataError(f"calibration must give batches (a list of dicts of tensors), got {shown(calibration)}.")
     batches = list(calibration) if calibration is not None else []
     for batch in batches:
         fields = {key: type(value).__name__ for key, value in batch.items()} if isinstance(batch, Mapping) else {}
@@ -41,12 +46,15 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
                 f"calibration must give dicts of tensors with {model.main_input_name!r}, got "
                 f"{fields or type(batch).__name__}. A DataLoader with the collator of your Trainer does."
             )
-    return batches
+    check_batches(model, batches)
+    # Tensors made in inference mode cannot take part in gradients; copies can.
+    return [{name: v.clone() if v.is_inference() else v for name, v in batch.items()} for batch in batches]
 
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
     """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
-    sound that of frames. Of CLIP's two towers it is that of the text."""
+    sound that of frames. Of CLIP's two towers it is that of the text. Without batches the usual length, or all that
+    the model takes if that is less."""
     if model.main_input_name == "pixel_values":
         return num_patches(model.config)
     if model.main_input_name == "input_features":
@@ -57,7 +65,10 @@ def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
         ids = batch["input_ids"]
         tokens += int(mask.sum()) if mask is not None else ids.numel()
         sequences += ids.shape[0]
-    return max(1, tokens // sequences) if sequences else DEFAULT_LENGTH
+    if sequences:
+        return max(1, tokens // sequences)
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # rotary positions have no end
+    return min(limit for limit in (DEFAULT_LENGTH, longest_text(model), made_for) if limit)
 
 
 def answer_loss(seed: int = 0) -> Loss:
@@ -81,7 +92,9 @@ def answer_loss(seed: int = 0) -> Loss:
             generator = torch.Generator().manual_seed(Random(f"{seed} {next(numbers)}").getrandbits(63))
             along = _along(model, own[real], generator)  # of [real classes] or [real tokens, C]
             sums.append(along.sum() / max(1, along.numel()))
-        return torch.stack(sums).sum()
+        total = torch.stack(sums).sum()
+        check_finite(total.detach(), ANSWER)
+        return total
 
     return loss
 
@@ -91,7 +104,10 @@ def _along(model: PreTrainedModel, answer: torch.Tensor, generator: torch.Genera
     if answer.ndim == 2 and answer.shape[-1] == getattr(model.config, "vocab_size", None):
         if not len(answer):  # a row of padding only
             return answer.sum(-1)
-        drawn = torch.multinomial(answer.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        chances = answer.detach().softmax(-1).cpu()
+        if not chances.isfinite().all():  # multinomial would say less
+            raise not_finite(ANSWER)
+        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
         return F.cross_entropy(answer, drawn.to(answer.device), reduction="none")
     direction = torch.randn(answer.shape, generator=generator, dtype=answer.dtype).to(answer.device)
     if is_distribution(model, answer):

@@ -11,12 +11,14 @@ checkpoint, so a resumed run goes on exactly.
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError
+from ..io.disk import write_atomic
 from ..models.building import check_model
 from ..training import restore_renamed
 from .config import PruningConfig
@@ -100,8 +102,7 @@ class PruningCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            save_file(self.removal.to_tensors(), folder / f"{STATE_FILE}.tmp")
-            (folder / f"{STATE_FILE}.tmp").replace(folder / STATE_FILE)
+            write_atomic(folder / STATE_FILE, save(self.removal.to_tensors()))
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Change the model object itself, so that `trainer.model` and whoever holds it have the result."""
@@ -126,7 +127,12 @@ def _read(path: Path):
         raise CheckpointError(
             f"{path} is missing. Resume from a checkpoint in output_dir that a run with PruningCallback wrote."
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. Resume from another checkpoint, or start anew."
+        ) from error
 
 
 def _check_optimizer(model: PreTrainedModel, optimizer: Optimizer) -> None:

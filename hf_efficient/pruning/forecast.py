@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families import find_stacks
+from ..io.text import for_terminal
 from ..measure.inputs import dummy_inputs
 from ..measure.size import count_macs
 from ..models.building import class_for
@@ -142,7 +143,7 @@ def plan_table(plan: PruningPlan) -> str:
         for row in told.layers
     ]
     sure = "" if plan.chosen else "Sizes only, every layer alike: which units stay is chosen when there are weights.\n"
-    return (
+    return for_terminal(
         f"{align(('', 'before', 'after'), whole)}\n\n"
         f"{align(('layer', 'heads', 'neurons', 'parameters', 'MACs'), rows)}\n\n"
         f"Of what the layers cost, {told.removed_macs:.1%} of the MACs and {told.removed_parameters:.1%} of the "

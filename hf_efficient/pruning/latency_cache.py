@@ -10,13 +10,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..io.disk import write_atomic
+from ..io.json import read_json
 from ..reporting.environment import Environment
 from .latency_table import LatencyTable
 
@@ -55,11 +56,8 @@ def load(key: str) -> LatencyTable | None:
     """The table of that key; None if there is none, or none that can be read."""
     path = folder() / f"{key}.json"
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-        return LatencyTable.from_dict(data)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return LatencyTable.from_dict(read_json(path)) if path.exists() else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         logger.warning(f"The latency table {path} cannot be read ({error}) and is measured again.")
         return None
 
@@ -67,10 +65,8 @@ def load(key: str) -> LatencyTable | None:
 def save(key: str, table: LatencyTable) -> None:
     """Write it by a temporary name. Where that is not allowed, it is measured again next time."""
     path = folder() / f"{key}.json"
-    temporary = path.with_name(f"{key}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, json.dumps(table.to_dict(), indent=1) + "\n")
     except OSError as error:
         logger.warning(f"The latency table cannot be kept ({error}). Set HF_EFFICIENT_CACHE to a folder of your own.")

@@ -6,6 +6,7 @@ print(table)            # a Markdown table in milliseconds
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25)
@@ -78,8 +79,12 @@ class LatencyTable:
         )
         layers = {stack: tuple(map(float, shares)) for stack, shares in data["layers"].items()}
         table = cls(**{**data, "curves": curves, "layers": layers})
+        numbers = [table.total_ms, *(share for shares in layers.values() for share in shares)]
+        numbers += [number for curve in curves for number in (*curve.groups.values(), *sum(curve.points, ()))]
         if not table.total_ms > 0 or not all(curve.points and curve.groups for curve in curves):
             raise ValueError("no times")
+        if not all(isfinite(number) for number in numbers):
+            raise ValueError("times that are not finite")
         return table
 
     def __str__(self) -> str:

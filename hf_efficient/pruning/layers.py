@@ -6,8 +6,10 @@
 - any importance of units: the sum over the units of a layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import isfinite
 
 import torch
 from torch import nn
@@ -18,12 +20,14 @@ from ..families import find_stacks
 from ..measure.context import evaluating
 from .calibration import answer_of, is_distribution, real_entries, token_mask
 from .config import PruningConfig
+from .finite import not_finite
 from .groups import find_groups
 from .importance import IMPORTANCES, check_scores
 from .stream import Batch, forward
 
 LayerScores = dict[tuple[str, int], float]
-ROWS = 32  # on which `loss` compares models: L (L + 1) / 2 of them
+ROWS = 32  # on which `loss` compares models: for k of L layers k (2 L - k + 1) / 2 of them
+NOWHERE = ""  # the place of None among the arguments
 
 
 def block_influence(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:
@@ -38,10 +42,14 @@ def block_influence(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerSc
             for key, cosine in caught:
                 mask = token_mask(batch, model, key[0], cosine)
                 total = sums.setdefault(key, [0.0, 0.0])
-                total[0] += float(((1 - cosine) * mask).sum())
+                total[0] += float(torch.where(mask > 0, (1 - cosine) * mask, 0.0).sum())
                 total[1] += float(mask.sum())
             caught.clear()
-    return {key: change / count for key, (change, count) in sums.items()}
+    scores = {key: change / max(count, 1.0) for key, (change, count) in sums.items()}
+    for key, score in scores.items():
+        if not isfinite(score):
+            raise not_finite(f"The block influence of {_named(key)}")
+    return scores
 
 
 def _watch(key: tuple[str, int], caught: list) -> Callable:
@@ -53,27 +61,38 @@ def _watch(key: tuple[str, int], caught: list) -> Callable:
 
 
 def loss(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:
-    """The order in which layers leave: 0 for the first that does; those that never can come last."""
+    """The place of each layer in `loss_order`: 0 for the first that leaves."""
+    return {key: float(place) for place, key in enumerate(loss_order(model, batches))}
+
+
+def loss_order(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[tuple[str, int]]:
+    """The order in which layers leave, one by one: L forwards find the first of L, L - 1 more the second, and so on.
+
+    Raises:
+        DataError: an answer, or its change, is not finite; it names the layer.
+    """
     batches = list(_first_rows(batches, ROWS))
     left = dict(_layers(model))
-    order: LayerScores = {}
-    with evaluating(model):
+    handed: Handed = {}
+    with evaluating(model), _watching(left, handed) as broken:
         expected = [answer_of(model, batch) for batch in batches]
-        gone: list[nn.Module] = []
-        while left:
-            changes = {
-                key: _change(model, batches, expected, [*gone, layer]) if len(left) > 1 else 0.0
-                for key, layer in left.items()
-            }
-            least = min(changes, key=changes.__getitem__)
-            order[least] = float(len(order))
-            gone.append(left.pop(least))
-    return order
-
-
-def _change(model: PreTrainedModel, batches: Sequence[Batch], expected: list, without: list[nn.Module]) -> float:
-    with _skipping(without):
-        return sum(_distance(answer_of(model, b), e, b, model) for b, e in zip(batches, expected, strict=True))
+        for number, (batch, answer) in enumerate(zip(batches, expected, strict=True)):
+            if not isfinite(_distance(answer, answer, batch, model)):
+                first = f"the output of {_named(broken[0])}" if broken else ""
+                raise not_finite(f"The answer of the model to calibration batch {number}", first)
+    gone: list[nn.Module] = []
+    while left:
+        changes: LayerScores = {}
+        for key, layer in left.items() if len(left) > 1 else ():
+            with evaluating(model), _skipping([*gone, layer], handed):
+                changes[key] = sum(
+                    _distance(answer_of(model, b), e, b, model) for b, e in zip(batches, expected, strict=True)
+                )
+            if not isfinite(changes[key]):
+                raise not_finite(f"The answer of the model without {_named(key)}")
+        least = min(changes, key=changes.__getitem__) if changes else next(iter(left))
+        gone.append(left.pop(least))
+        yield least
 
 
 def _distance(answer: torch.Tensor, expected: torch.Tensor, batch: Batch, model: PreTrainedModel) -> float:
@@ -88,21 +107,71 @@ def _distance(answer: torch.Tensor, expected: torch.Tensor, batch: Batch, model:
         apart = (answer - expected).square().sum(-1)
     if apart.ndim == 1:
         return float(apart.sum())
-    return float(((apart * where).sum(1) / where.sum(1).clamp(min=1)).sum())
+    return float((torch.where(where, apart, 0.0).sum(1) / where.sum(1).clamp(min=1)).sum())
+
+
+# What a layer gives beside its states: where among its arguments it gets that. None: it makes some of it itself.
+Handed = dict[nn.Module, list[int | str] | None]
 
 
 @contextmanager
-def _skipping(layers: list[nn.Module]) -> Iterator[None]:
-    """The layers hand on what they get. (They are computed: T5's first one also makes the bias of the others.)"""
+def _watching(layers: Mapping[tuple[str, int], nn.Module], handed: Handed) -> Iterator[list[tuple[str, int]]]:
+    """Fills `handed`, and yields a list of the layers whose output is not finite, in the order in which they run."""
+    broken: list[tuple[str, int]] = []
 
-    def hook(layer: nn.Module, args: tuple, kwargs: dict, output):
-        states = _states(args, kwargs)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+    def hook(key: tuple[str, int], layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        states, *others = output if isinstance(output, tuple) else (output,)
+        places = _find_places(others, dict(enumerate(args)) | kwargs) if others else []
+        known = isinstance(output, torch.Tensor) or bool(others)
+        handed[layer] = places if known and handed.get(layer, places) == places else None
+        if not states.isfinite().all():
+            broken.append(key)
 
     with ExitStack() as hooks:
+        for key, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(hook, key), with_kwargs=True).remove)
+        yield broken
+
+
+def _find_places(others: Sequence, given: Mapping[int | str, object]) -> list[int | str] | None:
+    places: list[int | str] = []
+    for other in others:
+        found = [NOWHERE] if other is None else [place for place, value in given.items() if value is other]
+        if not found:
+            return None
+        places += found[:1]
+    return places
+
+
+@contextmanager
+def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
+    """The layers hand on what they get, and are not computed; but for those that make something for all others, as
+    T5's first ones do with the position bias: their states alone are dropped."""
+
+    def instead(places: Sequence[int | str], *args, **kwargs):
+        given = dict(enumerate(args)) | kwargs
+        states = _states(args, kwargs)
+        return (states, *(given.get(place) for place in places)) if places else states
+
+    def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> tuple:
+        return _states(args, kwargs), *output[1:]
+
+    with ExitStack() as undo:
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            places = handed.get(layer, [])
+            if places is None:
+                undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            else:
+                undo.callback(_give_back, layer, vars(layer).get("forward"))  # accelerate puts one there too
+                layer.forward = partial(instead, places)
         yield
+
+
+def _give_back(layer: nn.Module, own: Callable | None) -> None:
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
 
 
 def _states(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -115,12 +184,16 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[tuple[str, int], nn.Module
             yield (stack.name, index), layer
 
 
+def _named(key: tuple[str, int]) -> str:
+    return f"layer {key[1]} of the {key[0]}"
+
+
 def _first_rows(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
     for batch in batches:
         if rows <= 0:
             return
-        yield {key: value[:rows] for key, value in batch.items()}
-        rows -= len(next(iter(batch.values())))
+        yield {key: value[:rows] if value.ndim else value for key, value in batch.items()}
+        rows -= max(len(value) for value in batch.values() if value.ndim)
 
 
 LAYER_IMPORTANCES: dict[str, Callable[[PreTrainedModel, Sequence[Batch]], LayerScores]] = {

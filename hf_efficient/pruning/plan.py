@@ -9,7 +9,6 @@ Numbers are those of the dense model. What is not named stays whole. `hf_efficie
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
-from ..io.json import parse_json
+from ..io.disk import write_atomic
+from ..io.json import read_json
+from ..models.block import MAX_LAYERS, MAX_NEURONS
 from ..reporting.codec import decode
 from .config import PruningConfig
 
 FORMAT = "hf_efficient pruning plan"
 VERSION = 1
 MAX_BYTES = 1 << 28
+MAX_ENTRIES = 3 * 2 * MAX_LAYERS  # three groups in each layer of two stacks
+LARGEST = 1 << 62  # of a number in a forecast
+LOADS_WITH = ("portable", "plugin")
 KEYS = ("format", "version", "model", "config", "chosen", "layers", "units", "forecast")
 
 
@@ -105,7 +109,7 @@ class PruningPlan:
             "chosen": self.chosen,
             "layers": {name: list(kept) for name, kept in self.layers.items()},
             "units": {name: list(kept) for name, kept in self.units.items()},
-            "forecast": None if self.forecast is None else asdict(self.forecast),
+            "forecast": None if self.forecast is None else _forecast_dict(self.forecast),
         }
 
     @classmethod
@@ -141,12 +145,10 @@ class PruningPlan:
             raise ConfigError(f"The plan cannot be read: {error}.") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON, one line for each list, by a temporary name."""
+        """Write the plan as JSON, one line for each list; complete or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp")
-        temporary.write_text(_layout(self.to_dict()), encoding="utf-8")
-        temporary.replace(target)
+        write_atomic(target, _layout(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningPlan":
@@ -159,24 +161,28 @@ class PruningPlan:
         file = Path(path)
         if not file.is_file():
             raise CheckpointError(f"{file} is no file. `plan.save(path)` or `hf-efficient plan --output` writes one.")
-        if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file} is too large to be a plan.")
         try:
-            data = parse_json(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file} is not JSON: {error}.") from error
-        return cls.from_dict(data)
+            return cls.from_dict(read_json(file, max_bytes=MAX_BYTES))
+        except CheckpointError as error:
+            raise ConfigError(f"{file} is not JSON of a plan: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
 
 
 def _numbers(what: str, data: Any) -> dict[str, tuple[int, ...]]:
     if not isinstance(data, Mapping):
         raise ConfigError(f"`{what}` of a plan must be a mapping of names to lists, got {type(data).__name__}.")
-    return {str(name): _list(f"{what}.{name}", values) for name, values in data.items()}
+    if len(data) > MAX_ENTRIES:
+        raise ConfigError(f"`{what}` of a plan has {len(data):,} entries, at most {MAX_ENTRIES:,} are read.")
+    return {str(name): _list(f"{what}.{shown(name)[1:-1]}", values) for name, values in data.items()}
 
 
 def _list(what: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
-        raise ConfigError(f"`{what}` of a plan must be a list of integers.")
+    good = isinstance(values, list | tuple) and len(values) <= MAX_NEURONS
+    if not good or not all(type(value) is int and abs(value) <= MAX_NEURONS for value in values):
+        raise ConfigError(
+            f"`{what}` of a plan must be a list of at most {MAX_NEURONS:,} integers below that, got {shown(values)}."
+        )
     return tuple(values)
 
 
@@ -185,9 +191,22 @@ def _forecast(data: Any) -> Forecast:
         forecast = decode(Forecast, data, "the plan's forecast")
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    if not all(math.isfinite(value) for value in vars(forecast).values() if isinstance(value, float)):
-        raise ConfigError("The plan's forecast has a number that is not finite.")
+    if len(forecast.layers) > MAX_ENTRIES:
+        raise ConfigError(
+            f"The plan's forecast has {len(forecast.layers):,} layers, at most {MAX_ENTRIES:,} are read."
+        )
+    for part in (forecast, *forecast.layers):
+        for name, value in vars(part).items():
+            if isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
+                raise ConfigError(f"`{name}` of the plan's forecast is {shown(value)}, which cannot be.")
+    if forecast.loads_with not in LOADS_WITH:
+        raise unknown_name("loads_with of the plan's forecast", forecast.loads_with, LOADS_WITH)
     return forecast
+
+
+def _forecast_dict(forecast: Forecast) -> dict[str, Any]:
+    """As JSON has it: lists, no tuples."""
+    return asdict(forecast) | {"layers": [asdict(layer) for layer in forecast.layers]}
 
 
 def _layout(data: dict[str, Any]) -> str:

@@ -18,23 +18,26 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, UnsupportedModelError, shown
 from ..families import family_of
 from ..loading import load_config
 from ..models.building import check_model
-from .allocation import choose_layers
+from .allocation import allocate_alike, choose_layers
 from .calibration import average_length, check_calibration
 from .config import IMPORTANCES, LAYER_IMPORTANCES, PruningConfig
 from .costs import Costs, make_costs
+from .finite import check_weights
 from .forecast import forecast
 from .groups import find_groups
 from .plan import PruningPlan
 from .reach import check_reachable
-from .search import Cutter, Search, allocate, is_kept
+from .search import Cutter, Search, is_kept
 from .stream import Batch
+from .surgery import check_plan
 from .weights import check_data, check_learned, prune_weights
 
 
+@torch.inference_mode(False)
 def prune(
     model: PreTrainedModel,
     config: PruningConfig | None = None,
@@ -49,7 +52,8 @@ def prune(
         config: how much, what, and how to choose. Or give a `plan`.
         calibration: batches of model inputs (dicts of tensors), with or without labels; a few hundred examples. Needed
             by most importances and for reconstruction; MACs are counted at their average length.
-        plan: what to keep, as `hf_efficient.plan` makes it. Its `config` says whether weights are reconstructed.
+        plan: what to keep, as `hf_efficient.plan` makes it; nothing is scored again. Its `config` says whether weights
+            are reconstructed.
 
     Returns:
         A stock model where the stock config can say the result, else an efficient one; on the same device. With
@@ -57,31 +61,72 @@ def prune(
 
     Raises:
         ConfigError: the ratio cannot be reached; the plan does not fit the model; neither or both are given.
-        DataError: calibration is missing or no batches.
+        DataError: calibration is missing, or has batches that the model cannot read; weights or what is computed from
+            them are not finite.
         UnsupportedModelError: the model cannot be pruned.
     """
     if (config is None) == (plan is None):
         raise ConfigError("prune needs a config or a plan: prune(model, PruningConfig(ratio=0.5), calibration).")
-    check_model(model)
-    batches = check_calibration(model, calibration)
     if plan is not None:
-        return _carry_out(model, plan, batches)
-    length = config.sequence_length or average_length(batches, model)
+        return _carry_out(model, plan, calibration)
+    if isinstance(config, PruningConfig) and "weight" in config.granularity:
+        return _with_zeros(model, config, calibration)
+    found = search(model, config, calibration)
+    return found.cutter.cut(found.plan())
+
+
+def search(model: PreTrainedModel, config: PruningConfig | None, calibration: Iterable[Batch] | None) -> Search:
+    """Everything checked before any long work: its `plan` is what prune keeps, `at` is for other ratios.
+
+    Raises:
+        ConfigError, DataError, UnsupportedModelError: as `prune`.
+    """
+    config, batches = _check_config(config), _checked(model, calibration)
     if "weight" in config.granularity:
-        return _with_zeros(model, config, batches, length)
+        raise ConfigError(
+            "A plan names layers, heads and neurons; single weights become zeros and change no size. Call "
+            "prune(model, config, calibration), or leave 'weight' out of granularity."
+        )
     _check_data(config, batches)
-    costs = _costs(model, config, length)
-    return Search(model, config, batches, costs, length).run()[1]
+    length = config.sequence_length or average_length(batches, model)
+    return Search(config, Cutter(model, config, batches), _costs(model, config, length), length)
 
 
-def _with_zeros(model: PreTrainedModel, config: PruningConfig, batches: list[Batch], length: int) -> PreTrainedModel:
+def _checked(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> list[Batch]:
+    """The batches, if they and the weights are fit to be worked with."""
+    check_model(model)
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "The model has parameters on the meta device, so there are no weights to prune. Load it with weights "
+            "(without offloading to disk); what pruning would give says plan(model.config, config)."
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "The model was loaded or made in torch.inference_mode, where no gradient can be computed. Load it outside."
+        )
+    batches = check_calibration(model, calibration)
+    check_weights(model)
+    return batches
+
+
+def _check_config(config: object) -> PruningConfig:
+    if not isinstance(config, PruningConfig):
+        raise ConfigError(f"config must be a PruningConfig, such as PruningConfig(ratio=0.5); got {shown(config)}.")
+    return config
+
+
+def _with_zeros(model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None) -> PreTrainedModel:
+    batches = _checked(model, calibration)
     check_data(config, batches)
-    rest = config.without_weights()
+    rest, length = config.without_weights(), config.sequence_length or average_length(batches, model)
     check_reachable(model, config, make_costs(model, "macs", length))
     return prune_weights(prune(model, rest, batches) if rest else model, config, batches)
 
 
-def _carry_out(model: PreTrainedModel, plan: PruningPlan, batches: list[Batch]) -> PreTrainedModel:
+def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[Batch] | None) -> PreTrainedModel:
+    if not isinstance(plan, PruningPlan):
+        raise ConfigError(f"plan must be a PruningPlan, such as PruningPlan.load(path); got {shown(plan)}.")
+    batches = _checked(model, calibration)
     if not plan.chosen:
         raise ConfigError(
             "This plan holds sizes only: it was made from a config, without weights to choose by. Make it from the "
@@ -89,15 +134,21 @@ def _carry_out(model: PreTrainedModel, plan: PruningPlan, batches: list[Batch]) 
         )
     if not plan.layers and not plan.units:
         raise ConfigError("This plan removes nothing: `layers` and `units` are empty.")
+    check_plan(model, plan)
     return Cutter(model, plan.config or PruningConfig(reconstruct=False), batches).cut(plan)
 
 
+@torch.inference_mode(False)
 def plan(
     model: PreTrainedModel | PreTrainedConfig | str | os.PathLike,
     config: PruningConfig,
     calibration: Iterable[Batch] | None = None,
 ) -> PruningPlan:
     """What `prune(model, config, calibration)` would keep, and what that gives. No weight is touched.
+
+    It scores and allocates, and leaves surgery and reconstruction to `prune(model, plan=plan)`; but for what later
+    scores are taken on: with `steps` above 1, or layers beside units, the model after each step but the last. With
+    `metric="latency"` the planned model is made and timed.
 
     Parameters:
         model: a model; or, where only sizes are asked for, its config or a name to load it by. A model on the meta
@@ -108,24 +159,33 @@ def plan(
     Raises:
         ConfigError, DataError, UnsupportedModelError: as `prune`, and before any long work.
     """
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedConfig | str | os.PathLike):
         model = _without_weights(model)
     check_model(model)
-    batches = check_calibration(model, calibration)
-    length = config.sequence_length or average_length(batches, model)
-    sizes_only, costs = model.device.type == "meta", None
-    if sizes_only:
-        found = _sizes_only(model, config, length)
+    if model.device.type == "meta":
+        length = _check_config(config).sequence_length or average_length([], model)
+        found, costs = _sizes_only(model, config, length), None
     else:
-        _check_data(config, batches)
-        costs = _costs(model, config, length)
-        found = Search(model, config, batches, costs, length).run()[0]
-    found = replace(found, model=model.config.model_type, config=config, chosen=not sizes_only)
-    return replace(found, forecast=forecast(model, found, length, costs))
+        own = search(model, config, calibration)
+        found, costs, length = own.plan(), own.costs, own.length
+    return described(model, found, config, length, costs)
+
+
+def described(
+    model: PreTrainedModel, found: PruningPlan, config: PruningConfig, length: int, costs: Costs | None
+) -> PruningPlan:
+    """The plan with how it was made, and what it will give."""
+    chosen = model.device.type != "meta"
+    found = replace(found, model=model.config.model_type, config=config, chosen=chosen)
+    told = forecast(model, found, length, costs)
+    narrower = [row for row in told.layers if row.parameters and row.macs < row.macs_before]
+    if not chosen and narrower and config.allocation == "global":
+        told = replace(told, loads_with="plugin")  # here all layers lose alike, then each by its scores
+    return replace(found, forecast=told)
 
 
 def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
-    config = model if isinstance(model, PreTrainedConfig) else load_config(str(model))
+    config = model if isinstance(model, PreTrainedConfig) else load_config(os.fspath(model))
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     head = next((one for one in named if one is not None), None)
     with torch.device("meta"):
@@ -136,8 +196,12 @@ def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> P
     """As many units go from each layer; which layers, and which units, is not known: the last ones are named."""
     if config.metric == "latency":
         raise ConfigError("metric='latency' is measured, which needs a model with weights. Ask for 'macs' first.")
+    check_learned(config)
     costs = _costs(model, config, length)
-    family, layers = family_of(model.config), {}
+    rest, family, layers = config.without_weights(), family_of(model.config), {}
+    if rest is None:  # zeros change no size
+        return PruningPlan()
+    config = rest
     if "layer" in config.granularity:
         later_first = {key: float(-key[1]) for key in costs.layers}
         share, alone = config.layer_share * costs.total, not config.unit_kinds
@@ -150,9 +214,8 @@ def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> P
             for group in find_groups(model)
             if group.kind in config.unit_kinds and any(is_kept((group.stack, i), found) for i in group.layers)
         ]
-        equal = {group: torch.ones(group.units) * costs.of(group, 1) for group in groups}
         remove = left - (1 - config.ratio) * costs.total
-        kept = allocate(model, equal, replace(config, allocation="uniform"), costs, remove)
+        kept = allocate_alike(model, groups, config, costs.of, remove)
         found = replace(found, units={group.name: units for group, units in kept.items()})
     return found
 

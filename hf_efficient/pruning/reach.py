@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..families import family_of
-from .allocation import choose_layers, fewest
+from .allocation import allocate_alike, choose_layers, fewest
 from .config import PruningConfig
 from .costs import Costs
 from .groups import find_groups
@@ -62,3 +62,14 @@ def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs)
             f"one layer. At most {highest:.2f} of this model's {config.metric} can be removed. Lower `ratio` or "
             "`round_to`, or add to `granularity`."
         )
+    if config.allocation == "uniform" and config.unit_kinds and costs.measure is None and not kept:
+        units_of = [group for group in groups if group.kind in config.unit_kinds]
+        try:
+            allocate_alike(model, units_of, config, costs.of, config.ratio * costs.total)
+        except ConfigError as error:
+            raise ConfigError(
+                f"ratio={config.ratio} cannot be reached with allocation='uniform', granularity="
+                f"{list(config.granularity)} and round_to={config.round_to}: all layers keep the same number, and the "
+                "number of heads has to divide the width where stock classes ask for it. Lower `ratio` or `round_to`, "
+                "add to `granularity`, or set allocation='global'."
+            ) from error

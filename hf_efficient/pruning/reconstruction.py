@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from ..families import Stack, family_of, find_stacks, layers_prefix
 from ..measure.context import eval_mode
 from ..models.linears import input_dim
+from .finite import check_finite
 from .stream import Batch, Block, Stream
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
@@ -63,8 +64,8 @@ def reconstruct(
                     continue
                 mine = list(origin).index(theirs)
                 for _, path in blocks:
-                    fit = _Fit(layers[mine].get_submodule(path))
                     named = f"{prefix}.{theirs}.{path}"
+                    fit = _Fit(layers[mine].get_submodule(path), named)
                     read = small.inputs(mine, blocks, path)
                     for (x, residual), total, c in zip(read, sums[path], weights[named], strict=True):
                         fit.add(x, total - residual, c)
@@ -97,6 +98,9 @@ def token_weights(
             for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
                 gradient = torch.zeros_like(offset) if gradient is None else gradient
                 found[path].append(gradient.float().square().sum(-1))
+    for path, own in found.items():
+        for weight in own:
+            check_finite(weight, f"How much the answer depends on {path}")
     return {path: _with_floor(own) for path, own in found.items()}
 
 
@@ -126,8 +130,8 @@ def find_blocks(model: PreTrainedModel, stack: Stack) -> list[Block]:
 class _Fit:
     """The normal equations of one linear, those of held-out rows apart: sums of c x x' and of c x y'."""
 
-    def __init__(self, linear: nn.Module):
-        self.linear, self.bias = linear, linear.bias is not None
+    def __init__(self, linear: nn.Module, name: str = "a linear"):
+        self.name, self.linear, self.bias = name, linear, linear.bias is not None
         self.rows = 0
         self.sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -147,9 +151,16 @@ class _Fit:
             self.sums[apart] = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
 
     def solve(self) -> None:
-        """Change the weights by the best D, if there is one that improves the held-out error."""
+        """Change the weights by the best D, if there is one that improves the held-out error.
+
+        Raises:
+            DataError: sums or weights that are not finite.
+        """
         if self.rows < HELD_OUT:
             return  # nothing to choose lambda on
+        for sums in self.sums.values():
+            for total in sums:
+                check_finite(total, f"What {self.name} reads and is fitted to in reconstruction")
         weight = self._weight()
         fit, held = ((gram, moment - gram @ weight) for gram, moment in (self.sums[False], self.sums[True]))
         errors = {0.0: 0.0}  # of no change
@@ -159,6 +170,7 @@ class _Fit:
         best = min(errors, key=errors.__getitem__)
         if best:
             self._change(self._ridge(fit[0] + held[0], fit[1] + held[1], best))
+            check_finite(self.linear.weight, f"The reconstructed weight of {self.name}")
 
     def _weight(self) -> torch.Tensor:
         """W' and b as one matrix [in + bias, out]."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from .finite import check_finite
 from .schedule import Gradual
 
 # (score, effect, momentum): the score takes in one more optimizer step.
@@ -82,8 +83,14 @@ class Removal(ABC, Generic[P]):
                 LEARNED[self.config.importance](score, self.effect(model, part), self.momentum)
 
     def current_scores(self, model: PreTrainedModel) -> dict[P, Tensor]:
-        """A copy; -inf for what is gone, so that it stays gone."""
+        """A copy; -inf for what is gone, so that it stays gone.
+
+        Raises:
+            DataError: a score is not finite.
+        """
         scores = {part: score.clone() for part, score in self.scores.items()} or self.given_scores(model)
+        for part, score in scores.items():
+            check_finite(score, f"The {self.config.importance} score of {part.name}")
         return {part: score.masked_fill(self.removed[part], -torch.inf) for part, score in scores.items()}
 
     def to_tensors(self) -> dict[str, Tensor]:

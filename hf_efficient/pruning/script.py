@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, PreTrainedModel
 
 from ..data import TASKS, PreparedData, check_labels, load_dataset_any, prepare
-from ..errors import CheckpointError, ConfigError, unknown_name
+from ..errors import ConfigError, unknown_name
+from ..io.disk import check_empty, new_folder, write_atomic
 from ..loading import load_model, load_processor
 from ..measure.quality import evaluate_quality
-from .calibration import average_length, check_calibration
 from .config import PruningConfig
 from .forecast import plan_table
 from .groups import find_groups
-from .importance import score_units
 from .pictures import plot_importance, plot_sweep
-from .prune import plan, prune
+from .prune import described, search
+from .search import Search
 
 PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
 
@@ -95,43 +95,40 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
 
     Raises:
         CheckpointError: output_dir is not empty.
-        ConfigError, DataError, UnsupportedModelError: see `prune`.
+        ConfigError, DataError, UnsupportedModelError: see `prune`; of every ratio before anything is computed.
     """
-    folder = Path(script.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty. Choose another output_dir.")
+    folder = check_empty(script.output_dir)
     trust = {"trust_remote_code": script.trust_remote_code}
     processor = load_processor(script.model, images="image" in TASKS[script.task].columns, **trust)
     data = _data(script, processor)
     model = load_model(TASKS[script.task].auto_class, script.model, **trust)
     check_labels(model.config, data)
-    batches = _batches(script, data)
+    first = search(model, script.config(script.ratios[0]), _batches(script, data))
+    searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
     rows = [_row(script, 0.0, 0.0, model, data)]
-    for ratio in script.ratios:
-        found = plan(model, script.config(ratio), batches)
-        small = prune(model, plan=found, calibration=batches)
+    for ratio, own in zip(script.ratios, searches, strict=True):
+        found = described(model, own.plan(), own.config, own.length, own.costs)
+        small = own.cutter.cut(found)
         rows.append(_row(script, ratio, found.forecast.removed_macs, small, data))
         print(f"ratio {ratio}: {rows[-1]['metric']} {rows[-1]['score']:.4f}, dense {rows[0]['score']:.4f}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if script.ratio is None:
-        (folder / SWEEP).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        plot_sweep(rows, folder / PICTURE)
-        _plot_importance(script, model, batches, folder / IMPORTANCE)
-    else:
-        print(plan_table(found))
-        small.save_pretrained(folder)
-        found.save(folder / PLAN)
-        if processor is not None:
-            processor.save_pretrained(folder)
+    with new_folder(folder) as target:
+        if script.ratio is None:
+            write_atomic(target / SWEEP, json.dumps(rows, indent=1) + "\n")
+            plot_sweep(rows, target / PICTURE)
+            _plot_importance(first, target / IMPORTANCE)
+        else:
+            print(plan_table(found))
+            small.save_pretrained(target)
+            found.save(target / PLAN)
+            if processor is not None:
+                processor.save_pretrained(target)
     return rows
 
 
-def _plot_importance(script: ScriptArguments, model: PreTrainedModel, batches: list, path: Path) -> None:
-    config = script.config(script.ratios[0])
-    groups = [group for group in find_groups(model) if group.kind in config.unit_kinds]
+def _plot_importance(found: Search, path: Path) -> None:
+    groups = [group for group in find_groups(found.model) if group.kind in found.config.unit_kinds]
     if groups:
-        calibration = check_calibration(model, batches)
-        plot_importance(score_units(model, groups, config, calibration, average_length(calibration, model)), path)
+        plot_importance(found.scores(found.model, groups)[0], path)
 
 
 def _data(script: ScriptArguments, processor: Any) -> PreparedData:

@@ -1,51 +1,104 @@
 """The search for what to keep: layers first, then units in a number of steps.
 
-    plan, small = Search(model, config, batches, costs, length).run()
+    search = Search(config, Cutter(model, config, batches), costs, length)
+    plan = search.plan()                  # scores and allocates
+    small = search.cutter.cut(plan)       # surgery, and least squares
+    other = search.at(0.7).plan()         # another ratio: what does not depend on it is not computed again
 
-Every step scores the units of the model as it is by then (pruned and, with `reconstruct`, fitted to the dense one),
-takes the next part of the budget from them, and cuts the dense model anew to all that is still kept. So the result of
-the last step is what the plan alone gives: `prune(model, plan=plan)`.
+Every step scores the units of the model as it is by then (pruned and, with `reconstruct`, fitted to the dense one) and
+takes the next part of the budget from them. The first step needs no cut: one that follows on layers or on another step
+does. All cuts start from the dense model, so a plan alone gives what the search would: `prune(model, plan=plan)`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from transformers import PreTrainedModel
 
 from ..families import family_of
-from .allocation import allocate_global, allocate_uniform, choose_layers, fewest
+from .allocation import allocate, choose_layers, drop_layers, fewest
 from .calibration import answer_loss
 from .config import PruningConfig
 from .correction import Kept, correct
 from .costs import Costs
 from .groups import Group, find_groups
-from .importance import Scores, score_units
-from .layers import layer_scores
+from .importance import Scores, check_scores, score_units
+from .layers import LayerScores, layer_scores, loss_order
 from .plan import PruningPlan
+from .reach import check_reachable
 from .rearrangement import rearrange
 from .reconstruction import TokenWeights, reconstruct, token_weights
-from .statistics import mask_gradients
+from .statistics import MaskGradients, mask_gradients
 from .stream import Batch
 from .surgery import apply_plan
 
 
+class Cutter:
+    """Cuts the dense model to a plan, and fits what is left where that is asked for and there are batches."""
+
+    def __init__(self, model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]):
+        self.model, self.batches, self.seed = model, batches, config.seed
+        self.fits = config.reconstruct and bool(batches)
+
+    @cached_property
+    def weights(self) -> TokenWeights:
+        return token_weights(self.model, self.batches, answer_loss(self.seed))
+
+    def cut(self, plan: PruningPlan) -> PreTrainedModel:
+        if not plan.layers and not plan.units:
+            return self.model
+        small = apply_plan(self.model, plan)
+        if self.fits:
+            reconstruct(small, self.model, self.batches, self.weights, plan.layers)
+        return small
+
+
+@dataclass
+class Judgement:
+    """What is known of the dense model, whatever the ratio."""
+
+    layers: LayerScores | None = None
+    order: list[tuple[str, int]] = field(default_factory=list)  # in which layers leave, as far as it was asked for
+    coming: Iterator[tuple[str, int]] | None = None  # the rest of it
+    units: tuple[Scores, MaskGradients] | None = None
+
+
 @dataclass(frozen=True)
 class Search:
-    """One search: the dense model, what is asked, what it is judged on, and what its parts cost."""
+    """One search: what is asked, what cuts the dense model and knows its batches, and what its parts cost."""
 
-    model: PreTrainedModel
     config: PruningConfig
-    batches: Sequence[Batch]
+    cutter: Cutter
     costs: Costs
     length: int
+    known: Judgement = field(default_factory=Judgement)
 
-    def run(self) -> tuple[PruningPlan, PreTrainedModel]:
-        """The plan and the model that it makes."""
-        cutter = Cutter(self.model, self.config, self.batches)
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.cutter.model
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        return self.cutter.batches
+
+    def at(self, ratio: float) -> "Search":
+        """The same search for another ratio; both share what they find out about the dense model.
+
+        Raises:
+            ConfigError: a ratio that cannot be reached.
+        """
+        config = replace(self.config, ratio=ratio)
+        check_reachable(self.model, config, self.costs)
+        return replace(self, config=config)
+
+    def plan(self) -> PruningPlan:
+        """What to keep: nothing of the dense model is computed twice, also not for another ratio.
+
+        A step that follows on another, or on layers, scores the model that it finds, which is cut for that.
+        """
         plan = PruningPlan(layers=self._layers() if "layer" in self.config.granularity else {})
-        small = cutter.cut(plan)
         costs = replace(self.costs, of=_without_dropped(self.costs, plan))
         start = costs.total - sum(cost for key, cost in costs.layers.items() if not is_kept(key, plan))
         goal, steps = (1 - self.config.ratio) * costs.total, self.config.steps
@@ -53,35 +106,60 @@ class Search:
             target = start * (goal / start) ** (step / steps)  # the same factor in every step
             if start > target:
                 now = costs if step == steps else replace(costs, measure=None)
-                kept = self._units(small, plan, now, start, target)
+                kept = self._units(self.cutter.cut(plan), plan, now, start, target)
                 plan = replace(plan, units={group.name: units for group, units in kept.items()})
-                small = cutter.cut(plan)
-        return plan, small
+        return plan
 
     def _layers(self) -> dict[str, tuple[int, ...]]:
         """Which layers to keep so that their share of the budget goes: about that, and at least all of it if nothing
         else is to be removed."""
-        config, costs, family = self.config, self.costs, family_of(self.model.config)
-        scores = layer_scores(self.model, config, self.batches, self.length)
-        remove, alone = config.layer_share * costs.total, not config.unit_kinds
-        is_order = config.layer_importance == "loss"
-        prices: Mapping[tuple[str, int], float] = dict.fromkeys(scores, 1.0) if is_order else costs.layers
-        return choose_layers(scores, costs.layers, remove, alone, family.deepest, family.first_stays, prices)
+        config, costs, family = self.config, self.costs.layers, family_of(self.model.config)
+        budget = config.layer_share * self.costs.total, not config.unit_kinds, family.deepest, family.first_stays
+        if config.layer_importance == "loss":
+            return drop_layers(self._order(), costs, *budget)
+        if self.known.layers is None:
+            self.known.layers = layer_scores(self.model, config, self.batches, self.length)
+        return choose_layers(self.known.layers, costs, *budget)
+
+    def _order(self) -> Iterator[tuple[str, int]]:
+        """That of `loss`, found as far as it is asked for."""
+        known = self.known
+        known.coming = known.coming or loss_order(self.model, self.batches)
+        yield from known.order
+        for key in known.coming:
+            known.order.append(key)
+            yield key
+
+    def scores(self, model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Scores, MaskGradients]:
+        """Of the units of a model, dense or cut already; and the gradients behind them where they are rearranged."""
+        if model is self.model and self.known.units is not None:
+            return self.known.units
+        gradients: MaskGradients = {}
+        if self.config.rearrange:  # which goes with fisher: one pass gives both
+            gradients = mask_gradients(model, list(groups), self.batches, answer_loss(self.config.seed))
+            scores = {group: own.square().sum(0) for group, own in gradients.items()}
+            for group, values in scores.items():
+                check_scores(group, values, self.config.importance)
+        else:
+            scores = score_units(model, list(groups), self.config, self.batches, self.length)
+        if model is self.model:
+            self.known.units = scores, gradients
+        return scores, gradients
 
     def _units(self, small: PreTrainedModel, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """What stays of each group of the dense model, which costs `start` with its kept layers, so that `target` is
         left; from scores of the model as it is now."""
-        config, present = self.config, self._present(small, plan)
+        present = self._present(small, plan)
         names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
+        found, gradients = self.scores(small, list(present))
         scores: Scores = {}
-        for now, values in score_units(small, list(present), config, self.batches, self.length).items():
+        for now, values in found.items():
             group = present[now]
-            scores[group] = torch.full((group.units,), -torch.inf)  # what is gone stays gone
+            scores[group] = values.new_full((group.units,), -torch.inf)  # what is gone stays gone
             scores[group][names[group]] = values
         kept = self._spend(scores, plan, costs, start, target)
-        if not config.rearrange:
+        if not self.config.rearrange:
             return kept
-        gradients = mask_gradients(small, list(present), self.batches, answer_loss(config.seed))
         return {group: _rearranged(gradients[now], names[group], kept[group]) for now, group in present.items()}
 
     def _present(self, small: PreTrainedModel, plan: PruningPlan) -> dict[Group, Group]:
@@ -93,7 +171,7 @@ class Search:
 
     def _spend(self, scores: Scores, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """Allocate by price; where the result can be measured, until that is right."""
-        by_price = partial(allocate, self.model, scores, self.config, costs)
+        by_price = partial(allocate, self.model, scores, self.config, costs.of)
         if costs.measure is None:
             return by_price(start - target)
         measure = costs.measure
@@ -103,23 +181,6 @@ class Search:
 
         most = sum(costs.of(group, group.units) - costs.of(group, fewest(group, self.config)) for group in scores)
         return correct(by_price, cost, costs.total, start, target, most)
-
-
-class Cutter:
-    """Cuts the dense model to a plan, and fits what is left where that is asked for and there are batches."""
-
-    def __init__(self, model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]):
-        self.model, self.batches = model, batches
-        self.fits = config.reconstruct and bool(batches)
-        self.weights: TokenWeights = token_weights(model, batches, answer_loss(config.seed)) if self.fits else {}
-
-    def cut(self, plan: PruningPlan) -> PreTrainedModel:
-        if not plan.layers and not plan.units:
-            return self.model
-        small = apply_plan(self.model, plan)
-        if self.fits:
-            reconstruct(small, self.model, self.batches, self.weights, plan.layers)
-        return small
 
 
 def _without_dropped(costs: Costs, plan: PruningPlan) -> Callable[[Group, int], float]:
@@ -141,15 +202,3 @@ def _rearranged(gradients: torch.Tensor, names: torch.Tensor, kept: tuple[int, .
 def is_kept(key: tuple[str, int], plan: PruningPlan) -> bool:
     stack, layer = key
     return stack not in plan.layers or layer in plan.layers[stack]
-
-
-def allocate(
-    model: PreTrainedModel, scores: Scores, config: PruningConfig, costs: Costs, remove: float
-) -> dict[Group, tuple[int, ...]]:
-    """Spend the budget over the scored groups, globally or uniformly."""
-    if config.allocation == "global":
-        return allocate_global(scores, costs.of, remove, config.round_to)
-    family = family_of(model.config)
-    stack = family.stacks[0]
-    divide = stack.width(model.config) // stack.group_size(model.config) if family.heads_divide_hidden else None
-    return allocate_uniform(scores, costs.of, remove, config.round_to, heads_divide=divide)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import DataError
+from .finite import check_finite
 from .linear_inputs import Batch, collect
 from .linears import Linear, matrix
 from .sparsity import Masks, keep_n_of_m, lowest, shares
@@ -91,8 +91,7 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         DataError: the inputs are not finite.
     """
-    if not torch.isfinite(gram).all():
-        raise DataError("The inputs of a linear are not finite. Check the calibration data and the weights for NaN.")
+    check_finite(gram, "What a linear reads on the calibration data")
     damped = gram.clone()
     damped.diagonal().add_((damping * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny ** 0.5))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -126,8 +125,9 @@ def _layer_by_layer(model: PreTrainedModel, linears: Sequence[Linear], batches: 
         own = list(group)
         grams = collect(model, own, batches, lambda rows: rows.T @ rows, last_layer=model.get_submodule(name))
         for linear in own:
-            size = matrix(model, linear).shape[1]
-            yield linear, grams.get(linear, torch.eye(size, device=model.device))
+            gram = grams.get(linear, torch.eye(matrix(model, linear).shape[1], device=model.device))
+            check_finite(gram, f"What {linear.name} reads on the calibration data")
+            yield linear, gram
 
 
 def _weight(model: PreTrainedModel, linear: Linear, gram: Tensor) -> Tensor:
@@ -135,4 +135,5 @@ def _weight(model: PreTrainedModel, linear: Linear, gram: Tensor) -> Tensor:
 
 
 def _write(model: PreTrainedModel, linear: Linear, new: Tensor) -> None:
+    check_finite(new, f"The reconstructed weight of {linear.name}")
     matrix(model, linear).copy_(new)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import DataError, HfEfficientError, shown
 from ..families import family_of, find_stacks
 from ..models.token_masks import real_inputs
 
@@ -137,4 +138,10 @@ def forward(model: PreTrainedModel, batch: Batch):
     """The model's answer to one batch, without a cache of keys and values."""
     inputs = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
     without = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    return model(**inputs, **without, return_dict=True)
+    try:
+        return model(**inputs, **without, return_dict=True)
+    except HfEfficientError:
+        raise
+    except (IndexError, TypeError, ValueError) as error:  # what no check of names, sizes and ranges foresees
+        sizes = {key: list(value.shape) for key, value in batch.items()}
+        raise DataError(f"{type(model).__name__} cannot read the calibration batch {shown(sizes)}: {error}") from error

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import ConfigError, unknown_name
-from ..families import Family, Stack, family_of, find_stacks, layers_prefix
+from ..errors import ConfigError, shown, unknown_name
+from ..families import EFFICIENT_PREFIX, Family, Stack, family_of, find_stacks, layers_prefix
 from ..models.block import EfficientBlock, StackBlock
 from ..models.building import rebuild
 from ..models.configs import block_of, with_block
@@ -54,12 +54,19 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Compare a plan, which may have been edited, with the model it is for.
 
     Raises:
-        ConfigError: a stack or group that the model does not have, numbers that are out of range or not ascending,
-            nothing kept, a first layer that has to stay, a stack that may not become the deeper one.
+        ConfigError: another type of model, a stack or group that the model does not have, numbers that are out of
+            range or not ascending, nothing kept, units of a layer that leaves, a first layer that has to stay, a stack
+            that may not become the deeper one.
     """
     family = family_of(model.config)
+    if plan.model is not None and plan.model.removeprefix(EFFICIENT_PREFIX) != family.model_type:
+        raise ConfigError(
+            f"The plan was made for a model of type {shown(plan.model)}, this one is {model.config.model_type!r}. "
+            "Make a plan of this model: plan(model, config, calibration)."
+        )
     depths = {stack.name: len(layers) for stack, layers in find_stacks(model, family)}
-    groups = {group.name: group.units for group in find_groups(model)}
+    found = find_groups(model)
+    groups = {group.name: group.units for group in found}
     for what, given, known in (("layers", plan.layers, depths), ("units", plan.units, groups)):
         for name, kept in given.items():
             if name not in known:
@@ -67,9 +74,15 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             in_order = list(kept) == sorted(set(kept))
             if not kept or not in_order or kept[0] < 0 or kept[-1] >= known[name]:
                 raise ConfigError(
-                    f"The plan keeps {list(kept)} of {name}; give at least one of the numbers from 0 to "
+                    f"The plan keeps {shown(list(kept))} of {name}; give at least one of the numbers from 0 to "
                     f"{known[name] - 1}, ascending, each once."
                 )
+    for group in found:
+        if group.name in plan.units and not set(group.layers) & set(plan.layers.get(group.stack, group.layers)):
+            raise ConfigError(
+                f"The plan names units of {group.name}, but its `layers` do not keep layer {group.layers[0]} of the "
+                f"{group.stack}. Delete {group.name} from `units`, or keep the layer."
+            )
     left = {name: len(plan.layers.get(name, range(depth))) for name, depth in depths.items()}
     if family.first_stays and not all(plan.layers.get(name, (0,))[0] == 0 for name in depths):
         raise ConfigError(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .allocation import allocate
 from .calibration import average_length
 from .costs import make_costs, total_cost
 from .groups import Group, find_groups, output_weight, unit_parameters
@@ -12,7 +13,6 @@ from .plan import PruningPlan
 from .reach import check_reachable
 from .removal import Removal
 from .schedule import Gradual
-from .search import allocate
 from .surgery import apply_plan
 
 
@@ -29,9 +29,6 @@ class UnitRemoval(Removal[Group]):
         self.length = self.config.sequence_length or average_length([], model)
         self.costs = make_costs(model, self.config.metric, self.length)
         check_reachable(model, self.config, self.costs)
-        # Uniform allocation reaches less: that too must be an error now and not in the middle of the run.
-        blank = {group: torch.zeros(group.units) for group in groups}
-        allocate(model, blank, self.config, self.costs, self.config.ratio * self.costs.total)
 
     def effect(self, model: PreTrainedModel, part: Group) -> Tensor:
         return unit_effect(model, part)
@@ -47,7 +44,7 @@ class UnitRemoval(Removal[Group]):
             scores = {group: score - lowest for group, score in scores.items()}
         if self.config.importance == "taylor":
             scores = by_kind(model, scores, self.length)
-        kept = allocate(model, scores, self.config, self.costs, ratio * self.costs.total)
+        kept = allocate(model, scores, self.config, self.costs.of, ratio * self.costs.total)
         for group, units in kept.items():
             gone = torch.ones(group.units, dtype=torch.bool)
             gone[list(units)] = False

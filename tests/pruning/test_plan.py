@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from hf_efficient import CheckpointError, ConfigError, PruningConfig, PruningPlan, plan, prune
+from hf_efficient import (
+    AttentionConfig,
+    CheckpointError,
+    ConfigError,
+    PruningConfig,
+    PruningPlan,
+    convert_attention,
+    plan,
+    prune,
+)
 from hf_efficient.models.building import is_portable
 from hf_efficient.pruning.costs import total_cost
 from hf_efficient.pruning.forecast import plan_table
@@ -84,8 +93,8 @@ def test_70_billion_parameters_need_no_memory():
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    made = plan(config, PruningConfig(ratio=0.4, sequence_length=2048, granularity=("layer", "head", "neuron")))
-    told = made.forecast
+    asked = PruningConfig(0.4, sequence_length=2048, granularity=("layer", "head", "neuron"), allocation="uniform")
+    told = plan(config, asked).forecast
     assert told.parameters_before == 70_553_706_496  # that of Llama-3.1-70B
     assert told.weight_bytes_before == 2 * told.parameters_before
     assert told.cache_bytes_before == 80 * 2 * 8 * 128 * 2 * 2048
@@ -99,6 +108,9 @@ def test_an_edited_plan_is_what_counts(tmp_path):
     edited = json.loads((tmp_path / "plan.json").read_text())
     edited["units"]["encoder.0.neurons"] = [0, 5, 7]
     edited["layers"] = {"encoder": [0, 2]}
+    with pytest.raises(ConfigError, match=r"names units of encoder\.1\.\w+, but its `layers` do not keep layer 1"):
+        prune(dense, plan=PruningPlan.from_dict(edited))
+    edited["units"] = {name: kept for name, kept in edited["units"].items() if not name.startswith("encoder.1.")}
     small = prune(dense, plan=PruningPlan.from_dict(edited))
     assert small.config.num_hidden_layers == 2
     assert torch.equal(
@@ -120,6 +132,12 @@ def test_an_edited_plan_is_what_counts(tmp_path):
         ({"layers": {"decoder": [0]}}, "entry of the plan's layers 'decoder'"),
         ({"layers": {"encoder": [0, 3]}}, "from 0 to 2"),
         ({}, "removes nothing"),
+        (
+            {"layers": {"encoder": [0, 1]}, "model": "roberta"},
+            "type 'roberta', this one is 'bert'",
+        ),
+        ({"layers": {"encoder": [0, 1]}, "model": "efficient_vit"}, "type 'efficient_vit'"),
+        ({"layers": {"encoder": [0, 1]}, "units": {"encoder.2.heads": [1]}}, "Delete encoder.2.heads from `units`"),
     ],
 )
 def test_plans_that_do_not_fit(change, words):
@@ -142,12 +160,104 @@ def test_plans_that_do_not_fit(change, words):
         PruningPlan().to_dict() | {"config": {"ratio": 2}},
         PruningPlan().to_dict() | {"config": {"ratios": 0.5}},
         PruningPlan().to_dict() | {"forecast": {"macs": 1}},
+        PruningPlan().to_dict() | {"units": {"encoder.0.heads": [10**400]}},
+        PruningPlan().to_dict() | {"units": {"encoder.0.heads": [[[0]]]}},
+        PruningPlan().to_dict() | {"layers": {"encoder": [True]}},
+        PruningPlan().to_dict() | {"layers": {f"stack{i}": [0] for i in range(10**4)}},
+        PruningPlan().to_dict() | {"layers": {"encoder": range(2)}},
+        PruningPlan().to_dict() | {"config": {"ratio": 10**400}},
+        PruningPlan().to_dict() | {"config": {"granularity": [[]]}},
+        PruningPlan().to_dict() | {"config": [0.5]},
+        PruningPlan().to_dict() | {"model": "x" * 10**5, "config": {"seed": 10**400}},
+    ],
+    ids=lambda data: str(data)[:40] if len(str(data)) < 10**4 else "large",
+)
+def test_what_is_no_plan(data):
+    with pytest.raises(ConfigError) as told:
+        PruningPlan.from_dict(data)
+    assert len(str(told.value)) < 1000
+
+
+def test_a_long_list_is_checked_before_it_is_used():
+    wrong = PruningPlan(layers={"encoder": tuple(range(10**5))})
+    with pytest.raises(ConfigError, match="from 0 to 2") as told:
+        prune(make("bert"), plan=wrong)
+    assert len(str(told.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"macs": 10**400}, "macs"),
+        ({"macs": 10**30}, "`macs` of the plan's forecast is 1000"),
+        ({"removed_macs": float("nan")}, "`removed_macs`"),
+        ({"loads_with": "pickle"}, "loads_with"),
+        ({"layers": None}, "layers"),
+        ({"layers": [{"stack": "encoder"}]}, "LayerForecast"),
+        ({"layers": [1]}, "LayerForecast"),
     ],
     ids=str,
 )
-def test_what_is_no_plan(data):
-    with pytest.raises(ConfigError):
-        PruningPlan.from_dict(data)
+def test_a_forecast_that_cannot_be(change, words):
+    data = plan(make("bert"), PruningConfig(ratio=0.4, importance="magnitude", round_to=4)).to_dict()
+    assert PruningPlan.from_dict(data).forecast.layers
+    with pytest.raises(ConfigError, match=words):
+        PruningPlan.from_dict(data | {"forecast": data["forecast"] | change})
+    with pytest.raises(ConfigError, match="at most"):
+        many = data["forecast"]["layers"] * 10**4
+        PruningPlan.from_dict(data | {"forecast": data["forecast"] | {"layers": many}})
+
+
+@pytest.mark.parametrize("case", ["bert", "t5"])
+def test_plain_values_there_and_back(case):
+    kinds = {"granularity": ("layer", "neuron"), "importance": "random", "layer_importance": "random"}
+    made = plan(make(case), PruningConfig(ratio=0.2, round_to=4, sequence_length=9, **kinds))
+    assert made.forecast.layers and PruningPlan.from_dict(made.to_dict()) == made
+    assert PruningPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert json.loads(json.dumps(made.to_dict())) == made.to_dict()  # lists, no tuples
+
+
+def test_a_plan_of_a_stock_model_is_one_of_its_converted_form():
+    dense = make("bert")
+    made = plan(dense, PruningConfig(ratio=0.4, importance="magnitude", round_to=4))
+    local = convert_attention(dense, AttentionConfig(kind="local", window=4))
+    assert prune(local, plan=made).num_parameters() == prune(dense, plan=made).num_parameters()
+
+
+@pytest.mark.parametrize("granularity", [("head", "neuron"), ("layer", "neuron"), ("layer",), ("neuron",)])
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_sizes_alone_say_how_the_result_will_load(granularity, allocation):
+    """As the plan with weights does, for scores that differ between layers."""
+    dense, config = make("llama", 4), PruningConfig(0.25, granularity=granularity, allocation=allocation, round_to=4)
+    told = plan(dense.config, config).forecast
+    assert told.loads_with == plan(dense, config, batches("llama") * 2).forecast.loads_with
+    assert told.loads_with == ("portable" if allocation == "uniform" or granularity == ("layer",) else "plugin")
+
+
+def test_zeros_change_no_size_and_are_in_no_plan():
+    dense = make("bert")
+    sizes = plan(dense.config, PruningConfig(ratio=0.5, granularity="weight"))
+    assert not sizes.layers and not sizes.units and sizes.forecast.parameters == sizes.forecast.parameters_before
+    asked = PruningConfig(ratio=0.36, granularity=("neuron", "weight"), importance="taylor", round_to=4)
+    both = plan(dense.config, asked)
+    assert 0.2 <= both.forecast.removed_macs < 0.3  # 0.8 * 0.8 = 0.64
+    with pytest.raises(ConfigError, match="single weights become zeros"):
+        plan(dense, PruningConfig(ratio=0.5, granularity="weight", importance="magnitude"))
+    with pytest.raises(ConfigError, match="mask_structure='2:5'"):
+        plan(dense.config, PruningConfig(granularity="weight", mask_structure="2:5"))
+
+
+def test_a_uniform_ratio_out_of_reach_is_refused_before_scores_are_taken():
+    """One layer has 2 neurons already, so that all layers cannot have the same multiple of 4."""
+    dense = prune(make("bert"), plan=PruningPlan(units={"encoder.0.neurons": (0, 1)}))
+    dense.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    asked = {"ratio": 0.2, "granularity": "neuron", "round_to": 4}
+    for model in (dense, dense.config):
+        with pytest.raises(ConfigError, match=r"ratio=0\.2 cannot be reached with allocation='uniform'"):
+            plan(model, PruningConfig(**asked, allocation="uniform"), batches("bert"))
+    for model in (dense, dense.config):
+        made = plan(model, PruningConfig(**asked, importance="magnitude"))
+        assert made.forecast.removed_macs >= 0.2 and made.forecast.loads_with == "plugin"
 
 
 def test_files_that_are_no_plan(tmp_path):
