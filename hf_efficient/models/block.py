@@ -95,7 +95,7 @@ class EfficientBlock:
         if not isinstance(data, dict):
             raise ConfigError(f"The `efficient` entry of config.json must be a mapping, got {type(data).__name__}.")
         version = data.get("version", VERSION)
-        if version != VERSION:
+        if version != VERSION or isinstance(version, bool):
             raise ConfigError(
                 f"The `efficient` entry of config.json has version {shown(version)}, this hf_efficient reads version "
                 f'{VERSION}. Upgrade it: pip install -U "hf-efficient".'
@@ -103,7 +103,7 @@ class EfficientBlock:
         _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
         stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
         kept = {
-            name: _integers(f"kept_layers.{name}", layers, low=0)
+            name: _places(f"kept_layers.{name}", layers)
             for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
         }
         return cls(stacks=stacks, kept_layers=kept)
@@ -234,6 +234,14 @@ def _integers(where: str, data: Any, low: int) -> tuple[int, ...]:
     if not is_list or not all(type(x) is int and low <= x <= MAX_NEURONS for x in data):
         raise ConfigError(f"efficient.{where} must be a list of integers from {low} to {MAX_NEURONS}.")
     return tuple(data)
+
+
+def _places(where: str, data: Any) -> tuple[int, ...]:
+    """Layers of the original, each once and in its order."""
+    places = _integers(where, data, low=0)
+    if list(places) != sorted(set(places)) or any(place >= MAX_LAYERS for place in places):
+        raise ConfigError(f"efficient.{where} must name layers from 0 to {MAX_LAYERS - 1}, once each, rising.")
+    return places
 
 
 def _known_keys(what: str, data: dict, known: tuple[str, ...]) -> None:
