@@ -14,6 +14,7 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,9 +30,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 QUANTIZE = ("int8",)
 SAME = 1e-3  # of the largest output: other runtimes, computing in float32 too, are 1e-7 to 1e-4 away from PyTorch
 EXAMPLES = ((2, 16), (1, 7), (3, 33))  # batch and tokens of made-up inputs; the first one is traced
+OTHERS = ((1, 3), (5, 21))  # and of those that must run too where inputs are given
+NEAR = 0.95  # of the predictions: fewer that agree are told in a warning
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Exported:
 
     Parameters:
         difference: largest difference of an output to PyTorch's on real inputs, as a part of the largest output.
-        same_prediction: fraction of outputs with the same largest entry.
+        same_prediction: fraction of outputs with the same largest entry; a single one: nearer than 5 % of the largest.
         checked: shapes of the inputs that were compared.
     """
 
@@ -79,6 +84,7 @@ def export(
     *,
     inputs: Sequence[Mapping[str, "torch.Tensor"]] | None = None,
     quantize: str | None = None,
+    min_agreement: float | None = None,
 ) -> Exported:
     """Write `model` for another runtime into `output_dir`, load it there, and compare it with PyTorch.
 
@@ -86,19 +92,22 @@ def export(
         model: with a head that gives `logits`, or a base model with `last_hidden_state`.
         format: one of `FORMATS`.
         output_dir: new or empty. `ExportedModel.from_pretrained` loads it.
-        inputs: real batches (labels are left out) of two or more rows; the first one is traced, all are compared.
-            Default: made-up ones of several shapes.
-        quantize: `"int8"`: weights of 8 bits, activations as they come (ONNX Runtime's dynamic quantisation). How far
-            that is from PyTorch is told, not judged.
+        inputs: real batches (labels are left out); the first one is traced, all are compared. Default: made-up ones of
+            several shapes. Other numbers of rows and tokens are tried as well.
+        quantize: `"int8"`: weights of 7 bits in 8, so that the result is the same on every processor, activations as
+            they come (ONNX Runtime's dynamic quantisation).
+        min_agreement: smallest `same_prediction` that is good enough. Without it, less than 0.95 is a warning.
 
     Raises:
         ConfigError: an unknown format, a package that is missing, a format that does not quantise.
-        UnsupportedModelError: the model cannot be exported, is quantised already, or the format computes another
-            output.
+        UnsupportedModelError: the model cannot be exported, is quantised already, or what was made computes another
+            output, takes no other shapes, or agrees less than `min_agreement`.
         CheckpointError: `output_dir` is not empty.
     """
     chosen = check_format(format, quantize)
     check_runtime(format)
+    if min_agreement is not None and not (isinstance(min_agreement, (int, float)) and 0 <= min_agreement <= 1):
+        raise ConfigError(f"min_agreement must be a number from 0 to 1, got {min_agreement!r}.")
     check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
     folder = check_empty(output_dir)
     from .measure.context import evaluating
@@ -107,16 +116,14 @@ def export(
     batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
     # Made before the work, so that what cannot be written is not found out after it.
     with new_folder(folder) as made, _without_cache(model), _as_it_was(model):
-        _write(model, chosen, batches[0], quantize, made)
+        _write(model, chosen, _several(batches[0]), quantize, made)
         runtime = Runtime(model, format, made, exact=True)
         with evaluating(model, runtime):
-            pairs = [(model(**batch), runtime(**batch)) for batch in batches]
-        difference, same = _compare(pairs, batches)
-        if quantize is None and not difference <= SAME:
-            raise UnsupportedModelError(
-                f"The {format} export of {type(model).__name__} computes another output: {difference:.2g} of the "
-                f"largest one away, where {SAME:g} is allowed. Try another format: {', '.join(FORMATS)}."
-            )
+            difference, same = _compared(model, runtime, batches)
+            others = _compared(model, runtime, _others(model, batches[0])) if inputs else (0.0, 1.0)
+        what = f"The {format} export of {type(model).__name__}"
+        if fault := _fault(what, difference, same, others, quantize, min_agreement):
+            raise UnsupportedModelError(fault)
     shapes = tuple(tuple(batch[model.main_input_name].shape) for batch in batches)
     return Exported(format, runtime_version(format), quantize, folder, program_bytes(folder), difference, same, shapes)
 
@@ -179,7 +186,8 @@ def _write(model: Any, chosen: Format, example: dict[str, Any], quantize: str | 
             from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
         except ImportError as error:
             raise ConfigError(f"quantize needs a newer transformers ({error}): pip install -U transformers.") from None
-        options["quantizer"] = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=False))
+        # Sums of 8 by 8 bits do not fit into 16 on processors without VNNI: there the numbers would be others.
+        options["quantizer"] = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=True))
     config = EXPORT_BACKENDS[chosen.backend].config(**options)
     try:
         with hushed(), torch.no_grad():
@@ -233,42 +241,107 @@ def _tensors(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made_up(model: Any) -> list[dict[str, Any]]:
+    made = [_made_up_one(model, batch, length, seed) for seed, (batch, length) in enumerate(EXAMPLES)]
+    for one in made:
+        one.pop("decoder_attention_mask", None)
+    return made
+
+
+def _made_up_one(model: Any, batch: int, length: int, seed: int) -> dict[str, Any]:
     import torch
 
     from .measure.inputs import dummy_inputs
 
-    limit = getattr(model.config, "max_position_embeddings", None) or EXAMPLES[-1][1]
-    made = []
-    for seed, (batch, length) in enumerate(EXAMPLES):
-        inputs = dummy_inputs(model, batch, min(length, limit), seed)
-        if "token_type_ids" in inspect.signature(model.forward).parameters and "input_ids" in inputs:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        if "decoder_input_ids" in inputs:  # one token would be traced as the only number there can be
-            start = inputs["decoder_input_ids"]
-            inputs["decoder_input_ids"] = start.repeat(1, 2 + seed)
-        made.append(inputs)
-    return made
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    inputs = dummy_inputs(model, batch, min(length, limit), seed)
+    if "token_type_ids" in inspect.signature(model.forward).parameters and "input_ids" in inputs:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    if "decoder_input_ids" in inputs:
+        start = inputs["decoder_input_ids"]
+        inputs["decoder_input_ids"] = start.repeat(1, 2 + seed)
+        if "decoder_attention_mask" in inspect.signature(model.forward).parameters:
+            inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_input_ids"])
+    return inputs
 
 
-def _compare(pairs: list[tuple[Any, Any]], batches: list[dict[str, Any]]) -> tuple[float, float]:
-    """Largest difference as a part of the largest output, and how many outputs have the same largest entry."""
+def _several(example: dict[str, Any]) -> dict[str, Any]:
+    """The example with two rows and three tokens at least: a size of 1 would be traced as the only one."""
+    several = {}
+    for name, value in example.items():
+        rows = 2 if value.shape[0] == 1 else 1
+        columns = 3 if value.dim() == 2 and value.shape[1] == 1 else 1
+        several[name] = (
+            value.repeat(rows, columns, *[1] * (value.dim() - 2)) if value.dim() > 1 else value.repeat(rows)
+        )
+    return several
+
+
+def _others(model: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
+    """Inputs of other shapes with the names of the example: made up, or, where that cannot be, its first row alone and
+    again."""
+    try:
+        made = [_made_up_one(model, batch, length, seed) for seed, (batch, length) in enumerate(OTHERS)]
+    except (ConfigError, UnsupportedModelError):
+        made = [{}]
+    if not all(example.keys() <= one.keys() for one in made):
+        first = {name: value[:1] for name, value in example.items()}
+        return [{name: row.repeat(rows, *[1] * (row.dim() - 1)) for name, row in first.items()} for rows in (1, 5)]
+    return [{name: one[name] for name in example} for one in made]
+
+
+def _compared(model: Any, runtime: Any, batches: list[dict[str, Any]]) -> tuple[float, float]:
+    """Largest difference as a part of the largest output, and how many outputs have the same largest entry.
+
+    Raises:
+        UnsupportedModelError: the program does not take inputs that the model takes.
+    """
     import torch
 
     difference = largest = 0.0
     same = total = 0
-    for (expected, found), batch in zip(pairs, batches, strict=True):
+    for batch in batches:
+        expected = model(**batch)
+        try:
+            found = runtime(**batch)
+        except Exception as error:  # each runtime has its own
+            shapes = {name: tuple(value.shape) for name, value in batch.items()}
+            raise UnsupportedModelError(
+                f"The export of {type(model).__name__} does not take {shapes}, which the model takes: "
+                f"{type(error).__name__}: {str(error).strip()[:300]} Try another format: {', '.join(FORMATS)}."
+            ) from error
         ours, theirs = expected[0], torch.as_tensor(found[0])
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         if mask is not None and ours.dim() == 3 and mask.shape == ours.shape[:2]:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]  # what stands at padding is nobody's business
+        if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
+            return float("nan"), 0.0
         difference = max(difference, (ours - theirs).abs().max().item())
-        if not bool(torch.isfinite(theirs).all()):
-            difference = float("nan")
-            break
         largest = max(largest, ours.abs().max().item())
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        agree = (ours - theirs).abs() <= (1 - NEAR) * ours.abs().max()
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum() if ours.shape[-1] > 1 else agree.sum())
         total += ours[..., 0].numel()
     return difference / largest if largest else difference, same / max(total, 1)
+
+
+def _fault(
+    what: str, difference: float, same: float, others: tuple[float, float], quantize: str | None, asked: float | None
+) -> str | None:
+    """Why what was made is not good enough, if so; of 8 bits that are far off by themselves, a warning."""
+    formats = f"Try another format: {', '.join(FORMATS)}."
+    if quantize is None and not (difference <= SAME and others[0] <= SAME):
+        where = "" if not difference <= SAME else " at other numbers of rows and tokens"
+        off = max(difference, others[0]) if where else difference
+        return (
+            f"{what} computes another output{where}: {off:.2g} of the largest one away, where {SAME:g} is allowed. "
+            f"{formats}"
+        )
+    if math.isnan(difference) or math.isnan(others[0]):
+        return f"{what} gives numbers that are not finite. {formats}"
+    if same < (asked or 0):
+        return f"{what} gives the same prediction in {same:.1%}, less than min_agreement={asked:g}. {formats}"
+    if asked is None and same < NEAR:
+        logger.warning("%s gives the same prediction in only %.1f %% of the cases.", what, 100 * same)
+    return None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .exporting import NEAR, folder_name
 from .reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def measured(
             *_about_tokens(records),
             *_about_bits(records),
             *_about_memory(records),
+            *_about_exports([facts for _, facts in exports]),
         ),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
@@ -162,6 +164,16 @@ def _about_memory(records: list[StageRecord]) -> tuple[str, ...]:
         "each step, which gives the same gradient."
         for record in records
         if "batch_size_used" in record.facts
+    )
+
+
+def _about_exports(exports: list[dict[str, Any]]) -> tuple[str, ...]:
+    """An export that predicts something else is no silent success."""
+    return tuple(
+        f"The export {folder_name(facts['format'], facts['quantize'])} predicts the same as the model itself in only "
+        f"{facts['same_prediction']:.0%} of the outputs that were compared: see its own quality before you use it."
+        for facts in exports
+        if facts.get("same_prediction", 1.0) < NEAR
     )
 
 

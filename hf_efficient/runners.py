@@ -207,6 +207,7 @@ def run_export(run: Run, settings: ExportStage, source: Path, target: Path) -> d
         folder,
         inputs=[prepared.collator(part) for part in rows if part],
         quantize=settings.quantize,
+        min_agreement=settings.min_agreement,
     )
     if own.processor is not None:
         own.processor_for(model).save_pretrained(folder)

@@ -45,12 +45,13 @@ def integer(default: int | None, low: int, high: int, optional: bool = False) ->
     return _field(default, allowed, lambda value: type(value) is int and low <= value <= high, optional)
 
 
-def number(default: float, low: float, high: float, above: bool = False) -> Any:
+def number(default: float | None, low: float, high: float, above: bool = False, optional: bool = False) -> Any:
     """`above`: more than `low`, instead of at least."""
     return _field(
         default,
         f"a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}",
         lambda value: type(value) in (int, float) and (low < value if above else low <= value) and value <= high,
+        optional,
     )
 
 

@@ -27,6 +27,7 @@ from .settings import (
     TransferSettings,
     check_keys,
     integer,
+    number,
     one_of,
     read,
 )
@@ -130,10 +131,16 @@ class ExportStage(Settings):
 
     - export: {format: onnx}
     - export: {format: onnx, quantize: int8}
+    - export: {format: onnx, quantize: int8, min_agreement: 0.98}     # else the run fails
     """
 
     format: str = one_of("onnx", tuple(FORMATS))
     quantize: str | None = one_of(None, QUANTIZE, optional=True)
+    min_agreement: float | None = number(None, 0, 1, optional=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`min_agreement` only where it is given, so that runs of older versions go on."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("min_agreement", None)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,18 +258,18 @@ def check_order(stages: Sequence[tuple[str, Any]], task: str) -> None:
             the same export twice.
     """
     names = [name for name, _ in stages]
-    for number, name in enumerate(names):
-        path = f"stages[{number}].{name}"
+    for place, name in enumerate(names):
+        path = f"stages[{place}].{name}"
         allowed, why = LAST.get(name, (names, ""))
-        if wrong := [other for other in names[number + 1 :] if other not in allowed]:
+        if wrong := [other for other in names[place + 1 :] if other not in allowed]:
             raise ConfigError(f"{path} must come after {', '.join(wrong)}, not before: {why}.")
         if name == "vocabulary" and task != "text-classification":
             raise ConfigError(
                 f"{path} needs task text-classification, got {task!r}, whose score does not allow for other tokens. "
                 "Call prune_vocabulary(model, tokenizer, texts) on the result."
             )
-        if name == "export" and stages[number][1] in [settings for _, settings in stages[:number]]:
-            raise ConfigError(f"{path} is asked for twice: {shown(stages[number][1].to_dict())}.")
+        if name == "export" and stages[place][1] in [settings for _, settings in stages[:place]]:
+            raise ConfigError(f"{path} is asked for twice: {shown(stages[place][1].to_dict())}.")
 
 
 def read_distill(given: Any, path: str) -> DistillSettings:

@@ -163,3 +163,41 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["difference"] < 1e-4 and told["folder"] == str(tmp_path / "onnx")
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 6), (3, 1)])
+def test_an_example_of_one_row_or_one_token_gives_a_program_that_takes_others(rows, length, tmp_path):
+    from transformers.exporters import ExportedModel
+
+    available("torch")
+    model = small()
+    export(model, "torch", tmp_path / "out", inputs=[batch(rows, length)])
+    loaded = ExportedModel.from_pretrained(tmp_path / "out")
+    for shape in ((1, 1), (4, 9), (2, 14)):
+        inputs = batch(*shape)
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            assert_close(
+                torch.as_tensor(loaded(**inputs).logits)[real], model(**inputs).logits[real], 1e-4, str(shape)
+            )
+
+
+def test_a_program_for_one_shape_is_refused(tmp_path, monkeypatch):
+    from hf_efficient import exporting
+
+    available("torch")
+    monkeypatch.setattr(exporting, "_free", lambda value: {})
+    with pytest.raises(UnsupportedModelError, match="does not take"):
+        export(small(), "torch", tmp_path / "out", inputs=[batch(2, 9)])
+
+
+def test_too_little_agreement_is_a_warning_or_what_was_asked_for(tmp_path, monkeypatch, caplog):
+    from hf_efficient import exporting
+
+    assert exporting._fault("It", 0.3, 0.9, (0.3, 0.9), "int8", None) is None
+    assert "same prediction" in caplog.text
+    assert "min_agreement=0.95" in exporting._fault("It", 0.3, 0.9, (0.3, 0.9), "int8", 0.95)
+    caplog.clear()
+    assert exporting._fault("It", 0.3, 0.96, (0.3, 0.9), "int8", 0.95) is None and not caplog.text
+    with pytest.raises(ConfigError, match="min_agreement"):
+        export(small(), "torch", tmp_path / "out", min_agreement=2)

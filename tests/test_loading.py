@@ -1,6 +1,8 @@
 """What strangers saved: weights that are not those of the model are never filled up in silence."""
 
+import json
 import logging
+import struct
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, MarianMTModel
 
 from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prune
-from hf_efficient.errors import CheckpointError
+from hf_efficient.errors import CheckpointError, ConfigError
 from hf_efficient.families import FAMILIES
-from hf_efficient.loading import auto_class_of, load_model
+from hf_efficient.loading import auto_class_of, load_model, load_processor
 from hf_efficient.models.building import auto_classes
 from hf_efficient.quantization import quantize
 from tests.families import CASES, make_config, make_inputs, make_model
@@ -171,3 +173,126 @@ def test_the_class_is_that_of_the_config_by_its_exact_name(tmp_path):
     folder = saved(transformers.GPT2DoubleHeadsModel(make_config("gpt2")), tmp_path / "two")
     with pytest.raises(CheckpointError, match="GPT2DoubleHeadsModel"):
         auto_class_of(folder)
+
+
+def rewritten(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"intermediate_size": "32"},
+        {"num_attention_heads": None},
+        {"type_vocab_size": -2},
+        {"max_position_embeddings": 10**12},
+        {"vocab_size": 10**9},
+        {"hidden_size": 10**40},
+        {"num_hidden_layers": 5000},
+        {"num_hidden_layers": -3},
+        {"num_labels": 10**10, "id2label": None},
+        {"label2id": ["a"]},
+        {"architectures": "BertForSequenceClassification"},
+        {"architectures": [["BertModel"]]},
+        {"model_type": {}},
+        {"model_type": True},
+        {"dtype": "complex7"},
+        {"quantization_config": {"quant_method": "own"}},
+        {"pad_token_id": 51},
+        {"initializer_range": []},
+        {"transformers_weights": "../model.safetensors"},
+        {"transformers_weights": 5},
+    ],
+    ids=str,
+)
+def test_an_impossible_config_is_one_message(fields, tmp_path):
+    folder = rewritten(saved(bert(), tmp_path), **fields)
+    with pytest.raises((CheckpointError, ConfigError)):
+        load_model(CLASSIFIER, folder)
+
+
+@pytest.mark.parametrize("content", ["", "7", '"bert"', "[" * 9000, "{]", "\ufeff{}", "\ud800"], ids=ascii)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_a_file_that_is_no_object_is_named(name, content, tmp_path):
+    folder = saved(bert(), tmp_path)
+    (folder / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    if name.startswith("model"):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_processor(folder, images=False) if name.startswith("tok") else load_model(CLASSIFIER, folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.safetensors", "/tmp/out.safetensors", "sub/out.safetensors", "..", "x.bin", 7]
+)
+def test_an_index_names_files_beside_it_only(name, tmp_path):
+    folder = saved(bert(), tmp_path / "one", max_shard_size="8KB")
+    (tmp_path / "out.safetensors").write_bytes(next(folder.glob("*.safetensors")).read_bytes())
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["classifier.bias"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="same folder"):
+        load_model(CLASSIFIER, folder)
+
+
+def test_links_may_lead_within_the_folder_to_the_hub_cache_or_be_the_folder(tmp_path):
+    folder = saved(bert(), tmp_path / "models--me--one" / "snapshots" / "1a2b")
+    blobs = tmp_path / "models--me--one" / "blobs"
+    blobs.mkdir()
+    (folder / "model.safetensors").rename(blobs / "5e6f")
+    (folder / "model.safetensors").symlink_to("../../blobs/5e6f")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_model(CLASSIFIER, folder) and load_model(CLASSIFIER, tmp_path / "link")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        other = saved(bert(), tmp_path / f"with {name}")
+        (other / name).rename(outside / name)
+        (other / name).symlink_to(outside / name)
+        with pytest.raises(CheckpointError, match="outside of the folder"):
+            load_model(CLASSIFIER, other)
+
+
+@pytest.mark.parametrize("length", [1 << 63, 10**9, 1, 90_000_000])
+def test_the_header_of_weights_is_bounded_by_its_file(length, tmp_path):
+    folder = saved(bert(), tmp_path)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b'{"a":1}')
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(CLASSIFIER, folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_are_finite(value, tmp_path):
+    folder = saved(bert(), tmp_path)
+    change(folder, lambda state: state["bert.encoder.layer.1.output.dense.bias"][3:4].fill_(value))
+    with pytest.raises(CheckpointError, match=r"layer\.1\.output\.dense\.bias"):
+        load_model(CLASSIFIER, folder)
+
+
+def test_integers_are_no_weights(tmp_path):
+    folder = saved(bert(), tmp_path)
+    change(folder, lambda state: state.update({"classifier.bias": torch.ones(2, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match="I32"):
+        load_model(CLASSIFIER, folder)
+
+
+def test_pickles_and_adapters_are_refused_with_advice(tmp_path):
+    folder = saved(bert(), tmp_path / "one")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        load_model(CLASSIFIER, folder)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(CheckpointError, match="adapter of 'elsewhere'"):
+        load_model(CLASSIFIER, tmp_path / "two")
+
+
+@pytest.mark.parametrize("layers", [[0, 0, 1], [2, 1, 0], [0, 1, 4096]])
+def test_kept_layers_are_layers_of_the_original(layers, tmp_path):
+    folder = saved(convert_attention(bert(), AttentionConfig("local", window=4)), tmp_path)
+    block = json.loads((folder / "config.json").read_text())["efficient"] | {"kept_layers": {"encoder": layers}}
+    with pytest.raises(ConfigError, match="rising"):
+        load_model(CLASSIFIER, rewritten(folder, efficient=block))

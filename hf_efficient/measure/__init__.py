@@ -70,6 +70,8 @@ def measure(
     if energy:
         check_energy()
     models = {"model": model} if baseline is None else {"baseline": baseline, "model": model}
+    for name, each in models.items():
+        _check_model(each, name)
     folders = {"model": folder, "baseline": baseline_folder}
 
     def inputs_of(each):
@@ -100,6 +102,23 @@ def measure(
     if baseline is None:
         return measured["model"]
     return _joined(measured["baseline"], measured["model"], timing, evaluations)
+
+
+def _check_model(model: Any, name: str) -> None:
+    """A transformers model, or one that passes for it, with its weights in memory."""
+    import torch
+
+    from ..errors import UnsupportedModelError, shown
+
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "main_input_name"):
+        raise UnsupportedModelError(
+            f"{name} must be a transformers model, got {shown(model)}. Load one: AutoModel....from_pretrained(...)."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{name} has weights on the meta device, without memory: there is nothing to time. Load it whole, or onto "
+            "one device."
+        )
 
 
 def _energy(model: Any, inputs: dict) -> Energy:

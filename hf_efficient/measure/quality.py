@@ -32,6 +32,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
+from ..models.heads import auto_class_of_architecture
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from .context import evaluating
@@ -60,6 +61,8 @@ TASKS = {
     "sentence-embeddings": Task(None, "retrieval@1"),
 }
 _ALSO_CAUSAL = "LMHeadModel"
+# Heads whose class names do not say it: MarianMTModel, BertLMHeadModel.
+_BY_AUTO_CLASS = {"AutoModelForSeq2SeqLM": "seq2seq", "AutoModelForCausalLM": "causal-lm"}
 _LABELS = ("labels", "start_positions", "end_positions", PAIR)
 _SPAN = 1 << 32
 
@@ -103,6 +106,8 @@ def task_of(model: torch.nn.Module) -> str:
         UnsupportedModelError: a head without a known task.
     """
     name = type(model).__name__
+    if (auto := auto_class_of_architecture(name)) in _BY_AUTO_CLASS:
+        return _BY_AUTO_CLASS[auto]
     for task, settings in TASKS.items():
         if settings.head is not None and name.endswith(settings.head):
             return task
@@ -164,6 +169,7 @@ def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple
             f"The batch has no {missing[0]!r}, only {', '.join(sorted(batch))}. Label the data or fix the collator."
         )
     inputs = inputs_of(model, batch)
+    _check_ids(model, inputs.get("input_ids"))
     labels = torch.stack([batch[name] for name in names], dim=-1).to(next(model.parameters()).device)
     if len(names) == 2:
         return _score_spans(model(**inputs), token_masks(inputs, has_decoder=False)["encoder"], labels)
@@ -205,10 +211,32 @@ def inputs_of(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return inputs | first_positions(inputs) if counts_columns(model, names) else inputs
 
 
+def _check_ids(model: Any, ids: torch.Tensor | None) -> None:
+    """Raises DataError for ids that the embeddings have no row for: another tokenizer than the model's."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if ids is not None and ids.numel() and isinstance(table, torch.nn.Embedding):
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= table.num_embeddings:
+            raise DataError(
+                f"A text has the token {high if high >= table.num_embeddings else low}, and {type(model).__name__} "
+                f"knows 0 to {table.num_embeddings - 1}. Tokenize with the tokenizer of the model."
+            )
+
+
+def _check_labels(labels: torch.Tensor, classes: int, what: str) -> None:
+    """Raises DataError for a label that is no class, or no token of the text."""
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.numel():
+        raise DataError(
+            f"A label is {int(wrong[0])}, and there are {classes} {what}. Check the data, and the model's num_labels."
+        )
+
+
 def _score_spans(output: Any, mask: torch.Tensor, ends: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Start and end logits and mask `[B, T]`, ends `[B, 2]`: the most probable first and last token of each text."""
     both = torch.stack([output.start_logits, output.end_logits], dim=1).float()
     both = both.masked_fill(~mask[:, None], -torch.inf)
+    _check_labels(ends, both.shape[-1], "tokens in that text")
     loss = torch.nn.functional.cross_entropy(both.transpose(1, 2), ends, reduction="none").mean(1)
     spans = [positions[:, 0] * _SPAN + positions[:, 1] for positions in (both.argmax(-1), ends)]
     return [_one(*row) for row in zip(loss.cpu(), *(span.cpu() for span in spans), strict=True)]
@@ -224,6 +252,7 @@ def _score_sample(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     """Logits `[T, classes]`, labels `[T]`; only labels other than -100 count."""
     kept = labels != IGNORED
     logits, targets = logits[kept].float(), labels[kept]
+    _check_labels(targets, logits.shape[-1], "classes")
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").cpu()
     predictions, targets = logits.argmax(-1).cpu(), targets.cpu()
     return loss, (predictions == targets).sum(), torch.tensor(len(targets)), predictions, targets

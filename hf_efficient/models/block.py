@@ -95,7 +95,7 @@ class EfficientBlock:
         if not isinstance(data, dict):
             raise ConfigError(f"The `efficient` entry of config.json must be a mapping, got {type(data).__name__}.")
         version = data.get("version", VERSION)
-        if version != VERSION:
+        if version != VERSION or isinstance(version, bool):
             raise ConfigError(
                 f"The `efficient` entry of config.json has version {shown(version)}, this hf_efficient reads version "
                 f'{VERSION}. Upgrade it: pip install -U "hf-efficient".'
@@ -103,15 +103,9 @@ class EfficientBlock:
         _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
         stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
         kept = {
-            name: _integers(f"kept_layers.{name}", layers, low=0, high=MAX_LAYERS - 1)
+            name: _places(f"kept_layers.{name}", layers)
             for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
         }
-        for name, layers in kept.items():
-            if list(layers) != sorted(set(layers)):
-                raise ConfigError(
-                    f"efficient.kept_layers.{name} must name layers of the original in rising order, each once, got "
-                    f"{shown(list(layers))}."
-                )
         return cls(stacks=stacks, kept_layers=kept)
 
 
@@ -243,6 +237,16 @@ def _integers(where: str, data: Any, low: int, high: int = MAX_NEURONS) -> tuple
             f"{shown(data)}."
         )
     return tuple(data)
+
+
+def _places(where: str, data: Any) -> tuple[int, ...]:
+    """Layers of the original, each once and in its order."""
+    places = _integers(where, data, low=0, high=MAX_LAYERS - 1)
+    if list(places) != sorted(set(places)):
+        raise ConfigError(
+            f"efficient.{where} must name layers of the original in rising order, each once, got {shown(data)}."
+        )
+    return places
 
 
 def _known_keys(what: str, data: dict, known: tuple[str, ...]) -> None:

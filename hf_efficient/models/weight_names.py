@@ -10,6 +10,8 @@ compared with those of the base model, `AutoModel`, without the prefix that a he
 
 import logging
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ _COMPUTED = re.compile(
     r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|version|_float_tensor|num_batches_tracked"
     r"|relative_position_index|embed_positions\.weights|cos_cached|sin_cached|masked_spec_embed)$"
 )
+PACKED = 16  # weights of 2 bits, packed into integers of 32
+SPARE = 1 << 26  # a new head, or tables that are computed
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -47,6 +52,7 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
     if not (missing or left_over or shapes):
         return
     base = {_bare(key, model) for key in _base_state(model)}
+    parts = {_part(key, model) for key in base} | {part for part, _ in model.base_model.named_children()}
     head = {key for key in (*missing, *shapes) if _bare(key, model) not in base}
     saved = _saved_class(model)
     known = {_bare(key, model) for key in _names(saved, model)} if saved else set()
@@ -64,7 +70,11 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
             f"{name!r} has {_listed(wrong)} of another shape than its config says for {kind}. Take config.json and "
             "the weights from the same checkpoint."
         )
-    if extra := [key for key in left_over if _belongs_to_base(_bare(key, model), base, known)]:
+    if extra := [
+        key
+        for key in left_over
+        if _bare(key, model) not in base | known and _bare(key, model).partition(".")[0] in parts
+    ]:
         raise CheckpointError(
             f"{name!r} has {_listed(extra)} for which {kind} has no place: without them it would compute something "
             "else. config.json is not that of the weights, or adapters were not merged. Take both from the same "
@@ -78,6 +88,47 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
         )
     if new:
         logger.warning("New in %s of %s, to be trained: %s.", kind, name, _listed(new))
+
+
+def check_sizes(skeleton: PreTrainedModel, tensors: Mapping[str, Any], folder: Path) -> None:
+    """Is the model about as large as its weights?
+
+    Parameters:
+        skeleton: the model on the meta device.
+        tensors: what the headers of the weight files say: see `io.checkpoint.read_weights`.
+
+    Raises:
+        CheckpointError: the model would need far more memory than the weights have numbers, or those are integers.
+    """
+    held = sum(tensor.size for tensor in tensors.values())
+    needed = sum(each.numel() for each in skeleton.parameters())
+    computed = sum(each.numel() for each in skeleton.buffers())
+    if needed > PACKED * held + SPARE or computed > PACKED * held + 4 * SPARE:
+        raise CheckpointError(
+            f"{folder} holds {held:,} numbers, and its config asks for a model of {max(needed, computed):,}. Take "
+            "config.json and the weights from the same checkpoint."
+        )
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        return
+    real = {_bare(key, skeleton) for key, value in skeleton.state_dict().items() if value.is_floating_point()}
+    if wrong := sorted(key for key, each in tensors.items() if each.is_integer and _bare(key, skeleton) in real):
+        raise CheckpointError(
+            f"{folder} holds {_listed(wrong)} as {tensors[wrong[0]].dtype}, where {type(skeleton).__name__} computes "
+            "with floats, and its config names no quantisation. Take the weights from a good copy."
+        )
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Raises CheckpointError where a weight is NaN or infinite."""
+    for key, value in model.named_parameters():
+        values = value.data
+        if type(values) is torch.Tensor and values.dtype in _FLOATS and not values.is_meta and values.numel():
+            low, high = torch.aminmax(values)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise CheckpointError(
+                    f"The weights {key} of {name!r} hold numbers that are not finite: a training that diverged, or a "
+                    "damaged file. Take an earlier checkpoint, or a good copy."
+                )
 
 
 def _base_state(model: PreTrainedModel) -> set[str]:
@@ -100,6 +151,11 @@ def _names(kind: type[PreTrainedModel], model: PreTrainedModel) -> set[str]:
 
 def _bare(key: str, model: PreTrainedModel) -> str:
     return key.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else key
+
+
+def _part(key: str, model: PreTrainedModel) -> str:
+    """`encoder` of `bert.encoder.layer.0.output.dense.bias`."""
+    return _bare(key, model).partition(".")[0]
 
 
 def _saved_name(model: PreTrainedModel) -> str:
@@ -129,11 +185,6 @@ def _is_computed(key: str, saved: type[PreTrainedModel] | None, model: PreTraine
 
 def _is_pooler(key: str) -> bool:
     return "pooler" in key.split(".")
-
-
-def _belongs_to_base(key: str, base: set[str], known: set[str]) -> bool:
-    """True for a weight within a part of the base model of which neither it nor the class that was saved knows."""
-    return key not in base | known and key.partition(".")[0] in {each.partition(".")[0] for each in base}
 
 
 def _listed(keys: list[str]) -> str:

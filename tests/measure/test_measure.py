@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from hf_efficient.errors import ConfigError
+from hf_efficient.errors import ConfigError, UnsupportedModelError
 from hf_efficient.measure import measure
 from hf_efficient.reporting.environment import PACKAGE
 
@@ -83,3 +83,11 @@ print([name for name in ("torch", "transformers", "matplotlib", "huggingface_hub
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_is_no_model_or_has_no_weights_is_named():
+    for wrong, words in ((None, "None"), ("out/model", "out/model"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(UnsupportedModelError, match=words):
+            measure(wrong)
+    with pytest.raises(UnsupportedModelError, match="meta"):
+        measure(bert_classifier(), baseline=bert_classifier().to("meta"), sequence_length=8, repeats=2)

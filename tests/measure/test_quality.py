@@ -3,10 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 from hf_efficient.measure.quality import compare_quality, evaluate_quality, mean_and_error, task_of
 
+from ..families import make_config, make_model
 from .models import bert_classifier, bert_layer, gpt2, t5, vit
 
 
@@ -202,3 +204,20 @@ def test_tasks_are_known_from_the_head():
 def test_errors(data, settings, error, words):
     with pytest.raises(error, match=words):
         evaluate_quality(Scripted(), data, **{"task": "text-classification", **settings})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"), [("labels", 2, "label"), ("labels", -7, "label"), ("input_ids", 50, "token 50")]
+)
+def test_labels_and_tokens_that_the_model_does_not_have_are_named(field, value, words):
+    model = make_model("bert", head=transformers.BertForSequenceClassification)
+    rows = [{"input_ids": [3, 4, 5], "attention_mask": [1, 1, 1], "labels": 1} for _ in range(3)]
+    assert evaluate_quality(model, rows, task="text-classification").quality.samples == 3
+    rows[1] = rows[1] | {field: [3, value, 5] if field == "input_ids" else value}
+    with pytest.raises(DataError, match=words):
+        evaluate_quality(model, rows, task="text-classification")
+
+
+def test_heads_that_their_names_do_not_tell():
+    assert task_of(transformers.MarianMTModel(make_config("marian"))) == "seq2seq"
+    assert task_of(transformers.BertLMHeadModel(make_config("bert", is_decoder=True))) == "causal-lm"
