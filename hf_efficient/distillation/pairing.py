@@ -19,7 +19,7 @@ from .checks import check_cut, check_models, check_on_policy, check_shared_encod
 from .hidden_states import wanted_states
 from .layer_map import Pairs, map_attentions, map_layers, width
 from .projections import make_projections
-from .recorded import Modules, self_attentions
+from .recorded import Modules, output_widths, self_attentions
 from .terms import LOSSES, Loss, LossSettings, place_name
 
 SIDES = ("student", "teacher")
@@ -133,17 +133,20 @@ def _pairs(
 def _projections(
     student: nn.Module, teacher: nn.Module, losses: Mapping[str, Loss], pairs: Mapping[str, Mapping[str, Pairs]]
 ) -> nn.ModuleDict:
-    """For what has the width of the model; queries, keys and values are compared without."""
-    names = [
-        place_name(loss, stack, place)
-        for loss in ("hidden", "attention_output")
-        for stack, own in pairs.get(loss, {}).items()
-        for place in own
-    ]
-    names += ["embedding"] if "embedding" in losses else []
-    if not names:
-        return nn.ModuleDict()
-    return make_projections(names, (width(student), width(teacher)), next(student.parameters()).dtype)
+    """For what has a width of its own; queries, keys and values are compared without."""
+    places = {loss: [(s, pair) for s, own in pairs.get(loss, {}).items() for pair in own] for loss in pairs}
+    widths = {}
+    if "hidden" in pairs or "embedding" in losses:
+        both = width(student), width(teacher)
+        widths = {place_name("hidden", *place): both for place in places.get("hidden", [])}
+        widths |= {"embedding": both} if "embedding" in losses else {}
+    if "attention_output" in pairs:
+        stacks = tuple(pairs["attention_output"])
+        own, other = (output_widths(model, stacks) for model in (student, teacher))
+        for stack, pair in places["attention_output"]:
+            name = place_name("attention_output", stack, pair)
+            widths[name] = (own[stack, pair[0] - 1], other[stack, pair[1] - 1])
+    return make_projections(widths, next(student.parameters()).dtype)
 
 
 def _to_record(

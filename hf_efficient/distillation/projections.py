@@ -7,7 +7,7 @@ in a file of their own.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ ATTRIBUTE = "_distillation_projections"
 SIDE_FILE = "distillation_projections.safetensors"
 
 
-def make_projections(names: Iterable[str], widths: tuple[int, int], dtype: torch.dtype) -> nn.ModuleDict:
-    """One for each name, in float32 or wider; they keep angles at the start. None where the widths are equal."""
+def make_projections(widths: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> nn.ModuleDict:
+    """From student to teacher widths by name, in float32 or wider; they keep angles at the start. None where equal."""
     projections = nn.ModuleDict()
-    if widths[0] != widths[1]:
-        for name in names:
-            linear = nn.Linear(*widths, bias=False, dtype=torch.promote_types(dtype, torch.float32))
+    for name, (own, other) in widths.items():
+        if own != other:
+            linear = nn.Linear(own, other, bias=False, dtype=torch.promote_types(dtype, torch.float32))
             nn.init.orthogonal_(linear.weight)
             projections[name] = linear
     return projections

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..families import find_stacks, is_known
+from ..models.linears import num_inputs, output_dim
 from .batch import base_of
 
 Place = tuple[str, int]  # stack, and layer from 0
@@ -67,6 +68,23 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
                 f'{type(base).__name__}.set_attn_implementation("sdpa"), or load the model with it.'
             )
     return found
+
+
+def output_widths(model: nn.Module, stacks: tuple[str, ...]) -> dict[Place, int]:
+    """The width of what each self-attention module gives, by stack and layer; see `self_attentions`.
+
+    BERT's and ELECTRA's give the heads side by side, which are less wide than the model where heads were pruned; the
+    output linear, which makes them the model's width again, is a module beside them.
+    """
+    self_attentions(model, stacks)  # raises where there are none
+    widths = {}
+    for name, (stack, layers) in zip(stacks, find_stacks(base_of(model)), strict=False):
+        attention = stack.attention
+        is_inside = attention.output.startswith(f"{attention.module}.")
+        for index, layer in enumerate(layers):
+            linear = layer.get_submodule(attention.output)
+            widths[name, index] = linear.weight.shape[output_dim(linear)] if is_inside else num_inputs(linear)
+    return widths
 
 
 @contextmanager
