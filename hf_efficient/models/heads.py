@@ -1,0 +1,60 @@
+"""Which Auto class loads a model class: transformers' own tables, by exact names.
+
+auto_class_of_architecture("MarianMTModel")                    # "AutoModelForSeq2SeqLM"
+auto_class_of_architecture("EfficientWhisperForConditionalGeneration")  # "AutoModelForSpeechSeq2Seq"
+auto_class_of_architecture("GPT2DoubleHeadsModel")             # None: no Auto class makes one
+"""
+
+from functools import cache
+
+from transformers.models.auto import modeling_auto
+
+# A class may be in several tables: those that say most about its head come first, those for anything come last.
+_FIRST = (
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForCTC",
+    "AutoModelForRNNT",
+    "AutoModelForTDT",
+    "AutoModel",
+)
+_LAST = ("AutoModelForTextEncoding", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
+_EFFICIENT = "Efficient"
+
+
+def auto_class_of_architecture(name: str) -> str | None:
+    """The Auto class that makes models of the class `name`; an efficient class counts as the stock one.
+
+    `None` for a class that is in none of transformers' tables, and that nobody registered with an Auto class.
+    """
+    stock = name.removeprefix(_EFFICIENT)  # EfficientNetModel is a stock class
+    return _auto_classes().get(name) or _auto_classes().get(stock) or _registered(name) or _registered(stock)
+
+
+def _tables() -> dict[str, type]:
+    """Auto class by name, the most telling first."""
+    names = [name for name in vars(modeling_auto) if name.startswith("AutoModel")]
+    order = {name: place for place, name in enumerate((*_FIRST, *sorted({*names} - {*_FIRST, *_LAST}), *_LAST))}
+    return {name: getattr(modeling_auto, name) for name in sorted(names, key=order.__getitem__)}
+
+
+@cache
+def _auto_classes() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for auto, kind in _tables().items():
+        for value in kind._model_mapping._model_mapping.values():
+            for name in value if isinstance(value, (tuple, list)) else (value,):
+                found.setdefault(name, auto)
+    return found
+
+
+def _registered(name: str) -> str | None:
+    """Of classes that were given to `AutoModel....register`; not kept, more may come."""
+    for auto, kind in _tables().items():
+        for value in kind._model_mapping._extra_content.values():
+            if name in [each.__name__ for each in (value if isinstance(value, (tuple, list)) else (value,))]:
+                return auto
+    return None
