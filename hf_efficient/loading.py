@@ -24,29 +24,52 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
 
 
 def load_model(
-    auto_class: str, name: str | Path, *, trust_remote_code: bool = False, **options: Any
+    auto_class: str | type[PreTrainedModel],
+    name: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    new_head: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
-    """The model, loaded by the Auto class of that name."""
-    auto = getattr(transformers, auto_class)
-    return _load(auto, name, trust_remote_code=trust_remote_code, use_safetensors=True, **options)
+    """The model, loaded by the Auto class of that name or by a model class.
+
+    Parameters:
+        new_head: a head that the checkpoint does not have, or has for other labels, is made at random and named in the
+            log: it is about to be trained.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or its weights are not those of the model: missing, of another shape, or
+            left over.
+    """
+    from .models.weight_names import check_weight_names
+
+    auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load(auto, name, trust_remote_code=trust_remote_code, **options)
+    check_weight_names(model, info, str(name), new_head)
+    return model
 
 
 def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
     """The Auto class for the head that a checkpoint was saved with, by its config: `AutoModelForCausalLM`.
 
     Raises:
-        CheckpointError: the config names no class, or one with a head that has no Auto class.
+        CheckpointError: the config names no class, or one that no Auto class makes.
     """
-    [architecture, *_] = load_config(name, trust_remote_code=trust_remote_code).architectures or [""]
-    heads = [head for head in dir(transformers) if head.startswith("AutoModelFor")]
-    by_length = sorted(heads, key=len, reverse=True)
-    found = next((head for head in by_length if architecture.endswith(head.removeprefix("AutoModel"))), None)
-    if found is None and architecture.endswith(("LMHeadModel", "ForConditionalGeneration")):
-        found = "AutoModelForCausalLM" if architecture.endswith("LMHeadModel") else "AutoModelForSeq2SeqLM"
-    if found is None and architecture.endswith("Model"):
-        found = "AutoModel"
+    from .models.heads import auto_class_of_architecture
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    [architecture, *_] = config.architectures or [""]
+    found = auto_class_of_architecture(architecture)
+    remote = getattr(config, "auto_map", None) or {}
+    if found is None and trust_remote_code:
+        found = next((auto for auto, path in remote.items() if path.endswith(f".{architecture}")), None)
     if found is None:
-        raise CheckpointError(f"The config of {str(name)!r} does not say which head it has ({architecture!r}).")
+        what = f"{architecture}, which no Auto class of transformers makes" if architecture else "no class"
+        raise CheckpointError(
+            f"The config of {str(name)!r} names {what}, so its head is not known. Name the task of the head that you "
+            "want, or take a checkpoint that was saved with one of the usual classes."
+        )
     return found
 
 

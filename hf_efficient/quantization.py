@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError, unknown_name
+from .loading import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_si
     with tempfile.TemporaryDirectory() as folder:  # transformers quantises what it loads, and nothing else
         model.save_pretrained(Path(folder))
         config = transformers.TorchAoConfig(_torchao(method, group_size))
-        return type(model).from_pretrained(folder, quantization_config=config, use_safetensors=True).eval()
+        return load_model(type(model), folder, quantization_config=config).eval()
 
 
 def check_method(method: str) -> None:

@@ -76,9 +76,9 @@ def new_teacher(run: Run, prepared: PreparedData) -> PreTrainedModel:
     if asked.config is not None:
         config = fresh_config(asked.config | labels, run.processor)
         return getattr(transformers, run.auto_class).from_config(config)
-    options = {"trust_remote_code": asked.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if run.recipe.teacher is not None:  # a model that is taken as it is keeps its own head
-        options |= labels | {"ignore_mismatched_sizes": True}
+        options |= labels | {"new_head": True}
     model = load_model(run.auto_class, asked.name_or_path, **options)
     if model.config.pad_token_id is None and not run.task.is_of_images:
         model.config.pad_token_id = run.processor.pad_token_id

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from .distillation.checks import check_run
 from .distillation.meter import Meter
 from .errors import TrainingError
+from .loading import load_model
 
 Counts = dict[str, Tensor]
 
@@ -177,7 +178,7 @@ class StepTrainer(ExactTrainer):
 
 
 def restore_renamed(model, checkpoint: str | Path) -> None:
-    """Load the weights through `from_pretrained` if the file has names that the model does not know."""
+    """Load the weights as transformers translates them if the file has names that the model does not know."""
     path = Path(checkpoint) / WEIGHTS
     if not isinstance(model, PreTrainedModel) or not path.is_file():
         return  # adapters, FSDP and DeepSpeed have formats of their own
@@ -185,7 +186,7 @@ def restore_renamed(model, checkpoint: str | Path) -> None:
         names = set(file.keys())
     if names <= set(model.state_dict()):
         return
-    saved = type(model).from_pretrained(checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype)
+    saved = load_model(type(model), checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype)
     model.load_state_dict(saved.state_dict(), strict=False)  # what is not in the file stays as it is
 
 

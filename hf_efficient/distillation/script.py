@@ -164,7 +164,7 @@ def _student(script: ScriptArguments, config: Any, teacher: PreTrainedModel | No
     if "label" in TASKS[script.task].columns:
         labels = {"id2label": config.id2label, "label2id": config.label2id}
     auto, name = TASKS[script.task].auto_class, str(script.student)
-    return load_model(auto, name, trust_remote_code=script.trust_remote_code, **labels)
+    return load_model(auto, name, trust_remote_code=script.trust_remote_code, new_head=True, **labels)
 
 
 def _metric(name: str) -> Callable[[Any], dict[str, float]] | None:
