@@ -4,6 +4,7 @@ check(Run(recipe, folder))
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, UnsupportedModelError
@@ -26,6 +27,7 @@ def check(run: "Run") -> None:
     from .data import check_labels
     from .exporting import check_runtime
     from .families import family_of
+    from .fresh import check_fresh
     from .measure.energy import check_energy
     from .pruning.tokenizer import check_tokenizer
     from .quantization import check_pruned_groups, check_torchao
@@ -34,6 +36,8 @@ def check(run: "Run") -> None:
     if run.recipe.measure.energy:
         check_energy(run.recipe.measure.country)
     prepared, config = run.data(), run.config
+    if run.recipe.model.config is not None:
+        check_fresh(partial(run.skeleton, config))
     family_of(config)
     if config.is_encoder_decoder and not run.task.trains:
         raise UnsupportedModelError(

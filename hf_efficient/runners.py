@@ -27,6 +27,7 @@ from .distillation.arguments import DistillationArguments
 from .distillation.trainer import DistillationTrainer
 from .exporting import export
 from .fitting import fit, logged_losses, make_trainer, teacher_cut, trained, training_arguments
+from .fresh import fresh_config
 from .io.disk import remove_own
 from .loading import load_model, load_processor
 from .models.building import is_portable
@@ -39,7 +40,7 @@ from .pruning.prune import prune
 from .pruning.schedule import Gradual
 from .pruning.vocabulary import prune_vocabulary
 from .quantization import quantize
-from .running import TEACHER, Run, column_texts, fresh_config
+from .running import TEACHER, Run, column_texts
 from .settings import DistillSettings, TrainingSettings, TransferSettings
 from .stages import AttentionStage, ExportStage, PruneStage, QuantizeStage, VocabularyStage
 from .training import ExactTrainer

@@ -5,7 +5,6 @@ run.data(128).train, run.load(folder / "0-teacher")
 """
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,20 +15,18 @@ import transformers
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from .attention.positions import token_limit
 from .bundled import resolve_model
 from .data import TASKS, PreparedData, Task, load_dataset_any, prepare, rows_digest
-from .errors import CheckpointError, ConfigError, unknown_name
-from .families import FAMILIES, family_of
+from .errors import CheckpointError
+from .families import family_of
+from .fresh import fresh_config
 from .loading import load_config, load_model, load_processor
-from .models.block import check_stock_sizes
-from .new_tokenizer import token_fields, train_tokenizer
+from .new_tokenizer import train_tokenizer
 from .preparing import need_column
 from .recipe import Recipe
-from .settings import check_keys
 from .verify import output_digest
 from .workspace import MANIFEST
 
@@ -167,36 +164,17 @@ class Run:
         files = sorted(folder.iterdir()) if asked and folder.is_dir() else []
         return {
             "rows": {name: rows_digest(split) for name, split in self.rows.items()},
-            "model": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()],
+            "model": [
+                [file.name.encode("utf-8", "backslashreplace").decode(), file.stat().st_size, file.stat().st_mtime_ns]
+                for file in files
+                if file.is_file()
+            ],
         }
 
 
 def longest_text(config: PreTrainedConfig) -> int | None:
     """The tokens that a table of positions has rows for; None without one: the model then takes any length."""
     return family_of(config).longest_text(config)
-
-
-def fresh_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
-    """The config of a model that is trained from nothing, and reads what its tokenizer makes.
-
-    Raises:
-        ConfigError: an unknown model type or field, or an absurd size.
-    """
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if fields["model_type"] not in known:
-        raise unknown_name("model.config.model_type", fields["model_type"], known.keys())
-    config_class = known[fields["model_type"]]
-    names = {field.name for field in dataclasses.fields(config_class)} | {"model_type", "num_labels", "head_dim"}
-    check_keys(fields, sorted(names), "model.config")
-    if tokenizer is not None:
-        own = token_fields(tokenizer, config_class)
-        fields = {name: value for name, value in own.items() if name in names or name.startswith("decoder")} | fields
-    if fields["model_type"] in FAMILIES:
-        check_stock_sizes(fields, FAMILIES[fields["model_type"]])
-    try:
-        return transformers.AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.config: {error}") from error
 
 
 def column_texts(run: Run, roles: Sequence[str]) -> Iterator[str]:

@@ -11,14 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Hub:
     """What the server holds, and how it shall fail: `fail[path part] = [status, ...]`, one for each request.
 
-    Status 0 drops the connection without an answer.
+    Status 0 drops the connection without an answer, -1 never answers; bytes are sent as they are, with 200.
     """
 
     def __init__(self):
         self.repos: dict[str, bool] = {}  # id -> private
         self.objects: dict[str, bytes] = {}
         self.commits: list[dict[str, bytes]] = []
-        self.fail: dict[str, list[int]] = {}
+        self.fail: dict[str, list[int | bytes]] = {}
+        self.retry_after = "7"
+        self.ended = threading.Event()
         self.requests: list[tuple[str, str, str]] = []  # method, path, authorization
         self.url = ""
 
@@ -54,10 +56,19 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(text)
 
         def fail(self, status):
+            if isinstance(status, bytes):
+                self.send_response(200 if status else 204)
+                self.send_header("Content-Length", str(len(status)))
+                self.end_headers()
+                self.wfile.write(status)
+                return None
+            if status == -1:
+                hub.ended.wait()
+                status = 0
             if status == 0:
                 self.close_connection = True
                 return None
-            retry = {"Retry-After": "7"} if status == 429 else {}
+            retry = {"Retry-After": hub.retry_after} if status == 429 else {}
             return self.answer({"error": f"told to fail, {self.headers.get('Authorization')}"}, status, retry)
 
         def handle_one(self):
@@ -129,5 +140,6 @@ def serving():
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         server.server_close()

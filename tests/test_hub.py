@@ -1,6 +1,7 @@
 """A push against a server that speaks as the Hub does: what arrives, and what happens when it fails."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -180,10 +181,151 @@ def test_nobody_there(result, hub):
         push(result, "me/fast", token=TOKEN, endpoint="http://127.0.0.1:9", wait=lambda seconds: None)
 
 
-@pytest.mark.parametrize("name", ["fast", "me/fast/x", "../fast", "me/", "me/fa st", ""])
-def test_a_name_that_cannot_be(result, name):
-    with pytest.raises(ConfigError, match="user/name"):
-        push(result, name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "fast",
+            "me/fast/x",
+            "../fast",
+            "me/",
+            "me/fa st",
+            "",
+            "me/a---b",
+            "m--e/a",
+            "me/...a",
+            "me/.a",
+            "me/-a",
+            "-/a",
+        ),
+        *("me./a", "me-/a", "me/b.git", "mé/a", "me/名", "spaces/x", "api/models", f"me/{'x' * 97}", "me/a\n"),
+    ],
+)
+def test_a_name_that_cannot_be(result, hub, name):
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match="user/name"):
+            go_as(result, hub, name, dry_run=dry_run)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["me/fast", "Me-2/a.b_c-D", "m_e/9", f"me/{'x' * 90}"])
+def test_a_name_that_can(result, hub, name):
+    assert go_as(result, hub, name, dry_run=True).files.keys() == go_as(result, hub, name).files.keys()
+    assert hub.repos == {name: True}
+
+
+def go_as(result, hub, name, **options):
+    return push(result, name, token=TOKEN, endpoint=hub.url, wait=lambda seconds: None, **options)
+
+
+SECRETS = [
+    "hf_abc\ndef",
+    "hf_abc def",
+    "hf_\u00e4bc",
+    "hf_abc\x00",
+    "hf_abc\tdef",
+    "\u200bhf_abc",
+    "hf_abc\r\nX-Evil: 1",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS, ids=range(len(SECRETS)))
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(result, hub, secret, dry_run, caplog, capfd):
+    caplog.set_level("DEBUG")
+    with pytest.raises(ConfigError, match="Copy it again") as caught:
+        push(result, "me/fast", token=secret, endpoint=hub.url, dry_run=dry_run)
+    shown = str(caught.value) + repr(caught.value.__context__) + caplog.text + "".join(capfd.readouterr())
+    assert "hf_" not in shown and "abc" not in shown and not hub.requests
+
+
+def test_nor_is_one_of_the_environment(result, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "first-half second-half")
+    with pytest.raises(ConfigError, match="Copy it again") as caught:
+        push(result, "me/fast", endpoint=hub.url, dry_run=True)
+    assert "half" not in str(caught.value)
+
+
+NONSENSE = [b"", b"<html>Log in to the hotel</html>", b"[]", b"null", b'"text"', b"{}", b"3", b"\xff\xfe", b"[" * 9999]
+
+
+@pytest.mark.parametrize("answer", NONSENSE, ids=range(len(NONSENSE)))
+@pytest.mark.parametrize(
+    "where", ["/api/repos/create", "/api/models/me/fast", "/preupload/", "/objects/batch", "/commit/"]
+)
+def test_an_answer_that_no_hub_gives(result, hub, where, answer):
+    """An error in one message, or a push that arrived: never a traceback, never half."""
+    hub.fail[where] = [answer] * 9
+    try:
+        _, waits = go(result, hub)
+    except CheckpointError as error:
+        assert "me/fast" in str(error) and ("as the Hub does" in str(error) or "push again later" in str(error))
+        assert TOKEN not in str(error) and not hub.commits
+    else:
+        assert len(hub.commits) == 1 and not waits and where in ("/api/models/me/fast", "/api/repos/create")
+
+
+def test_a_server_that_never_answers_is_given_up(result, hub, monkeypatch):
+    monkeypatch.setattr("hf_efficient.hub.PATIENCE", 0.2)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    for where in ("/api/repos/create", "/api/models/me/fast", "/store/", "/commit/"):
+        hub.fail = {where: [-1] * 99}
+        with pytest.raises(CheckpointError, match="push again later"):
+            go(result, hub)
+        assert not hub.commits
+    hub.fail = {}
+    go(result, hub)
+    assert len(hub.commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        *(
+            ("0", 2.0),
+            ("9", 9.0),
+            ("99999999999999999999", 300.0),
+            ("-5", 2.0),
+            ("1e3", 2.0),
+            ("\u00b2", 2.0),
+            ("x", 2.0),
+        ),
+        *(("Wed, 21 Oct 2015 07:28:00 GMT", 2.0), ("Wed, 21 Oct 2915 07:28:00 GMT", 300.0), ("Wed, 99 Oct 2015", 2.0)),
+    ],
+)
+def test_a_busy_server_cannot_ask_for_everything(result, hub, asked, expected):
+    hub.fail["/api/repos/create"], hub.retry_after = [429], asked
+    _, waits = go(result, hub)
+    assert waits == [expected] and len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("asked", ["99999999999", "\u00b9", "9 days"])
+def test_nor_of_the_client_below(result, hub, asked, monkeypatch):
+    """Uploads are tried again by huggingface_hub itself, which would believe any number."""
+    slept = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", slept.append)
+    hub.fail["/store/"], hub.retry_after = [429], asked
+    go(result, hub)
+    assert len(hub.commits) == 1 and len(slept) == 1 and slept[0] <= 301
+
+
+def test_the_client_is_as_it_was_after_a_push(result, hub):
+    from huggingface_hub.utils import _http
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    go(result, hub)
+    assert _http._GLOBAL_CLIENT_FACTORY is before
+
+
+def test_a_file_name_that_is_not_utf_8(result, hub):
+    path = os.fsencode(result / "model") + b"/a\xff.txt"
+    with open(path, "w") as file:
+        file.write("x")
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match="Rename or remove it"):
+            go(result, hub, dry_run=dry_run)
+    os.unlink(path)
+    go(result, hub)
 
 
 def test_a_folder_without_a_result(result, tmp_path, monkeypatch):
