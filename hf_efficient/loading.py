@@ -22,8 +22,8 @@ from .io.checkpoint import CONFIG, check_config, check_links, check_processor, r
 ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
 
-def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a Hub id, a folder, or a bundled model.
+def load_config(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedConfig:
+    """The config of a Hub id, a folder, or a bundled model; `options`: of `AutoConfig.from_pretrained`.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -37,7 +37,7 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
             except CheckpointError:  # a config may be wanted without its weights
                 tensors = {}
             check_config(folder / CONFIG, tensors)
-    return _load(transformers.AutoConfig, name, trust_remote_code=trust_remote_code)
+    return _load(transformers.AutoConfig, name, trust_remote_code=trust_remote_code, **options)
 
 
 def load_model(

@@ -64,11 +64,32 @@ def marks_up_a_format(call: ast.Call) -> bool:
 
 RULES = {
     "what a terminal shows goes through print_text and say": Rule(
-        calls("print", "typer.echo", ".stdout.write"), ("cli/base.py",), {}
+        calls("print", "typer.echo", ".stdout.write"),
+        ("cli/base.py", "io/text.py"),
+        {"verify.py": "a digest of its own, read by the process that started it"},
     ),
-    "Markdown of f-strings is made by io/text": Rule(marks_up_a_format, ("io/text.py",), {}),
-    "JSON of strangers is read by io/json": Rule(calls("json.load", "json.loads"), ("io/json.py",), {}),
-    "what a user named is loaded by loading": Rule(calls(".from_pretrained"), ("loading.py",), {}),
+    "Markdown of f-strings is made by io/text": Rule(
+        marks_up_a_format,
+        ("io/text.py",),
+        {
+            "reporting/card.py": "code within a fence, of Python literals",
+            "reporting/tables.py": "the link of a shipped recipe, whose name is escaped",
+        },
+    ),
+    "JSON of strangers is read by io/json": Rule(
+        calls("json.load", "json.loads"),
+        ("io/json.py",),
+        {"pruning/tokenizer.py": "what the tokenizers library writes of a tokenizer in memory"},
+    ),
+    "what a user named is loaded by loading": Rule(
+        calls(".from_pretrained"),
+        ("loading.py",),
+        {
+            "models/building.py": "no file is read: the weights are those of a model in memory",
+            "pruning/tokenizer.py": "a folder that was written a line before",
+            "runtime.py": "an export that was just made, read by transformers.exporters",
+        },
+    ),
     "other programs are started by io/process": Rule(
         calls("subprocess.run", "subprocess.Popen", "subprocess.check_output", "subprocess.call", "os.system"),
         ("io/process.py",),
@@ -79,7 +100,9 @@ RULES = {
         calls("tempfile.mkdtemp", "tempfile.mkstemp", "tempfile.NamedTemporaryFile"), ("io/disk.py",), {}
     ),
     "files take their final name in io/disk": Rule(
-        calls("os.replace", "os.rename", "shutil.move"), ("io/disk.py",), {}
+        calls("os.replace", "os.rename", "shutil.move"),
+        ("io/disk.py",),
+        {"workspace.py": "the folder of a stage, which outlives a kill under its other name"},
     ),
     "files are written by io/disk": Rule(
         lambda call: calls(".write_text", ".write_bytes")(call) or opens_for_writing(call), ("io/disk.py",), {}

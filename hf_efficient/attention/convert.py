@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from ..families import family_of, find_stacks, is_known, layers_prefix
+from ..loading import load_config
 from ..models.block import ATTENTIONS, EfficientBlock, StackBlock
 from ..models.building import check_model, rebuild
 from ..models.configs import block_of, with_block
@@ -86,7 +87,7 @@ def efficient_config(
     if isinstance(name_or_path_or_config, PreTrainedConfig):
         stock, changes = name_or_path_or_config, kwargs
     else:
-        stock, changes = AutoConfig.from_pretrained(name_or_path_or_config, **kwargs), {}
+        stock, changes = load_config(name_or_path_or_config, **kwargs), {}
     block = block_of(stock) if attention is None else _converted(stock, attention, layers)
     return with_block(stock, block, **changes)
 

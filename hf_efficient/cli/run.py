@@ -1,7 +1,6 @@
 """Commands that change models: `compress`, `plan`, `prune`, `distill`."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +58,7 @@ def compress(
         _sweep(chosen, folder, as_json, trust or trust_remote_code)
         return
     report = run(chosen, output_dir=folder, announce=say, trust_remote_code=trust)
-    print_json(json.loads(report.to_json())) if as_json else print_text(text_table(report))
+    print_json(report.to_dict()) if as_json else print_text(text_table(report))
     if not as_json:
         print_text(f"\nModel, report, page, plots and card: {folder / MODEL}")
 
@@ -92,7 +91,7 @@ def _sweep(recipe: Any, folder: Path, as_json: bool, trust: bool) -> None:
 
     reports = sweep(recipe, output_dir=folder, announce=say, trust_remote_code=trust)
     if as_json:
-        print_json({label: json.loads(each.to_json()) for label, each in reports.items()})
+        print_json({label: each.to_dict() for label, each in reports.items()})
     else:
         print_text(f"{text_results(reports)}\n\nAll of them on one page: {folder / PAGE}")
 

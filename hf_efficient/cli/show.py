@@ -1,6 +1,5 @@
 """Commands that measure and show: `measure`, `report`, `card`, `list`, `env`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +86,7 @@ def report(
         write_atomic(page, report_page(reports))
         say(f"Page: {page}")
     if as_json:
-        print_json([json.loads(each.to_json()) for each in reports])
+        print_json([each.to_dict() for each in reports])
     else:
         tables = (f"{for_line(str(name))}\n{text_table(each)}" for name, each in zip(folders, reports, strict=True))
         print_text("\n\n".join(tables))

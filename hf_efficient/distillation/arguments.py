@@ -5,7 +5,6 @@
 Loss = sum of weight x term; each term is a mean over its own positions of one whole optimizer step.
 """
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, unknown_name
+from ..io.json import parse_json
 from .divergences import DIVERGENCES
 from .layer_map import MAPS
 from .losses import HIDDEN_DISTANCES, MAX_TEMPERATURE, POOLINGS
@@ -237,8 +237,8 @@ def _read_layer_map(what: str, layer_map: Any) -> Any:
 
 def _json(name: str, text: str) -> object:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ConfigError(
             f"{name}={text!r} is not JSON ({error}). Use double quotes inside, single quotes outside."
         ) from error

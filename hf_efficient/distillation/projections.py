@@ -6,7 +6,6 @@ optimizer, DDP, FSDP and DeepSpeed treat them as parameters, and never appear in
 in a file of their own.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..io.disk import write_atomic
 
 ATTRIBUTE = "_distillation_projections"
 SIDE_FILE = "distillation_projections.safetensors"
@@ -54,10 +54,8 @@ def detach(student: Any, projections: nn.ModuleDict) -> None:
 
 def save_projections(folder: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write the side file; a run that is killed while writing leaves the former file as it was."""
-    path = Path(folder, SIDE_FILE)
-    temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    content = safetensors.torch.save({key: value.detach().contiguous() for key, value in tensors.items()})
+    write_atomic(Path(folder, SIDE_FILE), content)
 
 
 def load_projections(folder: str | Path, projections: nn.ModuleDict) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data import TASKS, check_labels
 from ..errors import CheckpointError, ConfigError
+from ..io.text import show
 from ..loading import load_config, load_model
 from ..training import MarkComplete, last_checkpoint
 from .arguments import DistillationArguments
@@ -118,7 +119,7 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     if script.dry_run:
         plan = describe(trainer)
         if args.process_index == 0:
-            print(plan)
+            show(plan)
             if is_new:
                 Path(args.output_dir).rmdir()  # the Trainer has made it
         return {}

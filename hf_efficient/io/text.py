@@ -29,6 +29,11 @@ def for_terminal(text: str) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def show(text: str) -> None:
+    """Print it; the terminal obeys nothing in it."""
+    print(for_terminal(text))
+
+
 def for_line(text: str, limit: int | None = None) -> str:
     """As `for_terminal`, on one line, of at most `limit` characters."""
     line = " ".join(for_terminal(text).split())

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from ..data import TASKS, PreparedData, check_labels, load_dataset_any, prepare
 from ..errors import ConfigError, unknown_name
 from ..io.disk import check_empty, new_folder, write_atomic
+from ..io.text import show
 from ..loading import load_model, load_processor
 from ..measure.quality import evaluate_quality
 from .config import PruningConfig
@@ -110,14 +111,14 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
         found = described(model, own.plan(), own.config, own.length, own.costs)
         small = own.cutter.cut(found)
         rows.append(_row(script, ratio, found.forecast.removed_macs, small, data))
-        print(f"ratio {ratio}: {rows[-1]['metric']} {rows[-1]['score']:.4f}, dense {rows[0]['score']:.4f}")
+        show(f"ratio {ratio}: {rows[-1]['metric']} {rows[-1]['score']:.4f}, dense {rows[0]['score']:.4f}")
     with new_folder(folder) as target:
         if script.ratio is None:
             write_atomic(target / SWEEP, json.dumps(rows, indent=1) + "\n")
             plot_sweep(rows, target / PICTURE)
             _plot_importance(first, target / IMPORTANCE)
         else:
-            print(plan_table(found))
+            show(plan_table(found))
             small.save_pretrained(target)
             found.save(target / PLAN)
             if processor is not None:

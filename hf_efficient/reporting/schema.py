@@ -326,7 +326,11 @@ class Report:
 
     def to_json(self) -> str:
         """Strict JSON text; a number that is not finite (a diverged model's loss) is written as a string."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values of `to_json`."""
+        return _finite(asdict(self))
 
     @classmethod
     def from_json(cls, text: str, source: str = "this report") -> "Report":
