@@ -77,6 +77,9 @@ def check_state(checkpoint: str | Path) -> None:
         number = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
         if number and number[1] != str(step):
             raise ValueError(f"global_step is {step} in {Path(checkpoint).name}")
+        callbacks = (values.get("stateful_callbacks") or {}).values()
+        if any(type(entry) not in (dict, list) for entry in callbacks):
+            raise ValueError("stateful_callbacks is no mapping of mappings")
         if any(type(entry) is not dict for entry in values.get("log_history") or []):
             raise ValueError("log_history is no list of mappings")
 
