@@ -24,8 +24,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from .distillation.batch import base_of
@@ -34,6 +35,7 @@ from .distillation.meter import Meter
 from .errors import TrainingError
 from .loading import load_model
 from .models.token_masks import real_inputs
+from .resuming import STATE, check_moments, check_schedule, check_state, clear_faults
 
 Counts = dict[str, Tensor]
 
@@ -56,10 +58,20 @@ class ExactTrainer(Trainer):
     """
 
     _first_broken: Tensor | None = None  # the first step whose loss was not finite
+    _resumed: str | None = None  # the checkpoint that training goes on from
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer.train`."""
+        """As in `Trainer.train`.
+
+        Raises:
+            CheckpointError: the checkpoint to resume from is damaged.
+        """
         self._first_broken = None
+        resume = args[0] if args else kwargs.get("resume_from_checkpoint")
+        checkpoint = get_last_checkpoint(self.args.output_dir) if resume is True else resume
+        if checkpoint and Path(checkpoint, STATE).is_file():
+            check_state(checkpoint)
+        self._resumed = checkpoint or None
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -118,8 +130,39 @@ class ExactTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_renamed(self.model if model is None else model, resume_from_checkpoint)
+        with clear_faults(resume_from_checkpoint, WEIGHTS):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            restore_renamed(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = Path(checkpoint, SCHEDULER_NAME)
+        with clear_faults(checkpoint, SCHEDULER_NAME):
+            if schedule.is_file():
+                check_schedule(torch.load(schedule, weights_only=True), self.lr_scheduler.state_dict())
+        with clear_faults(checkpoint, OPTIMIZER_NAME):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_moments(self.optimizer)
+
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is None:
+            return
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        with clear_faults(checkpoint, name):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self):
+        with clear_faults(self._resumed or self.args.output_dir, STATE):
+            super()._load_callback_state()
+
+    def _issue_warnings_after_load(self, load_result):
+        """Tied weights are saved once: what shares its tensor with one that was there is not missing."""
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        there = {id(weight) for name, weight in weights.items() if name not in missing}
+        load_result.missing_keys[:] = [n for n in load_result.missing_keys if id(weights.get(n)) not in there]
+        super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self):
         super()._load_best_model()

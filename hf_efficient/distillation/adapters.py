@@ -25,8 +25,8 @@ def own_base(student: nn.Module, args: Any) -> PreTrainedModel:
     """
     if not isinstance(student, PeftModel):
         raise ConfigError(
-            "Without a teacher the student must be a PEFT model, which learns from its own base. Give "
-            "teacher=AutoModelFor....from_pretrained(...), or a TeacherCache."
+            f"losses={list(args.losses)} need a teacher. Give teacher=AutoModelFor....from_pretrained(...) or a "
+            "TeacherCache; losses={'ce': 1.0} needs none, and a PEFT student learns from its own base."
         )
     for name in ("teacher_dtype", "share_encoder"):
         if getattr(args, name):

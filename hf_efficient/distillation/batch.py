@@ -9,32 +9,55 @@ The masks made here are both what a loss sums over and what its denominator coun
 """
 
 import inspect
+import typing
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import DataError, UnsupportedModelError
 from ..families import find_stacks, is_known
+from ..models.heads import auto_class_of_architecture, decoder_inputs
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
 from .losses import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
-# `PreTrainedModel.loss_type` -> how labels and logits are aligned.
+# How labels and logits are aligned, by the Auto class of the model's class.
 KINDS = {
+    "AutoModelForCausalLM": "causal_lm",
+    "AutoModelForSeq2SeqLM": "causal_lm",  # "tokens" where there is a decoder of its own
+    "AutoModelForSpeechSeq2Seq": "causal_lm",
+    "AutoModelForImageTextToText": "causal_lm",
+    "AutoModelForMaskedLM": "tokens",
+    "AutoModelForTokenClassification": "tokens",
+    "AutoModelForSequenceClassification": "examples",
+    "AutoModelForImageClassification": "examples",
+    "AutoModelForAudioClassification": "examples",
+    "AutoModelForVideoClassification": "examples",
+    "AutoModelForQuestionAnswering": "spans",
+    "AutoModelForDocumentQuestionAnswering": "spans",
+    "AutoModel": "embeddings",
+    "AutoModelForTextEncoding": "embeddings",
+}
+# For classes that no Auto class makes: the loss that transformers gives them (`PreTrainedModel.loss_type`).
+LOSS_KINDS = {
     "ForCausalLM": "causal_lm",
+    "ForConditionalGeneration": "causal_lm",
     "ForMaskedLM": "tokens",
     "ForTokenClassification": "tokens",
-    "ForConditionalGeneration": "causal_lm",  # "tokens" where there is a decoder of its own
     "ForSequenceClassification": "examples",
     "ForImageClassification": "examples",
     "ForAudioClassification": "examples",
     "ForVideoClassification": "examples",
     "ForQuestionAnswering": "spans",
 }
+# What the forward of each kind takes and gives beside its inputs.
+TAKES = {"spans": "start_positions"}
+GIVES = {"spans": "start_logits", "embeddings": "last_hidden_state"}
 TASK_KINDS = ("causal_lm", "tokens", "examples", "spans", "embeddings")
 LABELS = frozenset({"labels", "start_positions", "end_positions"})
 
@@ -71,29 +94,31 @@ def forward_names(model: nn.Module) -> frozenset[str]:
 
 
 def task_of(model: nn.Module) -> Task:
-    """Read the task from the model's class and config.
+    """Read the task from the model's class, its config, and what its forward takes and gives.
 
     Raises:
         UnsupportedModelError: a head whose losses are not defined here.
     """
-    base = base_of(model)
-    name = type(base).__name__
-    kind = KINDS.get(base.loss_type or "")
-    if kind is None and name.endswith("LMHeadModel"):  # GPT2LMHeadModel and its generation have no loss_type
-        kind = "causal_lm"
-    stacks = ("encoder", "decoder") if "decoder_input_ids" in forward_names(model) else ("encoder",)
-    if kind is None and _is_headless(base) and len(stacks) == 1:
-        kind = "embeddings"
-    if kind is None:
+    base, names = base_of(model), forward_names(model)
+    stacks = ("encoder", "decoder") if "decoder_input_ids" in names else ("encoder",)
+    auto = next(filter(None, (auto_class_of_architecture(kind.__name__) for kind in type(base).__mro__)), None)
+    kind = KINDS.get(auto or "") if auto is not None else LOSS_KINDS.get(base.loss_type or "")
+    if kind is None and auto is None and base.get_output_embeddings() is not None and base.can_generate():
+        kind = "causal_lm"  # GPT2DoubleHeadsModel
+    if kind is None and auto is None and not type(base).__module__.startswith("transformers."):
+        kind = "embeddings"  # a class of one's own, if it is like those of AutoModel
+    given, wanted = _given_by(base), GIVES.get(kind or "", "logits")
+    fits = TAKES.get(kind or "", "labels") in names if kind != "embeddings" else _is_headless(names, stacks)
+    if kind is None or not fits or (given is not None and wanted not in given):
         raise UnsupportedModelError(
-            f"{name} cannot be distilled: its head is none of {', '.join(KINDS)}. Load the model with one of "
-            "AutoModelForSequenceClassification, ForTokenClassification, ForQuestionAnswering, ForMaskedLM, "
-            "ForCausalLM, ForSeq2SeqLM or ForImageClassification; or, for embeddings, an encoder or decoder with "
-            "AutoModel (T5EncoderModel for T5)."
+            f"{type(base).__name__} cannot be distilled: its head is none of those whose losses are known. Load the "
+            "model with one of AutoModelForSequenceClassification, ForTokenClassification, ForQuestionAnswering, "
+            "ForMaskedLM, ForCausalLM, ForSeq2SeqLM, ForSpeechSeq2Seq or ForImageClassification; or, for embeddings, "
+            "an encoder or decoder with AutoModel (T5EncoderModel for T5)."
         )
     if kind == "causal_lm" and len(stacks) == 2:
         kind = "tokens"
-    has_classes = kind == "examples" or base.loss_type == "ForTokenClassification"
+    has_classes = kind == "examples" or "ForTokenClassification" in (auto or base.loss_type or "")
     return Task(
         kind=kind,
         problem=base.config.problem_type if kind == "examples" else SINGLE_LABEL,
@@ -107,11 +132,18 @@ def _is_decoder(model: PreTrainedModel) -> bool:
     return is_known(model.config) and [stack.name for stack, _ in find_stacks(model)] == ["decoder"]
 
 
-def _is_headless(model: PreTrainedModel) -> bool:
-    """Whether it only gives hidden states: `BertModel`, `T5EncoderModel`, `ViTModel`; not `CLIPModel` with its two."""
-    names = forward_names(model)
-    towers = {"input_ids", "pixel_values"} & names
-    return type(model).__name__.endswith("Model") and not names & {*LABELS, "next_sentence_label"} and len(towers) == 1
+def _is_headless(names: Collection[str], stacks: tuple[str, ...]) -> bool:
+    """Whether it reads one text or one image and knows no labels: `BertModel`, `ViTModel`; not `CLIPModel`."""
+    towers = {"input_ids", "pixel_values"} & set(names)
+    return len(stacks) == 1 and not LABELS & set(names) and len(towers) == 1
+
+
+def _given_by(model: PreTrainedModel) -> set[str] | None:
+    """The fields of what the forward gives, by its annotation; `None` without one."""
+    hint = inspect.signature(model.forward).return_annotation
+    kinds = [each for each in (hint, *typing.get_args(hint)) if isinstance(each, type)]
+    outputs = [each for each in kinds if issubclass(each, ModelOutput) and each is not ModelOutput]
+    return {item.name for each in outputs for item in fields(each)} or None
 
 
 class Batch:
@@ -194,8 +226,7 @@ class Batch:
         inputs = {name: value for name, value in self.inputs.items() if name in names and name not in LABELS}
         seq2seq = self.task.kind == "tokens" and len(self.task.stacks) == 2
         if seq2seq and inputs.get("decoder_input_ids") is None and self.labels is not None:
-            prepare: Any = model.prepare_decoder_input_ids_from_labels
-            inputs["decoder_input_ids"] = prepare(labels=self.labels)
+            inputs["decoder_input_ids"] = decoder_inputs(model, self.labels)
         if "use_cache" in names:
             inputs["use_cache"] = False
         return inputs

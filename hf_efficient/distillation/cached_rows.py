@@ -208,7 +208,7 @@ def row_keys(batch: Batch, names: Collection[str]) -> list[bytes]:
     encoder = masks["encoder"]
     inputs = {name: batch.inputs[name].cpu() for name in sorted(names) if torch.is_tensor(batch.inputs.get(name))}
     parts: list[tuple[str, Tensor, Tensor | None]] = [
-        (name, value, encoder if value.shape[:2] == encoder.shape else None)
+        (name, value, encoder if value.shape[:2] == encoder.shape and name != "input_features" else None)
         for name, value in inputs.items()
         if not name.startswith("decoder_") and name != "attention_mask" and name not in LABELS
     ]

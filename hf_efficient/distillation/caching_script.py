@@ -44,6 +44,8 @@ class CacheArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher is None:
+            raise ConfigError("Give teacher, the Hub id or folder of the model whose answers are kept.")
         if not self.output_dir:
             raise ConfigError("Give output_dir, the folder of the cache.")
         if self.task == "masked-lm":

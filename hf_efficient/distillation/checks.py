@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..models.heads import shifts_labels
 from .batch import Task, base_of, task_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
@@ -19,34 +20,54 @@ NEEDS_DECODER_INPUTS = "prepare_decoder_input_ids_from_labels"
 
 
 def check_models(
-    student: nn.Module, teacher: nn.Module, losses: Collection[str], *, truncate_vocabulary: bool = False
+    student: nn.Module, teacher: nn.Module | None, losses: Collection[str], *, truncate_vocabulary: bool = False
 ) -> Task:
-    """Compare student and teacher; gives the student's task.
+    """Compare student and teacher, where there is one; gives the student's task.
 
     Raises:
         UnsupportedModelError: models whose heads, vocabularies or labels cannot be compared.
     """
-    task, teacher_task = task_of(student), task_of(teacher)
+    task = task_of(student)
+    check_losses(losses, headless=task.kind == "embeddings")
+    if teacher is None:
+        _check_student(student, task)
+        return task
+    teacher_task = task_of(teacher)
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
     if task.kind != teacher_task.kind or task.stacks != teacher_task.stacks:
         raise UnsupportedModelError(f"{names} do different things. Load both with the same AutoModelFor... class.")
-    check_losses(losses, headless=task.kind == "embeddings")
     if not truncate_vocabulary:
         _check_vocabularies(student, teacher)
     if "kd" in losses:
         _check_labels(task, teacher_task, student, teacher)
-    if task.kind == "tokens" and len(task.stacks) == 2 and not hasattr(base_of(student), NEEDS_DECODER_INPUTS):
+    _check_student(student, task)
+    # A fresh config leaves problem_type open until its first labels; the trained teacher's does not.
+    return replace(task, problem=task.problem or teacher_task.problem)
+
+
+def _check_student(student: nn.Module, task: Task) -> None:
+    if task.kind == "tokens" and len(task.stacks) == 2 and not shifts_labels(base_of(student)):
         raise UnsupportedModelError(
-            f"{type(base_of(student)).__name__} has no {NEEDS_DECODER_INPUTS}, so student and teacher cannot be given "
-            "the same decoder inputs."
+            f"{type(base_of(student)).__name__} has no {NEEDS_DECODER_INPUTS}, and its config no "
+            "decoder_start_token_id and pad_token_id, so student and teacher cannot be given the same decoder inputs. "
+            "Set both in the config."
         )
     if isinstance(student, PeftModel) and student.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(
             "Prompt-learning adapters add positions that the teacher does not have. Use LoRA or another adapter that "
             "keeps the sequence length."
         )
-    # A fresh config leaves problem_type open until its first labels; the trained teacher's does not.
-    return replace(task, problem=task.problem or teacher_task.problem)
+
+
+def check_alone(args: Any) -> None:
+    """Whether nothing is asked of a teacher that is not there.
+
+    Raises:
+        ConfigError: a setting of the teacher.
+    """
+    for name in ("teacher_dtype", "teacher_max_length", "share_encoder"):
+        if getattr(args, name):
+            raise ConfigError(f"{name}={getattr(args, name)!r} needs a teacher, and none was given. Leave it out.")
 
 
 def check_cut(task: Task, losses: Collection[str], length: int | None) -> None:

@@ -33,10 +33,9 @@ def _models(trainer: DistillationTrainer) -> Lines:
         kept = "all logits" if layout.top_k is None else f"the {layout.top_k} largest logits of each token"
         kept = kept if layout.sampled is None else f"{layout.sampled} tokens drawn for each token"
         return [*lines, ("teacher", f"{len(trainer.cache):,} cached answers in {trainer.cache.folder}, {kept}")]
-    return [
-        *lines,
-        ("teacher", "the student without its adapters" if trainer.teaches_itself else _model(trainer.teacher)),
-    ]
+    if trainer.teacher is None:
+        return [*lines, ("teacher", "the student without its adapters" if trainer.teaches_itself else "none")]
+    return [*lines, ("teacher", _model(trainer.teacher))]
 
 
 def _model(model: Any) -> str:

@@ -24,7 +24,6 @@ from ..safe_yaml import parse as parse_yaml
 class DataArguments:
     """The teacher, and the data that it is asked about; the help of each field says what it means."""
 
-    teacher: str = field(metadata={"help": "Hub id or folder of a trained teacher."})
     dataset: str = field(
         metadata={
             "help": "bundled:NAME, Hub id (user/name or user/name:config), save_to_disk folder, or a .csv, .tsv, "
@@ -32,6 +31,9 @@ class DataArguments:
         }
     )
     task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a trained teacher; the loss ce alone needs none."}
+    )
     text_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Second text of a pair, if there is one."})
     label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
@@ -55,14 +57,19 @@ class DataArguments:
         if self.task not in TASKS:
             raise unknown_name("task", self.task, TASKS)
 
+    @property
+    def source(self) -> str:
+        """The model whose tokenizer and labels count."""
+        return str(self.teacher)
+
     def load_processor(self) -> Any:
-        """The teacher's tokenizer or image processor."""
+        """The teacher's tokenizer or image processor; without one, the student's."""
         return load_processor(
-            self.teacher, images=TASKS[self.task].is_of_images, trust_remote_code=self.trust_remote_code
+            self.source, images=TASKS[self.task].is_of_images, trust_remote_code=self.trust_remote_code
         )
 
     def load_teacher(self) -> PreTrainedModel:
-        return load_model(TASKS[self.task].auto_class, self.teacher, trust_remote_code=self.trust_remote_code)
+        return load_model(TASKS[self.task].auto_class, self.source, trust_remote_code=self.trust_remote_code)
 
     def load_data(self, processor: Any, seed: int) -> PreparedData:
         rows = load_dataset_any(

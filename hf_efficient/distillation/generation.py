@@ -28,8 +28,9 @@ GENERATING = "models that write: AutoModelForCausalLM and AutoModelForSeq2SeqLM"
 
 
 def writes(model: Any) -> bool:
-    """Whether a model can generate, token by token."""
-    return task_of(model).kind in ("causal_lm", "tokens") and base_of(model).can_generate()
+    """Whether a model can continue or answer a text, token by token. Whisper's `generate` has ways of its own."""
+    reads = "input_ids" in forward_names(model)
+    return reads and task_of(model).kind in ("causal_lm", "tokens") and base_of(model).can_generate()
 
 
 @torch.no_grad()

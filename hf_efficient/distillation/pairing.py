@@ -32,7 +32,7 @@ class Pairing:
         losses: the entries of the table that are trained on.
         pairs: by loss and stack the (student, teacher) layers that it compares.
         projections: between the widths, where they differ.
-        names: what the forward of each side takes.
+        names: what the forward of each side takes; nothing where there is no teacher.
         counts_columns: whether each side is to be told the positions of tokens behind padding.
         recorded: the attentions of each side that a loss looks into.
         vocabulary: how many entries both vocabularies share, where one of them is padded.
@@ -77,20 +77,24 @@ class Pairing:
 
 
 def pair(
-    student: nn.Module, teacher: nn.Module, args: DistillationArguments, cache: TeacherCache | None = None
+    student: nn.Module, teacher: nn.Module | None, args: DistillationArguments, cache: TeacherCache | None = None
 ) -> Pairing:
-    """Compare the models, and find what the losses need of them.
+    """Compare the models, and find what the losses need of them; without a teacher, of the student alone.
 
     Raises:
         ConfigError, UnsupportedModelError: models that cannot be compared so, or would silently be trained wrongly.
     """
     task = check_models(student, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
+    losses = {name: LOSSES[name] for name in args.losses}
+    if teacher is None:
+        names = {"student": forward_names(student), "teacher": frozenset()}
+        counted = {"student": counts_columns(base_of(student), names["student"]), "teacher": False}
+        return Pairing(task, losses, {}, nn.ModuleDict(), names, counted, {"student": {}, "teacher": {}}, None)
     check_cut(task, args.losses, args.teacher_max_length)
     if args.on_policy:
         check_on_policy(student, args.losses, is_cached=cache is not None)
     if args.share_encoder:
         check_shared_encoder(task, student, teacher, args.losses)
-    losses = {name: LOSSES[name] for name in args.losses}
     pairs = _pairs(student, teacher, args, losses, task)
     if cache is not None:
         cache.check(args, pairs)

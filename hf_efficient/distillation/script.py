@@ -26,7 +26,7 @@ from .cache import TeacherCache
 from .dry_run import describe
 from .flags import DataArguments, parse
 from .student import build_student
-from .terms import check_losses
+from .terms import LOSSES, check_losses
 from .trainer import DistillationTrainer
 
 
@@ -66,6 +66,8 @@ class ScriptArguments(DataArguments):
                 "Give student (an existing model) or student_layers (cut from the teacher), one of them; "
                 f"got student={self.student!r} and student_layers={self.student_layers!r}."
             )
+        if self.teacher is None and (self.student is None or self.teacher_cache is not None):
+            raise ConfigError("Give teacher, whose layers student_layers cuts and whose answers teacher_cache holds.")
         if self.student_layers is None and (self.student_heads or self.student_neurons or self.student_hidden_size):
             raise ConfigError(
                 "student_heads, student_neurons and student_hidden_size cut the teacher: give student_layers too."
@@ -74,6 +76,10 @@ class ScriptArguments(DataArguments):
             raise ConfigError(f"student_layers must be 1 or more, got {self.student_layers}.")
         if self.teacher_cache is not None and self.task == "masked-lm":
             raise ConfigError("masked-lm has other masks in every epoch: leave teacher_cache out.")
+
+    @property
+    def source(self) -> str:
+        return str(self.student if self.teacher is None else self.teacher)
 
 
 def read(words: Sequence[str]) -> tuple[ScriptArguments, DistillationArguments]:
@@ -84,6 +90,8 @@ def read(words: Sequence[str]) -> tuple[ScriptArguments, DistillationArguments]:
     """
     script, args = parse(words, (ScriptArguments, DistillationArguments))
     check_losses(args.losses, headless=not TASKS[script.task].trains)
+    if script.teacher is None and (needing := [name for name in args.losses if LOSSES[name].needs_teacher]):
+        raise ConfigError(f"The losses {', '.join(needing)} need a teacher. Give teacher, or losses: {{ce: 1}}.")
     return script, args
 
 
@@ -96,14 +104,15 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     """
     resume = _checkpoint(script, args)
     is_new = not Path(args.output_dir).exists()
-    config = load_config(script.teacher, trust_remote_code=script.trust_remote_code)
+    config = load_config(script.source, trust_remote_code=script.trust_remote_code)
     cache = None if script.teacher_cache is None else TeacherCache(script.teacher_cache)
     processor = script.load_processor()
     with args.main_process_first(desc="data"):
         data = script.load_data(processor, seed=args.seed if args.data_seed is None else args.data_seed)
     check_labels(config, data)
     set_seed(args.seed)  # for what is new in the student, such as its head
-    teacher = script.load_teacher() if cache is None or script.student_layers is not None else None
+    needs_model = script.teacher is not None and (cache is None or script.student_layers is not None)
+    teacher = script.load_teacher() if needs_model else None
     trainer = DistillationTrainer(
         _student(script, config, teacher),
         args,

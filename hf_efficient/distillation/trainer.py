@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -32,7 +33,7 @@ from .answers import Answer, read_answer
 from .arguments import DistillationArguments
 from .batch import Batch, Task, base_of, first_tokens
 from .cache import TeacherCache
-from .checks import check_separate, check_sharded
+from .checks import check_alone, check_separate, check_sharded
 from .forward import call_inside
 from .generation import write
 from .layer_map import Pairs
@@ -41,7 +42,7 @@ from .pairing import pair, share_encoder
 from .projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
 from .recorded import recording
 from .sharding import resharded, shard_teacher
-from .terms import comparable, sums_of
+from .terms import LOSSES, comparable, sums_of
 
 AGREEMENT = "teacher_agreement"
 
@@ -79,7 +80,7 @@ class DistillationTrainer(StepTrainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ConfigError("compute_loss_func cannot be used: DistillationTrainer has its own loss.")
         self.cache = teacher if isinstance(teacher, TeacherCache) else None
-        self.teaches_itself = teacher is None
+        self.teaches_itself = False  # `_connect` knows
         self._source = teacher if self.cache is None else self.cache.skeleton()
         if model is not None:
             self._connect(model, args)
@@ -88,7 +89,7 @@ class DistillationTrainer(StepTrainer):
             check_sharded(args, teaches_itself=self.teaches_itself)
         if self.cache is not None:
             self.data_collator = self.cache.collator(self.data_collator)
-        is_apart = self.cache is None and not self.teaches_itself
+        is_apart = self.cache is None and self._source is not None
         self.teacher = self._prepare_teacher(self._source) if is_apart else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -98,11 +99,15 @@ class DistillationTrainer(StepTrainer):
         return model
 
     def _connect(self, model: nn.Module, args: DistillationArguments) -> None:
-        """Find what is compared between this student and the teacher."""
+        """Find what is compared between this student and the teacher, where there is one."""
         take_floats(base_of(model))
-        teacher = own_base(model, args) if self._source is None else self._source
-        if not self.teaches_itself:
+        teacher = self._source
+        if teacher is not None:
             check_separate(model, teacher)
+        elif isinstance(model, PeftModel) or any(LOSSES[name].needs_teacher for name in args.losses):
+            teacher, self.teaches_itself = own_base(model, args), True
+        else:
+            check_alone(args)
         self.pairing = pair(model, teacher, args, self.cache)
         self._kept_forward: Callable | None = None
         if args.share_encoder:
@@ -227,7 +232,9 @@ class DistillationTrainer(StepTrainer):
         return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
     @torch.no_grad()
-    def _run_teacher(self, batch: Batch) -> Answer:
+    def _run_teacher(self, batch: Batch) -> Answer | None:
+        if self._source is None and not self.teaches_itself:
+            return None
         if self.cache is not None:
             return self.cache.answer(batch)
         inputs = self._model_inputs("teacher", batch)
@@ -272,7 +279,7 @@ class DistillationTrainer(StepTrainer):
         counts = self._counts(batch)
         for part, total in (item for parts in sums.values() for item in parts.items()):
             self.eval_meter.add(part, total, counts[part])
-        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher.logits, self.pairing.vocabulary))
+        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher, self.pairing.vocabulary))
         loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
         if prediction_loss_only:
             return loss, None, None
@@ -368,9 +375,10 @@ def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:
 
 
 def _agreement(
-    batch: Batch, student: Tensor | None, teacher: Any, vocabulary: int | None
+    batch: Batch, student: Tensor | None, answer: Answer | None, vocabulary: int | None
 ) -> tuple[Tensor | float, Tensor | float]:
     """(positions with the same prediction, positions). Regression and embeddings have no predictions to agree on."""
+    teacher: Any = None if answer is None else answer.logits
     if student is None or teacher is None or batch.problem == REGRESSION:
         return 0.0, 0.0
     mask = batch.soft_mask()

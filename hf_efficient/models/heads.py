@@ -6,7 +6,11 @@ auto_class_of_architecture("GPT2DoubleHeadsModel")             # None: no Auto c
 """
 
 from functools import cache
+from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 # A class may be in several tables: those that say most about its head come first, those for anything come last.
@@ -23,6 +27,7 @@ _FIRST = (
 )
 _LAST = ("AutoModelForTextEncoding", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
 _EFFICIENT = "Efficient"
+_PREPARE = "prepare_decoder_input_ids_from_labels"
 
 
 def auto_class_of_architecture(name: str) -> str | None:
@@ -32,6 +37,29 @@ def auto_class_of_architecture(name: str) -> str | None:
     """
     stock = name.removeprefix(_EFFICIENT)  # EfficientNetModel is a stock class
     return _auto_classes().get(name) or _auto_classes().get(stock) or _registered(name) or _registered(stock)
+
+
+def shifts_labels(model: PreTrainedModel) -> bool:
+    """Whether `decoder_inputs` can be had of this model."""
+    return hasattr(model, _PREPARE) or None not in _start_and_padding(model)
+
+
+def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The decoder's inputs for labels `[B, T]`, as the model makes them itself: shifted by one, -100 is padding.
+
+    Whisper and other models of speech have no `prepare_decoder_input_ids_from_labels`; they all do this.
+    """
+    if hasattr(model, _PREPARE):
+        prepare: Any = getattr(model, _PREPARE)
+        return prepare(labels=labels)
+    start, padding = _start_and_padding(model)
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, padding)
+
+
+def _start_and_padding(model: PreTrainedModel) -> tuple[Any, Any]:
+    config = model.config
+    return getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
 
 
 def _tables() -> dict[str, type]:

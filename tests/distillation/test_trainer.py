@@ -1,6 +1,7 @@
 """DistillationTrainer: what reaches which model, what is trained, logged, saved and refused."""
 
 import copy
+import re
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import BertForMultipleChoice, DistilBertConfig, DistilBertForS
 
 from hf_efficient.distillation import hidden_states
 from hf_efficient.distillation.batch import Batch, task_of
+from hf_efficient.distillation.dry_run import describe
 from hf_efficient.distillation.hidden_states import selects_positions
 from hf_efficient.distillation.projections import ATTRIBUTE
 from hf_efficient.distillation.terms import LOSSES
@@ -392,3 +394,22 @@ def test_what_compiling_rules_out(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             arguments(tmp_path, **settings)
+
+
+def test_ce_alone_needs_no_teacher(tmp_path):
+    """The same training as with one; every other loss says that it needs one, and so does a setting of it."""
+    settings = {"losses": {"ce": 1.0}, "max_steps": 2}
+    student, _ = make_pair("bert")
+    alone = make_trainer("bert", tmp_path, pair=(student, None), **settings)
+    other = make_trainer("bert", tmp_path, **settings)
+    for trainer in (alone, other):
+        trainer.train()
+    assert torch.equal(weights(alone.model), weights(other.model))
+    metrics, expected = alone.evaluate(), other.evaluate()
+    assert metrics["eval_loss_ce"] == expected["eval_loss_ce"] == metrics["eval_loss"]
+    assert "eval_teacher_agreement" in expected and "eval_teacher_agreement" not in metrics
+    assert re.search("^teacher +none$", describe(alone), re.MULTILINE)
+    for more in ({"losses": {"ce": 1.0, "kd": 1.0}}, {"losses": {"hidden": 1.0}}, {"share_encoder": True}):
+        with pytest.raises(ConfigError, match=r"needs? a teacher"):
+            make_trainer("bert", tmp_path, pair=(make_pair("bert")[0], None), **settings | more)
+    assert make_trainer("bert", tmp_path, pair=(make_pair("bert")[0], None), **settings).teacher is None
