@@ -281,5 +281,6 @@ def test_inference_mode_makes_no_difference(granularity):
 
 def test_without_batches_the_length_is_one_that_the_model_takes():
     short = make("bert")  # of 32 positions
-    assert calibration.average_length([], short) == 32
+    assert calibration.fitting_length([], short) == 32 < calibration.fitting_length([], make("t5"))
+    assert calibration.fitting_length([], make("vit")) == 5 and calibration.fitting_length(batches("bert"), short) == 7
     assert plan(short, config(ratio=0.4)).forecast.length == 32
