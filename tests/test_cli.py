@@ -246,6 +246,15 @@ def test_a_plan_is_one_json_document(place):
     assert len(rounds) == 3 and all(each["format"] == alone["format"] for each in rounds)
 
 
+def test_a_plan_says_how_what_is_asked_for_will_load(place):
+    asked = ("plan", str(place / "tiny"), "--ratio", "0.2", "--round-to", "4", "--granularity", "neuron")
+    assert "(plugin)" in cli(*asked).stdout and "(portable)" in cli(*asked, "--allocation", "uniform").stdout
+    told = json.loads(cli(*asked, "--json").stdout)
+    assert told["config"]["allocation"] == "global" and told["forecast"]["loads_with"] == "plugin"
+    wrong = cli(*asked, "--allocation", "unifrom")
+    assert wrong.returncode == 1 and "Did you mean 'uniform'" in wrong.stderr
+
+
 def test_overrides_take_both_spellings():
     assert parse_overrides(["--prune.ratio", "0.5", "--seed=1"]) == {"prune.ratio": "0.5", "seed": "1"}
     assert parse_overrides(["--prune.ratio", "-0.5"], ("resume",)) == {"prune.ratio": "-0.5"}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification
 
 from hf_efficient import CheckpointError, ConfigError, DataError, Recipe, UnsupportedModelError, compress, load_report
+from hf_efficient.pipeline import plan_recipe
 from hf_efficient.verify import check_reload, output_digest
 from hf_efficient.workspace import Workspace
 
@@ -394,3 +395,51 @@ def test_quantised_or_exported_the_result_says_how_it_does(tmp_path, rows):
     )
     assert eight.student.size.weight_bytes < done.student.size.weight_bytes and not eight.exports
     assert "pip install torchao" in (tmp_path / "quantised" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}], r"round_to=8.*group_size=16.*Set round_to to 16"),
+        ([{"prune": {"ratio": 0.2, "granularity": ["neuron"], "round_to": 12}}], "Set round_to to 48"),
+        ([{"prune": {"ratio": 0.3, "round_to": 16}}], r"heads, of \d+ inputs each.*leave head out of granularity"),
+        ([{"distill": {"prune": {"ratio": 0.2, "granularity": ["neuron"]}}}], r"Set round_to to 16"),
+        ([], r"does not divide the \d+ inputs"),
+    ],
+)
+def test_four_bits_that_pruning_leaves_no_room_for_are_refused_before_any_work(rows, tmp_path, stages, words):
+    pytest.importorskip("torchao")
+    size = 16 if stages else 48
+    recipe = _text_recipe(
+        _bert(tmp_path / "bert"), rows, stages=[*stages, {"quantize": {"method": "int4", "group_size": size}}]
+    )
+    for work in (lambda: compress(recipe, output_dir=tmp_path / "out"), lambda: plan_recipe(recipe)):
+        with pytest.raises(ConfigError, match=words):
+            work()
+    assert not (tmp_path / "out").exists()
+
+
+def test_four_bits_of_what_fits(rows, tmp_path):
+    pytest.importorskip("torchao")
+    fits = [{"prune": {"ratio": 0.1, "granularity": ["neuron"], "round_to": 16}}]
+    bert = _bert(tmp_path / "bert")
+    recipe = _text_recipe(bert, rows, stages=[*fits, {"quantize": {"method": "int4", "group_size": 16}}])
+    assert all(row.neurons % 16 == 0 for row in plan_recipe(recipe)[0].forecast.layers)
+    eight = _text_recipe(bert, rows, stages=[{"prune": {"ratio": 0.1}}, {"quantize": {"method": "int8"}}])
+    assert len(plan_recipe(eight)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"data.label_column": "topic"}, DataError),
+        ({"prune.ratio": 0.99}, ConfigError),
+        ({"data.max_length": 513}, ConfigError),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_the_run_would(rows, tmp_path, change, error):
+    recipe = _text_recipe(_bert(tmp_path / "bert"), rows).with_overrides(change)
+    for work in (lambda: plan_recipe(recipe), lambda: compress(recipe, output_dir=tmp_path / "out")):
+        with pytest.raises(error):
+            work()

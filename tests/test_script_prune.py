@@ -8,6 +8,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from hf_efficient import CheckpointError, ConfigError, PruningPlan
 from hf_efficient.bundled import bundled_model
+from hf_efficient.pruning import search
+from hf_efficient.pruning.importance import score_units
 from hf_efficient.pruning.script import parse, run
 
 
@@ -43,6 +45,24 @@ def test_a_sweep(flags, tmp_path):
     assert all(row["removed_macs"] >= row["ratio"] for row in rows) and {row["metric"] for row in rows} == {"accuracy"}
     for picture in ("sweep.png", "importance.png"):
         assert (tmp_path / "sweep" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_scores_the_dense_model_once(flags, tmp_path, monkeypatch):
+    """And a ratio that cannot be reached is refused before that."""
+    scored = []
+
+    def counted(*args, **kwargs):
+        scored.append(1)
+        return score_units(*args, **kwargs)
+
+    monkeypatch.setattr(search, "score_units", counted)
+    with pytest.raises(ConfigError, match=r"ratio=0\.999 cannot be reached"):
+        run(parse([*flags, "--sweep", "0.3", "0.999", "--output_dir", str(tmp_path / "sweep")]))
+    assert not scored and not (tmp_path / "sweep").exists()
+    together = run(parse([*flags, "--sweep", "0.6", "0.3", "--output_dir", str(tmp_path / "sweep")]))
+    assert len(scored) == 1
+    alone = [run(parse([*flags, "--ratio", r, "--output_dir", str(tmp_path / r)])) for r in ("0.3", "0.6")]
+    assert len(scored) == 3 and together[1:] == [rows[1] for rows in alone]
 
 
 def test_a_sweep_of_layers_has_no_units_to_draw(flags, tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..reporting.schema import Comparison, Energy, Measurement, Workload
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def measure(
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
     """
+    import torch
+
     from .context import using_threads
     from .energy import check_energy
     from .inputs import dummy_inputs
@@ -65,6 +67,16 @@ def measure(
     from .quality import evaluate_quality
     from .size import measure_size
 
+    for given in (model, baseline) if baseline is not None else (model,):
+        if not isinstance(given, torch.nn.Module):
+            raise UnsupportedModelError(
+                f"measure needs a model, got {type(given).__name__}. Load it first: AutoModel.from_pretrained(folder)."
+            )
+        if any(parameter.device.type == "meta" for parameter in given.parameters()):
+            raise UnsupportedModelError(
+                f"{type(given).__name__} has parameters on the meta device, and without weights nothing can be timed. "
+                "Load it with weights; hf_efficient.plan gives sizes without them."
+            )
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 2:
         raise ConfigError(f"repeats must be an integer of at least 2, got {repeats!r}.")
     if energy:

@@ -53,8 +53,7 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
     """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
-    sound that of frames. Of CLIP's two towers it is that of the text. Without batches the usual length, or all that
-    the model takes if that is less."""
+    sound that of frames. Of CLIP's two towers it is that of the text."""
     if model.main_input_name == "pixel_values":
         return num_patches(model.config)
     if model.main_input_name == "input_features":
@@ -65,10 +64,14 @@ def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
         ids = batch["input_ids"]
         tokens += int(mask.sum()) if mask is not None else ids.numel()
         sequences += ids.shape[0]
-    if sequences:
-        return max(1, tokens // sequences)
+    return max(1, tokens // sequences) if sequences else DEFAULT_LENGTH
+
+
+def fitting_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
+    """`average_length`; without batches no more than the model takes."""
+    usual = average_length(batches, model)
     made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # rotary positions have no end
-    return min(limit for limit in (DEFAULT_LENGTH, longest_text(model), made_for) if limit)
+    return usual if batches else min(limit for limit in (usual, longest_text(model), made_for) if limit)
 
 
 def answer_loss(seed: int = 0) -> Loss:

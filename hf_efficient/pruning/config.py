@@ -76,7 +76,7 @@ class PruningConfig:
         round_to: every layer keeps a multiple of this many neurons.
         steps: score and remove in so many steps, each on the model as it is by then, up to `ratio`.
         sequence_length: tokens of the inputs that the model is made for. Default: the average of the calibration
-            batches, or 128.
+            batches, or 128, or all that the model takes if that is less.
         latency_batch_size: rows of the inputs for `metric="latency"`.
         schedule: how `PruningCallback` raises the ratio while training: `"cubic"` (Zhu & Gupta 2017), `"linear"`
             or `"one-shot"`.

@@ -23,7 +23,7 @@ from ..families import family_of
 from ..loading import load_config
 from ..models.building import check_model
 from .allocation import allocate_alike, choose_layers
-from .calibration import average_length, check_calibration
+from .calibration import check_calibration, fitting_length
 from .config import IMPORTANCES, LAYER_IMPORTANCES, PruningConfig
 from .costs import Costs, make_costs
 from .finite import check_weights
@@ -88,7 +88,7 @@ def search(model: PreTrainedModel, config: PruningConfig | None, calibration: It
             "prune(model, config, calibration), or leave 'weight' out of granularity."
         )
     _check_data(config, batches)
-    length = config.sequence_length or average_length(batches, model)
+    length = config.sequence_length or fitting_length(batches, model)
     return Search(config, Cutter(model, config, batches), _costs(model, config, length), length)
 
 
@@ -118,7 +118,7 @@ def _check_config(config: object) -> PruningConfig:
 def _with_zeros(model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None) -> PreTrainedModel:
     batches = _checked(model, calibration)
     check_data(config, batches)
-    rest, length = config.without_weights(), config.sequence_length or average_length(batches, model)
+    rest, length = config.without_weights(), config.sequence_length or fitting_length(batches, model)
     check_reachable(model, config, make_costs(model, "macs", length))
     return prune_weights(prune(model, rest, batches) if rest else model, config, batches)
 
@@ -163,7 +163,7 @@ def plan(
         model = _without_weights(model)
     check_model(model)
     if model.device.type == "meta":
-        length = _check_config(config).sequence_length or average_length([], model)
+        length = _check_config(config).sequence_length or fitting_length([], model)
         found, costs = _sizes_only(model, config, length), None
     else:
         own = search(model, config, calibration)

@@ -6,14 +6,19 @@ import copy
 import pytest
 import torch
 
-from hf_efficient import ConfigError, DataError, PruningConfig, plan, prune
+from hf_efficient import CheckpointError, ConfigError, DataError, PruningConfig, measure, plan, prune
 from hf_efficient.errors import UnsupportedModelError
 from hf_efficient.families import find_stacks
+from hf_efficient.models.block import EfficientBlock
 from hf_efficient.pruning import calibration
+from hf_efficient.pruning.callback import STATE_FILE
+from hf_efficient.pruning.callback import _read as read_state
 from hf_efficient.pruning.checked_batches import check_batches
 from hf_efficient.pruning.layers import block_influence, loss
 from hf_efficient.pruning.plan import PruningPlan
+from hf_efficient.pruning.schedule import Gradual
 from hf_efficient.pruning.search import Cutter
+from hf_efficient.pruning.unit_removal import UnitRemoval
 from tests.families import CASES as FAMILIES
 from tests.families import make_inputs, make_model
 
@@ -168,6 +173,46 @@ def test_the_inputs_of_every_family_are_read(name):
         check_batches(make_model(name), [inputs, inputs | {key: inputs[key].to(torch.uint8)}])
 
 
+@pytest.mark.parametrize("kept", [[5000, 70000], [0, 0], [2, 1], [-1, 0], [0, 10**400], [0.5, 1], list(range(1025))])
+def test_kept_layers_that_cannot_be(kept):
+    good = EfficientBlock(kept_layers={"encoder": (0, 5)}).to_dict()
+    assert EfficientBlock.from_dict(good).kept_layers == {"encoder": (0, 5)}
+    with pytest.raises(ConfigError, match=r"efficient\.kept_layers\.encoder") as told:
+        EfficientBlock.from_dict(good | {"kept_layers": {"encoder": kept}})
+    assert len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 200])
+def test_a_state_of_pruning_that_cannot_be_read(content, tmp_path):
+    (tmp_path / STATE_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=STATE_FILE):
+        read_state(tmp_path / STATE_FILE)
+    with pytest.raises(CheckpointError, match="is missing"):
+        read_state(tmp_path / "other")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_of_a_training_run_are_finite(value):
+    settings = Gradual(PruningConfig(ratio=0.2, importance="movement", round_to=4))
+    removal, model = UnitRemoval(make("bert"), settings), make("bert")
+    removal.raise_to(model, 0.1)
+    group = list(removal.scores)[2]
+    removal.scores[group][1] = value
+    with pytest.raises(DataError, match=f"movement score of {group.name}"):
+        removal.raise_to(model, 0.2)
+
+
+def test_measuring_what_has_no_weights():
+    with torch.device("meta"):
+        empty = CASES["bert"].make()
+    for wrong, words in ((None, "needs a model, got NoneType"), ("bert", "got str"), (empty, "meta device")):
+        with pytest.raises(UnsupportedModelError, match=words):
+            measure(wrong)
+        if wrong is not None:  # no baseline
+            with pytest.raises(UnsupportedModelError, match=words):
+                measure(make("bert"), baseline=wrong)
+
+
 @pytest.mark.parametrize("wrong", [None, "google-bert/bert-base-uncased", torch.nn.Linear(2, 2)])
 def test_what_is_no_model(wrong):
     with pytest.raises(UnsupportedModelError, match="A transformers model is needed"):
@@ -236,5 +281,6 @@ def test_inference_mode_makes_no_difference(granularity):
 
 def test_without_batches_the_length_is_one_that_the_model_takes():
     short = make("bert")  # of 32 positions
-    assert calibration.average_length([], short) == 32
+    assert calibration.fitting_length([], short) == 32 < calibration.fitting_length([], make("t5"))
+    assert calibration.fitting_length([], make("vit")) == 5 and calibration.fitting_length(batches("bert"), short) == 7
     assert plan(short, config(ratio=0.4)).forecast.length == 32
