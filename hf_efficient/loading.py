@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from .bundled import resolve_model
 from .errors import CheckpointError, HfEfficientError, shown
-from .io.checkpoint import CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
+from .io.checkpoint import CONFIG, MAX_CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
 
 ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
@@ -82,7 +82,7 @@ def _check_folder(auto: Any, folder: Path, trust_remote_code: bool, config: PreT
         if (folder / ADAPTER).is_file():
             _of_base(folder)
         return
-    written = read_mapping(folder / CONFIG)
+    written = read_mapping(folder / CONFIG, MAX_CONFIG)
     tensors = read_weights(folder, written.get("transformers_weights"))
     check_config(folder / CONFIG, tensors)
     if tensors and not (trust_remote_code and "auto_map" in written):

@@ -48,6 +48,9 @@ def export(
         ),
     ] = "onnx",
     quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx).")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Fail where fewer of the predictions are the same: 0.95.")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Default: out/<format>.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Decides the class that loads the model. Default: its head.")
@@ -67,7 +70,7 @@ def export(
     target = output_dir or Path("out") / folder_name(format, quantize)
     check_empty(target)
     quiet_libraries()
-    made = run(load(model, task), format, target, quantize=quantize)
+    made = run(load(model, task), format, target, quantize=quantize, min_agreement=min_agreement)
     if as_json:
         print_json(asdict(made))
         return

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, shown
-from .json import parse_json, read_json
+from .json import MAX_BYTES, parse_json, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+MAX_CONFIG = 1 << 23  # bytes: a name for each of 100,000 labels
 _MAX_HEADER = 100_000_000  # the limit of safetensors itself
 _MAX_LABELS = 1 << 17  # or as many as a weight has rows
 _MAX_COUNT = 1 << 16
@@ -72,13 +73,13 @@ def _hub_cache() -> Path:
     return Path(HF_HUB_CACHE).resolve()
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         CheckpointError: see `read_json`; or it holds something else.
     """
-    value = read_json(path)
+    value = read_json(path, max_bytes=max_bytes)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object {{...}}, got {shown(value)}. Take it from a good copy.")
     return value
@@ -107,7 +108,7 @@ def check_config(path: Path, tensors: dict[str, Tensor] | None = None) -> dict[s
     Raises:
         CheckpointError: it is not so.
     """
-    data = read_mapping(path)
+    data = read_mapping(path, MAX_CONFIG)
     _of_type(data.get("model_type"), (str, type(None)), "model_type", path)
     _of_type(data.get("architectures"), (list, type(None)), "architectures", path)
     for name in data.get("architectures") or ():
@@ -221,7 +222,7 @@ def _header(path: Path) -> dict[str, Tensor]:
             return tensors
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"Cannot read the weights {path}: {error}. The file is damaged or not whole: take it from a good copy."
+            f"Cannot load the weights {path}: {error}. The file is damaged or not whole: take it from a good copy."
         ) from error
 
 
