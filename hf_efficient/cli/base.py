@@ -17,6 +17,7 @@ import typer
 import typer.core
 
 from ..errors import HfEfficientError
+from ..io.text import for_terminal
 
 DEBUG = "HF_EFFICIENT_DEBUG"
 STOPPED = 130
@@ -67,7 +68,7 @@ def print_json(value: Any) -> None:
 
 def say(line: str) -> None:
     """What a person wants to know and a machine does not: on stderr."""
-    typer.echo(line, err=True)
+    typer.echo(for_terminal(line), err=True)
 
 
 def quiet_libraries() -> None:
@@ -115,7 +116,8 @@ def main() -> None:
     except (HfEfficientError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
-        typer.echo(f"error: {error if isinstance(error, HfEfficientError) else _told(error)}", err=True)
+        said = str(error) if isinstance(error, HfEfficientError) else _told(error)
+        typer.echo(f"error: {for_terminal(said)}", err=True)
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == STOPPED:
