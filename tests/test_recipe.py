@@ -617,8 +617,8 @@ def test_quantising_and_exporting_come_last(stages, said):
     [
         ({"measure.batch_size": 64, "measure.sequence_length": 1 << 18}, True),
         ({"measure.batch_size": 65, "measure.sequence_length": 1 << 18}, False),
-        ({"measure.batch_size": 1 << 16, "data.max_length": 257}, False),
-        ({"measure.batch_size": 1 << 16, "data.max_length": 256}, True),
+        ({"measure.batch_size": 1 << 16, "measure.sequence_length": None, "data.max_length": 257}, False),
+        ({"measure.batch_size": 1 << 16, "measure.sequence_length": None, "data.max_length": 256}, True),
         ({"measure.batch_size": 1 << 16, "measure.lengths": [16, 1 << 20]}, False),
     ],
 )
