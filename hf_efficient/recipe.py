@@ -94,6 +94,10 @@ class Recipe:
         _check_columns(self.task, self.data)
         _check_tokenizer(self.task, self.model)
         _check_training(self)
+        try:
+            self.measure.check_input(self.data.max_length)
+        except ConfigError as error:
+            raise ConfigError(f"measure.{error}") from None
         check_order([(stage.name, stage.settings) for stage in self.stages], self.task)
         _check_sweep(self.sweep)
         self.combinations()

@@ -20,6 +20,7 @@ from .safe_yaml import plain, shown
 MAX_TOKENS = 1 << 20
 MAX_BATCH = 1 << 16
 MAX_STEPS = 10**9
+MAX_INPUT = 1 << 24  # tokens in one batch that is made up to be timed
 POSITION_METHODS = ("tile", "interpolate")
 ROPE = ("linear", "dynamic", "yarn")
 
@@ -345,6 +346,20 @@ class MeasureSettings(Settings):
         super().__post_init__()
         if self.country is not None and not self.energy:
             raise ConfigError("country is for the CO2 of energy: set energy to true, or leave country out.")
+        self.check_input(None)
+
+    def check_input(self, usual: int | None) -> None:
+        """The largest batch that is timed can be held; `usual`: tokens where `sequence_length` is null.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        length = max(self.sequence_length or usual or 1, *(self.lengths or [1]))
+        if self.batch_size * length > MAX_INPUT:
+            raise ConfigError(
+                f"batch_size {self.batch_size} with {length} tokens is {self.batch_size * length:,} tokens in one "
+                f"input; at most {MAX_INPUT:,} are timed. Lower one of them."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """`lengths`, `energy` and `country` only where they are given."""

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import CheckpointError, ConfigError
-from .io.disk import copy_folder, inside, new_folder, own_file, write_atomic
+from .io.disk import check_name, copy_folder, inside, new_folder, own_file, write_atomic
 from .pipeline import compress
 from .recipe import Recipe
 from .reporting.page import PAGE, report_page
@@ -52,7 +52,7 @@ def sweep(
         )
     recipe = recipe.allowed(trust_remote_code)
     combinations = {label: one.allowed(trust_remote_code) for label, one in recipe.combinations().items()}
-    folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
+    folder = check_name(output_dir) if output_dir is not None else Path("out") / recipe.name
     _check_folder(folder, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     lock = taken_lock(folder)

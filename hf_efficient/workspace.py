@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
-from .io.disk import check_inside, inside, own_file, own_folder, remove_own, write_atomic
+from .io.disk import check_inside, check_name, inside, own_file, own_folder, remove_own, write_atomic
 from .io.json import read_json
 from .recipe import Recipe
 from .reporting.codec import decode
@@ -45,7 +45,7 @@ class Workspace:
     """
 
     def __init__(self, folder: str | os.PathLike, recipe: Recipe):
-        self.folder = Path(folder)
+        self.folder = check_name(folder)
         self.recipe = recipe
         self._lock: FileLock | None = None
         self._check()

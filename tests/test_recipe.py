@@ -610,3 +610,22 @@ def test_quantising_and_exporting_come_last(stages, said):
     good = [{"prune": {}}, {"vocabulary": {}}, {"export": {}}, {"export": {"quantize": "int8"}}]
     recipe = Recipe.from_dict(BASE | {"stages": good})
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "good"),
+    [
+        ({"measure.batch_size": 64, "measure.sequence_length": 1 << 18}, True),
+        ({"measure.batch_size": 65, "measure.sequence_length": 1 << 18}, False),
+        ({"measure.batch_size": 1 << 16, "measure.sequence_length": None, "data.max_length": 257}, False),
+        ({"measure.batch_size": 1 << 16, "measure.sequence_length": None, "data.max_length": 256}, True),
+        ({"measure.batch_size": 1 << 16, "measure.lengths": [16, 1 << 20]}, False),
+    ],
+)
+def test_no_input_is_made_up_that_no_machine_could_hold(overrides, good):
+    recipe = Recipe.from_yaml("bbc-news")
+    if good:
+        assert recipe.with_overrides(overrides).measure.batch_size == overrides["measure.batch_size"]
+    else:
+        with pytest.raises(ConfigError, match=r"measure\.batch_size.*at most 16,777,216 are timed"):
+            recipe.with_overrides(overrides)

@@ -76,13 +76,29 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> Path:
     return target
 
 
+def check_name(folder: str | os.PathLike) -> Path:
+    """The folder as a path, if its name is text: safetensors and tokenizers open no other.
+
+    Raises:
+        CheckpointError: it holds bytes that are not UTF-8.
+    """
+    try:
+        os.fspath(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"The name of the folder {os.fspath(folder)!r} is not UTF-8, so weights in it could not be read. Choose "
+            "another one, or go into it and give a relative name."
+        ) from None
+    return Path(folder)
+
+
 def check_empty(folder: str | os.PathLike) -> Path:
     """The folder as a path, if it is new or empty.
 
     Raises:
-        CheckpointError: it is not empty, a file, or a link to nowhere.
+        CheckpointError: it is not empty, a file, or a link to nowhere, or its name is not UTF-8.
     """
-    target = Path(folder)
+    target = check_name(folder)
     if target.is_file():
         raise CheckpointError(f"{target} is a file. Choose another output folder.")
     if target.is_symlink() and not target.exists():

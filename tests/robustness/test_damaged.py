@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hf_efficient import CheckpointError, HfEfficientError, TeacherCache, compress
 from hf_efficient.running import Run
@@ -56,6 +57,26 @@ def test_done_as_told_it_goes_on_to_the_same_weights(folder, finished):
 def test_files_of_a_stage_that_are_gone(folder, name):
     (folder / "2-distill" / name).unlink()
     with pytest.raises(CheckpointError, match="finished stage"):
+        compress(recipe(**SHORT), output_dir=folder)
+
+
+@pytest.mark.parametrize("stage", ["0-teacher", "2-distill"])
+def test_a_stage_that_lost_a_tensor_is_not_published(stage, folder):
+    path = folder / stage / "model.safetensors"
+    weights = load_file(path)
+    del weights[next(name for name in sorted(weights) if ".0." in name)]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"lacks .*finished stage.*delete the folder \S*{stage} to run it again"
+    ):
+        compress(recipe(**SHORT), output_dir=folder)
+    assert not (folder / "model").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b"null", b"[" * 10**5, b'{"rows": "\\ud800"}'])
+def test_what_went_in_is_damaged(content, folder):
+    (folder / "inputs.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"inputs\.json"):
         compress(recipe(**SHORT), output_dir=folder)
 
 

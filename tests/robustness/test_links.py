@@ -268,3 +268,18 @@ def test_a_folder_again(tmp_path):
     assert one.stat().st_ino == two.stat().st_ino  # its space is not used twice
     assert not os.path.samefile(source / "config.json", tmp_path / "target/config.json")
     assert not (tmp_path / "target/twin").is_symlink()
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"out\x80", b"\xc3("])
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_any_work(name, tmp_path):
+    target = tmp_path / os.fsdecode(name) / "deeper"
+    asked = recipe(**SHORT)
+    for work in (
+        lambda: compress(asked, output_dir=target),
+        lambda: sweep(recipe(**SHORT, sweep={"prune.ratio": [0.3]}), output_dir=target),
+        lambda: export(make_model("bert"), "torch", target),
+    ):
+        with pytest.raises(CheckpointError, match="is not UTF-8") as caught:
+            work()
+        str(caught.value).encode("utf-8")  # it can be shown
+    assert not list(tmp_path.iterdir())
