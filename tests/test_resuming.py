@@ -75,7 +75,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-@pytest.mark.parametrize("value", [[], 7, {}, {"a": torch.ones(2)}, None, Evil()], ids=str)
+@pytest.mark.parametrize("value", [[], 7, {}, {"a": torch.ones(2)}, None, pytest.param(Evil(), id="evil")], ids=str)
 def test_file_that_holds_something_else(run, file, value):
     torch.save(value, run / "checkpoint-2" / file)
     refused(run, file)

@@ -35,6 +35,7 @@ from ..reporting.codec import decode
 from .answers import Answer
 from .batch import Batch, forward_names
 from .cached_rows import KEY, KEY_BYTES, PREFIX, Layout, row_keys
+from .collating import Collator
 from .layer_map import Pairs
 from .terms import LOSSES
 
@@ -345,10 +346,10 @@ def features_of(layout: Layout) -> Any:
     return datasets.Features({KEY: datasets.Value("binary")} | types)
 
 
-@dataclass(frozen=True)
-class _Collator:
-    cache: TeacherCache
-    collate: Callable[[list], Any]
+class _Collator(Collator):
+    def __init__(self, cache: TeacherCache, collate: Callable[[list], Any]):
+        super().__init__(collate)
+        self.cache = cache
 
     def __call__(self, rows: list) -> dict[str, Any]:
         inputs = dict(self.collate(rows))

@@ -27,6 +27,7 @@ from .answers import read_answer
 from .batch import Batch, base_of, forward_names, task_of
 from .cache import CONFIG, MANIFEST, MAX_SHARDS, SEAL, Manifest, TeacherCache, digest_of, features_of, open_shard, seal
 from .cached_rows import DTYPES, KEY, Layout, row_keys
+from .collating import CheckedCollator
 from .hidden_states import wanted_states
 from .layer_map import depths, width
 from .losses import MAX_TEMPERATURE, POOLINGS
@@ -93,7 +94,7 @@ def cache_teacher(
         rows=len(rows),
         shard_size=shard_size,
     )
-    state, folder = PartialState(), Path(folder)
+    state, folder, collate = PartialState(), Path(folder), CheckedCollator(data_collator, teacher)
     with clear_disk_errors(folder, "Then call cache_teacher again: it goes on with the shards that are missing."):
         with state.main_process_first():
             manifest = _begin(folder, manifest, teacher)
@@ -101,7 +102,7 @@ def cache_teacher(
             for index, name in enumerate(manifest.shards):
                 if index % state.num_processes == state.process_index:
                     part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
-                    _write_shard(folder / name, part, teacher, manifest, data_collator, batch_size)
+                    _write_shard(folder / name, part, teacher, manifest, collate, batch_size)
     state.wait_for_everyone()
     return TeacherCache(folder)
 

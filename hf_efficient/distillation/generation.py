@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, default_data_collato
 from ..errors import ConfigError, DataError
 from ..measure.context import eval_mode
 from .batch import IGNORED, Batch, Task, base_of, forward_names, task_of
+from .collating import CheckedCollator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,6 +103,7 @@ def teacher_texts(
 
     Raises:
         ConfigError: a model that does not write, or an option out of range.
+        DataError: rows of different lengths that `data_collator` does not pad, or ids that the teacher does not know.
     """
     import datasets
 
@@ -112,9 +114,10 @@ def teacher_texts(
             raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
     task, names = task_of(teacher), forward_names(teacher)
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in names])
+    collate = CheckedCollator(data_collator, teacher)
     found: list[dict[str, list]] = []
     for start in range(0, len(rows), batch_size):
-        inputs = data_collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        inputs = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in dict(inputs).items()}
         written = write(
             teacher, Batch(placed, task), max_new_tokens=max_new_tokens, sampling=None, num_beams=num_beams

@@ -34,6 +34,7 @@ from .arguments import DistillationArguments
 from .batch import Batch, Task, base_of, first_tokens
 from .cache import TeacherCache
 from .checks import check_alone, check_separate, check_sharded
+from .collating import CheckedCollator
 from .forward import call_inside
 from .generation import write
 from .layer_map import Pairs
@@ -87,6 +88,8 @@ class DistillationTrainer(StepTrainer):
         super().__init__(model, args, **kwargs)  # makes the student, where it is given as model_init
         if self.is_fsdp_enabled:
             check_sharded(args, teaches_itself=self.teaches_itself)
+        models = [self.model] if self._source is None else [self.model, self._source]
+        self.data_collator = CheckedCollator(self.data_collator, *models)
         if self.cache is not None:
             self.data_collator = self.cache.collator(self.data_collator)
         is_apart = self.cache is None and self._source is not None

@@ -1,0 +1,94 @@
+"""Batches are checked where they are made, on the CPU: what a model cannot read is told before the model is run.
+
+    trainer.data_collator = CheckedCollator(trainer.data_collator, student, teacher)
+
+On a GPU an id beyond the vocabulary or a label beyond the classes ends the process with an assertion of a kernel; on a
+CPU with an IndexError out of an embedding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, shown
+from .batch import IGNORED, Task, base_of, task_of
+
+IDS = ("input_ids", "decoder_input_ids")
+
+
+class Collator:
+    """A data collator around another one; what else is asked of it, such as its tokenizer, is that one's."""
+
+    def __init__(self, collate: Callable[[list], Any]):
+        self.collate = collate
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collate" or name.startswith("__"):  # while a copy of it is being made in a worker
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+
+class CheckedCollator(Collator):
+    """As `collate`; the batches are such that all `models` can read them.
+
+    Raises:
+        DataError: rows of different lengths that nothing pads; ids that a model has no embedding for; labels that
+            are no classes, or no tokens.
+    """
+
+    def __init__(self, collate: Callable[[list], Any], *models: nn.Module):
+        super().__init__(collate)
+        bases = [base_of(model) for model in models]
+        tables = [base.get_input_embeddings() for base in bases if _reads_ids(base)]
+        sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
+        self.ids = min(sizes, default=None)
+        self.labels = _label_count(task_of(models[0]), bases[0])
+
+    def __call__(self, rows: list) -> Any:
+        try:
+            batch = self.collate(rows)
+        except (ValueError, RuntimeError) as error:
+            lengths = {name: {len(row[name]) for row in rows} for name in IDS if all(name in row for row in rows)}
+            ragged = [name for name, found in lengths.items() if len(found) > 1]
+            if not ragged:
+                raise
+            raise DataError(
+                f"The rows of a batch have {ragged[0]} of {min(lengths[ragged[0]])} to {max(lengths[ragged[0]])} "
+                f"tokens, and data_collator does not make one batch of them: {shown(error)}. Give one that pads: "
+                "DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)."
+            ) from error
+        for name in IDS:
+            if self.ids is not None and torch.is_tensor(batch.get(name)):
+                _check(batch[name], self.ids, f"{name} of a batch", "the embeddings of the model")
+        labels = batch.get("labels")
+        if self.labels is not None and torch.is_tensor(labels) and not labels.is_floating_point():
+            count, what = self.labels
+            _check(labels[labels != IGNORED], count, "labels of a batch", f"{what}, and {IGNORED} where there is none")
+        return batch
+
+
+def _reads_ids(model: Any) -> bool:
+    return model.main_input_name in ("input_ids", "input_features") or model.config.is_encoder_decoder
+
+
+def _label_count(task: Task, model: Any) -> tuple[int, str] | None:
+    """How many labels there are, and what they are; None where any number is one."""
+    if task.kind in ("causal_lm", "tokens") and not task.num_labels:
+        output = model.get_output_embeddings()
+        return None if output is None else (output.weight.shape[0], "the tokens of its output")
+    if task.num_labels > 1 and task.kind in ("examples", "tokens"):
+        return task.num_labels, f"its {task.num_labels} classes"
+    return None
+
+
+def _check(values: Tensor, count: int, what: str, of: str) -> None:
+    if not values.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(values))
+    if low < 0 or high >= count:
+        raise DataError(
+            f"{what} hold {low if low < 0 else high}; allowed are 0 to {count - 1}, {of}. Use the tokenizer and the "
+            "labels that belong to this model."
+        )
