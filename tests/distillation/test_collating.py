@@ -74,7 +74,7 @@ def test_another_fault_of_a_collator_is_its_own():
     def broken(rows):
         raise ValueError("mine")
 
-    with pytest.raises(ValueError, match="^mine$"):
+    with pytest.raises(ValueError, match=r"^mine$"):
         CheckedCollator(broken, bert())(examples("bert")[:1])
 
 
