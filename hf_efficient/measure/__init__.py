@@ -58,8 +58,6 @@ def measure(
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
     """
-    import torch
-
     from .context import using_threads
     from .energy import check_energy
     from .inputs import dummy_inputs
@@ -67,23 +65,13 @@ def measure(
     from .quality import evaluate_quality
     from .size import measure_size
 
-    for given in (model, baseline) if baseline is not None else (model,):
-        if not isinstance(given, torch.nn.Module):
-            raise UnsupportedModelError(
-                f"measure needs a model, got {type(given).__name__}. Load it first: AutoModel.from_pretrained(folder)."
-            )
-        if any(parameter.device.type == "meta" for parameter in given.parameters()):
-            raise UnsupportedModelError(
-                f"{type(given).__name__} has parameters on the meta device, and without weights nothing can be timed. "
-                "Load it with weights; hf_efficient.plan gives sizes without them."
-            )
+    models = {"model": model} if baseline is None else {"baseline": baseline, "model": model}
+    for name, each in models.items():
+        _check_model(each, name)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 2:
         raise ConfigError(f"repeats must be an integer of at least 2, got {repeats!r}.")
     if energy:
         check_energy()
-    models = {"model": model} if baseline is None else {"baseline": baseline, "model": model}
-    for name, each in models.items():
-        _check_model(each, name)
     folders = {"model": folder, "baseline": baseline_folder}
 
     def inputs_of(each):
@@ -120,16 +108,15 @@ def _check_model(model: Any, name: str) -> None:
     """A transformers model, or one that passes for it, with its weights in memory."""
     import torch
 
-    from ..errors import UnsupportedModelError, shown
-
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "main_input_name"):
         raise UnsupportedModelError(
-            f"{name} must be a transformers model, got {shown(model)}. Load one: AutoModel....from_pretrained(...)."
+            f"measure needs a transformers model as {name}, got {type(model).__name__}. Load one: "
+            "AutoModel.from_pretrained(folder)."
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError(
-            f"{name} has weights on the meta device, without memory: there is nothing to time. Load it whole, or onto "
-            "one device."
+            f"{name} ({type(model).__name__}) has weights on the meta device, without memory: there is nothing to "
+            "time. Load it with its weights; hf_efficient.plan gives sizes without them."
         )
 
 

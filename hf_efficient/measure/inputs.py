@@ -4,10 +4,13 @@ dummy_inputs(model, batch_size=1, sequence_length=512)     # {"input_ids": [1, 5
 """
 
 import inspect
+import math
 
 import torch
 
 from ..errors import ConfigError, UnsupportedModelError
+
+MAX_NUMBERS = 1 << 31  # of one input
 
 # These heads shift `input_ids` into the decoder themselves.
 _OWN_DECODER_INPUT = ("ForSequenceClassification", "ForQuestionAnswering")
@@ -25,7 +28,7 @@ def dummy_inputs(
     `sequence_length` has no meaning for them. A model that takes texts and images (CLIP) gets both.
 
     Raises:
-        ConfigError: a size below 1, or more tokens than the model has positions for.
+        ConfigError: a size below 1, more tokens than the model has positions for, or more numbers than 2**31.
         UnsupportedModelError: the model's main input is something else.
     """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
@@ -63,6 +66,7 @@ def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Gener
             f"sequence_length={sequence_length}, but {type(model).__name__} has {limit} positions. "
             f"Use at most {limit}, or a model extended to longer inputs."
         )
+    _check_numbers(batch_size, sequence_length)
     ends = fields.get("eos_token_id")
     special = {fields.get("pad_token_id"), fields.get("bos_token_id"), *(ends if isinstance(ends, list) else [ends])}
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
@@ -82,6 +86,7 @@ def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Gener
 def _sound(model, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     config = model.config  # two frames become one position (Whisper)
     shape = batch_size, config.num_mel_bins, 2 * config.max_source_positions
+    _check_numbers(*shape)
     inputs = {"input_features": torch.randn(shape, generator=generator).to(model.dtype)}
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = torch.full((batch_size, 1), config.decoder_start_token_id)
@@ -98,5 +103,14 @@ def _pixels(model, batch_size: int, generator: torch.Generator) -> dict[str, tor
         )
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    _check_numbers(batch_size, config.num_channels, height, width)
     pixels = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
     return {"pixel_values": pixels.to(model.dtype)}
+
+
+def _check_numbers(*shape: int) -> None:
+    if math.prod(shape) > MAX_NUMBERS:
+        raise ConfigError(
+            f"An input of the shape {list(shape)} has {math.prod(shape):,} numbers, at most {MAX_NUMBERS:,} are made. "
+            "Lower batch_size or sequence_length."
+        )

@@ -4,6 +4,7 @@ import torch
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 from hf_efficient.measure.inputs import dummy_inputs
 
+from ..families import make_model
 from .models import POSITIONS, bart_classifier, bert_classifier, gpt2, t5, vit
 
 
@@ -53,3 +54,9 @@ def test_other_inputs_are_refused():
     model.main_input_name = "input_values"
     with pytest.raises(UnsupportedModelError, match="input_values"):
         dummy_inputs(model, 1, 8)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("bert", 1 << 40), ("vit", 1 << 30), ("whisper", 1 << 30)])
+def test_inputs_that_no_memory_holds_are_refused_before_they_are_made(name, batch):
+    with pytest.raises(ConfigError, match=r"numbers, at most 2,147,483,648 are made\. Lower batch_size"):
+        dummy_inputs(make_model(name), batch, 8)

@@ -86,7 +86,7 @@ print([name for name in ("torch", "transformers", "matplotlib", "huggingface_hub
 
 
 def test_what_is_no_model_or_has_no_weights_is_named():
-    for wrong, words in ((None, "None"), ("out/model", "out/model"), (torch.nn.Linear(2, 2), "Linear")):
+    for wrong, words in ((None, "NoneType"), ("out/model", "as model, got str"), (torch.nn.Linear(2, 2), "Linear")):
         with pytest.raises(UnsupportedModelError, match=words):
             measure(wrong)
     with pytest.raises(UnsupportedModelError, match="meta"):
