@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, shown
+from .io.secrets import without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
+_HERE = {"file", "zip", "tar", "gzip", "hf"}  # where an image may lie: in files, archives, and on the Hub
 GREY = ("1", "L", "LA", "I", "F", "I;16")  # modes of a datasets.Image that ask for one channel
 
 
@@ -205,6 +207,12 @@ def _bytes_of(image: Mapping[str, Any]) -> bytes:
         if "://" in path:
             import fsspec
 
+            kinds = {part.partition("://")[0].lower() for part in path.split("::") if "://" in part}
+            if not kinds <= _HERE:
+                raise DataError(
+                    f"the image lies at {without_secrets(path)!r}, and images are read from files and from the Hub. "
+                    "Download it, and name the file."
+                )
             with fsspec.open(path, "rb") as file:
                 return file.read()
         if not Path(path).is_file():

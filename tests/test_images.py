@@ -201,3 +201,14 @@ def test_an_image_in_a_file_and_one_that_is_gone(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match="there is no image file"):
         prepare(data, "image-classification", None, image_size=3)
+
+
+@pytest.mark.parametrize("kind", ["https", "HTTP", "ftp", "s3", "zip://a.png::https"])
+def test_no_address_of_the_network_is_opened(kind, monkeypatch):
+    import fsspec
+
+    monkeypatch.setattr(fsspec, "open", lambda *_, **__: pytest.fail("it was opened"))
+    data = images([{"bytes": None, "path": f"{kind}://me:password@host/a.png"}] * 2, datasets.Image(decode=False))
+    with pytest.raises(DataError, match="images are read from files") as caught:
+        prepare(data, "image-classification", None)
+    assert "password" not in str(caught.value)
