@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, UnsupportedModelError, unknown_name
-from .loading import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +46,8 @@ def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_si
         UnsupportedModelError: the model is quantised already.
     """
     import transformers
+
+    from .loading import load_model
 
     check_method(method)
     check_torchao()
