@@ -296,3 +296,31 @@ def test_kept_layers_are_layers_of_the_original(layers, tmp_path):
     block = json.loads((folder / "config.json").read_text())["efficient"] | {"kept_layers": {"encoder": layers}}
     with pytest.raises(ConfigError, match="rising"):
         load_model(CLASSIFIER, rewritten(folder, efficient=block))
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        (AttentionConfig("linear", feature_map="favor", feature_dim=8, seed=3), "projection"),
+        (AttentionConfig("lsh", block_size=4, num_hashes=2), "rotations"),
+    ],
+    ids=["favor", "lsh"],
+)
+def test_what_is_drawn_from_the_seed_need_not_be_in_the_file(config, lost, tmp_path):
+    model = convert_attention(make_model("bert"), config)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not name.endswith(lost)}
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    again = load_model(auto_class_of(tmp_path), tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def test_what_is_learned_must_be_in_the_file(tmp_path):
+    convert_attention(make_model("bert"), AttentionConfig("kernel", feature_dim=4)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not name.endswith("log_width")}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="log_width"):
+        load_model(auto_class_of(tmp_path), tmp_path)

@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..attention.dispatch import ATTACHED
 from ..errors import CheckpointError
 from ..families import family_of
 from .building import efficient_class
@@ -56,7 +57,7 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
     head = {key for key in (*missing, *shapes) if _bare(key, model) not in base}
     saved = _saved_class(model)
     known = {_bare(key, model) for key in _names(saved, model)} if saved else set()
-    missing = [key for key in missing if not _is_computed(key, saved, model)]
+    missing = [key for key in missing if not (_is_computed(key, saved, model) or _is_drawn(key, model))]
     pooler = {key for key in missing if key not in head and _is_pooler(key) and _bare(key, model) not in known}
     pooler = set() if saved is type(model) else pooler
     kind = type(model).__name__
@@ -181,6 +182,15 @@ def _is_computed(key: str, saved: type[PreTrainedModel] | None, model: PreTraine
     patterns = getattr(saved, "_keys_to_ignore_on_load_missing", None) or ()
     names = (key, f"{model.base_model_prefix}.{key}")
     return any(re.search(pattern, each) for pattern in patterns for each in names)
+
+
+def _is_drawn(key: str, model: PreTrainedModel) -> bool:
+    """True for a random projection of our own kinds: it is drawn from the seed in the config, the same each time."""
+    place, found, name = key.rpartition(f".{ATTACHED}.")
+    if not found:
+        return False
+    variant = model.get_submodule(f"{place}.{ATTACHED}")
+    return type(variant).__module__.startswith(__package__.partition(".")[0]) and name in dict(variant.named_buffers())
 
 
 def _is_pooler(key: str) -> bool:
