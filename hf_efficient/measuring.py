@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import UnsupportedModelError
 from .exporting import NEAR, folder_name
 from .reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord
+from .reporting.tables import format_export_change, is_fraction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .recipe import Recipe
     from .running import Run
 
 
@@ -175,6 +178,32 @@ def _about_exports(exports: list[dict[str, Any]]) -> tuple[str, ...]:
         for facts in exports
         if facts.get("same_prediction", 1.0) < NEAR
     )
+
+
+def check_losses(recipe: "Recipe", report: Report) -> Report:
+    """The report, if no export lost more to the teacher than its stage allows.
+
+    Raises:
+        UnsupportedModelError: one did.
+    """
+    from .stages import ExportStage
+
+    allowed = {
+        stage.settings.folder: stage.settings.max_loss
+        for stage in recipe.stages
+        if isinstance(stage.settings, ExportStage) and stage.settings.max_loss is not None
+    }
+    for export in report.exports:
+        main, most = export.quality.main, allowed.get(export.folder)
+        lost = (
+            export.quality_difference * (-1 if main.higher_is_better else 1) * (100 if is_fraction(main.name) else 1)
+        )
+        if most is not None and not lost <= most:
+            raise UnsupportedModelError(
+                f"The export {export.folder} changes {main.name} by {format_export_change(export)}, and max_loss is "
+                f"{most:g}. The result is there all the same, with its report. Allow more, or prune and quantise less."
+            )
+    return report
 
 
 def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[LayerStructure, ...]:

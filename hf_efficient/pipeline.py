@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .checking import check, check_attention
 from .errors import ConfigError
 from .io.disk import clear_disk_errors, copy_folder, inside
-from .measuring import measured
+from .measuring import check_losses, measured
 from .recipe import Recipe
 from .reporting.schema import Report, load_report
 
@@ -54,6 +54,7 @@ def compress(
         ConfigError, DataError, UnsupportedModelError: before any long work.
         CheckpointError: `output_dir` holds something else, a stage's files are damaged, or the disk is full.
         TrainingError: a loss that is not finite, or one example that does not fit into memory.
+        UnsupportedModelError: an export lost more than its `max_loss`; the result is there all the same.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     recipe = recipe.allowed(trust_remote_code, overrides)
@@ -69,7 +70,7 @@ def compress(
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     space = Workspace(folder, recipe)
     if report := _finished(folder, announce):
-        return report
+        return check_losses(recipe, report)
     run = Run(recipe, folder)
     check(run)
     then = "Then give the same command again: finished stages are kept, and it goes on from there."
@@ -77,7 +78,7 @@ def compress(
         space.open(run.inputs())
         try:
             # Another process may have ended it while this one looked at data and model.
-            return _finished(folder, announce) or _carry_out(run, space, announce)
+            return check_losses(recipe, _finished(folder, announce) or _carry_out(run, space, announce))
         finally:
             space.close()
 

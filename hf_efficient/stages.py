@@ -131,16 +131,22 @@ class ExportStage(Settings):
 
     - export: {format: onnx}
     - export: {format: onnx, quantize: int8}
-    - export: {format: onnx, quantize: int8, min_agreement: 0.98}     # else the run fails
+    - export: {format: onnx, quantize: int8, min_agreement: 0.98}     # else the stage fails
+    - export: {format: onnx, quantize: int8, max_loss: 0.5}           # else the run fails, and keeps what it made
+
+    `max_loss` is what the export may lose to the teacher in the main score of the task: points of a percentage, else
+    in units of the score.
     """
 
     format: str = one_of("onnx", tuple(FORMATS))
     quantize: str | None = one_of(None, QUANTIZE, optional=True)
     min_agreement: float | None = number(None, 0, 1, optional=True)
+    max_loss: float | None = number(None, 0, 1e6, optional=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """`min_agreement` only where it is given, so that runs of older versions go on."""
-        return {name: value for name, value in super().to_dict().items() if (name, value) != ("min_agreement", None)}
+        """The thresholds only where they are given, so that runs of older versions go on."""
+        later = ("min_agreement", "max_loss")
+        return {name: value for name, value in super().to_dict().items() if value is not None or name not in later}
 
     def __post_init__(self) -> None:
         super().__post_init__()
