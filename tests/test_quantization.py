@@ -72,9 +72,9 @@ def test_wrong_settings_are_named(monkeypatch):
     with pytest.raises(ConfigError, match=r"group_size=48 does not divide the 64 inputs of bert.encoder.layer.0"):
         quantize(model, "int4", group_size=48)
     small = quantize(model, "int8")
-    with pytest.raises(UnsupportedModelError, match="quantised already"):
+    with pytest.raises(UnsupportedModelError, match="The model is quantised"):
         quantize(small)
-    with pytest.raises(UnsupportedModelError, match="quantised already"):
+    with pytest.raises(UnsupportedModelError, match="The model is quantised"):
         export(small, "torch", "unused")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"hf-efficient\[quant\]"):

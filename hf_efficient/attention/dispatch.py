@@ -6,6 +6,9 @@ A converted layer carries an `AttentionVariant` as a child of its attention modu
 layer without one, and cross attention unless asked for, gets dense softmax attention, so layers can mix freely.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -90,7 +93,9 @@ def make_variant(config: AttentionConfig, shape: HeadShape) -> AttentionVariant:
 @torch.no_grad()
 def fill_missing(variant: AttentionVariant) -> None:
     """Give what no checkpoint held of a loaded variant the values of a new one. What was loaded is not touched."""
-    made = make_variant(variant.config, variant.shape)
+    floats = [each.dtype for each in (*variant.parameters(), *variant.buffers()) if each.is_floating_point()]
+    with _default_dtype(floats[0] if floats else torch.get_default_dtype()):  # as where the model was built
+        made = make_variant(variant.config, variant.shape)
     fresh = dict(made.named_parameters()) | dict(made.named_buffers())
     for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
         if name in fresh and not getattr(tensor, "_is_hf_initialized", False):
@@ -100,6 +105,16 @@ def fill_missing(variant: AttentionVariant) -> None:
     for part, name, value in _plain_tensors(made):  # in `__init__`, torch.nn.init did nothing while a model was loaded
         kept = parts[paths[part]]
         setattr(kept, name, value.to(getattr(kept, name)))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _plain_tensors(variant: AttentionVariant) -> list[tuple[nn.Module, str, torch.Tensor]]:

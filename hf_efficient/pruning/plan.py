@@ -164,7 +164,7 @@ class PruningPlan:
         try:
             return cls.from_dict(read_json(file, max_bytes=MAX_BYTES))
         except CheckpointError as error:
-            raise ConfigError(f"{file} is not JSON of a plan: {error}") from error
+            raise ConfigError(str(error)) from error
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
 

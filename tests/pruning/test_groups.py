@@ -109,7 +109,7 @@ def test_cost_of_efficient_attention(case, attention, seen):
 
 
 def test_t5_decoder_sees_back_and_encoder_sees_both_sides():
-    model = convert_attention(make("t5"), AttentionConfig("local", window=2))
+    model = convert_attention(make("t5"), AttentionConfig("local", window=2, global_tokens=0))
     cost = {(g.stack, g.kind): unit_cost(model, g, "macs", LENGTH) // LENGTH for g in find_groups(model)}
     assert cost["encoder", "heads"] == 3 * (4 * ROW + 2 * 5 * WIDTH)
     assert cost["decoder", "heads"] == 2 * (4 * ROW + 2 * 2 * WIDTH)

@@ -163,7 +163,8 @@ def test_layers_and_units_together(case, granularity):
 def test_attention_configs_follow_their_layer(case):
     """Three windows, of which the middle layer leaves: the pruned model has the function of windows 1 and 9."""
     dense = make(case)
-    windows = {0: AttentionConfig("local", window=1), 1: AttentionConfig("local", window=2), 2: AttentionConfig()}
+    one, two = (AttentionConfig("local", window=size, global_tokens=0) for size in (1, 2))
+    windows = {0: one, 1: two, 2: AttentionConfig()}
     stacks = [stack.name for stack, _ in find_stacks(dense)]
     chosen = {index: windows[index] for index in windows if index < min(depths(dense).values())}
     converted = convert_attention(dense, chosen)
@@ -175,7 +176,7 @@ def test_attention_configs_follow_their_layer(case):
         assert entries[name]["attention"] == expected
     by_hand = convert_attention(apply_plan(dense, PruningPlan(layers=kept)), {0: windows[0]})
     assert torch.equal(logits(small, batch(case)), logits(by_hand, batch(case)))
-    wrong = convert_attention(apply_plan(dense, PruningPlan(layers=kept)), {0: AttentionConfig("local", window=2)})
+    wrong = convert_attention(apply_plan(dense, PruningPlan(layers=kept)), {0: two})
     assert not torch.equal(logits(small, batch(case)), logits(wrong, batch(case)))
 
 

@@ -45,7 +45,7 @@ def test_what_is_wrong_is_refused_by_an_error_of_ours(name):
 
 NOTHING = ["", "\0", DEEP, '{"a":' * 50_000, "1" * 5000, "null", "[]", "{}", "\ufeff{}", "NaN"]
 # Where nothing is said, everything is as it is by default.
-DEFAULTS = {(name, "{}") for name in ("overrides", "block", "pruning")} | {
+DEFAULTS = {(name, "{}") for name in ("overrides", "block", "pruning", "tokenizer")} | {
     ("overrides", x) for x in ("[]", "\ufeff{}")
 }
 
@@ -106,7 +106,7 @@ def test_plans_with_values_of_another_type(change, words):
 
 def test_files_nested_too_deep_are_no_plans_and_no_reports(tmp_path):
     (tmp_path / "plan.json").write_text(DEEP)
-    with pytest.raises(ConfigError, match=r"plan\.json is not JSON: nested far too deep"):
+    with pytest.raises(ConfigError, match=r"plan\.json as JSON: nested far too deep"):
         PruningPlan.load(tmp_path / "plan.json")
     with pytest.raises(CheckpointError, match="nested deeper than 100 levels"):
         Report.from_json('{"schema_version": 1, "a": ' + "[" * 200 + "]" * 200 + "}")
