@@ -49,7 +49,8 @@ def convert(name, config, **fields):
 @pytest.mark.parametrize(("name", "side"), TEXT_CASES)
 @pytest.mark.parametrize("config", [NARROW, GLOBAL, LINEAR, MIXED], ids=["local", "global", "linear", "mixed"])
 def test_a_row_alone_gives_what_it_gives_in_a_padded_batch(name, side, config):
-    model, inputs = convert(name, config), make_inputs(name, side)
+    """In float64: in float32 the rounding of some processors is larger than the tolerance (Gemma 3)."""
+    model, inputs = convert(name, config).double(), make_inputs(name, side)
     mask = inputs["attention_mask"]
     real = mask[0].bool()
     assert real.sum() == LENGTH - PADDED
