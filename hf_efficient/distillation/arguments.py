@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..errors import ConfigError, unknown_name
 from ..io.json import parse_json
@@ -20,6 +21,8 @@ from .layer_map import MAPS
 from .losses import HIDDEN_DISTANCES, MAX_TEMPERATURE, POOLINGS
 from .relations import ATTENTION_LOSSES
 from .terms import LOSSES
+
+logger = logging.get_logger(__name__)
 
 SOFT_POSITIONS = ("labels", "attended")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
@@ -171,9 +174,9 @@ class DistillationArguments(TrainingArguments):
                 raise ConfigError(
                     f"{name} must be above 0 and at most {MAX_TEMPERATURE:g}, got {value!r}; usual are 1 to 10."
                 )
+        looking = [name for name in self.losses if LOSSES[name].needs_attentions]
         if self.compile_student is not None:
             _check_name("compile_student", self.compile_student, torch._dynamo.list_backends(None))
-            looking = [name for name in self.losses if LOSSES[name].needs_attentions]
             if looking:
                 raise ConfigError(
                     f"compile_student hides the attentions that {' and '.join(f'`{n}`' for n in looking)} look into. "
@@ -191,6 +194,12 @@ class DistillationArguments(TrainingArguments):
         if self.greater_is_better is None and "loss_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # TrainingArguments knows only names that end in `loss`
         super().__post_init__()
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # so called from 5.23 on
+            given = getattr(self, name, None) or {}
+            if looking and given.get("use_reentrant"):
+                # Reentrant checkpointing runs layers without gradients first: what is noted there would have none.
+                logger.warning(f"The losses {', '.join(looking)} look into attentions: use_reentrant is set to False.")
+                setattr(self, name, given | {"use_reentrant": False})
         self._refuse_what_would_be_ignored()
 
     def temperature_at(self, progress: float) -> float:

@@ -89,13 +89,25 @@ def output_widths(model: nn.Module, stacks: tuple[str, ...]) -> dict[Place, int]
 
 @contextmanager
 def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projected]]:
-    """Within it the attention function notes what the given modules hand to it, and they what they give."""
+    """Within it the attention function notes what the given modules hand to it, and they what they give.
+
+    Raises:
+        ConfigError: from the forward, where a layer runs without gradients that were on before: nothing would be
+            learned from what is noted there.
+    """
+    with_gradients = torch.is_grad_enabled()
     places = {module: place for place, module in modules.items()}
     seen: dict[Place, Projected] = {}
 
     def noting(function: Callable) -> Callable:
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             if module in places:
+                if with_gradients and not torch.is_grad_enabled():
+                    raise ConfigError(
+                        "Reentrant gradient checkpointing runs layers without gradients first, so `attention`, "
+                        "`relation` and `attention_output` would learn nothing. Turn it on with "
+                        'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                    )
                 scaling = kwargs.get("scaling")
                 seen[places[module]] = Projected(
                     query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling

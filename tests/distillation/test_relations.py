@@ -144,3 +144,28 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
         trainer.train()
         found.append(weights(trainer.model))
     assert torch.allclose(*found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("losses", [{"relation": 1.0}, {"attention": 1.0}, {"attention_output": 1.0, "ce": 1.0}])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_keeps_the_gradients_of_what_looks_into_attentions(losses, reentrant, tmp_path):
+    trained = []
+    for checkpointing in (False, True):
+        more = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}} if checkpointing else {}
+        trainer = make_trainer(
+            "bert", tmp_path, losses=losses, max_steps=1, gradient_checkpointing=checkpointing, **more
+        )
+        before = weights(trainer.model)
+        trainer.train()
+        trained.append(weights(trainer.model))
+        assert not torch.equal(before, trained[-1])
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_student_that_checkpoints_reentrantly_by_itself_is_refused(tmp_path):
+    student, teacher = make_pair("bert")
+    student.gradient_checkpointing_enable({"use_reentrant": True})
+    student.enable_input_require_grads()
+    trainer = make_trainer("bert", tmp_path, pair=(student, teacher), losses={"relation": 1.0}, max_steps=1)
+    with pytest.raises(ConfigError, match="Reentrant gradient checkpointing"):
+        trainer.train()
