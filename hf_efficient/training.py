@@ -14,6 +14,7 @@ averages gradients.
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -244,6 +245,18 @@ def restore_renamed(model, checkpoint: str | Path) -> None:
         return
     saved = load_model(type(model), checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype)
     model.load_state_dict(saved.state_dict(), strict=False)  # what is not in the file stays as it is
+
+
+def leave_processes(accelerator: Any) -> None:
+    """Close the process group, whose threads may else abort the interpreter.
+
+    On a CPU a thread of gloo lets go of the last barrier a moment after it, and needs the interpreter for that: where
+    the group is destroyed in that moment, both wait for each other without end (torch 2.13; seen on a busy machine).
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        time.sleep(0.2)
+    accelerator.end_training()
 
 
 class MarkComplete(TrainerCallback):

@@ -19,7 +19,7 @@ from ..data import TASKS, check_labels
 from ..errors import CheckpointError, ConfigError
 from ..io.text import show
 from ..loading import load_config, load_model
-from ..training import MarkComplete, last_checkpoint
+from ..training import MarkComplete, last_checkpoint, leave_processes
 from .arguments import DistillationArguments
 from .batch import IGNORED
 from .cache import TeacherCache
@@ -136,8 +136,7 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # closes the process group, whose threads may else abort the interpreter
+    leave_processes(trainer.accelerator)
     return metrics
 
 

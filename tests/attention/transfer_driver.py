@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from hf_efficient.attention import kinds
 from hf_efficient.attention.config import KINDS
+from hf_efficient.training import leave_processes
 
 from .test_transfer import KIND, Sharpened, converted, learned, make_trainer
 
@@ -31,8 +32,7 @@ def main(out: str, batch_size: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         losses = torch.tensor([before, after], dtype=torch.float64)
         save_file({"weights": weights, "losses": losses, "ranks": everywhere.contiguous()}, out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    leave_processes(trainer.accelerator)
 
 
 if __name__ == "__main__":
