@@ -35,11 +35,11 @@ test: lint
 test-thorough: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --thorough
 
-# Two minutes for each of what reads files of strangers; needs CPython 3.11 to 3.13 on Linux.
+# Five minutes for each of what reads files of strangers; needs CPython 3.11 to 3.13 on Linux.
 fuzz: $(VENV)/ready
 	$(INSTALL) atheris
-	for target in recipe overrides block plan report pruning csv jsonl image; do \
-		$(BIN)/python scripts/fuzz.py $$target --seconds 120 --corpus out/fuzz/$$target || exit 1; done
+	for target in recipe overrides block plan report pruning config index tokenizer cache csv jsonl image; do \
+		$(BIN)/python scripts/fuzz.py $$target --seconds 300 --corpus out/fuzz/$$target || exit 1; done
 
 # 50 compressions in one process: memory, tensors and open files stay flat. A few minutes.
 soak: $(VENV)/ready

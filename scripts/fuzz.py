@@ -61,7 +61,7 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", help="recipe, overrides, block, plan, report, pruning, csv, jsonl or image")
+    parser.add_argument("target", help="one of TARGETS in tests/robustness/targets.py, such as recipe, config or csv")
     parser.add_argument("--seconds", type=int, default=60, help="how long, in seconds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus", help="a folder in which what reached new lines is kept for the next time")
