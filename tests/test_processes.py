@@ -27,6 +27,7 @@ def test_the_current_folder_is_not_searched(name, spelled, tmp_path, monkeypatch
     (tmp_path / "hf_efficient/__init__.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path) if spelled == "whole" else spelled, *sys.path])
+    monkeypatch.setenv("PYTHONPATH", spelled and ".")
     done = run_module("hf_efficient.cli", "--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == hf_efficient.__version__ and not mark.exists()

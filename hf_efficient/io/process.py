@@ -47,6 +47,8 @@ def run_module(module: str, *arguments: str, timeout: float | None = None) -> "s
     folders = _search_path()
     command = [sys.executable, "-c", _START, str(len(folders)), *folders, str(PACKAGE), module, *arguments]
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "check": False}
+    # It may name the current folder, where Python would look for what it imports before our first line.
+    options["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=timeout, **options)
     except subprocess.TimeoutExpired as error:
