@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efficient import Recipe, compress
@@ -158,6 +160,7 @@ class Running:
         code = 70
         try:
             os.setpgid(0, 0)
+            tqdm.set_lock(threading.RLock())  # the one that forks share may be held by a process that was killed
             output = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
