@@ -2,8 +2,8 @@
 
     python -m tests.robustness.kills --kills 50 --seed 1
 
-Half of the kills are SIGKILL, half SIGTERM. Each waits for one stage, chosen at random among those still to come, and
-falls at a random moment of it. Three jobs take turns: a text recipe and an image recipe through all kinds of stages,
+Half of the kills are SIGKILL, half SIGTERM. Each waits for one of the next two stages and falls at a random moment after
+that begins; where none is to come, the run may end. Three jobs take turns: a text recipe and an image recipe through all kinds of stages,
 and a distillation on two processes, of which one or both are killed. Every run that ends is compared with an
 uninterrupted one, bit for bit, in all its stages. Runs are forks of this process, which has paid for the imports.
 """
@@ -219,10 +219,11 @@ def differences(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor])
 
 
 def kill_one(job: Job, folder: Path, log: Path, pick: random.Random, length: float) -> str | None:
-    """Start or continue a run and kill it at a random moment; None if it ended before."""
-    running = Running(job, folder, log)
-    to_come = [stage for stage in job.stages if not job.is_begun(folder, stage)] or [job.stages[-1]]
-    stage = pick.choice(to_come)
+    """Start or continue a run and kill it in one of its next stages; None if it ended, or has none to come."""
+    to_come = [stage for stage in job.stages if not job.is_begun(folder, stage)]
+    if not to_come:
+        return None
+    running, stage = Running(job, folder, log), pick.choice(to_come[:2])
     end = time.monotonic() + PATIENCE
     while running.is_alive() and not job.is_begun(folder, stage) and time.monotonic() < end:
         time.sleep(0.002)
