@@ -2,10 +2,11 @@
 
     python -m tests.robustness.kills --kills 50 --seed 1
 
-Half of the kills are SIGKILL, half SIGTERM. Each waits for one of the next two stages and falls at a random moment after
-that begins; where none is to come, the run may end. Three jobs take turns: a text recipe and an image recipe through all kinds of stages,
-and a distillation on two processes, of which one or both are killed. Every run that ends is compared with an
-uninterrupted one, bit for bit, in all its stages. Runs are forks of this process, which has paid for the imports.
+Half of the kills are SIGKILL, half SIGTERM. Each waits for one of the next two stages and falls at a random moment
+after that begins; where none is to come, the run may end. Three jobs take turns: a text recipe and an image recipe
+through all kinds of stages, and a distillation on two processes, of which one or both are killed. Every run that ends
+is compared with an uninterrupted one, bit for bit, in all its stages. Runs are forks of this process, which has paid
+for the imports.
 """
 
 import argparse
