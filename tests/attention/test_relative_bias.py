@@ -15,7 +15,7 @@ from hf_efficient.attention.relative_bias import toeplitz_bias
 from ..families import make_inputs, make_model
 from ..helpers import assert_close
 
-NARROW = AttentionConfig(kind="local", window=2)
+NARROW = AttentionConfig(kind="local", window=2, global_tokens=0)
 TABLE = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
 

@@ -100,7 +100,7 @@ def test_a_measurement_tells_it_where_asked(codecarbon):
 def test_without_codecarbon_the_fix_is_named(monkeypatch):
     monkeypatch.setattr(ENERGY, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "hf-efficient\[energy\]"'):
-        measure(torch.nn.Linear(1, 1), energy=True)
+        measure(make_model("bert"), energy=True)
 
 
 def with_footprint(country="DEU"):

@@ -264,7 +264,7 @@ def test_files_that_are_no_plan(tmp_path):
     with pytest.raises(CheckpointError, match="is no file"):
         PruningPlan.load(tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="as JSON"):
         PruningPlan.load(tmp_path / "broken.json")
 
 
