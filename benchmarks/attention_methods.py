@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_efficient import AttentionConfig
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.variant import HeadShape
 
 HEADS, DIM, WINDOW, BLOCK = 12, 64, 64, 64

@@ -36,7 +36,7 @@ from transformers import (
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.attention.cache import StateLayer
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 WINDOW = 256

@@ -38,10 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from hf_efficient import DistillationArguments, DistillationTrainer, TeacherCache, build_student, cache_teacher
-from hf_efficient.bundled import bundled_model
-from hf_efficient.distillation.losses import hidden_loss, kd_loss
-from hf_efficient.measure.context import using_threads
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.data.bundled import bundled_model
+from hf_efficient.distillation.losses.losses import hidden_loss, kd_loss
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.models.modes import using_threads
 from hf_efficient.reporting.tables import markdown
 
 ROWS = 64

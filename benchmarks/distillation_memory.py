@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.reporting.tables import markdown
 
 CASES: dict[str, dict[str, Any]] = {

@@ -37,10 +37,10 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_efficient import DistillationArguments, DistillationTrainer, build_student
-from hf_efficient.data import PreparedData, load_dataset_any, prepare
-from hf_efficient.measure.context import using_threads
-from hf_efficient.measure.quality import compare_quality, evaluate_quality
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.data.datasets import PreparedData, load_dataset_any, prepare
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.quality import compare_quality, evaluate_quality
+from hf_efficient.models.modes import using_threads
 from hf_efficient.reporting.tables import markdown
 
 MIXES: dict[str, dict[str, float]] = {

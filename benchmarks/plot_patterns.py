@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_efficient import AttentionConfig
-from hf_efficient.attention.full import full_weights
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.engines.parts import full_weights
+from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.variant import HeadShape
 
 matplotlib.use("agg")

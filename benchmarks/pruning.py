@@ -43,13 +43,13 @@ from pruning_peers import PEERS, Calibration, OutOfReach, Pruned, count_paramete
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_efficient import PruningConfig, prune
-from hf_efficient.bundled import bundled_model
-from hf_efficient.data import PreparedData, load_dataset_any, prepare
+from hf_efficient.data.bundled import bundled_model
+from hf_efficient.data.datasets import PreparedData, load_dataset_any, prepare
 from hf_efficient.errors import ConfigError
-from hf_efficient.measure.context import using_threads
-from hf_efficient.measure.quality import Evaluation, compare_quality, evaluate_quality
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.quality import Evaluation, compare_quality, evaluate_quality
+from hf_efficient.models.modes import using_threads
+from hf_efficient.pruning.price.costs import total_cost
 from hf_efficient.reporting.tables import markdown
 
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

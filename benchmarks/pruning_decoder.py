@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 
 from hf_efficient import PruningConfig, prune
 from hf_efficient.errors import ConfigError
-from hf_efficient.measure.context import using_threads
-from hf_efficient.measure.quality import evaluate_quality
-from hf_efficient.pruning.calibration import average_length
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.quality import evaluate_quality
+from hf_efficient.models.modes import using_threads
+from hf_efficient.pruning.price.costs import total_cost
+from hf_efficient.pruning.score.calibration import average_length
 from hf_efficient.reporting.tables import markdown
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)

@@ -39,13 +39,13 @@ from pruning import JOBS, by_length, make_calibration, make_teacher, read_job
 from transformers import PreTrainedModel
 
 from hf_efficient import DistillationArguments, DistillationTrainer, PruningConfig, prune
-from hf_efficient.data import PreparedData
-from hf_efficient.measure.context import using_threads
-from hf_efficient.measure.inputs import dummy_inputs
-from hf_efficient.measure.latency import compare_latency
-from hf_efficient.measure.quality import compare_quality, evaluate_quality
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.data.datasets import PreparedData
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.latency import compare_latency
+from hf_efficient.measurement.quality import compare_quality, evaluate_quality
+from hf_efficient.models.inputs import dummy_inputs
+from hf_efficient.models.modes import using_threads
+from hf_efficient.pruning.price.costs import total_cost
 from hf_efficient.reporting.tables import markdown
 
 NAME, SPEED_BATCH, SPEED_LENGTH = "reviews", 8, 128

@@ -19,11 +19,11 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from hf_efficient import PruningConfig, prune
-from hf_efficient.bundled import bundled_model
-from hf_efficient.measure.inputs import dummy_inputs
-from hf_efficient.measure.latency import compare_latency
-from hf_efficient.pruning.latency import latency_table
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.data.bundled import bundled_model
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.latency import compare_latency
+from hf_efficient.models.inputs import dummy_inputs
+from hf_efficient.pruning.price.latency import latency_table
 
 TARGETS = (1.3, 1.5, 2.0, 3.0, 4.0)
 

@@ -26,8 +26,8 @@ from scipy.sparse.linalg import lsmr
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_efficient.pruning.costs import make_costs, total_cost
-from hf_efficient.pruning.groups import find_groups
+from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.pruning.price.costs import make_costs, total_cost
 
 Batch = dict[str, torch.Tensor]
 Masks = list[torch.Tensor]  # one of every layer, in order: `[heads]` or `[neurons]`

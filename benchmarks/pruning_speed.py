@@ -19,12 +19,12 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from hf_efficient import PruningConfig, prune
-from hf_efficient.bundled import bundled_model
-from hf_efficient.measure.inputs import dummy_inputs
-from hf_efficient.measure.latency import LatencyComparison, compare_latency
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.pruning.groups import find_groups
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.data.bundled import bundled_model
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.latency import LatencyComparison, compare_latency
+from hf_efficient.models.inputs import dummy_inputs
+from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.pruning.price.costs import total_cost
 
 BATCH, LENGTH = 8, 128
 RATIOS = (0.25, 0.5, 0.75)

@@ -37,16 +37,16 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_efficient import AttentionConfig, DistillationArguments, DistillationTrainer, convert_attention
-from hf_efficient.attention.kinds import ATTENTIONS
-from hf_efficient.attention.transfer import TransferTrainer, find_attentions
-from hf_efficient.bundled import bundled_model
-from hf_efficient.data import PreparedData, load_dataset_any, prepare
-from hf_efficient.measure.context import using_threads
-from hf_efficient.measure.quality import Evaluation, compare_quality, evaluate_quality
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.attention.registry import ATTENTIONS
+from hf_efficient.data.bundled import bundled_model
+from hf_efficient.data.datasets import PreparedData, load_dataset_any, prepare
+from hf_efficient.distillation.transfer import TransferTrainer, find_attentions
+from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.measurement.quality import Evaluation, compare_quality, evaluate_quality
+from hf_efficient.models.modes import using_threads
 from hf_efficient.reporting.schema import Score
 from hf_efficient.reporting.tables import format_score, markdown
-from hf_efficient.training import ExactTrainer
+from hf_efficient.training.trainers import ExactTrainer
 
 STAGES = ("converted", "transferred", "distilled")
 SEED = 0

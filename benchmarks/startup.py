@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from hf_efficient.reporting.environment import Environment, package_commit
+from hf_efficient.io.environment import Environment, package_commit
 
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],

@@ -10,37 +10,38 @@ is used: each public name is fetched from its module on first access.
 from importlib import import_module
 
 from ._auto import register_when_needed
+from ._moved import keep_old_names
 from .errors import CheckpointError, ConfigError, DataError, HfEfficientError, TrainingError, UnsupportedModelError
 from .version import __version__
 
 _LAZY = {
     "AttentionConfig": "attention.config",
     "AttentionVariant": "attention.variant",
-    "register_attention": "attention.kinds",
-    "convert_attention": "attention.convert",
-    "efficient_config": "attention.convert",
-    "extend_positions": "attention.positions",
-    "transfer_attention": "attention.transfer",
+    "register_attention": "attention.registry",
+    "convert_attention": "conversion.convert",
+    "efficient_config": "conversion.convert",
+    "extend_positions": "conversion.positions",
+    "transfer_attention": "distillation.transfer",
     "PruningConfig": "pruning.config",
     "prune": "pruning.prune",
     "plan": "pruning.prune",
     "PruningPlan": "pruning.plan",
-    "register_importance": "pruning.importance",
-    "prune_vocabulary": "pruning.vocabulary",
+    "register_importance": "pruning.score.units",
+    "prune_vocabulary": "pruning.cut.vocabulary",
     "PruningCallback": "pruning.callback",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
-    "TeacherCache": "distillation.cache",
+    "TeacherCache": "distillation.cache.cache",
     "build_student": "distillation.student",
     "teacher_texts": "distillation.generation",
-    "cache_teacher": "distillation.caching",
-    "Recipe": "recipe",
-    "compress": "pipeline",
-    "measure": "measure",
-    "quantize": "quantization",
-    "export": "exporting",
-    "push": "hub",
-    "sweep": "sweeping",
+    "cache_teacher": "distillation.cache.write",
+    "Recipe": "recipes.recipe",
+    "compress": "pipeline.compress",
+    "measure": "measurement.measure",
+    "quantize": "runtimes.quantization",
+    "export": "runtimes.export",
+    "push": "pipeline.hub",
+    "sweep": "pipeline.sweep",
     "Report": "reporting.schema",
     "load_report": "reporting.schema",
 }
@@ -98,3 +99,4 @@ def __dir__() -> list[str]:
 
 
 register_when_needed()
+keep_old_names()

@@ -2,7 +2,7 @@
 
 Importing `hf_efficient` must be cheap and must make `AutoModel.from_pretrained` work. `AutoConfig` finds its classes
 by name in a lazy table; the names of the efficient configs go into it as soon as transformers has made it. A config
-registers the model classes of its family when it is first made (`models.configs`): nothing is built before its time.
+registers the model classes of its family when it is first made (`models.classes`): nothing is built before its time.
 
 PEFT knows by model type which linears to adapt; an efficient model has the linears of its stock model.
 """
@@ -23,7 +23,7 @@ def _register_configs(auto: ModuleType) -> None:
 
 
 def _register_targets(constants: ModuleType) -> None:
-    from .families import EFFICIENT_PREFIX, FAMILIES
+    from .models.families import EFFICIENT_PREFIX, FAMILIES
 
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):

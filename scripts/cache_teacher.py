@@ -10,7 +10,7 @@ Language models: `--top_k 64 --temperature 2`. `accelerate launch` shares the wo
 
 import sys
 
-from hf_efficient.distillation.caching_script import read, run
+from hf_efficient.cli.programs.cache_teacher import read, run
 from hf_efficient.errors import HfEfficientError
 
 

@@ -10,7 +10,7 @@ All flags of `transformers.TrainingArguments` work too; `--help` lists them.
 
 import sys
 
-from hf_efficient.distillation.script import read, run
+from hf_efficient.cli.programs.distill import read, run
 from hf_efficient.errors import HfEfficientError
 
 

@@ -27,7 +27,7 @@ from attention_methods import CONFIGS  # noqa: E402
 
 from hf_efficient import AttentionConfig  # noqa: E402
 from hf_efficient.attention.config import KINDS as SETTINGS  # noqa: E402
-from hf_efficient.attention.kinds import ATTENTIONS  # noqa: E402
+from hf_efficient.attention.registry import ATTENTIONS  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_efficient.recipe import shipped_recipes
+from hf_efficient.recipes.recipe import shipped_recipes
 from hf_efficient.reporting import load_report
 from hf_efficient.reporting.card import model_card
 from hf_efficient.reporting.plots import save_plots

@@ -11,8 +11,8 @@
 
 import sys
 
+from hf_efficient.cli.programs.prune import parse, run
 from hf_efficient.errors import HfEfficientError
-from hf_efficient.pruning.script import parse, run
 
 
 def main() -> int:

@@ -11,7 +11,13 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 
 # What nearly every page imports: one process loads it, and each page runs in a fork of that.
-PRELOADED = ["torch", "transformers.trainer", "datasets", "hf_efficient.distillation.trainer", "hf_efficient.pipeline"]
+PRELOADED = [
+    "torch",
+    "transformers.trainer",
+    "datasets",
+    "hf_efficient.distillation.trainer",
+    "hf_efficient.pipeline.compress",
+]
 
 
 def text(page: Path) -> str:

@@ -21,7 +21,7 @@ from benchmarks.pruning_peers import (
     search_masks,
     solve_scales,
 )
-from hf_efficient.pruning.costs import total_cost
+from hf_efficient.pruning.price.costs import total_cost
 
 from .helpers import assert_close
 

@@ -10,11 +10,11 @@ import typer
 import yaml
 
 from hf_efficient.cli import app, parse_overrides
-from hf_efficient.data import FORMATS
-from hf_efficient.distillation import caching_script
-from hf_efficient.distillation import script as distillation_script
-from hf_efficient.pruning import script as pruning_script
-from hf_efficient.recipe import Recipe, shipped_recipes
+from hf_efficient.cli.programs import cache_teacher as caching_script
+from hf_efficient.cli.programs import distill as distillation_script
+from hf_efficient.cli.programs import prune as pruning_script
+from hf_efficient.data.datasets import FORMATS
+from hf_efficient.recipes.recipe import Recipe, shipped_recipes
 
 from .pages import PAGES, ROOT, blocks, text
 

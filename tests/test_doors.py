@@ -66,7 +66,7 @@ RULES = {
     "what a terminal shows goes through print_text and say": Rule(
         calls("print", "typer.echo", ".stdout.write"),
         ("cli/base.py", "io/text.py"),
-        {"verify.py": "a digest of its own, read by the process that started it"},
+        {"pipeline/verify.py": "a digest of its own, read by the process that started it"},
     ),
     "Markdown of f-strings is made by io/text": Rule(
         marks_up_a_format,
@@ -79,15 +79,15 @@ RULES = {
     "JSON of strangers is read by io/json": Rule(
         calls("json.load", "json.loads"),
         ("io/json.py",),
-        {"pruning/tokenizer.py": "what the tokenizers library writes of a tokenizer in memory"},
+        {"pruning/cut/tokenizer.py": "what the tokenizers library writes of a tokenizer in memory"},
     ),
     "what a user named is loaded by loading": Rule(
         calls(".from_pretrained"),
-        ("loading.py",),
+        ("models/loading.py",),
         {
-            "models/building.py": "no file is read: the weights are those of a model in memory",
-            "pruning/tokenizer.py": "a folder that was written a line before",
-            "runtime.py": "an export that was just made, read by transformers.exporters",
+            "models/rebuild.py": "no file is read: the weights are those of a model in memory",
+            "pruning/cut/tokenizer.py": "a folder that was written a line before",
+            "runtimes/runtime.py": "an export that was just made, read by transformers.exporters",
         },
     ),
     "other programs are started by io/process": Rule(
@@ -102,7 +102,7 @@ RULES = {
     "files take their final name in io/disk": Rule(
         calls("os.replace", "os.rename", "shutil.move"),
         ("io/disk.py",),
-        {"workspace.py": "the folder of a stage, which outlives a kill under its other name"},
+        {"pipeline/workspace.py": "the folder of a stage, which outlives a kill under its other name"},
     ),
     "files are written by io/disk": Rule(
         lambda call: calls(".write_text", ".write_bytes")(call) or opens_for_writing(call), ("io/disk.py",), {}

@@ -1,19 +1,19 @@
 """A name is one entry: the light lists that configs check against are those of the tables that carry the work."""
 
-from hf_efficient import settings
 from hf_efficient.attention import config as attention
-from hf_efficient.attention.feature_maps import FEATURE_MAPS
-from hf_efficient.attention.kinds import ATTENTIONS
-from hf_efficient.attention.positions import METHODS, ROPE
-from hf_efficient.measure.quality import TASKS as SCORED
-from hf_efficient.preparing import TASKS
+from hf_efficient.attention.engines.feature_maps import FEATURE_MAPS
+from hf_efficient.attention.registry import ATTENTIONS
+from hf_efficient.conversion.positions import METHODS, ROPE
+from hf_efficient.data.preparation import TASKS
+from hf_efficient.measurement.quality import TASKS as SCORED
+from hf_efficient.pipeline.runners import RUNNERS
 from hf_efficient.pruning import config as pruning
-from hf_efficient.pruning.importance import IMPORTANCES
-from hf_efficient.pruning.layers import LAYER_IMPORTANCES
-from hf_efficient.pruning.schedule import SCHEDULES
-from hf_efficient.pruning.weight_importance import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
-from hf_efficient.runners import RUNNERS
-from hf_efficient.stages import STAGES
+from hf_efficient.pruning.gradual.schedule import SCHEDULES
+from hf_efficient.pruning.score.layers import LAYER_IMPORTANCES
+from hf_efficient.pruning.score.units import IMPORTANCES
+from hf_efficient.pruning.score.weights import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
+from hf_efficient.recipes import settings
+from hf_efficient.recipes.stages import STAGES
 
 
 def test_every_attention_kind_has_a_variant():

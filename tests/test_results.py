@@ -19,7 +19,7 @@ from benchmarks.attention_summary import (
     summarize,
 )
 from hf_efficient import load_report
-from hf_efficient.recipe import shipped_recipes
+from hf_efficient.recipes.recipe import shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -121,7 +121,7 @@ def test_attention_is_faster_than_its_peers():
 
 
 def test_every_attention_kind_is_measured():
-    from hf_efficient.attention.kinds import ATTENTIONS
+    from hf_efficient.attention.registry import ATTENTIONS
 
     configs = ATTENTION["setting"]["configs"]
     measured = {configs[base]["kind"] for base in configs if (base, FORWARD, 32768) in CELLS}

@@ -18,12 +18,12 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
 from ..errors import UnsupportedModelError
-from ..families import Family
+from ..models.families import Family
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
-from .full import full_attention, full_weights
-from .kinds import ATTENTIONS
+from .engines.parts import full_attention, full_weights
 from .masks import key_mask
+from .registry import ATTENTIONS
 from .variant import AttentionVariant, HeadShape
 
 logger = logging.get_logger(__name__)

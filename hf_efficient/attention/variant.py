@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .config import AttentionConfig
-from .full import identity_values
+from .engines.parts import identity_values
 
 
 class HeadShape(NamedTuple):

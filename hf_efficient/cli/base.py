@@ -94,9 +94,9 @@ def quiet_libraries() -> None:
 
 def load(name: str, task: str | None) -> Any:
     """The model, with the head of the task, or its own."""
+    from ..data.preparation import TASKS
     from ..errors import unknown_name
-    from ..loading import auto_class_of, load_model
-    from ..preparing import TASKS
+    from ..models.loading import auto_class_of, load_model
 
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
@@ -106,7 +106,7 @@ def load(name: str, task: str | None) -> Any:
 def fitting_length(config: Any, asked: int | None, usual: int) -> int:
     """What was asked for; else the usual length, or all that a model of this config takes if that is less."""
     from ..errors import UnsupportedModelError
-    from ..families import family_of
+    from ..models.families import family_of
 
     if asked is not None:
         return asked

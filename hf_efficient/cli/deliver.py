@@ -24,7 +24,7 @@ def push(
     Model, tokenizer, exports, report, page, card and recipe. The repository is private unless it is there already or
     --public is given. After a failure, the same command sends what is missing.
     """
-    from ..hub import push as run
+    from ..pipeline.hub import push as run
 
     done = run(folder, repo_id, private=not public, dry_run=dry_run)
     if as_json:
@@ -61,9 +61,9 @@ def export(
 
     What it computes there is compared with PyTorch.
     """
-    from ..exporting import check_format, check_runtime, folder_name
-    from ..exporting import export as run
     from ..io.disk import check_empty
+    from ..runtimes.export import check_format, check_runtime, folder_name
+    from ..runtimes.export import export as run
 
     check_format(format, quantize)
     check_runtime(format)

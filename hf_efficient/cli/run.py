@@ -44,8 +44,8 @@ def compress(
     Any recipe key can be overridden: `--prune.ratio 0.5 --data.limit 200`. The same command again continues a run that
     was stopped, and so does `compress FOLDER` with the folder of that run.
     """
-    from ..pipeline import MODEL
-    from ..pipeline import compress as run
+    from ..pipeline.compress import MODEL
+    from ..pipeline.compress import compress as run
     from ..reporting.tables import text_table
 
     if recipe.startswith("-"):
@@ -65,8 +65,8 @@ def compress(
 
 def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool) -> tuple[Any, Path]:
     """The recipe with its overrides, and the folder of its run."""
-    from ..recipe import Recipe
-    from ..workspace import RECIPE
+    from ..pipeline.workspace import RECIPE
+    from ..recipes.recipe import Recipe
 
     path = Path(recipe)
     begun = (path / RECIPE).is_file()
@@ -85,9 +85,9 @@ def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool
 
 
 def _sweep(recipe: Any, folder: Path, as_json: bool, trust: bool) -> None:
+    from ..pipeline.sweep import sweep
     from ..reporting.page import PAGE
     from ..reporting.tables import text_results
-    from ..sweeping import sweep
 
     reports = sweep(recipe, output_dir=folder, announce=say, trust_remote_code=trust)
     if as_json:
@@ -122,11 +122,11 @@ def plan(
     model of any size takes seconds. For a recipe the sizes are those after its stages, and its data is looked at too:
     whatever `compress` would refuse before it begins is refused.
     """
-    from ..pipeline import plan_recipe
+    from ..pipeline.compress import plan_recipe
     from ..pruning.config import PruningConfig
-    from ..pruning.forecast import plan_table
+    from ..pruning.price.forecast import plan_table
     from ..pruning.prune import plan as run
-    from ..recipe import is_recipe
+    from ..recipes.recipe import is_recipe
 
     quiet_libraries()
     of_recipe = is_recipe(what)
@@ -152,8 +152,8 @@ def plan(
 
 
 def _usual_length(name: str) -> int:
-    from ..loading import load_config
-    from ..pruning.calibration import DEFAULT_LENGTH
+    from ..models.loading import load_config
+    from ..pruning.score.calibration import DEFAULT_LENGTH
     from .base import fitting_length
 
     return fitting_length(load_config(name), None, DEFAULT_LENGTH)
@@ -162,7 +162,7 @@ def _usual_length(name: str) -> int:
 @app.command(context_settings=PASSED_ON)
 def prune(context: typer.Context) -> None:
     """Prune a model, or sweep over ratios. Flags: `hf-efficient prune --help`."""
-    from ..pruning.script import parse, run
+    from .programs.prune import parse, run
 
     words, as_json = _script(context)
     script = parse(words)
@@ -178,7 +178,7 @@ def distill(context: typer.Context) -> None:
 
     On several processes: `accelerate launch scripts/distill.py`.
     """
-    from ..distillation.script import read, run
+    from .programs.distill import read, run
 
     words, as_json = _script(context)
     script, args = read(words)

@@ -38,7 +38,7 @@ def measure(
 
     Alone, or against a baseline in one interleaved run.
     """
-    from ..measure import measure as run
+    from ..measurement.measure import measure as run
     from ..reporting.tables import measurement_table
 
     quiet_libraries()
@@ -99,7 +99,7 @@ def card(
     to_stdout: Annotated[bool, typer.Option("--print", help="Print it, and write nothing.")] = False,
 ) -> None:
     """Write the model card (README.md) anew from the report."""
-    from ..hub import result_folder
+    from ..pipeline.hub import result_folder
     from ..reporting.card import model_card, save_card
 
     chosen, name = result_folder(folder), repo_id or "path/to/this/model"
@@ -139,7 +139,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     """Show machine and versions, for a bug report."""
     from importlib import metadata
 
-    from ..reporting.environment import Environment, package_commit
+    from ..io.environment import Environment, package_commit
 
     facts: dict[str, Any] = asdict(Environment.collect()) | {"commit": package_commit()}
     for name in PACKAGES:
@@ -154,7 +154,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
 
 
 def load_result(folder: Path) -> Any:
-    from ..hub import result_folder
+    from ..pipeline.hub import result_folder
     from ..reporting.schema import load_report
 
     return load_report(result_folder(folder))
@@ -162,13 +162,13 @@ def load_result(folder: Path) -> Any:
 
 def _names() -> dict[str, list[str]]:
     from ..attention.config import KINDS
-    from ..exporting import FORMATS
-    from ..families import FAMILIES
-    from ..preparing import TASKS
+    from ..data.preparation import TASKS
+    from ..models.families import FAMILIES
     from ..pruning.config import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
-    from ..quantization import METHODS
-    from ..recipe import shipped_recipes
-    from ..stages import STAGES
+    from ..recipes.recipe import shipped_recipes
+    from ..recipes.stages import STAGES
+    from ..runtimes.export import FORMATS
+    from ..runtimes.quantization import METHODS
 
     importances = dict.fromkeys([*IMPORTANCES, *LAYER_IMPORTANCES, *WEIGHT_IMPORTANCES, *TRAINED_IMPORTANCES])
     tables: tuple[Any, ...] = (

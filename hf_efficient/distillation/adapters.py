@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
-from ..measure.context import eval_mode
+from ..models.modes import eval_mode
 from .batch import base_of
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .batch import Batch
-from .draws import DrawnTokens
+from .losses.draws import DrawnTokens
+from .losses.top_k import TopLogits
 from .recorded import Place, Projected
-from .top_k import TopLogits
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from ..errors import ConfigError, unknown_name
 from ..io.json import parse_json
-from .divergences import DIVERGENCES
 from .layer_map import MAPS
-from .losses import HIDDEN_DISTANCES, MAX_TEMPERATURE, POOLINGS
-from .relations import ATTENTION_LOSSES
+from .losses.divergences import DIVERGENCES
+from .losses.losses import HIDDEN_DISTANCES, MAX_TEMPERATURE, POOLINGS
+from .losses.relations import ATTENTION_LOSSES
 from .terms import LOSSES
 
 logger = logging.get_logger(__name__)

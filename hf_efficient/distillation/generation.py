@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, default_data_collator
 
 from ..errors import ConfigError, DataError
-from ..measure.context import eval_mode
+from ..models.modes import eval_mode
 from .batch import IGNORED, Batch, Task, base_of, forward_names, task_of
 from .collating import CheckedCollator
 

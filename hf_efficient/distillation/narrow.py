@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..families import Stack, family_of, find_stacks
-from ..measure.context import evaluating
 from ..models.block import EfficientBlock
-from ..models.building import class_for, rebuild
-from ..models.configs import block_of, stock_config, with_block
-from ..pruning.calibration import token_mask
-from ..pruning.stream import Batch, forward
+from ..models.classes import block_of, stock_config, with_block
+from ..models.families import Stack, family_of, find_stacks
+from ..models.modes import evaluating
+from ..models.rebuild import class_for, rebuild
+from ..pruning.score.calibration import token_mask
+from ..pruning.score.stream import Batch, forward
 
 Axes = dict[str, tuple[int, ...]]
 Norms = dict[str, nn.Module]

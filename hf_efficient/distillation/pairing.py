@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from ..models.token_masks import counts_columns, first_positions
 from .arguments import DistillationArguments
 from .batch import Batch, Task, base_of, forward_names
-from .cache import TeacherCache
+from .cache.cache import TeacherCache
 from .checks import check_cut, check_models, check_on_policy, check_shared_encoder, common_vocabulary
 from .hidden_states import wanted_states
 from .layer_map import Pairs, map_attentions, map_layers, width
-from .projections import make_projections
+from .losses.projections import make_projections
 from .recorded import Modules, output_widths, self_attentions
 from .terms import LOSSES, Loss, LossSettings, place_name
 

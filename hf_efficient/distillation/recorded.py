@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..families import find_stacks, is_known
+from ..models.families import find_stacks, is_known
 from ..models.linears import num_inputs, output_dim
 from .batch import base_of
 

@@ -15,7 +15,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ..families import find_stacks, is_known
+from ..models.families import find_stacks, is_known
 
 
 def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, unknown_name
-from ..families import find_stacks
 from ..models.block import EfficientBlock
-from ..models.building import check_model
-from ..models.configs import block_of
-from ..pruning.calibration import check_calibration
-from ..pruning.groups import find_groups
-from ..pruning.importance import activation, magnitude
+from ..models.classes import block_of
+from ..models.families import find_stacks
+from ..models.rebuild import check_model
+from ..pruning.cut.groups import find_groups
+from ..pruning.cut.surgery import apply_plan
 from ..pruning.plan import PruningPlan
-from ..pruning.stream import Batch
-from ..pruning.surgery import apply_plan
+from ..pruning.score.calibration import check_calibration
+from ..pruning.score.stream import Batch
+from ..pruning.score.units import activation, magnitude
 from .layer_map import MAPS, chosen_layers
 from .narrow import heads_for, narrow
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedModelError
 from .answers import Answer
 from .batch import Batch
-from .chunks import sum_together
-from .draws import DrawnTokens
 from .layer_map import Pairs
-from .losses import SINGLE_LABEL, ce_loss, ce_rows, hidden_loss, kd_loss, kd_rows, pool
-from .projections import project
+from .losses.chunks import sum_together
+from .losses.draws import DrawnTokens
+from .losses.losses import SINGLE_LABEL, ce_loss, ce_rows, hidden_loss, kd_loss, kd_rows, pool
+from .losses.projections import project
+from .losses.relations import attention_loss, relation_loss
+from .losses.top_k import TopLogits
 from .recorded import Projected
-from .relations import attention_loss, relation_loss
-from .top_k import TopLogits
 
 
 @dataclass(frozen=True)

@@ -25,22 +25,22 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
-from ..measure.context import eval_mode
-from ..quantization import take_floats
-from ..training import Counts, StepTrainer
+from ..models.modes import eval_mode
+from ..runtimes.quantization import take_floats
+from ..training.forward import call_inside
+from ..training.trainers import Counts, StepTrainer
 from .adapters import own_base, without_adapters
 from .answers import Answer, read_answer
 from .arguments import DistillationArguments
 from .batch import Batch, Task, base_of, first_tokens
-from .cache import TeacherCache
+from .cache.cache import TeacherCache
 from .checks import check_alone, check_separate, check_sharded
 from .collating import CheckedCollator
-from .forward import call_inside
 from .generation import write
 from .layer_map import Pairs
-from .losses import MULTI_LABEL, REGRESSION
+from .losses.losses import MULTI_LABEL, REGRESSION
+from .losses.projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
 from .pairing import pair, share_encoder
-from .projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
 from .recorded import recording
 from .sharding import resharded, shard_teacher
 from .terms import LOSSES, comparable, sums_of

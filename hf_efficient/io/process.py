@@ -1,6 +1,6 @@
 """The one place that starts another program, and another Python, which never sees the current folder.
 
-    done = run_module("hf_efficient.verify", folder, "AutoModel", timeout=3600)
+    done = run_module("hf_efficient.pipeline.verify", folder, "AutoModel", timeout=3600)
     done.returncode, done.stdout
 
     program_output("git", "--version")                  # None where there is no git

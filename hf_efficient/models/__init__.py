@@ -3,7 +3,7 @@
 from hf_efficient.models import EfficientBertForSequenceClassification
 """
 
-from ..families import EFFICIENT_PREFIX, FAMILIES
+from .families import EFFICIENT_PREFIX, FAMILIES
 
 # model_type -> class name: `efficient_bert` -> `EfficientBertConfig`. All that `AutoConfig` needs to find a class.
 CONFIG_NAMES = {EFFICIENT_PREFIX + name: f"Efficient{family.config_name}" for name, family in FAMILIES.items()}
@@ -13,9 +13,9 @@ def __getattr__(name: str):
     if not name.startswith("Efficient"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in CONFIG_NAMES.values():
-        from .configs import find_config_class
+        from .classes import find_config_class
 
         return find_config_class(name)
-    from .building import find_model_class
+    from .rebuild import find_model_class
 
     return find_model_class(name)

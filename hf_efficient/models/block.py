@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from ..attention.config import AttentionConfig
 from ..errors import ConfigError, shown, unknown_name
-from ..families import Family, Stack
+from .families import Family, Stack
 
 VERSION = 1
 ATTENTIONS = ("attention", "cross_attention")

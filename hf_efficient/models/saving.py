@@ -18,5 +18,5 @@ def write_loader(folder: str | os.PathLike) -> Path:
     """Copy the loader into a checkpoint folder, atomically; returns its path."""
     target = Path(folder) / f"{LOADER}.py"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with as_file(files("hf_efficient") / "templates" / f"{LOADER}.py") as source:
+    with as_file(files("hf_efficient.models") / "templates" / f"{LOADER}.py") as source:
         return write_atomic(target, source.read_bytes())

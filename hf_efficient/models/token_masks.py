@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..families import find_stacks, is_known
+from .families import find_stacks, is_known
 
 IGNORED = -100
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED
 from ..errors import CheckpointError
-from ..families import family_of
-from .building import efficient_class
-from .configs import EfficientConfigMixin
+from .classes import EfficientConfigMixin
+from .families import family_of
+from .rebuild import efficient_class
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError
 from ..io.disk import write_atomic
-from ..models.building import check_model
-from ..training import restore_renamed
+from ..models.rebuild import check_model
+from ..training.trainers import restore_renamed
 from .config import PruningConfig
-from .removal import Removal
-from .schedule import Gradual
-from .unit_removal import UnitRemoval
-from .weight_removal import WeightRemoval
-from .zeros import HeldZeros, check_sharding
+from .gradual.removal import Removal
+from .gradual.schedule import Gradual
+from .gradual.units import UnitRemoval
+from .gradual.weights import WeightRemoval
+from .gradual.zeros import HeldZeros, check_sharding
 
 STATE_FILE = "pruning_state.safetensors"
 ROUNDING = 1e-3  # of weights a whole number leaves, which may be a little less than the ratio
@@ -42,8 +42,8 @@ class PruningCallback(TrainerCallback):
 
     Parameters:
         config: `granularity` may hold `head` and `neuron`, or be `weight` alone. `importance` is one that training
-            gives (`taylor`, `fisher`, `movement`: see `pruning.removal`) or one that needs no data. MACs are counted
-            at `sequence_length`, by default 128, for images the number of patches. `steps`, `reconstruct` and
+            gives (`taylor`, `fisher`, `movement`: see `pruning.gradual.removal`) or one that needs no data. MACs are
+            counted at `sequence_length`, by default 128, for images the number of patches. `steps`, `reconstruct` and
             `layer_importance` are those of `prune`.
         start, end: when the schedule runs, as fractions of the run; after `end` the network only recovers.
         every: optimizer steps between two increases of the ratio.

@@ -62,7 +62,7 @@ class PruningConfig:
             units (heads and neurons) and weights all reduce the network by the same factor: ratio 0.75 keeps half
             of the layers, and half of what is in them. Weights come last, of what the others have left.
         importance: `"fisher"` (the default), `"taylor"`, `"activation"`, `"magnitude"`, `"magnitude_l1"` or
-            `"random"`; see `pruning.importance`. Of weights also `"obs"` (SparseGPT). `"movement"` is learned while
+            `"random"`; see `pruning.score.units`. Of weights also `"obs"` (SparseGPT). `"movement"` is learned while
             training (`PruningCallback`). Of layers alone `"loss"` (their default), `"block_influence"`, or one of the
             above, summed over a layer's units.
         layer_importance: of layers, where units leave too; default `"loss"`.
@@ -72,7 +72,7 @@ class PruningConfig:
             fraction of weights in every matrix (`"activation"`: in every output row).
         mask_structure: a pattern of zeros: `"2:4"` keeps 2 of every 4 consecutive inputs in every row. None: anywhere.
         reconstruct: with calibration batches, what stays makes up for what leaves: least squares on the output linears
-            (`pruning.reconstruction`), for weights the update of SparseGPT.
+            (`pruning.fit.reconstruction`), for weights the update of SparseGPT.
         round_to: every layer keeps a multiple of this many neurons.
         steps: score and remove in so many steps, each on the model as it is by then, up to `ratio`.
         sequence_length: tokens of the inputs that the model is made for. Default: the average of the calibration

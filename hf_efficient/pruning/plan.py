@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
+from ..io.codec import decode
 from ..io.disk import write_atomic
 from ..io.json import read_json
 from ..models.block import MAX_LAYERS, MAX_NEURONS
-from ..reporting.codec import decode
 from .config import PruningConfig
 
 FORMAT = "hf_efficient pruning plan"

@@ -19,21 +19,21 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, shown
-from ..families import family_of
-from ..loading import load_config
-from ..models.building import check_model
-from .allocation import allocate_alike, choose_layers
-from .calibration import check_calibration, fitting_length
+from ..models.families import family_of
+from ..models.loading import load_config
+from ..models.rebuild import check_model
+from .choose.allocation import allocate_alike, choose_layers
+from .choose.reach import check_reachable
 from .config import IMPORTANCES, LAYER_IMPORTANCES, PruningConfig
-from .costs import Costs, make_costs
-from .finite import check_weights
-from .forecast import forecast
-from .groups import find_groups
+from .cut.groups import find_groups
+from .cut.surgery import check_plan
 from .plan import PruningPlan
-from .reach import check_reachable
+from .price.costs import Costs, make_costs
+from .price.forecast import forecast
+from .score.calibration import check_calibration, fitting_length
+from .score.finite import check_weights
+from .score.stream import Batch
 from .search import Cutter, Search, is_kept
-from .stream import Batch
-from .surgery import check_plan
 from .weights import check_data, check_learned, prune_weights
 
 

@@ -17,22 +17,22 @@ from functools import cached_property, partial
 import torch
 from transformers import PreTrainedModel
 
-from ..families import family_of
-from .allocation import allocate, choose_layers, drop_layers, fewest
-from .calibration import answer_loss
+from ..models.families import family_of
+from .choose.allocation import allocate, choose_layers, drop_layers, fewest
+from .choose.reach import check_reachable
+from .choose.rearrangement import rearrange
 from .config import PruningConfig
-from .correction import Kept, correct
-from .costs import Costs
-from .groups import Group, find_groups
-from .importance import Scores, check_scores, score_units
-from .layers import LayerScores, layer_scores, loss_order
+from .cut.groups import Group, find_groups
+from .cut.surgery import apply_plan
+from .fit.reconstruction import TokenWeights, reconstruct, token_weights
 from .plan import PruningPlan
-from .reach import check_reachable
-from .rearrangement import rearrange
-from .reconstruction import TokenWeights, reconstruct, token_weights
-from .statistics import MaskGradients, mask_gradients
-from .stream import Batch
-from .surgery import apply_plan
+from .price.correction import Kept, correct
+from .price.costs import Costs
+from .score.calibration import answer_loss
+from .score.layers import LayerScores, layer_scores, loss_order
+from .score.statistics import MaskGradients, mask_gradients
+from .score.stream import Batch
+from .score.units import Scores, check_scores, score_units
 
 
 class Cutter:

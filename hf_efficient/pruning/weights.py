@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DataError
-from ..models.building import check_model, rebuild
+from ..models.rebuild import check_model, rebuild
+from .choose.sparsity import Masks, choose_masks
 from .config import PruningConfig
-from .linear_inputs import Batch
-from .linears import Linear, find_linears, matrix, parameter_of
-from .sparsegpt import reconstruct, sparsegpt
-from .sparsity import Masks, choose_masks
-from .weight_importance import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
+from .cut.linears import Linear, find_linears, matrix, parameter_of
+from .fit.sparsegpt import reconstruct, sparsegpt
+from .score.linear_inputs import Batch
+from .score.weights import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
 
 
 def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from .usage import loading_snippet
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "templates" / "model_card.md"
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--|\.git$))[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 _WORD = re.compile(r"[\w.+-]{1,80}", re.ASCII)  # such as a licence on the Hub
 _FILE = re.compile(r".*\.(csv|tsv|json|jsonl|parquet|arrow|txt)")

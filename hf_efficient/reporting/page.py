@@ -45,7 +45,7 @@ from .tables import (
 from .usage import loading_snippet
 
 PAGE = "report.html"
-TEMPLATE = Path(__file__).resolve().parent.parent / "templates" / "report.html"
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 CURVES, POINTS = 12, 1000  # at most so many losses of a stage are drawn, and so many steps of each
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
+from ..io.codec import clean, decode
 from ..io.disk import write_atomic
+from ..io.environment import Environment, package_commit
 from ..io.json import parse_json, read_text
-from .codec import clean, decode
-from .environment import Environment, package_commit
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
 from hf_efficient.attention.cache import AllKeysLayer, StateLayer, attach_cache
 from hf_efficient.attention.dispatch import decodes_from_state, variant_of
-from hf_efficient.attention.kinds import ATTENTIONS
-from hf_efficient.attention.local import local_attention, local_decode
+from hf_efficient.attention.kinds.local import local_attention, local_decode
+from hf_efficient.attention.registry import ATTENTIONS
 
 from ..families import VOCABULARY, make_model
 from ..families import make_inputs as make_model_inputs

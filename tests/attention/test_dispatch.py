@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
-from hf_efficient.families import FAMILIES
+from hf_efficient.models.families import FAMILIES
 
 from ..families import (
     CASES,

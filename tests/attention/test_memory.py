@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 
 HEADS, DIM = 4, 16
 KINDS = {
@@ -25,7 +25,7 @@ KINDS = {
 PROGRAM = """
 import json, sys, torch
 from hf_efficient import AttentionConfig
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.naive import naive_full_attention
 from hf_efficient.attention.variant import HeadShape
 

@@ -18,7 +18,7 @@ from hf_efficient import (
 )
 from hf_efficient.attention.config import KINDS
 from hf_efficient.attention.dispatch import make_variant
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.variant import HeadShape
 
 from ..families import make_inputs, make_model

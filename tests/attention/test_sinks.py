@@ -8,7 +8,7 @@ import transformers
 
 from hf_efficient import AttentionConfig, ConfigError, convert_attention
 from hf_efficient.attention.config import KINDS
-from hf_efficient.attention.convert import efficient_config
+from hf_efficient.conversion.convert import efficient_config
 from hf_efficient.models.block import EfficientBlock
 
 from ..families import make_inputs, make_model

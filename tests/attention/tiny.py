@@ -5,8 +5,8 @@ TINY_JOBS                                  # every family of COMMON with every s
 """
 
 from hf_efficient import AttentionConfig
-from hf_efficient.attention.kinds import ATTENTIONS
-from hf_efficient.families import FAMILIES
+from hf_efficient.attention.registry import ATTENTIONS
+from hf_efficient.models.families import FAMILIES
 
 TINY = {
     "local": AttentionConfig("local", window=2),

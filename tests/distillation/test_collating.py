@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from hf_efficient.distillation.caching import cache_teacher
+from hf_efficient.distillation.cache.write import cache_teacher
 from hf_efficient.distillation.collating import CheckedCollator
 from hf_efficient.distillation.generation import teacher_texts
 from hf_efficient.errors import DataError
 
 from ..pruning.tiny_tokenizers import tokenizer_of
-from .test_cache import make_cache, rows_of
+from .cache.test_cache import make_cache, rows_of
 from .test_trainer import make_trainer
 from .tiny import LABELS, VOCABULARY, bert, collate, examples, llama, make_pair, t5
 

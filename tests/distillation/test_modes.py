@@ -6,10 +6,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_efficient import AttentionConfig, PruningConfig, cache_teacher, convert_attention, prune
-from hf_efficient.attention.transfer import transfer_attention
-from hf_efficient.distillation.dry_run import describe
+from hf_efficient.cli.programs.dry_run import describe
 from hf_efficient.distillation.generation import teacher_texts
-from hf_efficient.measure.context import eval_mode
+from hf_efficient.distillation.transfer import transfer_attention
+from hf_efficient.models.modes import eval_mode
 
 from .test_trainer import make_trainer
 from .tiny import collate, examples, make_pair, with_adapters

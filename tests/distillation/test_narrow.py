@@ -6,9 +6,9 @@ import torch
 from hf_efficient.distillation import narrow
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
-from hf_efficient.families import find_stacks
-from hf_efficient.models.building import is_portable
-from hf_efficient.pruning.groups import find_groups
+from hf_efficient.models.families import find_stacks
+from hf_efficient.models.rebuild import is_portable
+from hf_efficient.pruning.cut.groups import find_groups
 
 from ..families import make_inputs, make_model
 from .test_trainer import make_trainer

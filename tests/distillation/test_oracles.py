@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.distillation.losses import kd_loss
+from hf_efficient.distillation.losses.losses import kd_loss
 
 ROWS, CLASSES = 12, 50
 MASK = torch.arange(ROWS) < 9

@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
-from hf_efficient.pruning.groups import find_groups
+from hf_efficient.pruning.cut.groups import find_groups
 
 from .test_trainer import make_trainer
 from .tiny import ARCHITECTURES, collate, examples, make_pair

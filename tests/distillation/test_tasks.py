@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_efficient.distillation.batch import Batch, task_of
-from hf_efficient.distillation.losses import pool
+from hf_efficient.distillation.losses.losses import pool
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 

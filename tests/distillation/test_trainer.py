@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import BertForMultipleChoice, DistilBertConfig, DistilBertForSequenceClassification, TrainerCallback
 
+from hf_efficient.cli.programs.dry_run import describe
 from hf_efficient.distillation import hidden_states
 from hf_efficient.distillation.batch import Batch, task_of
-from hf_efficient.distillation.dry_run import describe
 from hf_efficient.distillation.hidden_states import selects_positions
-from hf_efficient.distillation.projections import ATTRIBUTE
+from hf_efficient.distillation.losses.projections import ATTRIBUTE
 from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError

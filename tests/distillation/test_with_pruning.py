@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_efficient import DistillationTrainer, PruningCallback, PruningConfig, prune
-from hf_efficient.distillation.projections import ATTRIBUTE
-from hf_efficient.families import find_stacks
+from hf_efficient.distillation.losses.projections import ATTRIBUTE
+from hf_efficient.models.families import find_stacks
 
 from ..families import make_model
 from .test_trainer import ALL, make_trainer

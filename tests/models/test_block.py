@@ -9,9 +9,9 @@ from transformers import AutoConfig
 
 from hf_efficient import ConfigError
 from hf_efficient.attention.config import AttentionConfig
-from hf_efficient.families import FAMILIES
 from hf_efficient.models.block import EfficientBlock, StackBlock
-from hf_efficient.models.configs import efficient_config_class
+from hf_efficient.models.classes import efficient_config_class
+from hf_efficient.models.families import FAMILIES
 
 from ..families import make_config
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig, BertForMaskedLM, PreTrainedModel
 from transformers.utils.output_capturing import CompileableContextVar
 
 from hf_efficient import convert_attention
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.variant import AttentionVariant
-from hf_efficient.families import FAMILIES
+from hf_efficient.models.families import FAMILIES
 
 from ..attention.tiny import TINY, TINY_JOBS
 from ..families import CASES, LENGTH, PADDED, VOCABULARY, make_inputs, make_model

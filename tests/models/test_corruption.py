@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_efficient import AttentionConfig, CheckpointError, ConfigError, convert_attention
-from hf_efficient.models.building import rebuild
+from hf_efficient.models.rebuild import rebuild
 
 from ..families import make_model
 

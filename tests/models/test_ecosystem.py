@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, BertForMaskedLM, Train
 
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
 from hf_efficient.attention.dispatch import NAME
-from hf_efficient.families import FAMILIES
+from hf_efficient.models.families import FAMILIES
 
 from ..families import CASES, CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_labels, make_model
 from ..helpers import assert_close

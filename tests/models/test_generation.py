@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
 from hf_efficient.attention.cache import StateLayer
-from hf_efficient.attention.kinds import ATTENTIONS
+from hf_efficient.attention.registry import ATTENTIONS
 
 from ..attention.tiny import TINY, TINY_JOBS
 from ..families import CASES, CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_model, position_ids

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_efficient import CheckpointError, ConfigError, PruningCallback, PruningConfig, UnsupportedModelError
 from hf_efficient.pruning.callback import STATE_FILE
-from hf_efficient.pruning.costs import total_cost, unit_cost
-from hf_efficient.pruning.groups import find_groups
-from hf_efficient.pruning.schedule import ratio_at
+from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.pruning.gradual.schedule import ratio_at
+from hf_efficient.pruning.price.costs import total_cost, unit_cost
 from tests.helpers import assert_close
 
 from . import callback_driver

@@ -4,7 +4,7 @@ import pytest
 
 from hf_efficient import ConfigError, PruningConfig
 from hf_efficient.pruning.config import IMPORTANCES as NAMES
-from hf_efficient.pruning.importance import IMPORTANCES
+from hf_efficient.pruning.score.units import IMPORTANCES
 
 BAD = [
     ({"ratio": 0}, ["between 0 and 1", "0"]),

@@ -7,15 +7,15 @@ import torch
 import transformers
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
-from hf_efficient.families import FAMILIES, family_of, find_stacks
-from hf_efficient.measuring import structure
-from hf_efficient.models.configs import block_of
-from hf_efficient.pruning.calibration import average_length, model_loss
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.pruning.groups import find_groups, unit_parameters
-from hf_efficient.pruning.importance import taylor
+from hf_efficient.models.classes import block_of
+from hf_efficient.models.families import FAMILIES, family_of, find_stacks
+from hf_efficient.pipeline.report import structure
+from hf_efficient.pruning.cut.groups import find_groups, unit_parameters
+from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan
-from hf_efficient.pruning.surgery import apply_plan
+from hf_efficient.pruning.price.costs import total_cost
+from hf_efficient.pruning.score.calibration import average_length, model_loss
+from hf_efficient.pruning.score.units import taylor
 from tests.families import CASES, CAUSAL, TWO_STACKS, make_inputs, make_model, real_logits
 from tests.helpers import assert_close, selected
 

@@ -18,9 +18,9 @@ from hf_efficient import (
     plan,
     prune,
 )
-from hf_efficient.models.building import is_portable
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.pruning.forecast import plan_table
+from hf_efficient.models.rebuild import is_portable
+from hf_efficient.pruning.price.costs import total_cost
+from hf_efficient.pruning.price.forecast import plan_table
 from tests.families import CASES, make_config, make_inputs, make_model
 
 from .tiny import batches, make

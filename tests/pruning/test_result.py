@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from hf_efficient import AttentionConfig, convert_attention, prune
-from hf_efficient.families import FAMILIES
-from hf_efficient.models.building import is_portable
-from hf_efficient.pruning.costs import unit_cost
-from hf_efficient.pruning.groups import find_groups
+from hf_efficient.models.families import FAMILIES
+from hf_efficient.models.rebuild import is_portable
+from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan
-from hf_efficient.pruning.surgery import apply_plan
+from hf_efficient.pruning.price.costs import unit_cost
 from tests.families import CASES, PAD, real_logits
 from tests.helpers import selected
 

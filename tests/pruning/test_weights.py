@@ -7,17 +7,17 @@ import torch
 import transformers
 
 from hf_efficient import ConfigError, DataError, PruningConfig, UnsupportedModelError, prune
-from hf_efficient.pruning.calibration import model_loss
+from hf_efficient.pruning.choose.reach import check_reachable
+from hf_efficient.pruning.choose.sparsity import choose_masks, keep_n_of_m, lowest, lowest_in_rows, shares
 from hf_efficient.pruning.config import OF_ONE_MATRIX, WEIGHT_IMPORTANCES
-from hf_efficient.pruning.costs import total_cost
-from hf_efficient.pruning.linear_inputs import collect
-from hf_efficient.pruning.linears import count_zeros, find_linears, matrix
-from hf_efficient.pruning.reach import check_reachable
-from hf_efficient.pruning.sparsegpt import choose_count, choose_given, choose_n_of_m, inverse_factor, prune_matrix
-from hf_efficient.pruning.sparsity import choose_masks, keep_n_of_m, lowest, lowest_in_rows, shares
-from hf_efficient.pruning.weight_importance import WEIGHT_IMPORTANCES as SCORES
+from hf_efficient.pruning.cut.linears import count_zeros, find_linears, matrix
+from hf_efficient.pruning.fit.sparsegpt import choose_count, choose_given, choose_n_of_m, inverse_factor, prune_matrix
+from hf_efficient.pruning.gradual.zeros import KeepZeros, was_sparsified
+from hf_efficient.pruning.price.costs import total_cost
+from hf_efficient.pruning.score.calibration import model_loss
+from hf_efficient.pruning.score.linear_inputs import collect
+from hf_efficient.pruning.score.weights import WEIGHT_IMPORTANCES as SCORES
 from hf_efficient.pruning.weights import prune_weights
-from hf_efficient.pruning.zeros import KeepZeros, was_sparsified
 from tests.families import CASES as FAMILIES
 from tests.families import make_inputs, make_labels, make_model
 from tests.helpers import assert_close

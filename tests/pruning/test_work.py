@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf_efficient import PruningConfig, plan, prune
-from hf_efficient.families import find_stacks
+from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning import prune as pruning
 from hf_efficient.pruning import search
-from hf_efficient.pruning.allocation import choose_layers, drop_layers
-from hf_efficient.pruning.layers import loss, loss_order
+from hf_efficient.pruning.choose.allocation import choose_layers, drop_layers
+from hf_efficient.pruning.score.layers import loss, loss_order
 from tests.families import CASES, make_inputs, make_model
 
 from .tiny import batches, make

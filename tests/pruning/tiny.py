@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from hf_efficient import PruningConfig
-from hf_efficient.families import family_of, find_stacks
-from hf_efficient.pruning.groups import Group, find_groups, output_weight
+from hf_efficient.models.families import family_of, find_stacks
+from hf_efficient.pruning.cut.groups import Group, find_groups, output_weight
 
 HIDDEN, HEADS, WIDTH, NEURONS, VOCABULARY, LABELS = 32, 4, 8, 48, 40, 3
 Batch = dict[str, torch.Tensor]

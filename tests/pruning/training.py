@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_efficient import PruningCallback, PruningConfig
-from hf_efficient.families import find_stacks
-from hf_efficient.pruning.groups import unit_parameters
+from hf_efficient.models.families import find_stacks
+from hf_efficient.pruning.cut.groups import unit_parameters
 
 from .tiny import batch, logits, make
 

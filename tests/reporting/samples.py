@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hf_efficient.reporting.environment import Environment
+from hf_efficient.io.environment import Environment
 from hf_efficient.reporting.schema import (
     Comparison,
     DatasetFacts,

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hf_efficient.errors import CheckpointError, ConfigError
-from hf_efficient.reporting.codec import clean
-from hf_efficient.reporting.environment import PACKAGE, Environment, package_commit
+from hf_efficient.io.codec import clean
+from hf_efficient.io.environment import PACKAGE, Environment, package_commit
 from hf_efficient.reporting.schema import SCHEMA_VERSION, Quality, Report, Score, load_report
 
 from .samples import STUDENT, sample_report

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_efficient.errors import CheckpointError, ConfigError
+from hf_efficient.io.codec import clean
 from hf_efficient.reporting.card import model_card
-from hf_efficient.reporting.codec import clean
 from hf_efficient.reporting.page import report_page
 from hf_efficient.reporting.plots import save_plots
 from hf_efficient.reporting.schema import MAX_ITEMS, Quality, Report, Score, StageRecord

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from hf_efficient import HfEfficientError, TeacherCache
-from hf_efficient.distillation.cache import MANIFEST
-from hf_efficient.families import FAMILIES
-from hf_efficient.loading import auto_class_of, load_model, load_processor
+from hf_efficient.distillation.cache.cache import MANIFEST
+from hf_efficient.models.families import FAMILIES
+from hf_efficient.models.loading import auto_class_of, load_model, load_processor
 
-from ..distillation.test_cache import make_cache
+from ..distillation.cache.test_cache import make_cache
 from ..distillation.tiny import make_pair
 from ..families import CASES, make_model
 from ..pruning.tiny_tokenizers import tokenizer_of

@@ -33,9 +33,9 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efficient import Recipe, compress
-from hf_efficient.distillation import script
+from hf_efficient.cli.programs import distill as script
+from hf_efficient.data.tokenizer import train_tokenizer
 from hf_efficient.io.disk import TEMPORARY
-from hf_efficient.new_tokenizer import train_tokenizer
 
 from .tiny import TINY
 

@@ -26,8 +26,8 @@ from hf_efficient import (
     convert_attention,
     prune,
 )
-from hf_efficient.loading import load_model
-from hf_efficient.training import MarkComplete
+from hf_efficient.models.loading import load_model
+from hf_efficient.training.trainers import MarkComplete
 
 from ..distillation.tiny import arguments, collate, examples, make_pair
 

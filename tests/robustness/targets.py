@@ -18,15 +18,15 @@ import yaml
 from PIL import Image
 
 from hf_efficient import CheckpointError, ConfigError, HfEfficientError, PruningConfig, PruningPlan, Recipe, Report
-from hf_efficient.data import read_table
+from hf_efficient.data.datasets import read_table
+from hf_efficient.data.images import read_image
 from hf_efficient.errors import DataError
-from hf_efficient.families import FAMILIES
-from hf_efficient.images import read_image
 from hf_efficient.io.json import parse_json
+from hf_efficient.io.yaml import parse
 from hf_efficient.models.block import EfficientBlock, check_block
+from hf_efficient.models.families import FAMILIES
 from hf_efficient.pruning.plan import Forecast, LayerForecast
-from hf_efficient.recipe import shipped_recipes
-from hf_efficient.safe_yaml import parse
+from hf_efficient.recipes.recipe import shipped_recipes
 
 from ..families import make_config
 from ..reporting.samples import sample_report

@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_efficient import CheckpointError, HfEfficientError, TeacherCache, compress
-from hf_efficient.running import Run
+from hf_efficient.pipeline.run import Run
 
-from ..distillation.test_cache import collate, examples, make_cache
+from ..distillation.cache.test_cache import collate, examples, make_cache
 from ..distillation.tiny import make_pair
 from .tiny import recipe, run_stages
 

@@ -11,11 +11,11 @@ import transformers.modeling_utils
 from safetensors import SafetensorError
 
 from hf_efficient import CheckpointError, ConfigError, TeacherCache, cache_teacher, compress
-from hf_efficient.exporting import Exported
 from hf_efficient.io.disk import clear_disk_errors, disk_fault, write_atomic
-from hf_efficient.workspace import Workspace
+from hf_efficient.pipeline.workspace import Workspace
+from hf_efficient.runtimes.export import Exported
 
-from ..distillation.test_cache import collate_rows, make_cache, rows_of
+from ..distillation.cache.test_cache import collate_rows, make_cache, rows_of
 from ..distillation.tiny import make_pair
 from .tiny import recipe, run_stage, run_stages
 
@@ -150,7 +150,7 @@ def test_optimizer_states_cut_short_are_not_resumed_from(tmp_path, monkeypatch):
 def test_the_folder_can_be_locked_again_after_a_fault(tmp_path, monkeypatch):
     """The lock of a run that failed is let go."""
     asked, space = recipe(), Workspace(tmp_path / "out", recipe())
-    monkeypatch.setattr("hf_efficient.pipeline._carry_out", lambda *args: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr("hf_efficient.pipeline.compress._carry_out", lambda *args: (_ for _ in ()).throw(FULL))
     with pytest.raises(CheckpointError, match="No space left"):
         compress(asked, output_dir=tmp_path / "out")
     space.open(json.loads((tmp_path / "out/inputs.json").read_text()))
@@ -200,6 +200,6 @@ def test_an_export_that_was_stopped_leaves_nothing_behind(tmp_path, monkeypatch)
         (folder / "model.onnx").touch()
         return Exported(kind, "onnxruntime", None, folder, 1, 0.0, 1.0, ())
 
-    monkeypatch.setattr("hf_efficient.runners.export", export)
+    monkeypatch.setattr("hf_efficient.pipeline.runners.export", export)
     run_stage(recipe(stages=[{"export": {}}]), "export", tmp_path, "1-export.partial")
     assert not left.exists() and (left.parent / "model.onnx").exists()

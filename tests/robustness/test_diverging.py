@@ -8,7 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 
 from hf_efficient import TrainingError, compress
-from hf_efficient.training import ExactTrainer
+from hf_efficient.training.trainers import ExactTrainer
 
 from ..distillation.test_trainer import make_trainer
 from .tiny import recipe

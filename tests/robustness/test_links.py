@@ -7,12 +7,12 @@ import shutil
 import pytest
 
 from hf_efficient import CheckpointError, compress
-from hf_efficient.exporting import export
-from hf_efficient.hub import push
 from hf_efficient.io.disk import check_inside, copy_folder, inside, own_file, own_folder, remove_own, write_atomic
 from hf_efficient.models.saving import write_loader
-from hf_efficient.sweeping import sweep
-from hf_efficient.workspace import Workspace
+from hf_efficient.pipeline.hub import push
+from hf_efficient.pipeline.sweep import sweep
+from hf_efficient.pipeline.workspace import Workspace
+from hf_efficient.runtimes.export import export
 
 from ..families import make_model
 from ..reporting.samples import sample_report
@@ -175,7 +175,7 @@ def test_an_export_leaves_its_neighbours_alone(name, tmp_path, monkeypatch):
     made = export(make_model("bert"), "torch", tmp_path / "onnx")
     assert made.folder == tmp_path / "onnx" and made.bytes_on_disk > 0
     assert (neighbour / "thesis.txt").read_text() == "years of work"
-    monkeypatch.setattr("hf_efficient.exporting.SAME", -1.0)
+    monkeypatch.setattr("hf_efficient.runtimes.export.SAME", -1.0)
     with pytest.raises(ValueError, match="another output"):
         export(make_model("bert"), "torch", tmp_path / "second")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "onnx"])

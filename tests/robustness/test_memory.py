@@ -9,9 +9,9 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_efficient import TrainingError, compress
-from hf_efficient.runners import distilled
-from hf_efficient.running import Run
-from hf_efficient.training import in_smaller_batches
+from hf_efficient.pipeline.run import Run
+from hf_efficient.pipeline.runners import distilled
+from hf_efficient.training.trainers import in_smaller_batches
 
 from .tiny import TRAINING, recipe, run_stage
 
@@ -154,7 +154,7 @@ def test_attention_transfer_in_smaller_batches(teacher, little_memory):
 
 def test_the_report_says_so(tmp_path, little_memory, monkeypatch):
     little_memory(4)
-    monkeypatch.setattr("hf_efficient.verify.check_reload", lambda *args: None)
+    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *args: None)
     stages = [{"distill": {"max_steps": 1, "batch_size": 8}}]
     report = compress(
         recipe(stages=stages), output_dir=tmp_path / "out", **{"teacher.max_steps": 1, "teacher.batch_size": 4}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_efficient import AttentionConfig, CheckpointError, ConfigError, PruningConfig, PruningPlan, Report
 from hf_efficient.errors import shown, unknown_name
-from hf_efficient.pruning.schedule import Gradual
+from hf_efficient.pruning.gradual.schedule import Gradual
 
 from .mutations import ODD, mutated, scrambled
 from .targets import TARGETS

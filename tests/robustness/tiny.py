@@ -7,9 +7,9 @@ from typing import Any
 from transformers import set_seed
 
 from hf_efficient import Recipe
-from hf_efficient.runners import RUNNERS, run_teacher
-from hf_efficient.running import TEACHER, Run
-from hf_efficient.workspace import Workspace
+from hf_efficient.pipeline.run import TEACHER, Run
+from hf_efficient.pipeline.runners import RUNNERS, run_teacher
+from hf_efficient.pipeline.workspace import Workspace
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
 TINY: dict[str, Any] = {

@@ -1,0 +1,191 @@
+"""Dense softmax attention over SDPA, for the layers that stay `full`, and the small parts other variants share.
+
+    out_i = sum_j softmax_j(scaling q_i . k_j + bias_(j-i)) v_j        (Vaswani 2017)
+
+    >>> import torch
+    >>> query, key = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8)     # 4 query heads share 2 key/value heads
+    >>> full_attention(query, key, key, causal=True, window=3).shape
+    torch.Size([2, 4, 10, 8])
+
+Shapes everywhere: query [B,H,T,D], key [B,K,S,D], value [B,K,S,Dv] with K dividing H; query i stands at key position
+S-T+i. key_mask [B,S] is True at real tokens, on either side; a padded key has no influence whatever it holds.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import ConfigError, UnsupportedModelError
+
+MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
+
+
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over all keys, or over a window of them by a dense mask.
+
+    Parameters:
+        window: causal: the last `window` keys including the token itself; else keys with |i - j| <= window (T == S).
+        scaling: factor on the scores; None means D**-0.5.
+        dropout: probability of dropping an attention weight.
+        bias: [1, H, S+T-1], added to the score of query position p and key j at index (j-p) + (S-1).
+
+    Returns:
+        [B, H, T, Dv]. A query that may see no key gives zeros.
+
+    Raises:
+        UnsupportedModelError: shapes that do not fit together.
+    """
+    check_shapes(query, key, value, key_mask, bias)
+    length, seen = query.shape[2], key.shape[2]
+    if causal or window is not None:
+        check_positions(length, seen, causal)
+    key, value = zero_padding(key, value, key_mask)
+    key, value = match_heads(query, key, value)
+    if window is not None and window >= seen:
+        window = None
+    if causal and window is None and length == 1:
+        causal = False  # a single query at the end sees every key
+    if causal and window is None and key_mask is None and bias is None and length == seen:
+        return sdpa(query, key, value, scaling=scaling, dropout=dropout, is_causal=True)
+    allowed = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, S]
+    if causal or window is not None:
+        band = _band(length, seen, causal, window, query.device)  # [T, S]
+        allowed = band[None, None] if allowed is None else allowed & band
+    if bias is not None:
+        expanded = toeplitz(bias, length, seen).to(query.dtype)  # [1, H, T, S]
+        allowed = expanded if allowed is None else expanded.masked_fill(~allowed, float("-inf"))
+    return sdpa(query, key, value, allowed, scaling=scaling, dropout=dropout)
+
+
+def full_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """The weights `[B,H,T,S]` of `full_attention`: its output for an identity matrix as the values."""
+    return full_attention(query, key, identity_values(key), key_mask, **options)
+
+
+def identity_values(key: Tensor) -> Tensor:
+    """[B,K,S,S]: values with which attention gives its own weights.
+
+    Raises:
+        UnsupportedModelError: so many keys that a full matrix is out of the question.
+    """
+    batch, kv_heads, seen = key.shape[:3]
+    if seen > MAX_WEIGHTS:
+        raise UnsupportedModelError(
+            f"Attention weights of {seen} tokens would take {seen} x {seen} numbers for each head. Ask for "
+            f"output_attentions with at most {MAX_WEIGHTS} tokens."
+        )
+    return torch.eye(seen, dtype=key.dtype, device=key.device).expand(batch, kv_heads, -1, -1)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """torch's fused attention; fully masked rows give zeros and finite gradients."""
+    grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210  (compiled, it is symbolic)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling, enable_gqa=grouped
+    )
+
+
+def match_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat key/value heads for their query heads, except on CPU, whose fused kernel shares them without a copy.
+
+    Elsewhere the fused kernels that take a mask do not take shared heads, and the fallback is not fused.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or (query.device.type == "cpu" and not torch.compiler.is_exporting()):
+        return key, value
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+
+def zero_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zeros at padded keys and values: a weight of 0 does not silence a NaN, and 0 has no gradient either."""
+    if key_mask is None:
+        return key, value
+    padded = ~key_mask[:, None, :, None]  # [B, 1, S, 1]
+    return key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+
+
+def toeplitz(vector: Tensor, rows: int, columns: int) -> Tensor:
+    """[..., rows+columns-1] -> [..., rows, columns] with entry (i, j) = vector[..., rows-1-i+j].
+
+    Rows of one element more than the period, read back with the period, shift by one per row: no index tensor, and
+    the gradient is a plain sum.
+    """
+    period = rows + columns - 1
+    repeated = F.pad(vector, (0, 1)).unsqueeze(-2).expand(*vector.shape[:-1], rows, period + 1)
+    shifted = repeated.flatten(-2)[..., rows - 1 : rows - 1 + rows * period]
+    return shifted.unflatten(-1, (rows, period))[..., :columns]
+
+
+def section(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """x from start to start + length along dim. Exported as a gather: a slice would tie the program to lengths that
+    leave something over."""
+    if torch.compiler.is_exporting():
+        return x.index_select(dim, torch.arange(start, start + length, device=x.device))
+    return x.narrow(dim, start, length)
+
+
+def check_shapes(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> None:
+    """Raise for shapes whose failure further down would not say what is wrong."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"{heads} query heads cannot share {kv_heads} key/value heads. The query heads must be a multiple."
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.dim() != 2):
+        raise UnsupportedModelError(
+            f"key_mask must be bool [batch, keys], got {key_mask.dtype} {tuple(key_mask.shape)}. "
+            "Pass the 2D padding mask, True at real tokens."
+        )
+    expected = key.shape[2] + query.shape[2] - 1
+    if bias is not None and (bias.dim() != 3 or bias.shape[-1] != expected):
+        raise UnsupportedModelError(
+            f"bias must be [1, heads, keys + queries - 1 = {expected}], got {tuple(bias.shape)}. "
+            "Pass the relative position bias by offset, not the expanded matrix."
+        )
+
+
+def check_positions(length: int, seen: int, causal: bool) -> None:
+    """Raise when queries and keys do not share one sequence, so that no distance between them is defined."""
+    if length > seen or (not causal and length != seen):
+        needed = "at least as many keys as queries" if causal else "as many keys as queries"
+        raise UnsupportedModelError(
+            f"Attention by distance needs {needed}, got {length} queries and {seen} keys. "
+            "Use kind='full' without a window for cross attention."
+        )
+
+
+def check_window(window: int) -> None:
+    """Raise for a window that would hide every key."""
+    if window < 1:
+        raise ConfigError(f"window must be at least 1, got {window!r}.")
+
+
+def _band(length: int, seen: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """[T, S], True where the distance allows the pair."""
+    position = torch.arange(seen - length, seen, device=device)[:, None]
+    distance = torch.arange(seen, device=device) - position
+    if window is None:
+        return distance <= 0
+    return (distance <= 0) & (distance > -window) if causal else distance.abs() <= window

@@ -1,0 +1,390 @@
+"""Local attention: softmax over a window of near keys, plus a few global tokens. O(n * window) time and memory.
+
+    out_i = sum_{j in W(i)} softmax_j(scaling q_i . k_j + bias_(j-i)) v_j
+    W(i) = {|i-j| <= window}                bidirectional (Longformer 2020, arXiv 2004.05150)
+    W(i) = {i - window < j <= i}            causal (Mistral 2023, arXiv 2310.06825; transformers' `sliding_window`)
+
+The first `global_tokens` real tokens are seen by all and, when not causal, see all.
+
+    >>> import torch
+    >>> query, key, value = torch.randn(3, 1, 12, 4096, 64)
+    >>> local_attention(query, key, value, window=64, global_tokens=1).shape
+    torch.Size([1, 12, 4096, 64])
+
+How: the queries are cut into blocks that become batch rows of one SDPA call. The keys that block b can see are a
+window of the padded key sequence; these windows overlap and are a strided view, not a copy. Batch rows lie one after
+the other in that sequence, so a window at an edge reads zeros or a neighbouring row's keys: masked either way.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engines.flex import flex_local_attention, use_flex
+from ..engines.global_tokens import GlobalTokens, find_globals, global_rows, meet_globals, no_globals, prepend
+from ..engines.parts import (
+    check_positions,
+    check_shapes,
+    check_window,
+    full_attention,
+    match_heads,
+    sdpa,
+    section,
+    toeplitz,
+    zero_padding,
+)
+from ..engines.pieces import count_blocks, spare_block
+from ..variant import AttentionVariant, State
+
+
+class LocalAttention(AttentionVariant):
+    """`local_attention` with the window and the global tokens of the config."""
+
+    takes_bias = True
+    has_state = True
+    keeps_keys = True
+
+    def attend(self, query, key, value, key_mask, **kwargs):
+        window, global_tokens = self.config.window, self.config.global_tokens
+        return local_attention(query, key, value, key_mask, window=window, global_tokens=global_tokens, **kwargs)
+
+    def decode(self, query, key, value, key_mask, state, **kwargs):
+        window, global_tokens = self.config.window, self.config.global_tokens
+        return local_decode(query, key, value, key_mask, state, window=window, global_tokens=global_tokens, **kwargs)
+
+    def macs(self, length, causal):
+        reach = self.config.window if causal else 2 * self.config.window + 1
+        return 2 * min(length, reach + self.config.global_tokens) * self.shape.dim
+
+
+class _Band(NamedTuple):
+    """How far a query sees: `left` keys back, `right` keys ahead; and the queries per `block`."""
+
+    left: int
+    right: int
+    block: int
+
+
+class _Blocks(NamedTuple):
+    """N blocks per batch row: query [B*N,H,block,D], key and value [B*N,K,span,D], `visible` keys [B or 1,N,span],
+    `position` [N,block] of the queries in the key sequence, how many keys lie `before` a block's first query, and how
+    many added queries `lead` the first block."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    position: Tensor
+    before: int
+    lead: int
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    window: int,
+    global_tokens: int = 0,
+    causal: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over a window; shapes and parameters as in `full_attention`.
+
+    Parameters:
+        window: bidirectional: keys with |i - j| <= window; causal: the last `window` keys including the token itself.
+        global_tokens: the number of first real tokens (padding not counted) that all see and, if not causal, see all.
+
+    Returns:
+        [B, H, T, Dv]. Where the window covers everything, the same as `full_attention`.
+
+    Raises:
+        UnsupportedModelError: bidirectional with T != S (cross attention), or shapes that do not fit together.
+    """
+    check_window(window)
+    check_shapes(query, key, value, key_mask, bias)
+    length, seen = query.shape[2], key.shape[2]
+    check_positions(length, seen, causal)
+    band = _find_band(window, causal)
+    if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
+        if window >= seen or (not global_tokens and seen <= sum(band)):
+            dense = {"causal": causal, "window": window, "scaling": scaling, "dropout": dropout, "bias": bias}
+            return full_attention(query, key, value, key_mask, **dense)
+        band = band._replace(block=min(band.block, length))
+    if use_flex(query, key, value, dropout):
+        layout = {"window": window, "global_tokens": global_tokens, "causal": causal}
+        return flex_local_attention(query, key, value, key_mask, scaling=scaling, bias=bias, **layout)
+    tokens, visible = None, _real(key, key_mask)
+    if global_tokens:
+        tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
+    if length == seen and bias is None and not dropout and torch.compiler.is_exporting():
+        out = _exported(query, key, value, visible, tokens, band, causal, scaling)
+    else:
+        if length == seen:
+            key, value = zero_padding(key, value, key_mask)
+        out = _windowed(query, key, value, key_mask, visible, tokens, band, causal, scaling, dropout, bias)
+    if tokens is not None and not causal:
+        rows = global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
+        out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
+    return out
+
+
+def _find_band(window: int, causal: bool) -> _Band:
+    block = 64 if window <= 64 else 128  # larger blocks waste more masked pairs, smaller ones run slower per pair
+    return _Band(window - 1, 0, block) if causal else _Band(window, window, block)
+
+
+def local_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    state: State | None,
+    *,
+    window: int,
+    global_tokens: int = 0,
+    scaling: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Causal `local_attention` of T new tokens after those whose window and global tokens are in `state`.
+
+    Parameters:
+        key, value, key_mask: those of the new tokens alone; `bias` spans all, as in `local_attention`.
+        state: what the call before returned; None: there are no tokens before.
+
+    Returns:
+        [B, H, T, Dv], and the state: key [B,K,m,D], value [B,K,m,Dv] and visible [B,m] of the last m <= window - 1
+        tokens; with global tokens also their key [B,K,g,D], value [B,K,g,Dv] and age [B,g] (see `meet_globals`).
+    """
+    check_window(window)
+    check_shapes(query, key, value, key_mask, None)
+    length = query.shape[2]
+    visible = _real(key, key_mask).expand(key.shape[0], -1)
+    kept_globals: State = ()
+    if global_tokens:
+        before = state[3:] if state else no_globals(key, value, global_tokens)
+        kept_globals, visible = meet_globals(before, key, value, visible)
+    if state is None:
+        options = {"window": window, "global_tokens": global_tokens, "causal": True, "scaling": scaling, "bias": bias}
+        out = local_attention(query, key, value, key_mask, **options)
+    else:
+        old_key, old_value, old_visible = state[:3]
+        key, value = zero_padding(key, value, key_mask)
+        key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+        visible = torch.cat([old_visible, visible], 1)
+        attend = _decode_one if length == 1 else _decode_chunk
+        out = attend(query, key, value, visible, kept_globals, window, scaling, bias)
+    first = max(key.shape[2] - window + 1, 0)
+    key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
+    if state is None or length > 1:  # no view that would keep a whole prompt in memory
+        key, value = zero_padding(key, value, visible)
+        visible = visible.clone()
+    return out, (key, value, visible, *kept_globals)
+
+
+def _decode_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    kept_globals: State,
+    window: int,
+    scaling: float | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,1,Dv]: one new token, in whose window all the kept keys are."""
+    scores = None if bias is None else bias[..., -key.shape[2] :].expand(key.shape[0], -1, -1)  # [B, H, m+1]
+    if kept_globals:
+        global_key, global_value, age = kept_globals
+        key, value = torch.cat([global_key, key], 2), torch.cat([global_value, value], 2)
+        visible = torch.cat([age > 0, visible], 1)
+        if bias is not None and scores is not None:
+            to_globals = bias[0][:, (bias.shape[-1] - age).clamp(max=bias.shape[-1] - 1)].transpose(0, 1)  # [B, H, g]
+            scores = torch.cat([to_globals, scores], -1)
+    mask = visible[:, None, None, :]
+    if scores is not None:
+        mask = scores.unsqueeze(2).to(query.dtype).masked_fill(~mask, float("-inf"))
+    key, value = match_heads(query, key, value)
+    return sdpa(query, key, value, mask, scaling=scaling)
+
+
+def _decode_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    kept_globals: State,
+    window: int,
+    scaling: float | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,T,Dv]: new tokens, the last T of the kept and new keys, some of which may be out of their window."""
+    tokens = None
+    if kept_globals:
+        global_key, global_value, age = kept_globals
+        tokens = GlobalTokens(key.shape[2] - age, age > 0, global_key, global_value)  # an old one has an index below 0
+    band = _find_band(window, causal=True)
+    band = band._replace(block=min(band.block, query.shape[2]))
+    return _windowed(query, key, value, None, visible, tokens, band, True, scaling, 0.0, bias)
+
+
+def _windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    visible: Tensor,
+    tokens: GlobalTokens | None,
+    band: _Band,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """[B,H,T,Dv]: every query over the `visible` keys [B or 1, S] of its window, and the global ones."""
+    length, seen = query.shape[2], key.shape[2]
+    if length != seen:  # decoding: of a long cache, touch only the keys in a window
+        first = max(seen - length - band.left, 0)
+        key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
+        key_mask = None if key_mask is None else key_mask[:, first:]
+        key, value = zero_padding(key, value, key_mask)
+    key, value = match_heads(query, key, value)
+    blocks = _cut(query, key, value, visible, band, seen)
+    center = seen if bias is None else bias.shape[-1] - length + 1  # the keys that bias spans
+    mask = _mask(blocks, band, tokens, causal, bias, center)
+    if tokens is not None:
+        chosen = match_heads(query, tokens.key, tokens.value)
+        blocks = blocks._replace(key=prepend(chosen[0], blocks.key), value=prepend(chosen[1], blocks.value))
+    out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=scaling, dropout=dropout)
+    # [B*N, H, block, Dv] -> [B, H, T, Dv], stored as [B, T, H, Dv], which is what the layers reshape to.
+    out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    return section(out, 2, blocks.lead, length)
+
+
+def _exported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    tokens: GlobalTokens | None,
+    band: _Band,
+    causal: bool,
+    scaling: float | None,
+) -> Tensor:
+    """[B,H,T,D]: `_windowed` for a program that leaves Python, without dropout and bias, over as many keys as queries.
+
+    Other runtimes have no views: the heads stay outside of the blocks, so that no tensor changes its layout, and the
+    windows are joined of whole blocks, in one copy. Masked scores are finite, so that a query without keys, always a
+    padded one, gives some mean instead of NaN; then all padded keys are finite too, and need no zeros.
+    """
+    length = query.shape[2]
+    key, value = match_heads(query, key, value)
+    band = band._replace(block=32 if max(band.left, band.right) <= 32 else band.block)  # fewer masked pairs
+    count = count_blocks(length, band.block) + spare_block()
+    rows = F.pad(query, (0, 0, 0, count * band.block - length)).unflatten(2, (count, band.block))
+    keys, values = _joined(key, count, band), _joined(value, count, band)  # lists of [B, H, N, some keys, D]
+    seen = torch.cat(_joined(visible[:, None, :, None], count, band), 3).squeeze(-1).squeeze(1)  # [B or 1, N, span]
+    position = torch.arange(count * band.block, device=query.device).unflatten(0, (count, band.block))
+    allowed = _allowed(seen, position, band, band.left, tokens, causal, query.shape[0])
+    if tokens is not None:
+        chosen = match_heads(query, tokens.key, tokens.value)
+        first = [x.unsqueeze(2).expand(-1, -1, count, -1, -1) for x in chosen]
+        keys, values = [first[0], *keys], [first[1], *values]
+    scores = rows @ torch.cat(keys, 3).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
+    out = (scores + hidden.unsqueeze(1)).softmax(-1) @ torch.cat(values, 3)  # [B, H, N, block, D]
+    return section(out.flatten(2, 3), 2, 0, length)
+
+
+def _joined(x: Tensor, count: int, band: _Band) -> list[Tensor]:
+    """[B,K,S,D] -> what [B,K,N,span,D], the overlapping windows of N blocks, is joined of along the keys."""
+    span = band.left + band.block + band.right
+    parts = count_blocks(span, band.block)
+    blocks = count + parts - 1
+    filled = F.pad(x, (0, 0, band.left, blocks * band.block - band.left - x.shape[2]))
+    filled = filled.unflatten(2, (blocks, band.block))
+    joined = [section(filled, 2, first, count) for first in range(parts)]
+    return [*joined[:-1], joined[-1][:, :, :, : span - (parts - 1) * band.block]]
+
+
+def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """[B, S], or [1, S] of True where there is no padding."""
+    return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+
+
+def _cut(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, band: _Band, seen: int) -> _Blocks:
+    """The blocks of queries with the keys that each may see, given the last keys of `seen`."""
+    length, kept = query.shape[2], key.shape[2]
+    if length == 1 or (not torch.compiler.is_exporting() and length <= band.block):
+        position = torch.arange(seen - length, seen, device=query.device).unsqueeze(0)
+        return _Blocks(query, key, value, visible.unsqueeze(1), position, kept - length, 0)
+    count = count_blocks(kept, band.block) + spare_block()
+    filled = count * band.block
+    # Queries at every kept position, so that query and key blocks line up; `lead` says how many to cut off.
+    rows = F.pad(query, (0, 0, kept - length, filled - kept))
+    rows = rows.unflatten(2, (count, band.block)).transpose(1, 2).flatten(0, 1)
+    span = band.left + band.block + band.right
+    visible = F.pad(visible, (band.left, filled - kept + band.right)).unfold(1, span, band.block)
+    position = torch.arange(seen - kept, seen - kept + filled, device=query.device).unflatten(0, (count, band.block))
+    key, value = _windows(key, filled, band), _windows(value, filled, band)
+    return _Blocks(rows, key, value, visible, position, band.left, kept - length)
+
+
+def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:
+    """[B,K,S,D] -> overlapping windows [B*N,K,span,D], a view of one padded copy."""
+    extra = filled - x.shape[2]
+    if x.shape[0] == 1:
+        rows = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, band.left, extra + band.right))
+    else:
+        rows = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, extra)).flatten(0, 1)
+        rows = F.pad(rows, (0, 0, 0, 0, band.left, band.right))
+    return rows.unfold(0, band.left + band.block + band.right, band.block).transpose(2, 3)
+
+
+def _allowed(
+    visible: Tensor,
+    position: Tensor,
+    band: _Band,
+    before: int,
+    tokens: GlobalTokens | None,
+    causal: bool,
+    batch: int,
+) -> Tensor:
+    """[B,N,block,keys]: what queries see of the global keys, then of the `visible` [B or 1,N,span] ones."""
+    device, span, block = visible.device, visible.shape[2], position.shape[1]
+    distance = torch.arange(span, device=device) - torch.arange(block, device=device)[:, None] - before
+    inside = (distance >= -band.left) & (distance <= band.right)
+    allowed = visible.unsqueeze(2) & inside  # [B or 1, N, block, span]
+    allowed = allowed.expand(batch, -1, -1, -1)
+    if tokens is None:
+        return allowed
+    seen_by = tokens.valid[:, None, None, :]  # [B, 1, 1, g]
+    if causal:
+        seen_by = seen_by & (tokens.index[:, None, None, :] <= position[..., None])
+    return torch.cat([seen_by.expand(*allowed.shape[:3], -1), allowed], -1)
+
+
+def _mask(
+    blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, causal: bool, bias: Tensor | None, seen: int
+) -> Tensor:
+    """What the blocks' queries may see: bool [B*N,1,block,keys], or scores [B*N,H,block,keys] with a bias."""
+    batch = blocks.query.shape[0] // blocks.visible.shape[1]
+    block, span = blocks.query.shape[2], blocks.key.shape[2]
+    allowed = _allowed(blocks.visible, blocks.position, band, blocks.before, tokens, causal, batch)
+    allowed = allowed.flatten(0, 1).unsqueeze(1)
+    if bias is None:
+        return allowed
+    # [1, H, block, span]: bias[seen - 1] is distance 0; the ends are filled up where a block is longer than the input.
+    first = blocks.before + block
+    scores = F.pad(bias, (first, span))[..., seen : seen + block + span - 1]
+    scores = toeplitz(scores, block, span)
+    if tokens is not None:
+        offset = tokens.index[:, None, None, :] - blocks.position[..., None] + seen - 1  # [B, N, block, g]
+        to_globals = bias[0][:, offset.clamp(0, bias.shape[-1] - 1)].movedim(0, 2).flatten(0, 1)  # [B*N, H, block, g]
+        scores = torch.cat([to_globals, scores.expand(to_globals.shape[0], -1, -1, -1)], -1)
+    return scores.to(blocks.query.dtype).masked_fill(~allowed, float("-inf"))

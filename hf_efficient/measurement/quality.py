@@ -1,0 +1,362 @@
+"""Quality with its uncertainty, and the paired difference of two models on the same samples.
+
+    teacher = evaluate_quality(a, dataset, collator, "text-classification")
+    student = evaluate_quality(b, dataset, collator, "text-classification")
+    difference = compare_quality(teacher, student)        # far more certain than two separate accuracies
+
+Standard errors, for n samples where sample i has the total s_i over its w_i targets (S and W their sums, r = S / W):
+
+    one right or wrong a sample   sqrt(p (1 - p) / n)
+    any mean over tokens          sqrt(n / (n - 1) * sum_i (s_i - r w_i)^2) / W
+
+The second is the ratio estimator over samples: tokens of one text are not independent, so they are not counted as if
+they were. Perplexity is exp(loss), so by d exp(x) = exp(x) dx its error is perplexity times the loss's error. That of
+macro F1 is the jackknife's: the score is computed anew without each sample.
+
+The difference of two models is taken sample by sample: where a sample is right or wrong its error is McNemar's
+sqrt(b + c - (b - c)^2 / n) / n, where b and c count the samples that only one of them gets right; for perplexity it is
+the ratio estimator's with perplexity * (s_i - r w_i) of the second model minus that of the first in the sum, for the
+accuracy over tokens the same without that factor.
+
+An answer is right if its first and its last token are; an embedding, if the nearest is that of its own pair
+(`retrieval`).
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
+from ..models.heads import auto_class_of_architecture
+from ..models.modes import evaluating
+from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
+from ..reporting.schema import Quality, Score
+from .retrieval import PAIR, embeddings, find_pairs
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to read a head's output: the class ending (None: no head), the main score, whether labels are per token,
+    how far labels run ahead."""
+
+    head: str | None
+    metric: str
+    tokens: bool = False
+    shift: int = 0
+
+
+TASKS = {
+    "text-classification": Task("ForSequenceClassification", "accuracy"),
+    "image-classification": Task("ForImageClassification", "accuracy"),
+    "causal-lm": Task("ForCausalLM", "perplexity", tokens=True, shift=1),
+    "seq2seq": Task("ForConditionalGeneration", "perplexity", tokens=True),
+    "token-classification": Task("ForTokenClassification", "accuracy", tokens=True),
+    "masked-lm": Task("ForMaskedLM", "perplexity", tokens=True),
+    "question-answering": Task("ForQuestionAnswering", "span_accuracy"),
+    "sentence-embeddings": Task(None, "retrieval@1"),
+}
+_ALSO_CAUSAL = "LMHeadModel"
+# Heads whose class names do not say it: MarianMTModel, BertLMHeadModel.
+_BY_AUTO_CLASS = {"AutoModelForSeq2SeqLM": "seq2seq", "AutoModelForCausalLM": "causal-lm"}
+_LABELS = ("labels", "start_positions", "end_positions", PAIR)
+_SPAN = 1 << 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-sample results, in the data set's order; `quality` is their summary.
+
+    Parameters:
+        loss, correct, count: `[n]` summed negative log-likelihood (of embeddings 1 - 1 / rank), right predictions and
+            targets of each sample.
+        predictions, targets: `[total targets]` class or token ids, sample after sample; of embeddings the nearest and
+            the own pair; of an answer start * 2^32 + end.
+    """
+
+    quality: Quality
+    loss: torch.Tensor
+    correct: torch.Tensor
+    count: torch.Tensor
+    predictions: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QualityDifference:
+    """Second model minus first in the score `name`; `only_first`, `only_second`: targets that only one gets right."""
+
+    name: str
+    difference: float
+    standard_error: float
+    agreement: float
+    only_first: int
+    only_second: int
+    samples: int
+
+
+def task_of(model: torch.nn.Module) -> str:
+    """The task that the model's head was made for.
+
+    Raises:
+        UnsupportedModelError: a head without a known task.
+    """
+    name = type(model).__name__
+    if (auto := auto_class_of_architecture(name)) in _BY_AUTO_CLASS:
+        return _BY_AUTO_CLASS[auto]
+    for task, settings in TASKS.items():
+        if settings.head is not None and name.endswith(settings.head):
+            return task
+    if name.endswith(_ALSO_CAUSAL):
+        return "causal-lm"
+    raise UnsupportedModelError(f"No task is known for {name}. Pass task=, one of: {', '.join(TASKS)}.")
+
+
+def evaluate_quality(
+    model: torch.nn.Module,
+    dataset: Any,
+    collator: Callable[[list], Mapping[str, torch.Tensor]] | None = None,
+    task: str | None = None,
+    batch_size: int = 32,
+    pooling: str = "mean",
+) -> Evaluation:
+    """Run the model over the data set in its order, in eval mode, and score it.
+
+    Parameters:
+        dataset: samples with labels, as `Trainer` takes them; -100 marks token labels that do not count. Nor do those
+            of padding, or predicted by it: on the left the first real token of a causal model.
+        collator: list of samples -> batch with `labels`; default `transformers.default_data_collator`.
+        task: one of `TASKS`; default: what the model's head is for.
+        pooling: of embeddings: mean, cls or last.
+
+    Raises:
+        ConfigError: an unknown task or bad batch size. DataError: an empty data set, no labels, or nothing to predict.
+    """
+    task = task_of(model) if task is None else task
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if len(dataset) == 0:
+        raise DataError("The data set to evaluate on is empty. Give at least one sample.")
+    if collator is None:
+        from transformers import default_data_collator as collator
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collator, shuffle=False)
+    with evaluating(model):
+        if TASKS[task].head is None:
+            lost, nearest = find_pairs(*embeddings(model, loader, pooling))
+            rows = [_one(loss, found, own) for own, (loss, found) in enumerate(zip(lost, nearest, strict=True))]
+        else:
+            batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
+            rows = [row for batch in batches for row in _score_batch(model, batch, TASKS[task])]
+    loss, correct, count = (torch.stack([row[i] for row in rows]).double() for i in range(3))
+    if not count.sum():
+        raise DataError("No label counts: all are -100. Give samples with labels.")
+    predictions, targets = (torch.cat([row[i] for row in rows]) for i in (3, 4))
+    scores = _scores(TASKS[task], loss, correct, count, predictions, targets)
+    return Evaluation(Quality(task, len(count), int(count.sum()), scores), loss, correct, count, predictions, targets)
+
+
+def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple[torch.Tensor, ...]]:
+    """(loss sum, correct, count, predictions, targets) of each sample, on the CPU."""
+    names = ("start_positions", "end_positions") if task.metric == "span_accuracy" else ("labels",)
+    if missing := [name for name in names if name not in batch]:
+        raise DataError(
+            f"The batch has no {missing[0]!r}, only {', '.join(sorted(batch))}. Label the data or fix the collator."
+        )
+    inputs = inputs_of(model, batch)
+    _check_ids(model, inputs.get("input_ids"))
+    labels = torch.stack([batch[name] for name in names], dim=-1).to(next(model.parameters()).device)
+    if len(names) == 2:
+        return _score_spans(model(**inputs), token_masks(inputs, has_decoder=False)["encoder"], labels)
+    labels = labels[..., 0]
+    if task.tokens:
+        labels = _place(model, inputs, labels, task)
+    logits = model(**inputs).logits  # [B, classes] or [B, T, C]
+    if not task.tokens:
+        if logits.shape[-1] < 2 or labels.is_floating_point():
+            raise DataError("Accuracy needs class labels and at least 2 classes; this is a regression head or label.")
+        logits, labels = logits[:, None], labels.reshape(-1, 1)
+    elif task.shift:
+        logits, labels = logits[:, : -task.shift], labels[:, task.shift :]
+    return [_score_sample(logits[i], labels[i]) for i in range(len(labels))]
+
+
+def _place(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, task: Task) -> torch.Tensor:
+    """Token labels `[B, T]` where the logits are, -100 where these are of padding; adds the inputs of a decoder."""
+    has_decoder = model.config.is_encoder_decoder
+    if has_decoder and "decoder_input_ids" not in inputs:
+        labels = from_first(labels)
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    masks = token_masks(inputs | {"labels": labels}, has_decoder=has_decoder)
+    return real_labels(labels, list(masks.values())[-1], ahead=task.shift)
+
+
+def inputs_of(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What of a batch the model is given: no labels, on its device; positions that do not count padding."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value) and key not in _LABELS}
+    names = inspect.signature(model.forward).parameters
+    if model.main_input_name in names:
+        inputs = {key: value for key, value in inputs.items() if key in names}
+    else:  # a wrapper such as PEFT's names none and passes all on
+        from ..distillation.batch import base_of
+
+        model = base_of(model)
+        names = inspect.signature(model.forward).parameters
+    return inputs | first_positions(inputs) if counts_columns(model, names) else inputs
+
+
+def _check_ids(model: Any, ids: torch.Tensor | None) -> None:
+    """Raises DataError for ids that the embeddings have no row for: another tokenizer than the model's."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if ids is not None and ids.numel() and isinstance(table, torch.nn.Embedding):
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= table.num_embeddings:
+            raise DataError(
+                f"A text has the token {high if high >= table.num_embeddings else low}, and {type(model).__name__} "
+                f"knows 0 to {table.num_embeddings - 1}. Tokenize with the tokenizer of the model."
+            )
+
+
+def _check_labels(labels: torch.Tensor, classes: int, what: str) -> None:
+    """Raises DataError for a label that is no class, or no token of the text."""
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.numel():
+        raise DataError(
+            f"A label is {int(wrong[0])}, and there are {classes} {what}. Check the data, and the model's num_labels."
+        )
+
+
+def _score_spans(output: Any, mask: torch.Tensor, ends: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Start and end logits and mask `[B, T]`, ends `[B, 2]`: the most probable first and last token of each text."""
+    both = torch.stack([output.start_logits, output.end_logits], dim=1).float()
+    both = both.masked_fill(~mask[:, None], -torch.inf)
+    _check_labels(ends, both.shape[-1], "tokens in that text")
+    loss = torch.nn.functional.cross_entropy(both.transpose(1, 2), ends, reduction="none").mean(1)
+    spans = [positions[:, 0] * _SPAN + positions[:, 1] for positions in (both.argmax(-1), ends)]
+    return [_one(*row) for row in zip(loss.cpu(), *(span.cpu() for span in spans), strict=True)]
+
+
+def _one(loss: torch.Tensor, prediction: torch.Tensor, target: Any) -> tuple[torch.Tensor, ...]:
+    """A sample with one answer."""
+    target = torch.as_tensor(target)
+    return loss, prediction == target, torch.tensor(1), prediction[None], target[None]
+
+
+def _score_sample(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits `[T, classes]`, labels `[T]`; only labels other than -100 count."""
+    kept = labels != IGNORED
+    logits, targets = logits[kept].float(), labels[kept]
+    _check_labels(targets, logits.shape[-1], "classes")
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").cpu()
+    predictions, targets = logits.argmax(-1).cpu(), targets.cpu()
+    return loss, (predictions == targets).sum(), torch.tensor(len(targets)), predictions, targets
+
+
+def mean_and_error(total: torch.Tensor, count: torch.Tensor) -> tuple[float, float]:
+    """sum(total) / sum(count) and its standard error over samples; the error of a single sample is unknown: nan."""
+    mean = total.sum() / count.sum()
+    n = len(total)
+    if n < 2:
+        return mean.item(), math.nan
+    return mean.item(), ((n / (n - 1) * ((total - mean * count) ** 2).sum()).sqrt() / count.sum()).item()
+
+
+def _scores(
+    task: Task,
+    loss: torch.Tensor,
+    correct: torch.Tensor,
+    count: torch.Tensor,
+    predictions: torch.Tensor,
+    targets: torch.Tensor,
+) -> tuple[Score, ...]:
+    mean_loss, loss_error = mean_and_error(loss, count)
+    share, share_error = mean_and_error(correct, count)
+    loss_score = Score("loss", mean_loss, loss_error, False)
+    if task.metric == "perplexity":
+        perplexity = _exp(mean_loss)
+        main = Score("perplexity", perplexity, perplexity * loss_error, False)
+        return main, loss_score, Score("token_accuracy", share, share_error, True)
+    if task.tokens:
+        f1 = Score("macro_f1", *macro_f1(count, predictions, targets), True)
+        return Score("accuracy", share, share_error, True), f1, loss_score
+    main = Score(task.metric, share, math.sqrt(share * (1 - share) / len(count)), True)
+    if task.head is None:
+        return main, Score("reciprocal_rank", 1 - mean_loss, loss_error, True)
+    return main, loss_score
+
+
+def macro_f1(count: torch.Tensor, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    """The mean over the classes of the targets of F1 = 2 tp / (predicted + true), and its jackknife error.
+
+    Parameters:
+        count: `[n]` how many of the predictions belong to each sample.
+        predictions, targets: `[total]` class ids.
+    """
+    n, classes = len(count), int(torch.maximum(predictions.max(), targets.max())) + 1
+    sample = torch.arange(n).repeat_interleave(count.long())
+
+    def counted(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return torch.bincount((sample * classes + ids)[where], minlength=n * classes).view(n, classes).double()
+
+    everywhere = torch.ones_like(targets, dtype=torch.bool)
+    right = counted(targets, predictions == targets)
+    either = counted(predictions, everywhere) + counted(targets, everywhere)
+    known = targets.unique()
+
+    def score(right: torch.Tensor, either: torch.Tensor) -> torch.Tensor:
+        return (2 * right / either.clamp_min(1))[..., known].mean(-1)
+
+    without = score(right.sum(0) - right, either.sum(0) - either)  # [n]
+    error = ((n - 1) / n * ((without - without.mean()) ** 2).sum()).sqrt().item() if n > 1 else math.nan
+    return score(right.sum(0), either.sum(0)).item(), error
+
+
+def _exp(loss: float) -> float:
+    """exp, but infinite instead of an OverflowError: a diverged model still gets its report."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
+    """Second minus first in the main score, with the paired standard error (formulas in the module docstring).
+
+    Raises:
+        DataError: the two were not evaluated on the same samples and labels in the same order.
+    """
+    same = torch.equal(first.count, second.count) and torch.equal(first.targets, second.targets)
+    if not same or first.quality.task != second.quality.task:
+        raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")
+    n = len(first.count)
+    if TASKS[first.quality.task].tokens:
+        parts = _perplexity_parts if TASKS[first.quality.task].metric == "perplexity" else _accuracy_parts
+        change = parts(second) - parts(first)
+        error = (n / (n - 1) * (change**2).sum()).sqrt().item() / first.count.sum().item() if n > 1 else math.nan
+    else:
+        change = second.correct - first.correct
+        error = math.sqrt(((change - change.mean()) ** 2).sum().item()) / n
+    right_first, right_second = first.predictions == first.targets, second.predictions == second.targets
+    return QualityDifference(
+        name=first.quality.main.name,
+        difference=second.quality.main.value - first.quality.main.value,
+        standard_error=error,
+        agreement=(first.predictions == second.predictions).double().mean().item(),
+        only_first=int((right_first & ~right_second).sum()),
+        only_second=int((right_second & ~right_first).sum()),
+        samples=n,
+    )
+
+
+def _perplexity_parts(evaluation: Evaluation) -> torch.Tensor:
+    """`[n]`: how far each sample pulls the perplexity from its value, times the number of targets."""
+    loss = evaluation.loss.sum() / evaluation.count.sum()
+    return _exp(loss.item()) * (evaluation.loss - loss * evaluation.count)
+
+
+def _accuracy_parts(evaluation: Evaluation) -> torch.Tensor:
+    """The same for the accuracy over tokens."""
+    return evaluation.correct - evaluation.correct.sum() / evaluation.count.sum() * evaluation.count

@@ -1,0 +1,577 @@
+"""The table of model families: where a stock model keeps its layers, projections, neurons and their sizes.
+
+Everything the package knows about one architecture stands here, and nowhere else. To add a family, write one `Family`
+entry in `FAMILIES` and one parameter in `tests/families.py`.
+
+    family = family_of(model.config)                     # BERT, ViT, Llama, T5, ...
+    for stack, layers in find_stacks(model, family):     # ("encoder", ModuleList of 12 layers)
+        ...
+
+Paths are relative: a stack's `layers` to the base model, all others to one layer. A stack that a class does not have
+(`T5EncoderModel` has no decoder) is left out by `find_stacks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+from ..errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module of a layer.
+
+    `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
+    `Conv1D`s. A path that stands for several of query, key and value is one fused linear: its outputs are those of
+    each, one block after another (only without grouped queries). `head_attributes` and `width_attributes` are the
+    integers that the module keeps beside its weights: the number of query heads, and heads x head_dim.
+    """
+
+    module: str
+    query: str
+    key: str
+    value: str
+    output: str
+    head_attributes: tuple[str, ...] = ()
+    width_attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tower of identical layers, and the config fields with its sizes.
+
+    Fields:
+        layers: its ModuleList.
+        up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated. A path
+            that is named twice is one fused linear with a block of outputs for each.
+        cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
+            have it, where they may do without.
+        config: the sub-config with the fields below, where a model is made of several (CLIP).
+        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
+            `neurons` is `None` where no field can say any width.
+        count_neurons: the FFN width of a config, where it is not simply in the field.
+        kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
+        head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
+            `None` where it accepts none (then pruned heads need the efficient class).
+        sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
+    """
+
+    name: str
+    layers: str
+    attention: Attention
+    up: tuple[str, ...]
+    down: str
+    gated_up: tuple[str, ...] = ()
+    gated_down: str | None = None
+    cross_attention: Attention | None = None
+    cross_if: str | None = None
+    config: str | None = None
+    num_layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    neurons: str | None = "intermediate_size"
+    count_neurons: Callable[[PreTrainedConfig], int] | None = None
+    kv_heads: str | None = None
+    head_dim: str | None = None
+    sees_patches: bool = False
+
+    def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that holds the sizes of this stack."""
+        return getattr(config, self.config) if self.config else config
+
+    def is_causal(self, config: PreTrainedConfig) -> bool:
+        """Its self-attention sees no later tokens: decoders, the text of CLIP, and encoders used as decoders."""
+        return self.name in ("decoder", "text") or getattr(config, "is_decoder", False)
+
+    def has_window(self, config: PreTrainedConfig, layer: int) -> bool:
+        """The stock config gives the layer a sliding window of its own."""
+        own = self.own_config(config)
+        types = getattr(own, "layer_types", None)
+        return types[layer] == "sliding_attention" if types else getattr(own, "sliding_window", None) is not None
+
+    def depth(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.num_layers)
+
+    def width(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.hidden)
+
+    def num_neurons(self, config: PreTrainedConfig) -> int:
+        own = self.own_config(config)
+        if self.count_neurons:
+            return self.count_neurons(own)
+        assert self.neurons, f"{self.name}: neither `neurons` nor `count_neurons`"
+        return getattr(own, self.neurons)
+
+    def num_heads(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.heads)
+
+    def num_kv_heads(self, config: PreTrainedConfig) -> int:
+        return getattr(self.own_config(config), self.kv_heads or self.heads)
+
+    def group_size(self, config: PreTrainedConfig) -> int:
+        """Query heads per key/value head: 1 without grouped-query attention."""
+        return self.num_heads(config) // self.num_kv_heads(config)
+
+    def head_width(self, config: PreTrainedConfig) -> int:
+        """The dimension of one head."""
+        own = getattr(self.own_config(config), self.head_dim, None) if self.head_dim else None
+        return own or self.width(config) // self.num_heads(config)
+
+    def cross(self, config: PreTrainedConfig) -> Attention | None:
+        """The cross attention that the layers of this config have, if any."""
+        return self.cross_attention if self.cross_if is None or getattr(config, self.cross_if) else None
+
+    def attentions(self, config: PreTrainedConfig) -> dict[str, Attention]:
+        """The attention modules under the names that sizes and plans use: `heads`, and `cross_heads` if any."""
+        cross = self.cross(config)
+        return {"heads": self.attention} | ({"cross_heads": cross} if cross else {})
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, as transformers builds it.
+
+    Fields:
+        config_name: its config class in transformers.
+        stacks: its towers, in the order in which data flows.
+        norm: how its blocks meet the residual stream: `"post"`, norm(x + block(x)), or `"pre"`, x + block(norm(x)).
+            `None` where what a block gives is scaled or normed before it is added.
+        heads_divide_hidden: the stock config insists that the head count divides the hidden size.
+        gated: the config field that says that the FFN is gated, where it may be either (T5).
+        per_layer: config fields that are lists with one entry for each layer.
+        of_depth: config fields that the stock config makes itself, and anew for another depth.
+        first_stays: the first layer is built unlike the others, so that none of them can take its place.
+        positions: the tables of absolute positions, relative to the base model, with `max_positions` the config field
+            that says how long a text may be; empty where positions are rotary, relative or tied to an image size.
+        position_offset: rows of the tables that stand before the first position and are not counted (BART).
+        positions_after_pad: positions start behind that of the padding token, and its row is counted (RoBERTa).
+        sinusoidal: the tables are a formula, not learned.
+        relative_bias: the embedding in the first layer that holds a relative position bias shared by all layers
+            of the stack. It ties the heads of all layers: they can only be pruned together.
+        encoder_sizes_cache: `generate` makes as many cache layers as the *encoder* has (seen in 5.23: a stock T5 with
+            a decoder deeper than its encoder raises IndexError), so the decoder must not become the deeper one.
+    """
+
+    model_type: str
+    config_name: str
+    stacks: tuple[Stack, ...]
+    norm: str | None = None
+    heads_divide_hidden: bool = False
+    gated: str | None = None
+    per_layer: tuple[str, ...] = ()
+    of_depth: tuple[str, ...] = ()
+    first_stays: bool = False
+    positions: tuple[str, ...] = ()
+    max_positions: str | None = None
+    position_offset: int = 0
+    positions_after_pad: bool = False
+    sinusoidal: bool = False
+    relative_bias: str | None = None
+    encoder_sizes_cache: bool = False
+
+    @property
+    def deepest(self) -> str | None:
+        """The stack that no other may outgrow, if there is one."""
+        return self.stacks[0].name if self.encoder_sizes_cache else None
+
+    def is_gated(self, config: PreTrainedConfig) -> bool:
+        return self.gated is not None and bool(getattr(config, self.gated))
+
+    def up(self, stack: Stack, config: PreTrainedConfig) -> tuple[str, ...]:
+        """The linears that widen: one, or two (gate and up, perhaps the same fused one) in a gated FFN."""
+        return stack.gated_up if self.is_gated(config) else stack.up
+
+    def down(self, stack: Stack, config: PreTrainedConfig) -> str:
+        """The linear that narrows again."""
+        return stack.gated_down if stack.gated_down and self.is_gated(config) else stack.down
+
+    def first_position(self, config: PreTrainedConfig) -> int:
+        """The row of a position table that belongs to the first token of a text."""
+        return config.pad_token_id + 1 if self.positions_after_pad else self.position_offset
+
+    def longest_text(self, config: PreTrainedConfig) -> int | None:
+        """How many tokens the position tables have a row for; `None` without tables."""
+        if not self.positions or self.max_positions is None:
+            return None
+        uncounted = self.first_position(config) if self.positions_after_pad else 0
+        return getattr(config, self.max_positions) - uncounted
+
+
+def _encoder(layers: str, attention: Attention, up: tuple[str, ...], down: str, **fields) -> Stack:
+    return Stack(name="encoder", layers=layers, attention=attention, up=up, down=down, **fields)
+
+
+def _bert_attention(path: str) -> Attention:
+    return Attention(
+        module=f"{path}.self",
+        query=f"{path}.self.query",
+        key=f"{path}.self.key",
+        value=f"{path}.self.value",
+        output=f"{path}.output.dense",
+        head_attributes=("num_attention_heads",),
+        width_attributes=("all_head_size",),
+    )
+
+
+def _attention(path: str, output: str, *head_attributes: str) -> Attention:
+    """The usual names: `q_proj`, `k_proj`, `v_proj` inside the attention module."""
+    return Attention(
+        module=path,
+        query=f"{path}.q_proj",
+        key=f"{path}.k_proj",
+        value=f"{path}.v_proj",
+        output=f"{path}.{output}",
+        head_attributes=head_attributes,
+    )
+
+
+_BERT = Family(
+    model_type="bert",
+    config_name="BertConfig",
+    norm="post",
+    stacks=(
+        _encoder(
+            layers="encoder.layer",
+            attention=_bert_attention("attention"),
+            cross_attention=_bert_attention("crossattention"),
+            cross_if="add_cross_attention",
+            up=("intermediate.dense",),
+            down="output.dense",
+        ),
+    ),
+    positions=("embeddings.position_embeddings",),
+    max_positions="max_position_embeddings",
+)
+_ELECTRA = replace(_BERT, model_type="electra", config_name="ElectraConfig")
+_ROBERTA = replace(_BERT, model_type="roberta", config_name="RobertaConfig", positions_after_pad=True)
+_XLM_ROBERTA = replace(_ROBERTA, model_type="xlm-roberta", config_name="XLMRobertaConfig")
+
+_DISTILBERT = Family(
+    model_type="distilbert",
+    config_name="DistilBertConfig",
+    norm="post",
+    stacks=(
+        _encoder(
+            layers="transformer.layer",
+            attention=Attention(
+                module="attention",
+                query="attention.q_lin",
+                key="attention.k_lin",
+                value="attention.v_lin",
+                output="attention.out_lin",
+                head_attributes=("n_heads",),
+            ),
+            up=("ffn.lin1",),
+            down="ffn.lin2",
+            num_layers="n_layers",
+            hidden="dim",
+            heads="n_heads",
+            neurons="hidden_dim",
+        ),
+    ),
+    positions=("embeddings.position_embeddings",),
+    max_positions="max_position_embeddings",
+)
+
+_MODERNBERT = Family(
+    model_type="modernbert",
+    config_name="ModernBertConfig",
+    norm="pre",
+    stacks=(
+        _encoder(
+            layers="layers",
+            attention=Attention(
+                module="attn", query="attn.Wqkv", key="attn.Wqkv", value="attn.Wqkv", output="attn.Wo"
+            ),
+            up=("mlp.Wi", "mlp.Wi"),
+            down="mlp.Wo",
+        ),
+    ),
+    per_layer=("layer_types",),
+    first_stays=True,
+    max_positions="max_position_embeddings",
+)
+
+_VIT = Family(
+    model_type="vit",
+    config_name="ViTConfig",
+    norm="pre",
+    stacks=(
+        _encoder(
+            layers="layers",
+            attention=_attention("attention", "o_proj", "num_attention_heads"),
+            up=("mlp.fc1",),
+            down="mlp.fc2",
+            head_dim="head_dim",
+        ),
+    ),
+)
+_DEIT = replace(_VIT, model_type="deit", config_name="DeiTConfig")
+
+
+def _dinov2_neurons(config: PreTrainedConfig) -> int:
+    wide = int(config.hidden_size * config.mlp_ratio)
+    return (int(wide * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else wide
+
+
+# Since 5.18 DINOv2 is built as ViT is.
+_NEW_DINOV2 = Version(version("transformers")).release >= (5, 18)
+_DINOV2 = Family(
+    model_type="dinov2",
+    config_name="Dinov2Config",
+    stacks=(
+        _encoder(
+            layers="encoder.layer",
+            attention=_attention("attention", "o_proj", "num_attention_heads")
+            if _NEW_DINOV2
+            else Attention(
+                module="attention.attention",
+                query="attention.attention.query",
+                key="attention.attention.key",
+                value="attention.attention.value",
+                output="attention.output.dense",
+                head_attributes=("num_attention_heads",),
+                width_attributes=("all_head_size",),
+            ),
+            up=("mlp.fc1",),
+            down="mlp.fc2",
+            gated_up=("mlp.gate_proj", "mlp.up_proj") if _NEW_DINOV2 else ("mlp.weights_in", "mlp.weights_in"),
+            gated_down="mlp.down_proj" if _NEW_DINOV2 else "mlp.weights_out",
+            neurons=None,
+            count_neurons=_dinov2_neurons,
+            head_dim="head_dim" if _NEW_DINOV2 else None,
+        ),
+    ),
+    gated="use_swiglu_ffn",
+    of_depth=("stage_names", "out_features", "out_indices"),
+)
+
+_CLIP_TEXT_STACK = Stack(
+    name="text",
+    layers="encoder.layers",
+    attention=_attention("self_attn", "out_proj", "num_heads"),
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+)
+_CLIP_VISION_STACK = replace(_CLIP_TEXT_STACK, name="vision")
+_CLIP_TEXT = Family(
+    model_type="clip_text_model",
+    config_name="CLIPTextConfig",
+    norm="pre",
+    stacks=(_CLIP_TEXT_STACK,),
+    positions=("embeddings.position_embedding",),
+    max_positions="max_position_embeddings",
+)
+_CLIP_VISION = Family(
+    model_type="clip_vision_model", config_name="CLIPVisionConfig", norm="pre", stacks=(_CLIP_VISION_STACK,)
+)
+_CLIP = Family(
+    model_type="clip",
+    config_name="CLIPConfig",
+    norm="pre",
+    stacks=(
+        replace(_CLIP_TEXT_STACK, layers="text_model.encoder.layers", config="text_config"),
+        replace(_CLIP_VISION_STACK, layers="vision_model.encoder.layers", config="vision_config", sees_patches=True),
+    ),
+)
+
+_LLAMA = Family(
+    model_type="llama",
+    config_name="LlamaConfig",
+    norm="pre",
+    stacks=(
+        Stack(
+            name="decoder",
+            layers="layers",
+            attention=_attention("self_attn", "o_proj"),
+            up=("mlp.gate_proj", "mlp.up_proj"),
+            down="mlp.down_proj",
+            kv_heads="num_key_value_heads",
+            head_dim="head_dim",
+        ),
+    ),
+    heads_divide_hidden=True,
+    max_positions="max_position_embeddings",
+)
+_MISTRAL = replace(_LLAMA, model_type="mistral", config_name="MistralConfig", heads_divide_hidden=False)
+_QWEN3 = replace(_MISTRAL, model_type="qwen3", config_name="Qwen3Config", per_layer=("layer_types",))
+_GEMMA3 = replace(
+    _LLAMA, model_type="gemma3_text", config_name="Gemma3TextConfig", norm=None, per_layer=("layer_types",)
+)
+
+
+def _gpt2_neurons(config: PreTrainedConfig) -> int:
+    return config.n_inner or 4 * config.n_embd
+
+
+def _gpt2_attention(path: str, query: str) -> Attention:
+    return Attention(
+        module=path,
+        query=f"{path}.{query}",
+        key=f"{path}.c_attn",
+        value=f"{path}.c_attn",
+        output=f"{path}.c_proj",
+        head_attributes=("num_heads",),
+        width_attributes=("split_size",),
+    )
+
+
+_GPT2 = Family(
+    model_type="gpt2",
+    config_name="GPT2Config",
+    norm="pre",
+    stacks=(
+        Stack(
+            name="decoder",
+            layers="h",
+            attention=_gpt2_attention("attn", "c_attn"),
+            cross_attention=_gpt2_attention("crossattention", "q_attn"),
+            cross_if="add_cross_attention",
+            up=("mlp.c_fc",),
+            down="mlp.c_proj",
+            num_layers="n_layer",
+            hidden="n_embd",
+            heads="n_head",
+            neurons="n_inner",
+            count_neurons=_gpt2_neurons,
+        ),
+    ),
+    positions=("wpe",),
+    max_positions="n_positions",
+)
+
+
+def _t5_attention(path: str) -> Attention:
+    return Attention(
+        module=path,
+        query=f"{path}.q",
+        key=f"{path}.k",
+        value=f"{path}.v",
+        output=f"{path}.o",
+        head_attributes=("n_heads",),
+        width_attributes=("inner_dim",),
+    )
+
+
+def _t5_stack(name: str, num_layers: str, ffn: str, cross_attention: Attention | None = None) -> Stack:
+    return Stack(
+        name=name,
+        layers=f"{name}.block",
+        attention=_t5_attention("layer.0.SelfAttention"),
+        cross_attention=cross_attention,
+        up=(f"{ffn}.wi",),
+        gated_up=(f"{ffn}.wi_0", f"{ffn}.wi_1"),
+        down=f"{ffn}.wo",
+        num_layers=num_layers,
+        hidden="d_model",
+        heads="num_heads",
+        neurons="d_ff",
+        head_dim="d_kv",
+    )
+
+
+_T5 = Family(
+    model_type="t5",
+    config_name="T5Config",
+    norm="pre",
+    stacks=(
+        _t5_stack("encoder", "num_layers", "layer.1.DenseReluDense"),
+        _t5_stack("decoder", "num_decoder_layers", "layer.2.DenseReluDense", _t5_attention("layer.1.EncDecAttention")),
+    ),
+    gated="is_gated_act",
+    relative_bias="layer.0.SelfAttention.relative_attention_bias",
+    encoder_sizes_cache=True,
+)
+
+
+def _bart_stack(name: str, cross_attention: Attention | None = None) -> Stack:
+    return Stack(
+        name=name,
+        layers=f"{name}.layers",
+        attention=_attention("self_attn", "out_proj", "num_heads"),
+        cross_attention=cross_attention,
+        up=("fc1",),
+        down="fc2",
+        num_layers=f"{name}_layers",
+        hidden="d_model",
+        heads=f"{name}_attention_heads",
+        neurons=f"{name}_ffn_dim",
+    )
+
+
+_BART = Family(
+    model_type="bart",
+    config_name="BartConfig",
+    norm="post",
+    stacks=(_bart_stack("encoder"), _bart_stack("decoder", _attention("encoder_attn", "out_proj", "num_heads"))),
+    positions=("encoder.embed_positions", "decoder.embed_positions"),
+    max_positions="max_position_embeddings",
+    position_offset=2,
+)
+_MARIAN = replace(_BART, model_type="marian", config_name="MarianConfig", position_offset=0, sinusoidal=True)
+_WHISPER = replace(
+    _BART,
+    model_type="whisper",
+    config_name="WhisperConfig",
+    norm="pre",
+    positions=("decoder.embed_positions",),  # those of the encoder belong to 30 seconds of sound
+    max_positions="max_target_positions",
+    position_offset=0,
+)
+
+_TEXT = (_BERT, _ROBERTA, _XLM_ROBERTA, _DISTILBERT, _ELECTRA, _MODERNBERT)
+_VISION = (_VIT, _DEIT, _DINOV2, _CLIP, _CLIP_TEXT, _CLIP_VISION)
+_GENERATIVE = (_LLAMA, _MISTRAL, _QWEN3, _GEMMA3, _GPT2, _T5, _BART, _MARIAN, _WHISPER)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_VISION, *_GENERATIVE)}
+
+EFFICIENT_PREFIX = "efficient_"
+
+
+def is_known(config: PreTrainedConfig) -> bool:
+    """True if the family of a stock or efficient config is in the table."""
+    return config.model_type.removeprefix(EFFICIENT_PREFIX) in FAMILIES
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The entry for a stock or an efficient config.
+
+    Raises:
+        UnsupportedModelError: the model type is not in the table.
+    """
+    model_type = config.model_type.removeprefix(EFFICIENT_PREFIX)
+    if not is_known(config):
+        raise UnsupportedModelError(
+            f"Models of type {model_type!r} are not in the table of families. Known: {', '.join(sorted(FAMILIES))}. "
+            "A family can be added if its attention goes through transformers' attention interface "
+            "(DeBERTa, MPNet, Longformer, Falcon and others do not): see CONTRIBUTING.md. Without an entry, "
+            "the attention of such a model can be converted in memory (`convert_attention`); nothing else."
+        )
+    return FAMILIES[model_type]
+
+
+def find_stacks(model: PreTrainedModel, family: Family | None = None) -> Iterator[tuple[Stack, nn.ModuleList]]:
+    """The stacks that this model really has, each with its layers."""
+    family = family or family_of(model.config)
+    modules = dict(model.base_model.named_modules())
+    for stack in family.stacks:
+        # CLIPTextModelWithProjection did not say which of its modules is the base model before transformers 5.23.
+        inside = (name for name in modules if name.endswith(f".{stack.layers}"))
+        path = stack.layers if stack.layers in modules else next(inside, None)
+        if path is not None:
+            yield stack, modules[path]
+
+
+def layers_prefix(model: PreTrainedModel, layers: nn.ModuleList) -> str:
+    """The name of a ModuleList in the whole model, as state-dict keys spell it: `bert.encoder.layer`."""
+    return next(name for name, module in model.named_modules() if module is layers)

@@ -1,0 +1,186 @@
+"""Load what a user named. However that fails, the error is a CheckpointError that names it and says what to do.
+
+    model = load_model("AutoModelForSequenceClassification", "google-bert/bert-base-uncased")
+
+Weights are read from safetensors only, never from pickle files. Of a local folder the files are looked at first: they
+must lie in it, with plausible numbers, and weights as large as the config says. Only then memory is asked for.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..data.bundled import resolve_model
+from ..errors import CheckpointError, HfEfficientError, shown
+from ..io.checkpoint import CONFIG, MAX_CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
+
+ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
+
+
+def load_config(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedConfig:
+    """The config of a Hub id, a folder, or a bundled model; `options`: of `AutoConfig.from_pretrained`.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    folder = _folder(name)
+    if folder is not None:
+        check_links(folder)
+        if (folder / CONFIG).is_file():
+            try:
+                tensors = read_weights(folder)
+            except CheckpointError:  # a config may be wanted without its weights
+                tensors = {}
+            check_config(folder / CONFIG, tensors)
+    return _load(transformers.AutoConfig, name, trust_remote_code=trust_remote_code, **options)
+
+
+def load_model(
+    auto_class: str | type[PreTrainedModel],
+    name: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    new_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model, loaded by the Auto class of that name or by a model class.
+
+    Parameters:
+        new_head: a head that the checkpoint does not have, or has for other labels, is made at random and named in the
+            log: it is about to be trained.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or its weights are not those of the model: missing, of another shape, or
+            left over.
+    """
+    from .weight_names import check_finite, check_weight_names
+
+    auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
+    folder = _folder(name)
+    if folder is not None:
+        _check_folder(auto, folder, trust_remote_code, options.get("config"))
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load(auto, name, trust_remote_code=trust_remote_code, **options)
+    check_weight_names(model, info, str(name), new_head)
+    check_finite(model, str(name))
+    if folder is not None and model.can_generate() and (folder / GENERATION).is_file():
+        read_mapping(folder / GENERATION)  # transformers leaves out one that it cannot read, and says nothing
+    return model
+
+
+def _check_folder(auto: Any, folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None) -> None:
+    """What can be known before memory is asked for: see `io.checkpoint`, and are model and weights of a size?"""
+    from .weight_names import check_sizes
+
+    check_links(folder)
+    if not (folder / CONFIG).is_file():
+        if (folder / ADAPTER).is_file():
+            _of_base(folder)
+        return
+    written = read_mapping(folder / CONFIG, MAX_CONFIG)
+    tensors = read_weights(folder, written.get("transformers_weights"))
+    check_config(folder / CONFIG, tensors)
+    if tensors and not (trust_remote_code and "auto_map" in written):
+        config = config or _load(transformers.AutoConfig, folder)
+        _check_quantization(config, folder)
+        check_sizes(_skeleton(auto, config, folder), tensors, folder)
+
+
+def _check_quantization(config: PreTrainedConfig, folder: Path) -> None:
+    """transformers loads what is quantised by an unknown method as if it were not."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    method = getattr(config, "quantization_config", None)
+    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    if method is not None and getattr(method, "value", method) not in KNOWN:
+        raise CheckpointError(
+            f"{folder / CONFIG} names the quantisation {shown(method)}, which this transformers does not know. Known: "
+            f"{', '.join(sorted(map(str, KNOWN)))}."
+        )
+
+
+def _of_base(folder: Path) -> None:
+    """An adapter names the model that it belongs to."""
+    base = read_mapping(folder / ADAPTER).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder} holds an adapter of {shown(base)}, no model. Load that model and the adapter with peft, merge them "
+        "(merge_and_unload) and save the result, or give the model itself."
+    )
+
+
+def _skeleton(auto: Any, config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    make = auto.from_config if hasattr(auto, "from_config") else auto
+    try:
+        with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
+            return make(copy.deepcopy(config))
+    except HfEfficientError:
+        raise
+    except Exception as error:
+        raise _told(error, folder, auto) from error
+
+
+def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The Auto class for the head that a checkpoint was saved with, by its config: `AutoModelForCausalLM`.
+
+    Raises:
+        CheckpointError: the config names no class, or one that no Auto class makes.
+    """
+    from .heads import auto_class_of_architecture
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    [architecture, *_] = config.architectures or [""]
+    found = auto_class_of_architecture(architecture)
+    remote = getattr(config, "auto_map", None) or {}
+    if found is None and trust_remote_code:
+        found = next((auto for auto, path in remote.items() if path.endswith(f".{architecture}")), None)
+    if found is None:
+        what = f"{architecture}, which no Auto class of transformers makes" if architecture else "no class"
+        raise CheckpointError(
+            f"The config of {str(name)!r} names {what}, so its head is not known. Name the task of the head that you "
+            "want, or take a checkpoint that was saved with one of the usual classes."
+        )
+    return found
+
+
+def load_processor(name: str | Path, *, images: bool, trust_remote_code: bool = False) -> Any:
+    """The tokenizer or image processor that comes with a model; None for a folder of an image model that has none."""
+    folder = _folder(name)
+    if folder is not None:
+        if images and not (folder / "preprocessor_config.json").is_file():
+            return None
+        check_links(folder)
+        check_processor(folder, images)
+    auto = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+    return _load(auto, name, trust_remote_code=trust_remote_code)
+
+
+def _folder(name: str | Path) -> Path | None:
+    """The local folder that a name stands for; None for a Hub id."""
+    folder = Path(resolve_model(str(name)))
+    return folder if folder.is_dir() else None
+
+
+def _load(auto: Any, name: str | Path, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(resolve_model(str(name)), **options)
+    except HfEfficientError:
+        raise  # a bad `efficient` block says best itself what is wrong
+    except Exception as error:  # whatever a wrong number or type leads to, far below
+        raise _told(error, name, auto) from error
+
+
+def _told(error: Exception, name: str | Path, auto: Any) -> CheckpointError:
+    reason = " ".join(str(error).split()).rstrip(".")[:500]
+    if not isinstance(error, (OSError, ValueError, RuntimeError)):
+        reason = f"{type(error).__name__}: {reason}"
+    missing = "" if Path(str(name)).exists() or ":" in str(name) else f" There is no folder {str(name)!r} here."
+    return CheckpointError(
+        f"Cannot load {str(name)!r} with {auto.__name__}: {reason}.{missing} Give a folder or Hub id with "
+        "config.json and model.safetensors; a Hub id needs the network unless it is cached."
+    )

@@ -1,0 +1,108 @@
+"""How a stage of a recipe trains: the arguments and the trainer that its settings mean, and a run that goes on.
+
+trainer = make_trainer(ExactTrainer, model, training_arguments(TrainingArguments, run, settings, target), prepared)
+fit(trainer)
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ..data.datasets import PreparedData
+from ..io.disk import remove_own
+from ..pruning.gradual.zeros import KeepZeros, was_sparsified
+from ..recipes.recipe import Recipe
+from ..recipes.settings import DistillSettings, TrainingSettings
+from ..training.trainers import MarkComplete, in_smaller_batches, last_checkpoint
+from .run import Run, longest_text
+
+
+def trained(run: Run, settings: TrainingSettings, work: Callable[[int], Any]) -> tuple[Any, dict[str, Any]]:
+    """What `work(batch_size)` gives, and what the report says where memory allowed only smaller batches."""
+    result, size = in_smaller_batches(work, settings.batch_size, run.recipe.seed)
+    if size == settings.batch_size:
+        return result, {}
+    return result, {"batch_size_used": size, "gradient_accumulation_steps": settings.batch_size // size}
+
+
+def training_arguments(
+    kind: type[TrainingArguments], run: Run, settings: TrainingSettings, target: Path, batch_size: int, **more: Any
+) -> TrainingArguments:
+    """`batch_size`: a divisor of the one in the settings, which as many accumulated batches make up."""
+    return kind(
+        output_dir=str(target / "trainer"),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=settings.batch_size // batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_ratio,  # transformers 5: a fraction below 1
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="linear",
+        seed=run.recipe.seed,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **more,
+    )
+
+
+def teacher_cut(recipe: Recipe, settings: DistillSettings, teacher: PreTrainedConfig) -> int | None:
+    """Where the teacher's inputs must be cut, since it takes fewer tokens than the student gets; None: nowhere."""
+    length, limit = settings.max_length or recipe.data.max_length, longest_text(teacher)
+    needed = any(weight for name, weight in settings.losses.items() if name != "ce")
+    return limit if needed and limit is not None and length is not None and length > limit else None
+
+
+def make_trainer(
+    kind: type[Trainer],
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    prepared: PreparedData,
+    callbacks: Sequence[TrainerCallback] = (),
+    **more: Any,
+) -> Any:
+    """`callbacks` come first: a checkpoint is complete when they have written what is theirs."""
+    trainer = kind(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        data_collator=prepared.collator,
+        callbacks=[*([KeepZeros()] if was_sparsified(model) else []), *callbacks, MarkComplete()],
+        **more,
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return trainer
+
+
+def fit(trainer: Trainer) -> None:
+    """Train from the start, or from the last complete checkpoint of a run that was stopped; then tidy up."""
+    folder = str(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(folder)))
+    remove_own(folder)
+
+
+def logged_losses(trainer: Trainer) -> dict[str, Any]:
+    """What was logged while training: the terms of the last entry, and all as a curve."""
+    curve = [
+        {"step": entry["step"]} | {name: entry[name] for name in entry if name == "loss" or name.startswith("loss_")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    last = {name: value for name, value in (curve[-1] if curve else {}).items() if name.startswith("loss_")}
+    return last | ({"curve": curve} if len(curve) > 1 else {})

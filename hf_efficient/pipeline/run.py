@@ -1,0 +1,185 @@
+"""What the stages of one run share: its recipe, rows, processor and config, and how checkpoints are read and written.
+
+run = Run(recipe, folder)
+run.data(128).train, run.load(folder / "0-teacher")
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ..conversion.positions import token_limit
+from ..data.bundled import resolve_model
+from ..data.datasets import TASKS, PreparedData, Task, load_dataset_any, prepare, rows_digest
+from ..data.preparation import need_column
+from ..data.tokenizer import train_tokenizer
+from ..errors import CheckpointError
+from ..models.families import family_of
+from ..models.loading import load_config, load_model, load_processor
+from ..recipes.recipe import Recipe
+from .fresh import fresh_config
+from .verify import output_digest
+from .workspace import MANIFEST
+
+TEACHER = "0-teacher"
+TEXTS = ("text", "text_pair", "target", "tokens", "question", "context")  # the roles of columns that are read
+
+
+class Run:
+    """What the stages of one run share: the recipe, the rows and the processor."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe, self.folder = recipe, folder
+        self._prepared: dict[int | None, PreparedData] = {}
+
+    @cached_property
+    def rows(self):
+        data = self.recipe.data
+        return load_dataset_any(
+            data.name_or_path,
+            test_fraction=data.test_fraction,
+            seed=self.recipe.seed,
+            limit=data.limit,
+            label_column=data.label_column,
+        )
+
+    @cached_property
+    def processor(self):
+        """The tokenizer or image processor of the model; None for images that need none."""
+        model, images = self.recipe.model, self.task.is_of_images
+        name = model.name_or_path or model.tokenizer
+        if name is not None:
+            return load_processor(name, images=images, trust_remote_code=model.trust_remote_code)
+        if images:
+            return None
+        made = self.folder / TEACHER  # of a run that goes on
+        if (made / "tokenizer.json").is_file():
+            return load_processor(str(made), images=False)
+        texts = column_texts(self, self.task.roles)
+        return train_tokenizer(texts, model.tokenizer_size, close=self.recipe.task != "causal-lm")
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config of the model that the recipe names, before any weight is loaded."""
+        model = self.recipe.model
+        if model.name_or_path is not None:
+            return load_config(model.name_or_path, trust_remote_code=model.trust_remote_code)
+        return fresh_config(model.config, self.processor)
+
+    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model of the config without memory for its weights."""
+        with torch.device("meta"):
+            trust = {"trust_remote_code": self.recipe.model.trust_remote_code}  # not given, transformers would ask
+            return getattr(transformers, self.auto_class).from_config(config, **trust)
+
+    @property
+    def processor_class(self) -> str | None:
+        """The Auto class that loads what `save` writes beside the model, if anything."""
+        if self.processor is None:
+            return None
+        return "AutoImageProcessor" if self.task.is_of_images else "AutoTokenizer"
+
+    @property
+    def auto_class(self) -> str:
+        return self.task.auto_class
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.recipe.task]
+
+    def data(self, max_length: int | None = None, *, config: PreTrainedConfig | None = None) -> PreparedData:
+        """Train and test inputs, cut at `max_length` tokens (default: as the recipe says); prepared once.
+
+        `config`: of the model that reads them. It gets no more tokens than its table of positions has rows.
+        """
+        max_length = max_length or self.recipe.data.max_length
+        limit = None if config is None else longest_text(config)
+        if limit is not None and max_length is not None:
+            max_length = min(max_length, limit)
+        if max_length not in self._prepared:
+            self._prepared[max_length] = self._prepare(max_length)
+        return self._prepared[max_length]
+
+    def _prepare(self, max_length: int | None) -> PreparedData:
+        data = self.recipe.data
+        options = {"image_size": data.image_size} if self.task.is_of_images else {"max_length": max_length}
+        names = {f"{role}_column": getattr(data, f"{role}_column") for role in self.task.roles}
+        return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        try:
+            return load_model(self.auto_class, folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        except CheckpointError as error:
+            if folder.parent != self.folder or not (folder / MANIFEST).is_file():
+                raise
+            raise CheckpointError(
+                f"{error} This was a finished stage, and its files are damaged: delete the folder {folder} to run it "
+                "again. The stages after it can stay: they would come out the same."
+            ) from error
+
+    def save(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+        """Write a checkpoint and make sure that it holds what was made."""
+        model = model.to("cpu")
+        model.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor_for(model).save_pretrained(folder)
+        if output_digest(self.load(folder)) != output_digest(model):
+            raise CheckpointError(f"The checkpoint in {folder} gives another output than the model that was saved.")
+        return {"class": type(model).__name__}
+
+    def processor_for(self, model: PreTrainedModel) -> Any:
+        """The processor; a tokenizer goes along with a model that was extended to longer inputs."""
+        limit = token_limit(model.config)
+        if self.task.is_of_images or limit == token_limit(self.config):
+            return self.processor
+        tokenizer = copy.deepcopy(self.processor)
+        tokenizer.model_max_length = limit
+        return tokenizer
+
+    def reading(self, processor: Any) -> "Run":
+        """The same run with another tokenizer."""
+        other = Run(self.recipe, self.folder)
+        other.rows, other.processor = self.rows, processor
+        return other
+
+    def read_as(self, folder: Path) -> "Run":
+        """The run with the tokenizer that lies beside a checkpoint, if a stage made it another one."""
+        if not any(stage.name == "vocabulary" for stage in self.recipe.stages):
+            return self
+        return self.reading(load_processor(str(folder), images=False))
+
+    def inputs(self) -> dict[str, Any]:
+        """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""
+        asked = self.recipe.model.name_or_path
+        folder = Path(resolve_model(asked)) if asked else Path()
+        files = sorted(folder.iterdir()) if asked and folder.is_dir() else []
+        return {
+            "rows": {name: rows_digest(split) for name, split in self.rows.items()},
+            "model": [
+                [file.name.encode("utf-8", "backslashreplace").decode(), file.stat().st_size, file.stat().st_mtime_ns]
+                for file in files
+                if file.is_file()
+            ],
+        }
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """The tokens that a table of positions has rows for; None without one: the model then takes any length."""
+    return family_of(config).longest_text(config)
+
+
+def column_texts(run: Run, roles: Sequence[str]) -> Iterator[str]:
+    """The training texts in the columns of these roles; text pairs only where they are named."""
+    data, rows = run.recipe.data, run.rows["train"]
+    wanted = [role for role in roles if role in TEXTS and (role != "text_pair" or data.text_pair_column)]
+    columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in wanted]
+    return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])

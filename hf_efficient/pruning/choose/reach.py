@@ -1,0 +1,75 @@
+"""Can this ratio be reached at all? Answered from shapes alone, before any data is read or any weight is touched."""
+
+from transformers import PreTrainedModel
+
+from ...errors import ConfigError
+from ...models.families import family_of
+from ..config import PruningConfig
+from ..cut.groups import find_groups
+from ..plan import PruningPlan
+from ..price.costs import Costs
+from ..weights import check_structure
+from .allocation import allocate_alike, choose_layers, fewest
+
+NEAR = 0.9  # of what prices say can be reached: from there on it is measured
+
+
+def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs) -> None:
+    """Compare the budget with the least that must stay: one head in each attention, `round_to` neurons in each FFN.
+
+    Any fraction of the weights can become zero, but their pattern has to fit. `model` may be on the meta device.
+
+    Raises:
+        ConfigError: the ratio is too high (the message names the highest that can be reached), or a pattern of zeros
+            does not fit.
+    """
+    if "weight" in config.granularity:
+        check_structure(model, config)
+        rest = config.without_weights()
+        if rest is not None:
+            check_reachable(model, rest, costs)
+        return
+    groups = find_groups(model)
+    whole = costs.layers
+    least: dict[tuple[str, int], float] = dict(whole)
+    for group in groups:
+        if group.kind in config.unit_kinds:
+            removable = costs.of(group, group.units) - costs.of(group, fewest(group, config))
+            for layer in group.layers:
+                least[group.stack, layer] -= removable / len(group.layers)
+    kept: dict[str, tuple[int, ...]] = {}
+    if "layer" in config.granularity:
+        share, family = config.layer_share if config.unit_kinds else 1.0, family_of(model.config)
+        kept = choose_layers(whole, whole, share * costs.total, False, family.deepest, family.first_stays)
+        least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
+    outside = costs.total - sum(whole.values())  # of a measured latency: embeddings and head
+    highest = 1 - (sum(least.values()) + outside) / costs.total
+    if costs.measure is not None and config.ratio > NEAR * highest:
+        units = {g.name: tuple(range(fewest(g, config))) for g in groups if g.kind in config.unit_kinds}
+        highest = 1 - costs.measure(PruningPlan(layers=kept, units=units)) / costs.total
+    if config.ratio > highest and costs.measure is not None:
+        raise ConfigError(
+            f"ratio={config.ratio} asks for a model that is {1 / (1 - config.ratio):.2f} times as fast. With "
+            f"granularity={list(config.granularity)} and round_to={config.round_to} a speed-up of at most "
+            f"{1 / (1 - highest):.2f} (ratio {highest:.2f}) can be reached on this machine: every layer keeps at "
+            "least one head and `round_to` neurons, every stack one layer, and embeddings and head stay. Lower "
+            "`ratio` or `round_to`, or add to `granularity`."
+        )
+    if config.ratio > highest:
+        raise ConfigError(
+            f"ratio={config.ratio} cannot be reached with granularity={list(config.granularity)} and "
+            f"round_to={config.round_to}: every layer keeps at least one head and `round_to` neurons, and every stack "
+            f"one layer. At most {highest:.2f} of this model's {config.metric} can be removed. Lower `ratio` or "
+            "`round_to`, or add to `granularity`."
+        )
+    if config.allocation == "uniform" and config.unit_kinds and costs.measure is None and not kept:
+        units_of = [group for group in groups if group.kind in config.unit_kinds]
+        try:
+            allocate_alike(model, units_of, config, costs.of, config.ratio * costs.total)
+        except ConfigError as error:
+            raise ConfigError(
+                f"ratio={config.ratio} cannot be reached with allocation='uniform', granularity="
+                f"{list(config.granularity)} and round_to={config.round_to}: all layers keep the same number, and the "
+                "number of heads has to divide the width where stock classes ask for it. Lower `ratio` or `round_to`, "
+                "add to `granularity`, or set allocation='global'."
+            ) from error

@@ -1,0 +1,78 @@
+"""The weights that can become zero: the linears of the attentions and FFNs of all layers, in every family we know.
+
+    for linear in find_linears(model):
+        print(linear.name, matrix(model, linear).shape)     # [out, in], for GPT-2's Conv1D too
+    zeros, total = count_zeros(model)
+
+Embeddings, norms, biases, task heads and the learned parts of attention variants are not among them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...models.families import Attention, family_of, find_stacks, layers_prefix
+
+# What a linear reads: tokens of one of these, or of nothing that can be padded.
+MAIN, DECODER, ENCODER_STATES, UNPADDED = "main", "decoder", "encoder states", "unpadded"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear: its path in the model, the path of its layer, and whose tokens it reads."""
+
+    name: str
+    layer: str
+    reads: str
+
+
+def find_linears(model: PreTrainedModel) -> list[Linear]:
+    """All linears, stack by stack and layer by layer; a fused one once.
+
+    Raises:
+        UnsupportedModelError: the family is not in the table.
+    """
+    family, found = family_of(model.config), []
+    two_stacks = model.config.is_encoder_decoder
+    for stack, layers in find_stacks(model, family):
+        own = DECODER if two_stacks and stack.name == "decoder" else UNPADDED if stack.name == "vision" else MAIN
+        other = MAIN if two_stacks else ENCODER_STATES
+        reads: dict[str, str] = {}
+        for kind, attention in stack.attentions(model.config).items():
+            reads |= _attention_reads(attention, own, other if kind == "cross_heads" else own)
+        reads |= dict.fromkeys((*family.up(stack, model.config), family.down(stack, model.config)), own)
+        prefix = layers_prefix(model, layers)
+        for place in (f"{prefix}.{index}" for index in range(len(layers))):
+            found += [Linear(f"{place}.{path}", place, whose) for path, whose in reads.items()]
+    return found
+
+
+def _attention_reads(attention: Attention, own: str, other: str) -> dict[str, str]:
+    return {attention.query: own, attention.key: other, attention.value: other, attention.output: own}
+
+
+def module_of(model: PreTrainedModel, linear: Linear) -> nn.Module:
+    return model.get_submodule(linear.name)
+
+
+def parameter_of(model: PreTrainedModel, linear: Linear) -> nn.Parameter:
+    return model.get_parameter(f"{linear.name}.weight")
+
+
+def as_matrix(model: PreTrainedModel, linear: Linear, tensor: Tensor) -> Tensor:
+    """A tensor of the shape of the weight as `[out, in]`: a view."""
+    return tensor.T if isinstance(module_of(model, linear), Conv1D) else tensor
+
+
+def matrix(model: PreTrainedModel, linear: Linear) -> Tensor:
+    """The weight as `[out, in]`: a view that can be written to."""
+    return as_matrix(model, linear, parameter_of(model, linear).detach())
+
+
+def count_zeros(model: PreTrainedModel) -> tuple[int, int]:
+    """(zeros, all) of the weights of the linears."""
+    weights = [matrix(model, linear) for linear in find_linears(model)]
+    return sum(w.numel() - int(torch.count_nonzero(w)) for w in weights), sum(w.numel() for w in weights)

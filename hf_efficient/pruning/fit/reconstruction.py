@@ -1,0 +1,195 @@
+"""Least squares after surgery: each pruned attention and FFN learns to give the dense output again. No labels.
+
+    small = apply_plan(dense, plan)
+    reconstruct(small, dense, batches, token_weights(dense, batches, loss))
+
+Layer by layer, what the output linear of a pruned block reads (x, from the stream that is already pruned and
+reconstructed) is fitted to what makes the stream dense again (y), with its weights W:
+
+    minimise over D:   sum over tokens of  c_t || y_t - (W + D) x_t ||^2  +  lambda || D ||^2
+
+y is what the block of the dense model gave, and also what the stream is short of by then: y = (r + block)_dense -
+r_pruned, for r the residual that the block is added to. So each block makes up for the errors of those before it too.
+
+so lambda pulls to the weights as they are and not to zero; a bias is one more column, not pulled. c_t is how much the
+model's answer depends on the block's output at token t: nothing for padding, nothing for tokens that a classification
+head never reads. lambda is chosen for each linear on rows that were held out of the fit; where none of the choices
+improves the error there, the weights stay as they are. The fit is that of FASP (2025) and, without its search, ZipLM
+(2023); that x comes from the pruned stream is from Kwon 2022, section 4.4, which fits one scale for each unit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...models.families import Stack, family_of, find_stacks, layers_prefix
+from ...models.linears import input_dim
+from ...models.modes import eval_mode
+from ..score.finite import check_finite
+from ..score.stream import Batch, Block, Stream
+
+LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
+HELD_OUT = 5  # one row in five
+FLOOR = 0.1  # of the mean weight: what a token counts at least that counts at all
+
+TokenWeights = dict[str, list[torch.Tensor]]  # path of an output linear -> for each batch [B, T]
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Batch],
+    weights: TokenWeights,
+    kept_layers: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Fit the output linears of `model`, in place, to `dense`, of which it is a pruned copy.
+
+    Parameters:
+        batches: model inputs.
+        weights: c_t above: `token_weights(dense, batches, loss)`.
+        kept_layers: which layers of `dense` those of `model` were, stack by stack; by default all.
+    """
+    with eval_mode(model, dense), torch.no_grad():
+        for stack, layers in find_stacks(model):
+            origin = (kept_layers or {}).get(stack.name, range(len(layers)))
+            small, large = Stream(model, stack.name, batches), Stream(dense, stack.name, batches)
+            prefix = layers_prefix(dense, large.layers)
+            blocks = find_blocks(model, stack)
+            for theirs in range(max(origin) + 1):
+                sums = large.advance(theirs, blocks)
+                if theirs not in origin:
+                    continue
+                mine = list(origin).index(theirs)
+                for _, path in blocks:
+                    named = f"{prefix}.{theirs}.{path}"
+                    fit = _Fit(layers[mine].get_submodule(path), named)
+                    read = small.inputs(mine, blocks, path)
+                    for (x, residual), total, c in zip(read, sums[path], weights[named], strict=True):
+                        fit.add(x, total - residual, c)
+                    fit.solve()
+                small.advance(mine)
+
+
+def token_weights(
+    model: PreTrainedModel, batches: Sequence[Batch], loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
+) -> TokenWeights:
+    """How much the answer depends on what each block gives at each token: || d loss / d y_t ||^2, its mean made 1.
+
+    `loss(model, batch)` is a scalar summed over the rows of a batch.
+    """
+    paths = [
+        f"{layers_prefix(model, layers)}.{index}.{path}"
+        for stack, layers in find_stacks(model)
+        for _, path in find_blocks(model, stack)
+        for index in range(len(layers))
+    ]
+    found: TokenWeights = {path: [] for path in paths}
+    with eval_mode(model):
+        for batch in batches:
+            offsets: dict[str, torch.Tensor] = {}
+            with ExitStack() as hooks, torch.enable_grad():
+                for path in paths:
+                    hooks.callback(model.get_submodule(path).register_forward_hook(_offset(path, offsets)).remove)
+                scalar = loss(model, batch)
+            gradients = torch.autograd.grad(scalar, list(offsets.values()), allow_unused=True)
+            for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
+                gradient = torch.zeros_like(offset) if gradient is None else gradient
+                found[path].append(gradient.float().square().sum(-1))
+    for path, own in found.items():
+        for weight in own:
+            check_finite(weight, f"How much the answer depends on {path}")
+    return {path: _with_floor(own) for path, own in found.items()}
+
+
+def _offset(path: str, offsets: dict[str, torch.Tensor]) -> Callable:
+    """A hook that adds zeros to an output, whose gradient is that of the output."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        offsets[path] = torch.zeros_like(output, requires_grad=True)
+        return output + offsets[path]
+
+    return hook
+
+
+def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    counted = torch.cat([own[own > 0] for own in weights])
+    mean = counted.mean() if len(counted) else torch.ones(())
+    return [torch.where(own > 0, (1 - FLOOR) * own / mean + FLOOR, 0.0) for own in weights]
+
+
+def find_blocks(model: PreTrainedModel, stack: Stack) -> list[Block]:
+    """The blocks of a layer, in the order in which they run."""
+    config, family = model.config, family_of(model.config)
+    attentions = [Block(attention.query, attention.output) for attention in stack.attentions(config).values()]
+    return [*attentions, Block(family.up(stack, config)[0], family.down(stack, config))]
+
+
+class _Fit:
+    """The normal equations of one linear, those of held-out rows apart: sums of c x x' and of c x y'."""
+
+    def __init__(self, linear: nn.Module, name: str = "a linear"):
+        self.name, self.linear, self.bias = name, linear, linear.bias is not None
+        self.rows = 0
+        self.sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> None:
+        """x [B, T, in], y [B, T, out], c [B, T]. Products in at least float32, sums in float64."""
+        held_out = torch.arange(self.rows, self.rows + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+        self.rows += len(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        for apart in (False, True):
+            rows = held_out == apart
+            own, target = (tensor[rows].flatten(0, -2).to(dtype) for tensor in (x, y))
+            weighted = (own * c[rows].flatten()[:, None].to(dtype)).T
+            gram, moment = (weighted @ own).double(), (weighted @ target).double()
+            before = self.sums.get(apart)
+            self.sums[apart] = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
+
+    def solve(self) -> None:
+        """Change the weights by the best D, if there is one that improves the held-out error.
+
+        Raises:
+            DataError: sums or weights that are not finite.
+        """
+        if self.rows < HELD_OUT:
+            return  # nothing to choose lambda on
+        for sums in self.sums.values():
+            for total in sums:
+                check_finite(total, f"What {self.name} reads and is fitted to in reconstruction")
+        weight = self._weight()
+        fit, held = ((gram, moment - gram @ weight) for gram, moment in (self.sums[False], self.sums[True]))
+        errors = {0.0: 0.0}  # of no change
+        for size in LAMBDAS:
+            change = self._ridge(*fit, size)
+            errors[size] = float((change * (held[0] @ change)).sum() - 2 * (change * held[1]).sum())
+        best = min(errors, key=errors.__getitem__)
+        if best:
+            self._change(self._ridge(fit[0] + held[0], fit[1] + held[1], best))
+            check_finite(self.linear.weight, f"The reconstructed weight of {self.name}")
+
+    def _weight(self) -> torch.Tensor:
+        """W' and b as one matrix [in + bias, out]."""
+        weight = self.linear.weight if input_dim(self.linear) == 0 else self.linear.weight.T
+        return (torch.cat([weight, self.linear.bias[None]]) if self.bias else weight).double()
+
+    def _change(self, change: torch.Tensor) -> None:
+        weight = self.linear.weight
+        inputs = len(change) - self.bias
+        weight += (change[:inputs] if input_dim(self.linear) == 0 else change[:inputs].T).to(weight.dtype)
+        if self.bias:
+            self.linear.bias += change[inputs].to(weight.dtype)
+
+    def _ridge(self, gram: torch.Tensor, moment: torch.Tensor, size: float) -> torch.Tensor:
+        inputs = len(gram) - self.bias
+        pull = size * gram.diagonal()[:inputs].mean()
+        damped = gram.clone()
+        damped.diagonal()[:inputs] += pull
+        if self.bias:
+            damped[inputs, inputs] *= 1 + 1e-6
+        damped.diagonal().clamp_(min=torch.finfo(gram.dtype).tiny)  # an input that is always zero
+        return torch.linalg.solve(damped, moment)

@@ -1,0 +1,214 @@
+"""What heads, neurons and layers cost in time on this machine: the prices behind `metric="latency"`.
+
+    table = latency_table(model, batch_size=8, sequence_length=128)
+    print(table)                                      # milliseconds of a layer, microseconds of a head and a neuron
+
+    small = prune(model, PruningConfig(ratio=0.5, metric="latency", sequence_length=128), calibration)  # twice as fast
+
+MACs say little about time: narrow products run at a lower speed, norms and softmax count for nothing, embeddings and
+head stay. So sized copies are timed against the dense model, in turns: with fewer heads, or fewer neurons, in all
+layers that are built alike, and with fewer layers. Between the measured sizes prices are linear (as in Kwon 2022,
+section 4.1, whose latency tables are linear above a threshold). Savings are taken to add up; what that misses,
+`correction.py` finds by timing the planned model itself.
+
+A table is measured once for a model's sizes, its inputs and this machine, and kept (`latency_cache.py`).
+"""
+
+from collections.abc import Iterable, Mapping
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ...errors import ConfigError, UnsupportedModelError
+from ...measurement.latency import compare_latency
+from ...models.classes import block_of
+from ...models.families import family_of, find_stacks
+from ...models.inputs import dummy_inputs
+from ...models.modes import using_threads
+from ...models.rebuild import check_model
+from ..cut.groups import Group, find_groups
+from ..cut.surgery import apply_plan
+from ..plan import PruningPlan
+from . import latency_cache
+from .costs import Costs
+from .latency_table import Curve, LatencyTable
+
+FRACTIONS = (0.75, 0.5, 0.25, 0.0)  # of the units that stay; of none the fewest that can
+FEWEST = {"heads": 1, "cross_heads": 1, "neurons": 8}
+NEURON_STEP = 8  # odd widths are slow, and no plan has them
+SECONDS = 2.0  # to time one copy for the table; a planned model gets twice as long
+ROUNDS = (8, 60)  # how many that may be
+NANOSECONDS = 1e6  # in a millisecond: prices are nanoseconds, of which half a one is nothing
+
+logger = logging.get_logger(__name__)
+
+
+def latency_table(
+    model: PreTrainedModel, batch_size: int = 8, sequence_length: int = 128, threads: int | None = None
+) -> LatencyTable:
+    """The times of this model's parts, measured now or read from the cache.
+
+    Parameters:
+        model: a model of a family in the table, with weights; timed as it is, on its device and in its dtype.
+        batch_size, sequence_length: of the inputs (`models.inputs.dummy_inputs`); images have a size of their own. An
+            encoder-decoder reads that many tokens and makes one.
+        threads: CPU threads; None: as many as torch uses now.
+
+    Raises:
+        ConfigError: the model is on the meta device, or takes no inputs that long.
+        UnsupportedModelError: not a model of the table, or one whose inputs cannot be made up.
+    """
+    check_model(model)
+    if model.device.type == "meta":
+        raise ConfigError("Time is measured on weights, and this model is on the meta device. Load it with weights.")
+    stacks = [stack for stack, _ in find_stacks(model)]
+    if model.main_input_name == "input_features" or (len(stacks) > 1 and any(stack.sees_patches for stack in stacks)):
+        raise UnsupportedModelError(
+            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or text and image "
+            "together. Prune it with metric='macs', or its towers one by one."
+        )
+    with using_threads(threads) as used:
+        key = latency_cache.make_key(model, batch_size, sequence_length, used)
+        table = latency_cache.load(key)
+        if table is None:
+            table = _measure_table(Stopwatch(model, batch_size, sequence_length), used)
+            if table.rest_ms > 0:
+                latency_cache.save(key, table)
+            else:
+                logger.warning(
+                    "By these times the layers take longer than the whole model: the machine is too busy to measure. "
+                    "The table is used and not kept."
+                )
+    return table
+
+
+def latency_costs(model: PreTrainedModel, batch_size: int, sequence_length: int) -> Costs:
+    """Nanoseconds of one forward; `total` is the whole model, embeddings and head included."""
+    table = latency_table(model, batch_size, sequence_length)
+    total = table.total_ms * NANOSECONDS
+    places = {name: (curve, share) for curve in table.curves for name, share in curve.groups.items()}
+
+    def price(group: Group, units: int) -> float:
+        curve, share = places[group.name]
+        return total * share * curve.price(units / group.units)
+
+    layers = {
+        (stack, index): max(1.0, total * share)
+        for stack, shares in table.layers.items()
+        for index, share in enumerate(shares)
+    }
+    watch = Stopwatch(model, batch_size, sequence_length, 2 * SECONDS)
+    return Costs(price, layers, total, lambda plan: total * watch.time(plan))
+
+
+class Stopwatch:
+    """Times the model of a plan against the dense one, in turns.
+
+    Sizes alone decide, so each set of sizes is timed once.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, sequence_length: int, seconds: float = SECONDS):
+        self.model, self.batch_size, self.length, self.seconds = model, batch_size, sequence_length, seconds
+        self.dense_ms: list[float] = []
+        self._known: dict[tuple, float] = {}
+
+    def time(self, plan: PruningPlan) -> float:
+        """What fraction of the dense model's time the planned one takes: shortest forward against shortest.
+
+        What else runs on a machine only adds time, so the shortest says most about the model. The two take turns.
+        """
+        sizes = tuple(sorted(plan.layers.items())), tuple((name, len(kept)) for name, kept in plan.units.items())
+        if sizes not in self._known:
+            self._known[sizes] = self._time({"dense": self.model, "small": apply_plan(self.model, plan)})
+        return self._known[sizes]
+
+    def _time(self, models: Mapping[str, PreTrainedModel]) -> float:
+        def inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+            return dummy_inputs(model, self.batch_size, self.length)
+
+        first = compare_latency(models, inputs, rounds=2, warmup=1)
+        expected = sum(latency.median_ms for latency in first.latencies.values()) / 1e3
+        rounds = min(max(int(self.seconds / expected), ROUNDS[0]), ROUNDS[1])
+        timing = compare_latency(models, inputs, rounds=rounds, warmup=1)
+        self.dense_ms.append(timing.latencies["dense"].min_ms)
+        return min(timing.seconds["small"]) / min(timing.seconds["dense"])
+
+
+def _measure_table(watch: Stopwatch, threads: int) -> LatencyTable:
+    model = watch.model
+    curves = tuple(_curve(watch, groups) for groups in _alike(model))
+    layers = _layer_shares(watch, curves)
+    return LatencyTable(
+        batch_size=watch.batch_size,
+        sequence_length=watch.length,
+        threads=threads,
+        device=str(model.device),
+        total_ms=median(watch.dense_ms),
+        curves=curves,
+        layers=layers,
+    )
+
+
+def _alike(model: PreTrainedModel) -> Iterable[list[Group]]:
+    """Groups of one stack and kind whose layers compute alike; an attention of another kind has another price."""
+    family, block = family_of(model.config), block_of(model.config)
+    stacks = {stack.name: stack for stack, _ in find_stacks(model, family)}
+    found: dict[tuple, list[Group]] = {}
+    for group in find_groups(model):
+        entry, own = block.stack(group.stack), stacks[group.stack].own_config(model.config)
+        first = group.layers[0]
+        attention = {"heads": entry.attention, "cross_heads": entry.cross_attention}.get(group.kind)
+        kind = attention[first] if attention else None
+        types = [getattr(own, name)[first] for name in family.per_layer] if group.kind == "heads" else []
+        found.setdefault((group.stack, group.kind, repr(kind), repr(types)), []).append(group)
+    return found.values()
+
+
+def _curve(watch: Stopwatch, groups: list[Group]) -> Curve:
+    whole = sum(group.units for group in groups)
+    points = {1.0: 0.0}
+    for fraction in FRACTIONS:
+        kept = {group.name: tuple(range(_count(group, fraction))) for group in groups}
+        left = sum(map(len, kept.values())) / whole
+        if left < 1 and left not in points:
+            saved = 1 - watch.time(PruningPlan(units=kept))
+            points[left] = max(saved, *points.values())  # fewer units never cost more: the rest is noise
+    return Curve(
+        stack=groups[0].stack,
+        kind=groups[0].kind,
+        groups={group.name: group.units / whole for group in groups},
+        units=groups[0].units,
+        points=tuple(sorted(points.items())),
+    )
+
+
+def _count(group: Group, fraction: float) -> int:
+    count = round(fraction * group.units)
+    if group.kind == "neurons":
+        count -= count % NEURON_STEP
+    return min(group.units, max(count, FEWEST[group.kind]))
+
+
+def _layer_shares(watch: Stopwatch, curves: tuple[Curve, ...]) -> dict[str, tuple[float, ...]]:
+    """For each stack what each of its layers takes of the whole time: its units, and an equal part of what they leave
+    of the time of a layer (norms, and what no unit owns)."""
+    model, family = watch.model, family_of(watch.model.config)
+    prices = {name: share * curve.price(1.0) for curve in curves for name, share in curve.groups.items()}
+    depths = {stack.name: len(layers) for stack, layers in find_stacks(model, family)}
+    units = {name: [0.0] * depth for name, depth in depths.items()}
+    for group in find_groups(model):
+        for layer in group.layers:
+            units[group.stack][layer] += prices[group.name] / len(group.layers)
+    shares: dict[str, tuple[float, ...]] = {}
+    for name in sorted(depths, key=lambda name: name == family.deepest):  # it becomes shorter only with the others
+        several = depths if name == family.deepest else [name]
+        kept = {stack: tuple(range(0, depths[stack], 2)) for stack in several if depths[stack] > 1}
+        rest = 0.0
+        if name in kept:
+            saved = 1 - watch.time(PruningPlan(layers=kept))
+            saved -= sum(sum(shares[other][1::2]) for other in kept if other != name)
+            rest = (saved - sum(units[name][1::2])) / (depths[name] // 2)
+        shares[name] = tuple(own + rest for own in units[name])
+    return shares

@@ -1,0 +1,216 @@
+"""How much each whole layer matters.
+
+- `loss`: layers leave one by one, each time the one without which the answer changes least (greedy, as in
+  SLEB, Song 2024); the change is the KL divergence from the dense model's answer, so no labels are needed.
+- `block_influence`: 1 - cos between the states before and after the layer, mean over real tokens (ShortGPT, Men 2024).
+- any importance of units: the sum over the units of a layer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import isfinite
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ...models.families import find_stacks
+from ...models.modes import evaluating
+from ..config import PruningConfig
+from ..cut.groups import find_groups
+from .calibration import answer_of, is_distribution, real_entries, token_mask
+from .finite import not_finite
+from .stream import Batch, forward
+from .units import IMPORTANCES, check_scores
+
+LayerScores = dict[tuple[str, int], float]
+ROWS = 32  # on which `loss` compares models: for k of L layers k (2 L - k + 1) / 2 of them
+NOWHERE = ""  # the place of None among the arguments
+
+
+def block_influence(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:
+    """1 - cos for each (stack, layer)."""
+    sums: dict[tuple[str, int], list[float]] = {}
+    with evaluating(model), ExitStack() as hooks:
+        caught: list[tuple[tuple[str, int], torch.Tensor]] = []
+        for key, layer in _layers(model):
+            hooks.callback(layer.register_forward_hook(_watch(key, caught), with_kwargs=True).remove)
+        for batch in batches:
+            forward(model, batch)
+            for key, cosine in caught:
+                mask = token_mask(batch, model, key[0], cosine)
+                total = sums.setdefault(key, [0.0, 0.0])
+                total[0] += float(torch.where(mask > 0, (1 - cosine) * mask, 0.0).sum())
+                total[1] += float(mask.sum())
+            caught.clear()
+    scores = {key: change / max(count, 1.0) for key, (change, count) in sums.items()}
+    for key, score in scores.items():
+        if not isfinite(score):
+            raise not_finite(f"The block influence of {_named(key)}")
+    return scores
+
+
+def _watch(key: tuple[str, int], caught: list) -> Callable:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        before, after = _states(args, kwargs), output[0] if isinstance(output, tuple) else output
+        caught.append((key, F.cosine_similarity(before.float(), after.float(), dim=-1)))  # [B, T]
+
+    return hook
+
+
+def loss(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:
+    """The place of each layer in `loss_order`: 0 for the first that leaves."""
+    return {key: float(place) for place, key in enumerate(loss_order(model, batches))}
+
+
+def loss_order(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[tuple[str, int]]:
+    """The order in which layers leave, one by one: L forwards find the first of L, L - 1 more the second, and so on.
+
+    Raises:
+        DataError: an answer, or its change, is not finite; it names the layer.
+    """
+    batches = list(_first_rows(batches, ROWS))
+    left = dict(_layers(model))
+    handed: Handed = {}
+    with evaluating(model), _watching(left, handed) as broken:
+        expected = [answer_of(model, batch) for batch in batches]
+        for number, (batch, answer) in enumerate(zip(batches, expected, strict=True)):
+            if not isfinite(_distance(answer, answer, batch, model)):
+                first = f"the output of {_named(broken[0])}" if broken else ""
+                raise not_finite(f"The answer of the model to calibration batch {number}", first)
+    gone: list[nn.Module] = []
+    while left:
+        changes: LayerScores = {}
+        for key, layer in left.items() if len(left) > 1 else ():
+            with evaluating(model), _skipping([*gone, layer], handed):
+                changes[key] = sum(
+                    _distance(answer_of(model, b), e, b, model) for b, e in zip(batches, expected, strict=True)
+                )
+            if not isfinite(changes[key]):
+                raise not_finite(f"The answer of the model without {_named(key)}")
+        least = min(changes, key=changes.__getitem__) if changes else next(iter(left))
+        gone.append(left.pop(least))
+        yield least
+
+
+def _distance(answer: torch.Tensor, expected: torch.Tensor, batch: Batch, model: PreTrainedModel) -> float:
+    """KL(expected, answer) where the last dimension is one of classes or tokens, else the squared difference."""
+    where = real_entries(model, batch, answer)
+    if where.shape == answer.shape:  # classes, or places in a text: of these the real ones
+        lowest = torch.finfo(answer.dtype).min
+        answer, expected = answer.masked_fill(~where, lowest), expected.masked_fill(~where, lowest)
+    if is_distribution(model, answer):
+        apart = F.kl_div(answer.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    else:
+        apart = (answer - expected).square().sum(-1)
+    if apart.ndim == 1:
+        return float(apart.sum())
+    return float((torch.where(where, apart, 0.0).sum(1) / where.sum(1).clamp(min=1)).sum())
+
+
+# What a layer gives beside its states: where among its arguments it gets that. None: it makes some of it itself.
+Handed = dict[nn.Module, list[int | str] | None]
+
+
+@contextmanager
+def _watching(layers: Mapping[tuple[str, int], nn.Module], handed: Handed) -> Iterator[list[tuple[str, int]]]:
+    """Fills `handed`, and yields a list of the layers whose output is not finite, in the order in which they run."""
+    broken: list[tuple[str, int]] = []
+
+    def hook(key: tuple[str, int], layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        states, *others = output if isinstance(output, tuple) else (output,)
+        places = _find_places(others, dict(enumerate(args)) | kwargs) if others else []
+        known = isinstance(output, torch.Tensor) or bool(others)
+        handed[layer] = places if known and handed.get(layer, places) == places else None
+        if not states.isfinite().all():
+            broken.append(key)
+
+    with ExitStack() as hooks:
+        for key, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(hook, key), with_kwargs=True).remove)
+        yield broken
+
+
+def _find_places(others: Sequence, given: Mapping[int | str, object]) -> list[int | str] | None:
+    places: list[int | str] = []
+    for other in others:
+        found = [NOWHERE] if other is None else [place for place, value in given.items() if value is other]
+        if not found:
+            return None
+        places += found[:1]
+    return places
+
+
+@contextmanager
+def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
+    """The layers hand on what they get, and are not computed; but for those that make something for all others, as
+    T5's first ones do with the position bias: their states alone are dropped."""
+
+    def instead(places: Sequence[int | str], *args, **kwargs):
+        given = dict(enumerate(args)) | kwargs
+        states = _states(args, kwargs)
+        return (states, *(given.get(place) for place in places)) if places else states
+
+    def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> tuple:
+        return _states(args, kwargs), *output[1:]
+
+    with ExitStack() as undo:
+        for layer in layers:
+            places = handed.get(layer, [])
+            if places is None:
+                undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            else:
+                undo.callback(_give_back, layer, vars(layer).get("forward"))  # accelerate puts one there too
+                layer.forward = partial(instead, places)
+        yield
+
+
+def _give_back(layer: nn.Module, own: Callable | None) -> None:
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
+
+
+def _states(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _layers(model: PreTrainedModel) -> Iterator[tuple[tuple[str, int], nn.Module]]:
+    for stack, layers in find_stacks(model):
+        for index, layer in enumerate(layers):
+            yield (stack.name, index), layer
+
+
+def _named(key: tuple[str, int]) -> str:
+    return f"layer {key[1]} of the {key[0]}"
+
+
+def _first_rows(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
+    for batch in batches:
+        if rows <= 0:
+            return
+        yield {key: value[:rows] if value.ndim else value for key, value in batch.items()}
+        rows -= max(len(value) for value in batch.values() if value.ndim)
+
+
+LAYER_IMPORTANCES: dict[str, Callable[[PreTrainedModel, Sequence[Batch]], LayerScores]] = {
+    "block_influence": block_influence,
+    "loss": loss,
+}
+
+
+def layer_scores(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int) -> LayerScores:
+    """By `config.layer_importance`, larger is more important."""
+    if config.layer_importance in LAYER_IMPORTANCES:
+        return LAYER_IMPORTANCES[config.layer_importance](model, batches)
+    score = IMPORTANCES[config.layer_importance]
+    found = score(model, find_groups(model), batches=batches, length=length, seed=config.seed)
+    sums = {key: 0.0 for key, _ in _layers(model)}
+    for group, values in found.items():
+        check_scores(group, values, config.layer_importance)
+        for layer in group.layers:
+            sums[group.stack, layer] += float(values.sum()) / len(group.layers)
+    return sums

@@ -1,0 +1,70 @@
+"""What the linears read on calibration data, collected by forward hooks. Padded tokens do not count.
+
+norms = collect(model, linears, batches, lambda rows: rows.square().sum(0))      # [in] for each linear
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...models.modes import eval_mode
+from ...models.token_masks import masks_of, real_inputs
+from ..cut.linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
+
+Batch = Mapping[str, Tensor]
+
+
+class _Enough(Exception):
+    """Ends a forward whose remaining layers nobody asks for."""
+
+
+@torch.no_grad()
+def collect(
+    model: PreTrainedModel,
+    linears: Sequence[Linear],
+    batches: Iterable[Batch],
+    statistic: Callable[[Tensor], Tensor],
+    last_layer: nn.Module | None = None,
+) -> dict[Linear, Tensor]:
+    """The sum over batches of `statistic(rows)` for each linear; rows is `[tokens, in]`, in at least float32.
+
+    A forward stops behind `last_layer`, if one is named. A linear that no batch reaches is not in the result.
+    """
+    sums: dict[Linear, Tensor] = {}
+    masks: dict[str, Tensor | None] = {}
+
+    def hook(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        value = statistic(_real_rows(args[0], masks.get(linear.reads)))
+        sums[linear] = sums[linear] + value if linear in sums else value
+
+    def stop(*unused: object) -> None:
+        raise _Enough
+
+    handles = [module_of(model, linear).register_forward_pre_hook(partial(hook, linear)) for linear in linears]
+    handles += [] if last_layer is None else [last_layer.register_forward_hook(stop)]
+    try:
+        with eval_mode(model):
+            for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+                batch = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
+                own = masks_of(batch, model)
+                masks = {MAIN: own["encoder"], DECODER: own.get("decoder")}
+                masks[ENCODER_STATES] = batch.get("encoder_attention_mask")
+                with suppress(_Enough):
+                    model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """`[tokens, in]`; a mask of another size belongs to something else (frames of sound before they were joined)."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if mask is not None and mask.numel() == len(rows):
+        rows = rows[mask.flatten().bool()]
+    return rows if rows.dtype == torch.float64 else rows.float()

@@ -1,0 +1,89 @@
+"""What calibration batches say of each unit: derivatives of the loss with respect to masks, in one pass.
+
+A mask multiplies what a unit hands to the linear that reads it: 1 keeps the unit, 0 removes it (Kwon 2022, section 3).
+No weight is touched and no weight gradient is computed.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...models.modes import eval_mode, evaluating
+from ..cut.groups import Group, output_module
+from .calibration import Loss, token_mask, wide
+from .stream import Batch, forward
+
+MaskGradients = dict[Group, torch.Tensor]
+
+
+def mask_gradients(
+    model: PreTrainedModel,
+    groups: list[Group],
+    batches: Iterable[Batch],
+    loss: Loss,
+) -> MaskGradients:
+    """`[rows, units]` for each group: d loss / d mask, for every row of every batch.
+
+    `loss(model, batch)` is a scalar summed over the rows of a batch, so that rows do not mix. A unit that got no
+    gradient has zeros.
+    """
+    rows: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
+    with eval_mode(model):
+        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+            masks: dict[Group, torch.Tensor] = {}
+            with ExitStack() as hooks, torch.enable_grad():
+                for group in groups:
+                    for member in group.members:
+                        handle = output_module(model, member).register_forward_pre_hook(_masked(group, masks))
+                        hooks.callback(handle.remove)
+                scalar = loss(model, batch)
+            reached = [group for group in groups if group in masks]
+            found = torch.autograd.grad(scalar, [masks[group] for group in reached], allow_unused=True)
+            for group, gradient in zip(reached, found, strict=True):
+                if gradient is not None:
+                    rows[group].append(wide(gradient).cpu())
+    return {group: torch.cat(own) if own else torch.zeros(1, group.units) for group, own in rows.items()}
+
+
+def _masked(group: Group, masks: dict[Group, torch.Tensor]) -> Callable:
+    """A hook that multiplies the input `[B, ..., units x width]` of a linear by a mask `[B, units]` of ones."""
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states = args[0]
+        if group not in masks:
+            masks[group] = torch.ones(len(states), group.units, dtype=states.dtype, device=states.device)
+            masks[group].requires_grad_()
+        by_unit = states.reshape(len(states), -1, group.units, states.shape[-1] // group.units)
+        return (by_unit * masks[group][:, None, :, None]).reshape(states.shape), *args[1:]
+
+    return hook
+
+
+def input_squares(
+    model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch]
+) -> dict[Group, list[torch.Tensor]]:
+    """What the output linears read: for each member of a group `[units x width]`, the sum of x^2 over real tokens."""
+    sums: dict[Group, list[torch.Tensor]] = {group: [torch.zeros(1)] * len(group.members) for group in groups}
+    with evaluating(model):
+        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+            with ExitStack() as hooks:
+                for group in groups:
+                    for number, member in enumerate(group.members):
+                        hook = _summed(group, number, sums, batch, model)
+                        hooks.callback(output_module(model, member).register_forward_pre_hook(hook).remove)
+                forward(model, batch)
+    return sums
+
+
+def _summed(group: Group, number: int, sums: dict, batch: Batch, model: PreTrainedModel) -> Callable:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        states = wide(args[0])
+        mask = token_mask(batch, model, group.stack, states)
+        squares = (states.square() * mask[..., None]).flatten(0, -2).sum(0)
+        sums[group][number] = sums[group][number] + squares.cpu()
+
+    return hook

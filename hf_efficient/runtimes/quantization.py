@@ -1,0 +1,165 @@
+"""Weights of 8 or 4 bits by torchao, in a checkpoint that transformers reloads.
+
+    small = quantize(model, "int8_dynamic")
+    small.save_pretrained("out/int8")          # AutoModel.from_pretrained("out/int8") needs torchao installed
+
+| method | weights | activations |
+|---|---|---|
+| `int8_dynamic` | 8 bits, one scale per output | 8 bits, one scale per token, found while it runs |
+| `int8` | 8 bits, one scale per output | as they are |
+| `int4` | 4 bits, one scale per `group_size` inputs | as they are |
+
+Linear layers only; embeddings and the output head of a language model stay. On a CPU the checkpoint gets smaller, the
+forward rarely faster: PyTorch has few integer kernels there, and keeps 4 bits in bytes. `export(..., quantize="int8")`
+is the way to speed on a CPU.
+"""
+
+import itertools
+import math
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, UnsupportedModelError, unknown_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..pruning.config import PruningConfig
+
+METHODS = ("int8_dynamic", "int8", "int4")
+# What transformers leaves on a model that it loaded from quantised weights, and on its config.
+MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config", "_is_quantized")
+
+
+def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_size: int = 32) -> "PreTrainedModel":
+    """A copy of `model` with quantised linears, in eval mode.
+
+    Parameters:
+        method: one of `METHODS`.
+        group_size: inputs that share a scale, for `int4`; must divide the inputs of every linear.
+
+    Raises:
+        ConfigError: an unknown method, torchao is missing, or a linear whose inputs the groups do not divide.
+        UnsupportedModelError: the model is quantised already.
+    """
+    import transformers
+
+    from ..models.loading import load_model
+
+    check_method(method)
+    check_torchao()
+    check_floats(model, "Quantise the one it was made of.")
+    if method == "int4":
+        check_groups(model, group_size)
+    with tempfile.TemporaryDirectory() as folder:  # transformers quantises what it loads, and nothing else
+        model.save_pretrained(Path(folder))
+        config = transformers.TorchAoConfig(_torchao(method, group_size))
+        return load_model(type(model), folder, quantization_config=config).eval()
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+
+
+def check_torchao() -> None:
+    """Before any long work.
+
+    Raises:
+        ConfigError: torchao is not installed.
+    """
+    if find_spec("torchao") is None:
+        raise ConfigError('Quantisation needs torchao. Run `pip install "hf-efficient[quant]"`.')
+
+
+def check_pruned_groups(model: "PreTrainedModel", prunings: "Sequence[PruningConfig]", group_size: int) -> None:
+    """Whether the groups will divide the inputs of every linear after pruning; `model` may be on the meta device.
+
+    Raises:
+        ConfigError: they do not, or not for sure; it names what to set.
+    """
+    import torch
+
+    from ..pruning.cut.groups import find_groups, output_module
+
+    check_groups(model, group_size)
+    for pruning, group in itertools.product(prunings, find_groups(model)):
+        linear, width = output_module(model, group.members[0]), group.members[0].output.width
+        if group.kind not in pruning.unit_kinds or not isinstance(linear, torch.nn.Linear):
+            continue
+        if group.kind == "neurons" and pruning.round_to % group_size:
+            raise ConfigError(
+                f"Pruning with round_to={pruning.round_to} may leave a number of neurons that group_size={group_size} "
+                f"of int4 does not divide. Set round_to to {math.lcm(pruning.round_to, group_size)}, or quantise with "
+                "method int8."
+            )
+        if group.kind != "neurons" and width % group_size:
+            raise ConfigError(
+                f"Pruning heads, of {width} inputs each, may leave a number of inputs that group_size={group_size} of "
+                f"int4 does not divide. Set group_size to {math.gcd(width, group_size)}, leave head out of "
+                "granularity, or quantise with method int8."
+            )
+
+
+def check_groups(model: "PreTrainedModel", group_size: int) -> None:
+    """Raises ConfigError where the groups do not divide the inputs of a linear."""
+    import torch
+
+    if type(group_size) is not int or group_size < 1:
+        raise ConfigError(f"group_size must be a positive integer, got {group_size!r}.")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % group_size:
+            raise ConfigError(
+                f"group_size={group_size} does not divide the {module.in_features} inputs of {name}. Prune with "
+                f"round_to={group_size}, or choose a smaller power of 2, or method 'int8'."
+            )
+
+
+def is_quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def take_floats(model: Any) -> None:
+    """Let a model that was loaded from a GGUF file be what it is.
+
+    Where transformers has unpacked the file, the weights are plain floats, and the model is still marked as quantised,
+    so that it can be neither trained nor saved. Here it loses these marks. Any other model stays as it is.
+    """
+    for holder in (model.config, getattr(model, "hf_quantizer", None)):
+        found = getattr(holder, "quantization_config", None)
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        if getattr(method, "value", method) == "gguf":
+            break
+    else:
+        return
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        for part in (model, *(module for module in model.modules() if hasattr(module, "config"))):
+            for marked in (vars(part), vars(part.config)):
+                for mark in MARKS:
+                    marked.pop(mark, None)
+
+
+def check_floats(model: Any, advice: str) -> None:
+    """Refuse weights that are not the floats which pruning, converting and exporting work on.
+
+    Raises:
+        UnsupportedModelError: the model is quantised; `advice` says what to do.
+    """
+    take_floats(model)
+    if is_quantized(model):
+        raise UnsupportedModelError(
+            f"The model is quantised. {advice} From a GGUF file, load the unpacked weights: from_pretrained(..., "
+            "gguf_file=..., quantization_config=GgufConfig(dequantize=True))."
+        )
+
+
+def _torchao(method: str, group_size: int) -> Any:
+    import torch
+    import torchao.quantization as ao
+
+    if method == "int4":
+        return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(group_size))
+    return {"int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig, "int8": ao.Int8WeightOnlyConfig}[method]()

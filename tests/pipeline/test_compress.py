@@ -1,0 +1,445 @@
+"""The main job on a tiny scale: a recipe goes in, a measured model comes out, whatever happens in between."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification
+
+from hf_efficient import CheckpointError, ConfigError, DataError, Recipe, UnsupportedModelError, compress, load_report
+from hf_efficient.pipeline.compress import plan_recipe
+from hf_efficient.pipeline.verify import check_reload, output_digest
+from hf_efficient.pipeline.workspace import Workspace
+
+TRAINING = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-3}
+TINY = {
+    "name": "tiny",
+    "task": "image-classification",
+    "model": {
+        "config": {
+            "model_type": "vit",
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 32,
+            "hidden_dropout_prob": 0.1,
+        }
+    },
+    "data": {"name_or_path": "bundled:digits", "limit": 200},
+    "teacher": TRAINING,
+    "stages": [
+        {"attention": {"kind": "local", "window": 4, "global_tokens": 1}},
+        {"prune": {"ratio": 0.4, "calibration_samples": 32}},
+        {"distill": {**TRAINING, "losses": {"kd": 1.0, "ce": 0.5, "hidden": 0.1}}},
+    ],
+    "measure": {"repeats": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run, in a process of its own like all others here, so that all have the same threads."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    _run(folder)
+    return folder
+
+
+def _command(folder: Path, content: dict = TINY) -> list[str]:
+    recipe = folder.parent / "tiny.yaml"
+    recipe.write_text(Recipe.from_dict(content).to_yaml())
+    return [sys.executable, "-m", "hf_efficient.cli", "compress", str(recipe), "--output-dir", str(folder)]
+
+
+def _run(folder: Path, content: dict = TINY) -> str:
+    done = subprocess.run(_command(folder, content), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _kill_when(folder: Path, appears: str, content: dict = TINY) -> None:
+    """Start the run and kill -9 it as soon as a file or folder is there."""
+    process = subprocess.Popen(_command(folder, content), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(folder.glob(appears)):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, f"the run ended before {appears} appeared: {process.stderr.read()}"
+
+
+def test_the_result_is_complete_and_measured(finished):
+    names = {path.name for path in (finished / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "report.json", "modeling_hf_efficient.py"} <= names
+    report = load_report(finished / "model")
+    assert [stage.name for stage in report.stages] == ["teacher", "attention", "prune", "distill"]
+    assert report.comparison.mac_ratio < 0.65 and report.student.size.parameters < report.teacher.size.parameters
+    assert {layer.attention for layer in report.structure} == {"local"}
+    assert any(
+        layer.heads < layer.original_heads or layer.neurons < layer.original_neurons for layer in report.structure
+    )
+    assert report.loads_with == "plugin"
+    assert 0 <= report.student.quality.main.value <= 1 and report.student.quality.samples == 40
+    model = AutoModelForImageClassification.from_pretrained(finished / "model")
+    assert type(model).__name__ == "EfficientViTForImageClassification"
+    assert not list(finished.glob("*.partial"))
+
+
+def test_a_fresh_process_must_give_the_same_output(finished, tmp_path):
+    digest = output_digest(AutoModelForImageClassification.from_pretrained(finished / "model"))
+    check_reload(finished / "model", "AutoModelForImageClassification", digest)
+    with pytest.raises(CheckpointError, match="another output"):
+        check_reload(finished / "model", "AutoModelForImageClassification", "0" * 64)
+    with pytest.raises(CheckpointError, match="does not load"):
+        check_reload(tmp_path, "AutoModelForImageClassification", digest)
+
+
+@pytest.mark.processes
+def test_who_may_read_the_recipe_may_read_the_weights(finished):
+    allowed = (finished / "recipe.yaml").stat().st_mode & 0o777
+    weights = list(finished.rglob("*.safetensors"))
+    assert len(weights) == 5 and {path.stat().st_mode & 0o777 for path in weights} == {allowed}
+
+
+def test_kill_9_in_every_stage_then_the_same_command_gives_the_same_result(finished, tmp_path):
+    folder = tmp_path / "out"
+    for appears in (
+        "0-teacher.partial/trainer/checkpoint-*/complete",
+        "1-attention.partial",
+        "2-prune.partial",
+        "3-distill.partial/trainer/checkpoint-*",
+        "3-distill/stage.json",
+    ):
+        _kill_when(folder, appears)
+    _run(folder)
+    for name in ("0-teacher", "1-attention", "2-prune", "3-distill", "model"):
+        expected, got = (load_file(f / name / "model.safetensors") for f in (finished, folder))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected), name
+    first, second = (load_report(f / "model") for f in (finished, folder))
+    assert first.student.quality == second.student.quality
+    assert (finished / "model/config.json").read_bytes() == (folder / "model/config.json").read_bytes()
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*-*/model.safetensors")}
+    (finished / "model/notes.txt").write_text("mine")
+    output = _run(finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*-*/model.safetensors")}
+    assert "speed-up" in output and (finished / "model/notes.txt").read_text() == "mine"
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished):
+    with pytest.raises(CheckpointError, match="another recipe"):
+        compress(Recipe.from_dict(TINY), output_dir=finished, **{"prune.ratio": 0.3})
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="not empty"):
+        compress(Recipe.from_dict(TINY), output_dir=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        compress(Recipe.from_dict(TINY), output_dir=tmp_path / "file")
+
+
+def test_a_damaged_manifest_says_what_to_do(finished, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "model")
+    (folder / "1-attention/stage.json").write_text('{"schema_version": 1, "na')
+    with pytest.raises(CheckpointError, match="Delete the folder"):
+        compress(Recipe.from_dict(TINY), output_dir=folder)
+
+
+def _bert(folder: Path, **changes) -> Path:
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=40, **fields | changes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return folder
+
+
+def _text_recipe(model: Path, rows: Path, **changes) -> Recipe:
+    recipe = {
+        "name": "text",
+        "task": "text-classification",
+        "model": {"name_or_path": str(model)},
+        "data": {"name_or_path": str(rows), "max_length": 8},
+        "stages": [{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}],
+        "measure": {"repeats": 2},
+    }
+    return Recipe.from_dict(recipe | changes)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    lines = ["text,label", *(f"{'abcd'[i % 4]} {'efgh'[i % 3]} {i % 7},{'xy'[i % 2]}" for i in range(40))]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_model_of_ones_own_and_a_csv_file(tmp_path, rows):
+    report = compress(_text_recipe(_bert(tmp_path / "bert"), rows), output_dir=tmp_path / "out")
+    assert report.loads_with == "portable" and report.comparison.mac_ratio < 1
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["model_type"] == "bert"
+
+
+def test_zeros_stay_through_distillation_and_the_card_says_what_they_bring(tmp_path, rows):
+    stages = [
+        {"prune": {"granularity": ["weight"], "mask_structure": "2:4", "importance": "obs"}},
+        {"distill": {**TRAINING, "losses": {"kd": 1.0}}},
+    ]
+    bert = _bert(tmp_path / "bert", hidden_size=32, num_hidden_layers=2)
+    report = compress(_text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "out")
+    zeros = 2 * (4 * 32 * 32 + 2 * 32 * 32) // 2
+    facts, size = report.stages[1].facts, report.student.size
+    assert facts["zeros"] == zeros and facts["sparsity"] == 0.5 and facts["loads_with"] == "portable"
+    assert size.parameters - size.nonzero_parameters >= zeros and report.comparison.mac_ratio == 1
+    assert "no speed-up" in report.warnings[-1] and f"{size.sparsity:.0%} of the parameters" in report.warnings[-1]
+    card = " ".join((tmp_path / "out/model/README.md").read_text().split())
+    assert "bring no speed-up" in card and "sparsity 0.5" in card and "not zero" in card
+    state = load_file(tmp_path / "out/model/model.safetensors")
+    linears = [
+        value for key, value in state.items() if ".layer." in key and key.endswith("weight") and value.ndim == 2
+    ]
+    assert len(linears) == 12 and all((value.view(len(value), -1, 4) != 0).sum(-1).eq(2).all() for value in linears)
+    with pytest.raises(ConfigError, match="multiple of 5"):
+        compress(
+            _text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "no", **{"prune.mask_structure": "4:5"}
+        )
+    assert not (tmp_path / "no").exists()
+
+
+WHILE_TRAINING = {"ratio": 0.4, "importance": "movement", "start": 0.1, "end": 0.5, "every": 2}
+
+
+def test_options_of_distillation_reach_it(tmp_path):
+    distill = {"max_steps": 1, "losses": {"hidden": 1.0}, "layer_map": "last"}
+    recipe = TINY | {"stages": [{"distill": distill}], "teacher": {"max_steps": 1}}
+    compress(Recipe.from_dict(recipe), output_dir=tmp_path / "out")
+    wrong = TINY | {"stages": [{"distill": distill | {"layer_map": [[9, 9]]}}], "teacher": {"max_steps": 1}}
+    with pytest.raises(ConfigError, match="9"):
+        compress(Recipe.from_dict(wrong), output_dir=tmp_path / "wrong")
+
+
+@pytest.mark.thorough
+@pytest.mark.processes
+@pytest.mark.parametrize("granularity", [["head", "neuron"], ["weight"]])
+def test_pruning_while_distilling_goes_on_after_kill_9(granularity, tmp_path):
+    distill = TINY["stages"][2]["distill"] | {"prune": WHILE_TRAINING | {"granularity": granularity}}
+    recipe = TINY | {"stages": [{"distill": distill}]}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _run(whole, recipe)
+    for appears in ("1-distill.partial/trainer/checkpoint-*", "1-distill.partial/trainer/checkpoint-*/complete"):
+        _kill_when(killed, appears, recipe)
+    _run(killed, recipe)
+    expected, got = (load_file(f / "model/model.safetensors") for f in (whole, killed))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    report = load_report(whole / "model")
+    facts = report.stages[1].facts
+    if granularity == ["weight"]:
+        assert (
+            facts["sparsity"] == pytest.approx(0.4, abs=2e-4)
+            and facts["parameters_after"] == facts["parameters_before"]
+        )
+        assert report.comparison.mac_ratio == 1 and "no speed-up" in report.warnings[-1]
+    else:
+        assert facts["parameters_after"] < facts["parameters_before"] and report.comparison.mac_ratio < 0.75
+
+
+def test_a_ratio_out_of_reach_while_distilling_stops_before_any_work(tmp_path, rows):
+    recipe = _text_recipe(_bert(tmp_path / "bert"), rows, stages=[{"distill": {"prune": {"ratio": 0.99}}}])
+    with pytest.raises(ConfigError, match="At most 0"):
+        compress(recipe, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rounds_of_the_shipped_recipe_on_a_tiny_scale(tmp_path, rows):
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 256, "num_hidden_layers": 2}
+    stages = [stage.to_dict() for stage in Recipe.from_yaml("bbc-news-rounds").stages]
+    for stage in stages[1::2]:
+        stage["distill"] |= {"max_steps": 1, "max_length": 8}
+    report = compress(
+        _text_recipe(_bert(tmp_path / "bert", **sizes), rows, stages=stages), output_dir=tmp_path / "out"
+    )
+    assert [stage.name for stage in report.stages] == ["teacher", *["prune", "distill"] * 3]
+    pruned = [stage.facts for stage in report.stages[1::2]]
+    for earlier, later in pairwise(pruned):
+        assert earlier["parameters_after"] == later["parameters_before"] > later["parameters_after"]
+    assert report.comparison.mac_ratio < 0.27  # of the whole model, of which the head is not pruned
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path, rows):
+    recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
+    first = Workspace(out, recipe)
+    first.open({})
+    with pytest.raises(CheckpointError, match="Another process"):
+        compress(recipe, output_dir=out)
+    first.close()
+
+
+def test_changed_data_cannot_continue_a_run(tmp_path, rows):
+    recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
+    compress(recipe, output_dir=out)
+    shutil.rmtree(out / "model")
+    compress(recipe, output_dir=out)  # the same inputs go on
+    shutil.rmtree(out / "model")
+    rows.write_text(rows.read_text() + "\nd h new,x")
+    with pytest.raises(CheckpointError, match="changed"):
+        compress(recipe, output_dir=out)
+
+
+def test_a_compressed_model_may_be_compressed_again(tmp_path, rows):
+    layers = [{"prune": {"ratio": 0.5, "granularity": ["layer"]}}]
+    first = _text_recipe(_bert(tmp_path / "bert", num_hidden_layers=4), rows, stages=layers)
+    compress(first, output_dir=tmp_path / "first")
+    report = compress(_text_recipe(tmp_path / "first/model", rows), output_dir=tmp_path / "second")
+    assert [layer.attention for layer in report.structure] == ["full", "full"]
+
+
+def test_bad_input_stops_before_any_work(tmp_path, rows):
+    bert, out = _bert(tmp_path / "bert"), tmp_path / "out"
+    three = _bert(tmp_path / "three", num_labels=3)
+    for key, value in (("data.max_length", 600), ("measure.sequence_length", 4096)):
+        with pytest.raises(ConfigError, match="512 positions"):
+            compress(_text_recipe(bert, rows), output_dir=out, **{key: value})
+    broken = _bert(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="Cannot load"):
+        compress(_text_recipe(broken, rows), output_dir=tmp_path / "broken-out")
+    for fields in ({"hiden_size": 8}, {"hidden_size": 2**40}, {"num_labels": 10**12}):
+        config = TINY["model"]["config"] | fields
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            compress(Recipe.from_dict(TINY | {"model": {"config": config}}), output_dir=out)
+    with pytest.raises(ConfigError, match="Did you mean 'vit'"):
+        compress(Recipe.from_dict(TINY | {"model": {"config": {"model_type": "vitt"}}}), output_dir=out)
+    with pytest.raises(DataError, match="3 labels"):
+        compress(_text_recipe(three, rows), output_dir=out)
+    with pytest.raises(DataError, match="topic"):
+        compress(_text_recipe(bert, rows), output_dir=out, **{"data.label_column": "topic"})
+    with pytest.raises(ConfigError, match="ratio"):
+        compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 1.5})
+    with pytest.raises(ConfigError, match="At most 0"):
+        compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 0.99})
+    with pytest.raises(ConfigError, match="Layer 7"):
+        compress(_text_recipe(bert, rows, stages=[{"attention": {"kind": "linear", "layers": [7]}}]), output_dir=out)
+    with pytest.raises(ConfigError, match="No such recipe"):
+        compress(tmp_path / "missing.yaml", output_dir=out)
+    deberta = tmp_path / "deberta"
+    deberta.mkdir()
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (deberta / name).write_text((bert / name).read_text())
+    (deberta / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
+    with pytest.raises(UnsupportedModelError, match="attention interface"):
+        compress(_text_recipe(deberta, rows), output_dir=out)
+    assert not out.exists()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(Recipe.from_dict(TINY | {"seed": 1}).to_yaml())
+    command = [
+        sys.executable,
+        "-m",
+        "hf_efficient.cli",
+        "compress",
+        str(recipe),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ)
+    name = "model/model.safetensors"
+    assert (finished / name).read_bytes() != (tmp_path / "out" / name).read_bytes()
+
+
+def test_quantised_or_exported_the_result_says_how_it_does(tmp_path, rows):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torchao")
+    short = TINY | {"teacher": {"max_steps": 4}, "stages": [{"prune": {"ratio": 0.3, "calibration_samples": 32}}]}
+    exports = [{"export": {"format": "onnx"}}, {"export": {"format": "onnx", "quantize": "int8"}}]
+    done = compress(Recipe.from_dict(short | {"stages": short["stages"] + exports}), output_dir=tmp_path / "exported")
+    assert [(each.folder, each.quantize) for each in done.exports] == [("onnx", None), ("onnx-int8", "int8")]
+    plain, rounded = done.exports
+    assert plain.difference < 1e-4 < rounded.difference and plain.quality.main.value == done.student.quality.main.value
+    assert plain.quality_difference == done.comparison.quality_difference
+    assert plain.latency.rounds == TINY["measure"]["repeats"] and plain.speedup > 0
+    model = tmp_path / "exported" / "model"
+    assert load_report(model) == done
+    card = (model / "README.md").read_text()
+    assert "## In other runtimes" in card and 'subfolder="onnx"' in card
+    from transformers.exporters import ExportedModel
+
+    pixels = torch.rand(3, 1, 8, 8)
+    student = AutoModelForImageClassification.from_pretrained(model)
+    with torch.no_grad():
+        expected = student(pixels).logits
+        assert torch.allclose(
+            ExportedModel.from_pretrained(model, subfolder="onnx")(pixel_values=pixels).logits, expected, atol=1e-4
+        )
+    eight = compress(
+        Recipe.from_dict(short | {"stages": short["stages"] + [{"quantize": {"method": "int8"}}]}),
+        output_dir=tmp_path / "quantised",
+    )
+    assert eight.student.size.weight_bytes < done.student.size.weight_bytes and not eight.exports
+    assert "pip install torchao" in (tmp_path / "quantised" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}], r"round_to=8.*group_size=16.*Set round_to to 16"),
+        ([{"prune": {"ratio": 0.2, "granularity": ["neuron"], "round_to": 12}}], "Set round_to to 48"),
+        ([{"prune": {"ratio": 0.3, "round_to": 16}}], r"heads, of \d+ inputs each.*leave head out of granularity"),
+        ([{"distill": {"prune": {"ratio": 0.2, "granularity": ["neuron"]}}}], r"Set round_to to 16"),
+        ([], r"does not divide the \d+ inputs"),
+    ],
+)
+def test_four_bits_that_pruning_leaves_no_room_for_are_refused_before_any_work(rows, tmp_path, stages, words):
+    pytest.importorskip("torchao")
+    size = 16 if stages else 48
+    recipe = _text_recipe(
+        _bert(tmp_path / "bert"), rows, stages=[*stages, {"quantize": {"method": "int4", "group_size": size}}]
+    )
+    for work in (lambda: compress(recipe, output_dir=tmp_path / "out"), lambda: plan_recipe(recipe)):
+        with pytest.raises(ConfigError, match=words):
+            work()
+    assert not (tmp_path / "out").exists()
+
+
+def test_four_bits_of_what_fits(rows, tmp_path):
+    pytest.importorskip("torchao")
+    fits = [{"prune": {"ratio": 0.1, "granularity": ["neuron"], "round_to": 16}}]
+    bert = _bert(tmp_path / "bert")
+    recipe = _text_recipe(bert, rows, stages=[*fits, {"quantize": {"method": "int4", "group_size": 16}}])
+    assert all(row.neurons % 16 == 0 for row in plan_recipe(recipe)[0].forecast.layers)
+    eight = _text_recipe(bert, rows, stages=[{"prune": {"ratio": 0.1}}, {"quantize": {"method": "int8"}}])
+    assert len(plan_recipe(eight)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"data.label_column": "topic"}, DataError),
+        ({"prune.ratio": 0.99}, ConfigError),
+        ({"data.max_length": 513}, ConfigError),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_the_run_would(rows, tmp_path, change, error):
+    recipe = _text_recipe(_bert(tmp_path / "bert"), rows).with_overrides(change)
+    for work in (lambda: plan_recipe(recipe), lambda: compress(recipe, output_dir=tmp_path / "out")):
+        with pytest.raises(error):
+            work()
