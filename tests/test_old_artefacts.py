@@ -1,4 +1,4 @@
-"""What was made by hf_efficient 0.1.0.dev0 is read for good, and gives the same: the files of `tests/data`.
+"""What was made by hf_efficient 0.1.0.dev0 is read for good, and gives the same: the files of `tests/data/artefacts`.
 
 Only public names are used, and those of `hf_efficient.reporting`, so that these tests stay as they are whatever moves
 inside the package. A test that fails here names something that users have on their disks and can no longer use.
@@ -37,7 +37,7 @@ from hf_efficient.reporting.tables import markdown_results, text_results, text_t
 
 from .helpers import assert_close
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "data" / "artefacts"
 # Of the largest logit. The kept logits were computed in float64, where all machines agree to their last digit, which
 # is one of float32; layer upon layer in float32, they do not.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
