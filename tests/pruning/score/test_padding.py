@@ -176,7 +176,7 @@ def test_what_linears_read_does_not_depend_on_padding(name):
 
 
 @pytest.mark.parametrize("importance", ["taylor", "fisher", "activation"])
-@pytest.mark.parametrize("name", ["llama", "t5", "answers"])
+@pytest.mark.parametrize("name", ["llama", "t5", "answers", "bart classifier"])
 def test_weight_scores_do_not_depend_on_padding(name, importance):
     """In the same batches: they are sums over batches by definition."""
     model = make(name)
