@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from hf_efficient.reporting.environment import Environment
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +41,6 @@ from hf_efficient import (
     prune,
 )
 from hf_efficient.reporting.card import model_card
-from hf_efficient.reporting.environment import Environment
 from hf_efficient.reporting.page import report_page
 from hf_efficient.reporting.schema import (
     Comparison,
