@@ -32,10 +32,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.tasks import TASKS, Task
-from ..distillation.losses.losses import pool
 from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
 from ..models.heads import auto_class_of_architecture
 from ..models.modes import evaluating
+from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from .retrieval import PAIR, find_pairs
@@ -202,7 +202,7 @@ def inputs_of(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if model.main_input_name in names:
         inputs = {key: value for key, value in inputs.items() if key in names}
     else:  # a wrapper such as PEFT's names none and passes all on
-        from ..distillation.batch import base_of
+        from ..training.batch import base_of
 
         model = base_of(model)
         names = inspect.signature(model.forward).parameters

@@ -7,7 +7,7 @@ from ..data.tasks import TASKS, Task
 from ..io.text import python_literal
 from .schema import Report
 
-# Of an encoder without a head; as `distillation.losses.losses.pool` does it.
+# Of an encoder without a head; as `models.pooling.pool` does it.
 _POOLED = {
     "mean": "(states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
     "cls": "states[torch.arange(len(states)), mask.argmax(1)]  # the first token",

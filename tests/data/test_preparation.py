@@ -204,7 +204,7 @@ def test_every_task_names_a_class_of_transformers_and_roles_that_are_known():
 
 
 def test_a_column_of_no_role_is_not_an_argument(splits, tokenizer):
-    with pytest.raises(TypeError, match="no argument 'txt_column'.*text_column, text_pair_column"):
+    with pytest.raises(TypeError, match=r"no argument 'txt_column'.*text_column, text_pair_column"):
         prepare(splits, "text-classification", tokenizer, txt_column="text")
 
 
