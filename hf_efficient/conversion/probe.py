@@ -30,10 +30,10 @@ def tiny_inputs(model: PreTrainedModel, main_only: bool = False) -> Inputs:
     """Made-up inputs for `model.base_model`: of every kind that its forward takes, or (`main_only`) its main one and
     that of its decoder."""
     names = forward_names(model)
-    wanted = [name for name in _MAKERS if name in names]
+    kinds = [name for name in _MAKERS if name in names]
     if main_only:
-        wanted = [name for name in wanted if name in (model.base_model.main_input_name, "decoder_input_ids")]
-    inputs = {name: _MAKERS[name](model.config) for name in wanted} | _encoder_states(model)
+        kinds = [name for name in kinds if name in (model.base_model.main_input_name, "decoder_input_ids")]
+    inputs = {name: _MAKERS[name](model.config) for name in kinds} | _encoder_states(model)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()

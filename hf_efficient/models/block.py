@@ -103,11 +103,11 @@ class EfficientBlock:
             )
         _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
         stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
-        kept = {
+        kept_layers = {
             name: _places(f"kept_layers.{name}", layers)
             for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
         }
-        return cls(stacks=stacks, kept_layers=kept)
+        return cls(stacks=stacks, kept_layers=kept_layers)
 
 
 def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family) -> None:
@@ -175,7 +175,7 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
     """Refuse sizes that no real model has; `fields` are those of a config that has computed nothing from them yet.
 
     Raises:
-        ConfigError: a size that is no integer from 1 to its limit; key/value heads that do not divide the heads.
+        ConfigError: a size that is not an integer from 1 to its limit; key/value heads that do not divide the heads.
     """
     _check_limits(fields, LIMITS | ({family.max_positions: MAX_ROWS} if family.max_positions else {}))
     for stack in family.stacks:
