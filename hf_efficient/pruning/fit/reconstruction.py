@@ -14,8 +14,9 @@ r_pruned, for r the residual that the block is added to. So each block makes up 
 D is a change, so lambda pulls to the weights as they are and not to zero; a bias is one more column, not pulled. c_t
 is how much the model's answer depends on the block's output at token t: nothing for padding, nothing for tokens that a
 classification head never reads. lambda is chosen for each linear on rows that were held out of the fit; where none of
-the choices improves the error there, the weights stay as they are. The fit is that of FASP (2025) and, without its search, ZipLM
-(2023); that x comes from the pruned stream is from Kwon 2022, section 4.4, which fits one scale for each unit.
+the choices improves the error there, the weights stay as they are. The fit is that of FASP (2025) and, without its
+search, ZipLM (2023); that x comes from the pruned stream is from Kwon 2022, section 4.4, which fits one scale for each
+unit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
