@@ -57,10 +57,10 @@ def test_groups_by_hand(case):
             (len(group.layers), group.units, parameters, macs // LENGTH)
         )
     assert found == {key: {value} for key, value in BY_HAND[case].items()}
-    for stack, layers in find_stacks(model):
-        for kind in {group.kind for group in groups if group.stack == stack.name}:
-            covered = [i for g in groups if (g.stack, g.kind) == (stack.name, kind) for i in g.layers]
-            assert covered == list(range(len(layers)))
+    for stack in anatomy.stacks:
+        for kind in {group.kind for group in anatomy.groups if group.stack == stack.name}:
+            covered = [i for g in anatomy.groups if (g.stack, g.kind) == (stack.name, kind) for i in g.layers]
+            assert covered == list(range(len(stack.layers)))
 
 
 @pytest.mark.parametrize("case", CASES)

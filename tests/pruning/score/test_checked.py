@@ -70,7 +70,7 @@ def test_a_layer_whose_states_overflow_is_named(score):
     model = make("llama")
     overflow(model, 1)
     with pytest.raises(DataError, match=r"layer 1 of the decoder"):
-        score(model, batches("llama"))
+        score(Anatomy.of(model), batches("llama"))
 
 
 def test_reconstruction_names_the_linear():

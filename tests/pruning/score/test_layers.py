@@ -36,7 +36,7 @@ def make_idle(model, index: int) -> None:
 def test_an_idle_layer_is_the_first_to_leave(case, idle, score):
     model = make(case)
     make_idle(model, idle)
-    scores = score(model, batches(case))
+    scores = score(Anatomy.of(model), batches(case))
     for stack, layers in find_stacks(model):
         own = {layer: value for (name, layer), value in scores.items() if name == stack.name}
         assert min(own, key=own.__getitem__) == idle and len(own) == len(layers)
