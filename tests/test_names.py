@@ -1,8 +1,5 @@
 """A name is one entry: the light lists that configs check against are those of the tables that carry the work."""
 
-from hf_efficient.attention import config as attention
-from hf_efficient.attention.engines.feature_maps import FEATURE_MAPS
-from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.conversion.positions import METHODS, ROPE
 from hf_efficient.data.preparation import TASKS
 from hf_efficient.measurement.quality import TASKS as SCORED
@@ -14,11 +11,6 @@ from hf_efficient.pruning.score.units import IMPORTANCES
 from hf_efficient.pruning.score.weights import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
 from hf_efficient.recipes import settings
 from hf_efficient.recipes.stages import STAGES
-
-
-def test_every_attention_kind_has_a_variant():
-    assert set(attention.KINDS) == {"full", *ATTENTIONS}
-    assert set(attention.FEATURE_MAPS) == set(FEATURE_MAPS)
 
 
 def test_every_criterion_and_schedule_has_a_function():

@@ -9,11 +9,11 @@ A new kind is one subclass of `AttentionVariant` and one call of `register_atten
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .config import AttentionConfig
-from .engines.parts import identity_values
 
 
 class HeadShape(NamedTuple):
@@ -25,6 +25,7 @@ class HeadShape(NamedTuple):
 
 
 State = tuple[Tensor, ...]
+MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
 
 
 class AttentionVariant(nn.Module):
@@ -122,3 +123,18 @@ class AttentionVariant(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.to_dict().items())
+
+
+def identity_values(key: Tensor) -> Tensor:
+    """[B,K,S,S]: values with which attention gives its own weights.
+
+    Raises:
+        UnsupportedModelError: so many keys that a full matrix is out of the question.
+    """
+    batch, kv_heads, seen = key.shape[:3]
+    if seen > MAX_WEIGHTS:
+        raise UnsupportedModelError(
+            f"Attention weights of {seen} tokens would take {seen} x {seen} numbers for each head. Ask for "
+            f"output_attentions with at most {MAX_WEIGHTS} tokens."
+        )
+    return torch.eye(seen, dtype=key.dtype, device=key.device).expand(batch, kv_heads, -1, -1)

@@ -306,7 +306,7 @@ def learned_kinds() -> list[str]:
     """The kinds with learned parts; of a kind that has them for some feature maps only, those."""
     found = []
     for kind in ATTENTIONS:
-        if "feature_map" not in KINDS[kind]:
+        if "feature_map" not in KINDS[kind].fields:
             found += [kind] * _is_learned(AttentionConfig(kind))
             continue
         maps = [name for name in FEATURE_MAPS if _is_learned(AttentionConfig(kind, feature_map=name))]

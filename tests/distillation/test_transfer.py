@@ -16,7 +16,7 @@ from transformers import BartForSequenceClassification, OPTConfig, OPTForCausalL
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention
 from hf_efficient.attention import registry
-from hf_efficient.attention.config import KINDS
+from hf_efficient.attention.config import KINDS, Kind
 from hf_efficient.attention.dispatch import ATTACHED
 from hf_efficient.attention.engines.parts import full_attention
 from hf_efficient.attention.variant import AttentionVariant
@@ -57,8 +57,7 @@ class Sharpened(AttentionVariant):
 
 @pytest.fixture(autouse=True)
 def _sharpened(monkeypatch):
-    monkeypatch.setitem(KINDS, KIND, ())
-    monkeypatch.setitem(registry.ATTENTIONS, KIND, Sharpened)
+    monkeypatch.setitem(KINDS, KIND, Kind((), Sharpened))
 
 
 def converted(name="bert", config=None, dtype=torch.float64, **fields):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..kinds.linear import without_autocast
 from .flex import flex_block_attention, use_flex
 from .gathered import Rows, Seeing, gathered_attention, positions, take
 from .parts import full_attention, match_heads, sdpa, section, zero_padding
 from .pieces import count_blocks, spare_block
+from .sums import without_autocast
 
 
 class Layout(NamedTuple):

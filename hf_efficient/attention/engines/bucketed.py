@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kinds.linear import without_autocast
+from .sums import without_autocast
 
 KEYS, QUERIES = 64, 32  # in a block: larger blocks see more masked pairs, smaller ones gather more
 GATHERED = 1 << 21  # numbers of keys and values gathered at a time on a CPU, so that they stay in its cache

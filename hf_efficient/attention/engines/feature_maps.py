@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ...errors import ConfigError, unknown_name
+from ..config import FEATURE_MAPS as NAMED
 from ..config import AttentionConfig
 from ..variant import AttentionVariant, HeadShape
 from .pieces import pieces
@@ -249,9 +250,8 @@ class _TwoSoftmaxes(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-FEATURE_MAPS = {
-    "elu": FeatureMap(_elu, _elu, lambda dim: 1.1605**2 * dim),
-    "relu": FeatureMap(_relu, _relu, lambda dim: 0.3999**2 * dim),
-    "favor": FeatureMap(_favor, _favor_of_query, lambda dim: math.exp(0.5)),
-    "hedgehog": FeatureMap(_hedgehog, _hedgehog, lambda dim: 2 / dim),
-}
+ELU = FeatureMap(_elu, _elu, lambda dim: 1.1605**2 * dim)
+RELU = FeatureMap(_relu, _relu, lambda dim: 0.3999**2 * dim)
+FAVOR = FeatureMap(_favor, _favor_of_query, lambda dim: math.exp(0.5))
+HEDGEHOG = FeatureMap(_hedgehog, _hedgehog, lambda dim: 2 / dim)
+FEATURE_MAPS: dict[str, FeatureMap] = dict(NAMED)  # read once: torch.compile cannot import in the middle of a program

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..kinds.linear import without_autocast
 from .parts import match_heads, sdpa
+from .sums import without_autocast
 
 PIECE = {"cpu": 1 << 21, "cuda": 1 << 28}  # numbers in the keys gathered at a time; on CPU they stay in the cache
 

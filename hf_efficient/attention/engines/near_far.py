@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds.linear import fill_up, inverse_of, running_sums
 from .pieces import Piece, count_blocks, pieces, spare_block
+from .sums import fill_up, inverse_of, running_sums
 
 
 class Layout(NamedTuple):

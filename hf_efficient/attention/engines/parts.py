@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedModelError
-
-MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
+from ..variant import identity_values
 
 
 def full_attention(
@@ -73,21 +72,6 @@ def full_attention(
 def full_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
     """The weights `[B,H,T,S]` of `full_attention`: its output for an identity matrix as the values."""
     return full_attention(query, key, identity_values(key), key_mask, **options)
-
-
-def identity_values(key: Tensor) -> Tensor:
-    """[B,K,S,S]: values with which attention gives its own weights.
-
-    Raises:
-        UnsupportedModelError: so many keys that a full matrix is out of the question.
-    """
-    batch, kv_heads, seen = key.shape[:3]
-    if seen > MAX_WEIGHTS:
-        raise UnsupportedModelError(
-            f"Attention weights of {seen} tokens would take {seen} x {seen} numbers for each head. Ask for "
-            f"output_attentions with at most {MAX_WEIGHTS} tokens."
-        )
-    return torch.eye(seen, dtype=key.dtype, device=key.device).expand(batch, kv_heads, -1, -1)
 
 
 def sdpa(

@@ -29,8 +29,8 @@ from ...errors import UnsupportedModelError
 from ..config import AttentionConfig
 from ..engines.parts import check_shapes
 from ..engines.prefix import CHUNK, prefix_means
+from ..engines.sums import drop_keys, without_autocast
 from ..variant import AttentionVariant, HeadShape, State
-from .linear import drop_keys, without_autocast
 
 TOKENS = 8192  # on CPU, of all heads that causal attention works on in one turn
 

@@ -25,23 +25,34 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ...errors import unknown_name
+from ..config import KERNELS as NAMED
 from ..config import AttentionConfig
 from ..engines.convolution import Kernel, convolution_macs, convolve, make_tables
 from ..engines.feature_maps import draw_projection
 from ..engines.parts import check_positions, check_shapes, toeplitz, zero_padding
+from ..engines.sums import drop_keys, without_autocast
 from ..variant import AttentionVariant, HeadShape
-from .linear import drop_keys, without_autocast
 
-# c as a function of u = |j - i| / s: largest at 0, falling, and smooth but for u = 0.
-KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gaussian": lambda u: torch.exp(u.square() / -2),
-    "exponential": lambda u: torch.exp(-u),  # ALiBi's bias -|j - i| / s, arXiv 2108.12409
-    "cauchy": lambda u: 1 / (1 + u.square()),
-}
 FEATURES = 16
 START_WIDTH = 512.0  # tokens: wide, and still with a slope to learn from in a text of a hundred
 DENSE = 256  # up to so many queries, all pairs are cheaper
 TINY = 1e-6  # added to |x|^2, for a vector of zeros
+
+
+# c as a function of u = |j - i| / s: largest at 0, falling, and smooth but for u = 0.
+def gaussian(u: Tensor) -> Tensor:
+    return torch.exp(u.square() / -2)
+
+
+def exponential(u: Tensor) -> Tensor:
+    return torch.exp(-u)  # ALiBi's bias -|j - i| / s, arXiv 2108.12409
+
+
+def cauchy(u: Tensor) -> Tensor:
+    return 1 / (1 + u.square())
+
+
+KERNELS: dict[str, Callable[[Tensor], Tensor]] = dict(NAMED)  # read once: torch.compile cannot import in a program
 
 
 class KernelAttention(AttentionVariant):

@@ -27,8 +27,9 @@ from ..config import AttentionConfig
 from ..engines.feature_maps import FEATURE_MAPS, FeatureMapAttention, MapWeights, check_map
 from ..engines.near_far import NearAndFar, common_scale, cut_queries, lay_out, make_masks
 from ..engines.parts import check_positions, check_shapes, check_window, full_attention, section, zero_padding
+from ..engines.sums import add_to_sums, drop_keys, fill_up, group_heads, inverse_of, to_sum, without_autocast
 from ..variant import HeadShape, State
-from .linear import add_to_sums, drop_keys, features, fill_up, group_heads, inverse_of, to_sum, without_autocast
+from .linear import features
 
 
 class LocalLinearAttention(FeatureMapAttention):

@@ -28,8 +28,8 @@ from ...errors import ConfigError, UnsupportedModelError
 from ..config import AttentionConfig
 from ..engines.bucketed import BucketOrder, bucketed_attention, by_kv_head, excess, in_parts
 from ..engines.parts import check_positions, check_shapes, full_attention, match_heads, sdpa, toeplitz, zero_padding
+from ..engines.sums import without_autocast
 from ..variant import AttentionVariant, HeadShape
-from .linear import without_autocast
 
 DENSE = 512 * 512  # up to so many pairs of a head, a dense mask is faster than blocks
 PROJECTIONS = 1 << 18  # at a time on a CPU, so that they stay in its cache

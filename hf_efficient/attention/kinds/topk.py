@@ -35,8 +35,8 @@ from ..engines.blocks import (
 from ..engines.gathered import is_by_token, take
 from ..engines.parts import check_positions, check_shapes
 from ..engines.pieces import count_blocks
+from ..engines.sums import without_autocast
 from ..variant import AttentionVariant, State
-from .linear import without_autocast
 
 
 class TopkAttention(AttentionVariant):
