@@ -55,7 +55,6 @@ class AttentionVariant(nn.Module):
     def __init__(self, config: AttentionConfig, shape: HeadShape):
         super().__init__()
         self.config, self.shape = config.resolve(causal=False), shape
-        self.transfer: Any = None  # what a call goes to while attention is transferred; set and unset by `transfer.py`
 
     def reset_parameters(self) -> None:
         """Starting values of learned parts and buffers, written in any way: it is called on a new variant only, whose
@@ -98,7 +97,17 @@ class AttentionVariant(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        window: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What the layer calls: `attend`. `window` is that of the attention in whose place it stands."""
         return self.attend(query, key, value, key_mask, **kwargs)
 
     def weights(self, query: Tensor, key: Tensor, key_mask: Tensor | None, **kwargs: Any) -> Tensor:

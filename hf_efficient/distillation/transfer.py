@@ -325,12 +325,13 @@ def transferring(
     """Within it every converted attention hands on the softmax output, and the learned ones note their errors."""
     errors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, attention in attentions.items():
-        attention.variant.transfer = _Forcing(name, attention, masks[attention.stack], errors)
+        # On the instance, so that its class, and what other models call, stays as it is.
+        attention.variant.forward = _Forcing(name, attention, masks[attention.stack], errors)
     try:
         yield errors
     finally:
         for attention in attentions.values():
-            attention.variant.transfer = None
+            del attention.variant.forward
 
 
 @dataclass(frozen=True)
@@ -343,9 +344,17 @@ class _Forcing:
     errors: dict[str, tuple[Tensor, Tensor]]
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, window: int | None, **common: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        window: int | None,
+        dropout: float,
+        **common: Any,
     ) -> Tensor:
-        """The softmax output `[B, H, T, Dv]`, which carries no gradient."""
+        """The softmax output `[B, H, T, Dv]`, which carries no gradient; `dropout` is off, whatever the layer says."""
         with torch.no_grad():
             target = full_attention(query, key, value, key_mask, window=window, **common)
         if self.attention.is_learned:

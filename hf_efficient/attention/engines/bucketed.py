@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .parts import Options
 from .sums import without_autocast
 
 KEYS, QUERIES = 64, 32  # in a block: larger blocks see more masked pairs, smaller ones gather more
@@ -101,10 +102,7 @@ def bucketed_attention(
     order: BucketOrder,
     own: Tensor,
     reach: int,
-    *,
-    bias: Tensor | None,
-    scaling: float | None,
-    dropout: float,
+    options: Options,
 ) -> Tensor:
     """Attention over the union of all rounds' ranges; shapes as in `full_attention`.
 
@@ -113,9 +111,10 @@ def bucketed_attention(
         reach: the longest range.
     """
     batch, heads, length, dim = query.shape
+    bias, scaling = options.bias, options.scaling
     if bias is not None:
         bias = by_kv_head(bias.unsqueeze(-1).expand(batch, -1, -1, -1), key).squeeze(-1)
-    settings = _Settings(length, reach, dim**-0.5 if scaling is None else scaling, dropout)
+    settings = _Settings(length, reach, dim**-0.5 if scaling is None else scaling, options.dropout)
     rows = by_kv_head(query, key), key.flatten(0, 1), value.flatten(0, 1)
     out = _Bucketed.apply(*rows, bias, own, settings, *_make_plan(order))
     return out.view(batch, heads, length, value.shape[3])

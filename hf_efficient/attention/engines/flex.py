@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .parts import zero_padding
+from .parts import Options, zero_padding
 
 BLOCK = 128  # of the kernel
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,21 +63,17 @@ def flex_local_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mask: Tensor | None = None,
-    *,
+    key_mask: Tensor | None,
     window: int,
-    global_tokens: int = 0,
-    causal: bool = False,
-    scaling: float | None = None,
-    bias: Tensor | None = None,
+    options: Options,
 ) -> Tensor:
     """`local_attention` for T == S without dropout; shapes and parameters as there."""
-    layout = {"window": window, "global_tokens": global_tokens, "causal": causal}
+    layout = {"window": window, "global_tokens": options.global_tokens, "causal": options.causal}
     if key_mask is None:
         mask = _unpadded_local_mask(query.shape[2], device=query.device, **layout)
     else:
         mask = local_block_mask(query.shape[2], key_mask, device=query.device, **layout)
-    return _run(query, key, value, key_mask, mask, scaling, bias)
+    return _run(query, key, value, key_mask, mask, options)
 
 
 def flex_block_attention(
@@ -86,26 +82,21 @@ def flex_block_attention(
     value: Tensor,
     key_mask: Tensor | None,
     chosen: Tensor,
-    *,
     block_size: int,
-    global_tokens: int = 0,
-    causal: bool = False,
-    scaling: float | None = None,
-    bias: Tensor | None = None,
+    options: Options,
 ) -> Tensor:
     """`block_attention` of `blocks.py` for T == S without dropout: each block of queries over chosen key blocks.
 
     Parameters:
         chosen: [B or 1, N, H or 1, k], the key blocks that each of N query blocks sees; a number of N or more: none.
             Blocks count the real tokens of a row.
-        global_tokens: the number of first real tokens that all see and, if not causal, see all.
 
     Returns:
         [B, H, T, Dv]; zeros for padded queries.
     """
-    layout = {"block_size": block_size, "global_tokens": global_tokens, "causal": causal}
+    layout = {"block_size": block_size, "global_tokens": options.global_tokens, "causal": options.causal}
     mask = chosen_block_mask(query.shape[2], key_mask, chosen, **layout)
-    return _run(query, key, value, key_mask, mask, scaling, bias)
+    return _run(query, key, value, key_mask, mask, options)
 
 
 def _run(
@@ -114,20 +105,19 @@ def _run(
     value: Tensor,
     key_mask: Tensor | None,
     mask: BlockMask,
-    scaling: float | None,
-    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     length = query.shape[2]
     extra = _padded_length(length) - length
     key, value = zero_padding(key, value, key_mask)
     query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in (query, key, value))
-    options: dict[str, Any] = {"block_mask": mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if bias is not None:
-        options["score_mod"] = _toeplitz_mod(F.pad(bias[0], (extra, extra)), length + extra)
+    wishes: dict[str, Any] = {"scale": options.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if options.bias is not None:
+        wishes["score_mod"] = _toeplitz_mod(F.pad(options.bias[0], (extra, extra)), length + extra)
     if not query.is_cuda:
-        return flex_attention(query, key, value, **options)[:, :, :length]
+        return flex_attention(query, key, value, block_mask=mask, **wishes)[:, :, :length]
     with torch._dynamo.config.patch(recompile_limit=4 * MAX_PROGRAMS):  # beyond it, flex would make n x n scores
-        return _compiled()(query, key, value, **options)[:, :, :length]
+        return _compiled()(query, key, value, block_mask=mask, **wishes)[:, :, :length]
 
 
 @lru_cache(maxsize=1)

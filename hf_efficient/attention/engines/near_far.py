@@ -100,7 +100,8 @@ class NearAndFar(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, phi_query, mix, key, value, phi_key, sums, mask, far, layout):
+    def forward(ctx, layout, mask, far, *inputs):
+        query, phi_query, mix, key, value, phi_key, sums = inputs
         out = query.new_empty(*query.shape[:-1], value.shape[-1] - 1)
         log_total, factors = (query.new_empty(*query.shape[:-1], 1) for _ in range(2))
         for place, blocks in _places(query, layout):
@@ -119,17 +120,16 @@ class NearAndFar(torch.autograd.Function):
                 out[own] = total[..., :-1] * inverse
                 log_total[own] = top - inverse.log2()
                 factors[own] = factor * inverse
-        inputs = query, phi_query, mix, key, value, phi_key, sums, mask, far
-        ctx.save_for_backward(*inputs, out, log_total, factors)
+        ctx.save_for_backward(*inputs, mask, far, out, log_total, factors)
         ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx, grad):
         layout, saved = ctx.layout, ctx.saved_tensors  # read once: checkpointing unpacks them one time only
-        inputs, (out, log_total, factors) = saved[:9], saved[9:]
-        query, phi_query, mix, key, value, phi_key, sums, mask, far = inputs
-        grads = [torch.zeros_like(x) for x in inputs[:7]]
+        inputs, (mask, far, out, log_total, factors) = saved[:7], saved[7:]
+        query, phi_query, mix, key, value, phi_key, sums = inputs
+        grads = [torch.zeros_like(x) for x in inputs]
         grad_query, grad_phi_query, grad_mix, grad_key, grad_value, grad_phi_key, grad_sums = grads
         for place, blocks in _places(query, layout):
             states = _sum_outside(phi_key[place], value[place], sums[place], layout)
@@ -157,7 +157,7 @@ class NearAndFar(torch.autograd.Function):
                 grad_states, phi_key[place], value[place], grad_phi_key[place], grad_value[place], layout
             )
         grad_mix.div_(mix)
-        return *grads, None, None, None
+        return None, None, None, *grads
 
 
 def _places(query: Tensor, layout: Layout) -> Iterator[tuple[Piece, list[Piece]]]:

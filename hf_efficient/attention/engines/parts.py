@@ -11,7 +11,7 @@ Shapes everywhere: query [B,H,T,D], key [B,K,S,D], value [B,K,S,Dv] with K divid
 S-T+i. key_mask [B,S] is True at real tokens, on either side; a padded key has no influence whatever it holds.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,17 @@ from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedModelError
 from ..variant import identity_values
+
+
+class Options(NamedTuple):
+    """What the caller of an attention function asked for, gathered for the way down; see `full_attention` and
+    `local_attention`."""
+
+    causal: bool = False
+    scaling: float | None = None
+    dropout: float = 0.0
+    bias: Tensor | None = None
+    global_tokens: int = 0
 
 
 def full_attention(

@@ -27,7 +27,16 @@ from transformers import initialization as init
 from ...errors import ConfigError, UnsupportedModelError
 from ..config import AttentionConfig
 from ..engines.bucketed import BucketOrder, bucketed_attention, by_kv_head, excess, in_parts
-from ..engines.parts import check_positions, check_shapes, full_attention, match_heads, sdpa, toeplitz, zero_padding
+from ..engines.parts import (
+    Options,
+    check_positions,
+    check_shapes,
+    full_attention,
+    match_heads,
+    sdpa,
+    toeplitz,
+    zero_padding,
+)
 from ..engines.sums import without_autocast
 from ..variant import AttentionVariant, HeadShape
 
@@ -96,6 +105,7 @@ def lsh_attention(
     if block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {block_size!r}.")
     check_shapes(query, key, value, key_mask, bias)
+    options = Options(causal, scaling, dropout, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
     if rotations.dim() != 3 or rotations.shape[1] != query.shape[-1]:
@@ -113,9 +123,9 @@ def lsh_attention(
         order = _bucket_order(query.detach(), key.detach(), key_mask, rotations, block_size, causal)
         own = _own_key(order, query, key, key_mask)
         if length == 1 or (not exporting and length * seen <= DENSE):
-            return _dense(query, key, value, order, own, bias, scaling, dropout)
+            return _dense(query, key, value, order, own, options)
         reach = block_size if causal else 2 * block_size
-        return bucketed_attention(query, key, value, order, own, reach, bias=bias, scaling=scaling, dropout=dropout)
+        return bucketed_attention(query, key, value, order, own, reach, options)
 
 
 def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
@@ -186,9 +196,7 @@ def _dense(
     value: Tensor,
     order: BucketOrder,
     own: Tensor,
-    bias: Tensor | None,
-    scaling: float | None,
-    dropout: float,
+    options: Options,
 ) -> Tensor:
     """[B,H,T,Dv] by a mask over all pairs: for short sequences, and for one new token."""
     length, seen = query.shape[2], key.shape[2]
@@ -198,7 +206,7 @@ def _dense(
     own = own.view(*query.shape[:3], 1) & diagonal
     allowed = allowed | F.pad(own, (seen - length, 0))
     key, value = match_heads(query, key, value)
-    if bias is not None:
-        scores = toeplitz(bias, length, seen).to(query.dtype)
+    if options.bias is not None:
+        scores = toeplitz(options.bias, length, seen).to(query.dtype)
         allowed = scores.masked_fill(~allowed, float("-inf"))
-    return sdpa(query, key, value, allowed, scaling=scaling, dropout=dropout)
+    return sdpa(query, key, value, allowed, scaling=options.scaling, dropout=options.dropout)

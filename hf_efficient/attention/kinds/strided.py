@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..engines.blocks import (
     Layout,
-    Options,
     block_attention,
     check_blocks,
     dense_attention,
@@ -30,7 +29,7 @@ from ..engines.blocks import (
     lay_out,
     sees_all,
 )
-from ..engines.parts import check_positions, check_shapes
+from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
 from ..variant import AttentionVariant
 
@@ -83,12 +82,12 @@ def strided_attention(
     seen = key.shape[2]
     check_positions(query.shape[2], seen, causal)
     key_mask = known_mask(key_mask)
-    options = Options(global_tokens, causal, scaling, dropout)
+    options = Options(causal, scaling, dropout, bias, global_tokens)
     if sees_all(seen, block_size, num_blocks + 1, global_tokens):
-        return dense_attention(query, key, value, key_mask, options, bias)
+        return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)
     chosen = _spread(layout, num_blocks, causal, seen)
-    return block_attention(query, key, value, key_mask, layout, chosen, options, bias)
+    return block_attention(query, key, value, key_mask, layout, chosen, options)
 
 
 def _spread(layout: Layout, num_blocks: int, causal: bool, missing: int) -> Tensor:

@@ -24,7 +24,6 @@ from torch import Tensor
 from ...errors import UnsupportedModelError
 from ..engines.blocks import (
     Layout,
-    Options,
     block_attention,
     check_blocks,
     dense_attention,
@@ -33,7 +32,7 @@ from ..engines.blocks import (
     sees_all,
 )
 from ..engines.gathered import is_by_token, take
-from ..engines.parts import check_positions, check_shapes
+from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
 from ..engines.sums import without_autocast
 from ..variant import AttentionVariant, State
@@ -105,7 +104,7 @@ def topk_attention(
     seen = key.shape[2]
     _check_whole(query.shape[2], seen, causal)
     key_mask = known_mask(key_mask)
-    options = Options(global_tokens, causal, scaling, dropout)
+    options = Options(causal, scaling, dropout, global_tokens=global_tokens)
     if sees_all(seen, block_size, top_k, global_tokens):
         return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)
@@ -151,7 +150,7 @@ def topk_decode(
     mask = torch.cat([before.mask, real], 1)
     whole_key, whole_value = torch.cat([before.key, key], 2), torch.cat([before.value, value], 2)
     seen, known = mask.shape[1], known_mask(mask)
-    layout, options = lay_out(query, whole_key, known, block_size), Options(global_tokens, True, scaling)
+    layout, options = lay_out(query, whole_key, known, block_size), Options(True, scaling, global_tokens=global_tokens)
     with torch.no_grad(), without_autocast(query.device.type):
         owner = _owners(key, real, block_size, before.mask.sum(-1, keepdim=True))
         blocks = count_blocks(seen, block_size)
