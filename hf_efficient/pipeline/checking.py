@@ -24,7 +24,7 @@ def check(run: "Run") -> None:
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
-    from ..data.datasets import check_labels
+    from ..data.preparation import check_labels
     from ..measurement.energy import check_energy
     from ..models.families import family_of
     from ..pruning.cut.tokenizer import check_tokenizer
@@ -70,13 +70,13 @@ def check(run: "Run") -> None:
 
 
 def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConfig") -> None:
+    from ..models.families import token_limit
     from ..pruning.choose.reach import check_reachable
     from ..pruning.price.costs import make_costs
     from ..pruning.score.calibration import DEFAULT_LENGTH
-    from .run import longest_text
 
     length = run.recipe.data.max_length or DEFAULT_LENGTH
-    length = pruning.sequence_length or min(length, longest_text(config) or length)
+    length = pruning.sequence_length or min(length, token_limit(config, rotary=False) or length)
     model = run.skeleton(config)
     # What can be reached in measured time is not known before it is measured: MACs stand in for it.
     metric = "macs" if pruning.metric == "latency" else pruning.metric
@@ -106,12 +106,12 @@ def _check_lengths(recipe: Recipe, config: "PreTrainedConfig") -> None:
     `data.max_length` is that of the final model: the teacher, and stages before the model was extended, read the
     beginning.
     """
+    from ..models.families import token_limit
     from ..recipes.settings import DistillSettings
     from ..recipes.stages import AttentionStage
     from .fit import teacher_cut
-    from .run import longest_text
 
-    limit = longest_text(config)
+    limit = token_limit(config, rotary=False)
     if limit is None:
         return
     _check_length("teacher.max_length", recipe.teacher.max_length if recipe.teacher else None, limit)
@@ -139,7 +139,7 @@ def _check_length(key: str, length: int | None, limit: int) -> None:
 
 def _check_cut(path: str, task: str, losses: Mapping[str, float], cut: int | None) -> None:
     """A teacher that reads only the beginning can answer for a whole text, and for nothing else."""
-    from ..data.datasets import TASKS
+    from ..data.tasks import TASKS
 
     by_token = any(losses.get(name) for name in ("hidden", "attention", "relation"))
     if cut is None or (task == "text-classification" and not by_token):
