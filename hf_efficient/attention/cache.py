@@ -209,7 +209,7 @@ def attach_cache(
     """
     parameters = inspect.signature(module.forward).parameters
     names = [name for name in _ARGUMENTS if name in parameters]
-    if names and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+    if names and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         argument = names[0], list(parameters).index(names[0])
         hook = partial(_find_state, (config, has_state, keeps_keys), argument)
         return module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -280,7 +280,7 @@ def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_k
             f"This cache holds the last {layer.keys.shape[2]} of {tokens} tokens, too few for {config.kind!r} "
             "attention. Start with a new cache."
         )
-    keeping = AllKeysLayer(max_length)
+    all_keys = AllKeysLayer(max_length)
     if tokens:
-        keeping.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens])
-    return keeping
+        all_keys.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens])
+    return all_keys

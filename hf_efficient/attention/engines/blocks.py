@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     slot: Tensor | None = None
 
     @property
-    def own(self) -> Tensor:
+    def own_block(self) -> Tensor:
         """[B or 1, N]: the key block that each query block is."""
         return self.rank[..., 0] // self.block
 
@@ -76,13 +76,14 @@ def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> 
     """Blocks of the keys [B,K,S,D] and of the queries [B,H,T,D], which stand at the last T positions."""
     length, seen = query.shape[2], key.shape[2]
     real = key.new_ones(1, seen, dtype=torch.bool) if key_mask is None else key_mask
-    asking = section(real, 1, seen - length, length)
+    is_query = section(real, 1, seen - length, length)
     count = real.sum(-1, keepdim=True)
-    past = count - asking.sum(-1, keepdim=True)
+    past = count - is_query.sum(-1, keepdim=True)
     order = _order(key_mask)
     if length == 1:
         rank = past.unsqueeze(-1)
         return Layout(block, count, rank, rank < count.unsqueeze(-1), order)
+    # Queries that go on from a cache may begin in the middle of a block, and then reach into one block more.
     blocks = count_blocks(length, block) if length == seen else (length + block - 2) // block + 1
     blocks = blocks + spare_block()
     first = past // block * block
@@ -93,7 +94,8 @@ def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> 
         return Layout(block, count, rank, None if is_full else filled, None)
     batch = torch.arange(count.shape[0], device=key.device).unsqueeze(1)
     source = positions(order, batch, count, rank.flatten(1)) - (seen - length)
-    slot = torch.where(asking, past + asking.cumsum(-1) - 1, count) - first
+    # A padded query reads the place after the last real one, which is empty and gives zeros.
+    slot = torch.where(is_query, past + is_query.cumsum(-1) - 1, count) - first
     return Layout(block, count, rank, filled, order, source.clamp(min=0), slot)
 
 
@@ -102,6 +104,7 @@ def _order(key_mask: Tensor | None) -> Tensor | None:
     if key_mask is None or (_may_look(key_mask) and bool((key_mask[:, 1:] <= key_mask[:, :-1]).all())):
         return None
     batch, seen = key_mask.shape
+    # All padding writes to one place behind the others, which is cut off.
     rank = torch.where(key_mask, key_mask.cumsum(-1) - 1, seen)
     position = torch.arange(seen, device=key_mask.device).expand(batch, -1)
     return rank.new_zeros(batch, seen + 1).scatter(1, rank, position)[:, :seen]
@@ -129,6 +132,7 @@ def block_attention(
     if use_flex(query, key, value, options.dropout):
         return flex_block_attention(query, key, value, key_mask, chosen, layout.block, options)
     globals_see = options.global_tokens > 0 and not options.causal
+    # Indices lead to real keys alone, except in a row that has none; global tokens as queries look at all keys.
     if globals_see or not _every_row_is_real(key_mask):
         key, value = zero_padding(key, value, key_mask)
     query, key, value = _autocast(query, key, value)
@@ -149,8 +153,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor 
     out = full_attention(query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout, bias=bias)
     if key_mask is None:
         return out
-    asking = section(key_mask, 1, key.shape[2] - query.shape[2], query.shape[2])
-    return out.masked_fill(~asking[:, None, :, None], 0)
+    is_query = section(key_mask, 1, key.shape[2] - query.shape[2], query.shape[2])
+    return out.masked_fill(~is_query[:, None, :, None], 0)
 
 
 def _every_row_is_real(key_mask: Tensor | None) -> bool:
@@ -195,6 +199,7 @@ def _global_rows(
     """[B,H,g,Dv]: the first g real tokens as queries over all keys; zeros for missing ones."""
     count, seen = options.global_tokens, key.shape[2]
     query = blocks.flatten(2, 3)
+    # Of g ranks, those beyond the last place (only an exported program has so few) stand for the last one.
     rank = torch.arange(count, device=key.device).clamp(max=query.shape[2] - 1)
     query = query.index_select(2, rank)
     mask = None if key_mask is None else key_mask[:, None, None, :]

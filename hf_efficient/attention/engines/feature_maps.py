@@ -112,6 +112,7 @@ def draw_projection(features: int, dim: int, seed: int) -> Tensor:
     blocks = []
     for start in range(0, features, dim):
         normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
+        # A random basis, whose vectors then get lengths as independent normal vectors of that dimension have.
         basis, upper = torch.linalg.qr(normal)
         basis = basis * upper.diagonal().sign()  # else its columns are not spread evenly over all directions
         lengths = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu").norm(dim=1)
@@ -198,7 +199,7 @@ def _favor(x: Tensor, projection: Tensor) -> Tensor:
     number, without a maximum over keys, which would look ahead: a feature depends on its own x alone.
     """
     projected, half_square = _project(x, projection)
-    half_square = half_square + math.log(projection.shape[0]) / 2
+    half_square = half_square + math.log(projection.shape[0]) / 2  # the division by sqrt(M), inside of the exponent
     return projected.sub(half_square).clamp(-FAVOR_LIMIT, FAVOR_LIMIT).exp()
 
 
@@ -244,7 +245,7 @@ class _TwoSoftmaxes(torch.autograd.Function):
         for piece in pieces(x.shape[:3], x.shape[3], x):
             halves = zip(grad[piece].chunk(2, -1), out[piece].chunk(2, -1), strict=True)
             positive, negative = (torch.ops.aten._softmax_backward_data(*half, -1, x.dtype) for half in halves)
-            products = positive.sub_(negative)
+            products = positive.sub_(negative)  # of W x [.., T, D], which the second softmax takes with the other sign
             torch.matmul(products, weight[piece[1]], out=grad_x[piece])
             grad_weight[piece[1]].add_((products.mT @ x[piece]).sum(0))
         return grad_x, grad_weight

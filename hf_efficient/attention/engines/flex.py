@@ -151,6 +151,7 @@ def local_block_mask(
         return (q - k <= left) & (k - q <= right)
 
     ahead = BLOCK * (tokens.blocks - tokens.blocks[:, None])  # from the first query of a block to the first key
+    # Tokens of two blocks are more than ahead - BLOCK and less than ahead + BLOCK apart: is any of that in reach?
     table = (ahead - BLOCK < right) & (ahead + BLOCK > -left)
     return tokens.block_mask(near, table[None, None])
 
@@ -168,6 +169,7 @@ def chosen_block_mask(
         row = b if padded else 0
         return seen[b if per_row else 0, h if per_head else 0, owner[row, q], owner[row, k]]
 
+    # Which of our blocks a block of the kernel touches, 0 or 1: two products tell which of its blocks see each other.
     within = torch.zeros(*owner.shape[:1], len(tokens.blocks), seen.shape[-1], device=chosen.device)
     within = within.scatter(2, owner.unflatten(1, (-1, BLOCK)), 1.0).unsqueeze(1)  # [B or 1, 1, kernel's blocks, N+1]
     table = within @ seen.to(within.dtype) @ within.transpose(-1, -2) > 0
@@ -216,8 +218,8 @@ class _Tokens:
             table = table | first[:, :, None, :]
         if self.global_tokens and not self.causal:
             table = table | first[..., None]
-        asking = real if self.blind_padding else self.blocks * BLOCK < self.end
-        table = table & real[:, :, None, :] & asking[..., None]
+        queries = real if self.blind_padding else self.blocks * BLOCK < self.end
+        table = table & real[:, :, None, :] & queries[..., None]
         return table.tril() if self.causal else table
 
     def _mask_mod(self, visible: Callable) -> Callable:
@@ -246,5 +248,6 @@ class _Tokens:
 def _block_mask(table: Tensor, mask_mod: Callable) -> BlockMask:
     """[B, H, N, N], True where two blocks have a pair to look at."""
     counts = table.sum(-1, dtype=torch.int32)
+    # The blocks to visit come first, in their order; the kernel reads `counts` of them.
     indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod)

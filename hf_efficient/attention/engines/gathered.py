@@ -96,7 +96,7 @@ def gathered_attention(
 
     `bias` is that of `full_attention`. The output is stored as [B,N*s,H,Dv], which is what the layers reshape to.
     """
-    by_token = is_by_token(value)
+    by_token = is_by_token(value)  # one index serves both, so keys are laid out as values are
     key_rows, *steps = _token_rows(key, by_token)
     source = _Source(key_rows, _token_rows(value, by_token)[0], key.shape[1], *steps)
     table = None if bias is None else bias[0].t().contiguous()  # [S+T-1, H]
@@ -136,6 +136,7 @@ def _find(rows: Rows, source: _Source, seeing: Seeing) -> tuple[Tensor, Tensor]:
     if seeing.options.global_tokens:
         first = torch.arange(seeing.options.global_tokens, device=device).expand(*rank.shape[:2], -1)
         rank = torch.cat([first, rank], -1)
+    # Where query heads choose for themselves, each gathers from its key/value head; else the K heads go once.
     heads = rank.shape[1] if rank.shape[1] > 1 else source.kv_heads
     head = torch.arange(heads, device=device) * source.kv_heads // heads
     position = positions(seeing.order, rows.batch.unsqueeze(-1), rows.count.unsqueeze(-1), rank)
@@ -169,6 +170,7 @@ def _visible(rank: Tensor, rows: Rows, seeing: Seeing) -> Tensor:
         visible = (rank < rows.count.unsqueeze(-1)).unsqueeze(2)
     if not seeing.options.global_tokens:
         return visible
+    # The first keys of a row are the global tokens; where a chosen block holds one again, it is hidden there.
     in_front = torch.arange(rank.shape[-1], device=rank.device) < seeing.options.global_tokens
     return visible & (in_front | (rank >= seeing.options.global_tokens)).unsqueeze(2)
 
@@ -211,9 +213,10 @@ class _ByPieces(torch.autograd.Function):
                 leaves = [x.detach().requires_grad_() for x in (_to_rows(blocks[at]), *gathered)]
                 with torch.enable_grad():
                     out = _softmax(*leaves, table, rank, piece, seeing)
-                wanted = leaves if grad_table is None else [*leaves, table]
-                parts = torch.autograd.grad(out, wanted, _to_rows(grad[at]))
+                inputs = leaves if grad_table is None else [*leaves, table]
+                parts = torch.autograd.grad(out, inputs, _to_rows(grad[at]))
                 grad_blocks[at] = _from_rows(parts[0], blocks[at].shape[0])
+                # Tokens in the outer order, heads in the inner one, as `source` has them where projections made it.
                 index = index.transpose(1, 2).flatten()
                 for total, part in zip((grad_key, grad_value), parts[1:], strict=False):
                     total.index_add_(0, index, part.transpose(1, 2).flatten(0, 2).to(sums))
@@ -243,6 +246,7 @@ def _pieces(blocks: Tensor, key: Tensor, value: Tensor, work: _Work) -> Iterator
         end = min(first + several, batch)
         for begin in range(0, count, step):
             stop = min(begin + step, count)
+            # One after the other in `rows`: a part of one batch row, or several whole ones.
             piece = rows.part(first * count + begin, (end - 1) * count + stop)
             index, rank = _find(piece, source, seeing)
             gathered = []

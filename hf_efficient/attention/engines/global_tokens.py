@@ -58,8 +58,8 @@ def meet_globals(before: State, key: Tensor, value: Tensor, real: Tensor) -> tup
     new_key, new_value = (_take(x, index.clamp(max=length - 1)) for x in (key, value))
     chosen = comes[:, None, :, None]
     age = torch.where(comes, length - index, torch.where(is_known, age + length, 0))
-    kept = torch.where(chosen, new_key, old_key), torch.where(chosen, new_value, old_value), age
-    return kept, real & (rank > count)
+    state = torch.where(chosen, new_key, old_key), torch.where(chosen, new_value, old_value), age
+    return state, real & (rank > count)
 
 
 def global_rows(

@@ -143,12 +143,8 @@ def kernel_attention(
             return KERNELS[kernel](distance * rate.view(*rate.shape, *[1] * distance.dim()))
 
         sums = _weighted_sums(phi_query, phi_key, torch.cat([value, ones], -1), weigh, length, causal)
-        total = sums[..., -1:]
-        visible = total != 0
-        if key_mask is not None:
-            visible = visible & key_mask[:, None, None, seen - length :, None]
-        inverse = torch.where(visible, torch.where(visible, total, 1).reciprocal(), 0)
-        return (sums[..., :-1] * inverse).flatten(1, 2).to(query.dtype)
+        is_query = None if key_mask is None else key_mask[:, seen - length :]
+        return _divide(sums, is_query).flatten(1, 2).to(query.dtype)
 
 
 def _features(query: Tensor, key: Tensor, key_mask: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +166,16 @@ def _project(x: Tensor, rows: Tensor) -> Tensor:
 def _column(key_mask: Tensor, value: Tensor) -> Tensor:
     """[B,K,S,1]: 1 at real keys, else 0."""
     return key_mask[:, None, :, None].to(value.dtype).expand(-1, value.shape[1], -1, -1)
+
+
+def _divide(sums: Tensor, is_query: Tensor | None) -> Tensor:
+    """[B,K,G,T,Dv+1] -> [B,K,G,T,Dv], by the last column; 0 where that is 0, and at queries that are not real [B,T]."""
+    total = sums[..., -1:]
+    visible = total != 0
+    if is_query is not None:
+        visible = visible & is_query[:, None, None, :, None]
+    inverse = torch.where(visible, torch.where(visible, total, 1).reciprocal(), 0)  # finite gradients everywhere
+    return sums[..., :-1] * inverse
 
 
 def _weighted_sums(

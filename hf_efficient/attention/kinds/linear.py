@@ -105,6 +105,7 @@ def attend_features(phi_query: Tensor, phi_key: Tensor, value: Tensor, *, causal
     phi_query = group_heads(phi_query, phi_key)
     if causal and length > 1:
         return _causal(phi_query, phi_key, value, None).flatten(1, 2)
+    # Not causal, positions do not matter: the G heads that share keys are G T rows of one product.
     rows = _Bidirectional.apply(phi_query.flatten(2, 3), phi_key, value)
     return rows.unflatten(2, (-1, length)).flatten(1, 2)
 
@@ -192,12 +193,12 @@ def _causal(phi_query: Tensor, phi_key: Tensor, value: Tensor, sums: Tensor | No
     length, seen = phi_query.shape[3], phi_key.shape[2]
     past = seen - length
     size = CHUNK if torch.compiler.is_exporting() else min(CHUNK, length)
-    extra = (length + size - 1) // size * size - length
+    extra = (length + size - 1) // size * size - length  # queries and keys of zeros, which give and add nothing
     # Chunks: [B, K, G, N, C, M] for queries, [B, K, N, C, M] for the keys at the same positions.
     rows = fill_up(phi_query, 0, extra).unflatten(3, (-1, size))
     keys = fill_up(phi_key[:, :, past:], 0, extra).unflatten(2, (-1, size))
     values = fill_up(F.pad(value[:, :, past:], (0, 1), value=1.0), 0, extra).unflatten(2, (-1, size))
-    if past:
+    if past:  # keys before the first query are seen by all: no chunks are needed for them
         sums = add_to_sums(sums, phi_key[:, :, :past], value[:, :, :past])
     if sums is None:
         sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])

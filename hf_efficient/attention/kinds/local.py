@@ -180,10 +180,10 @@ def local_decode(
     check_shapes(query, key, value, key_mask, None)
     length = query.shape[2]
     visible = _real(key, key_mask).expand(key.shape[0], -1)
-    kept_globals: State = ()
+    global_state: State = ()
     if global_tokens:
         before = state[3:] if state else no_globals(key, value, global_tokens)
-        kept_globals, visible = meet_globals(before, key, value, visible)
+        global_state, visible = meet_globals(before, key, value, visible)
     if state is None:
         sees = {"window": window, "global_tokens": global_tokens, "causal": True}
         out = local_attention(query, key, value, key_mask, **sees, scaling=scaling, bias=bias)
@@ -195,10 +195,10 @@ def local_decode(
         keys = _Keys(key, value, visible, None, key.shape[2])
         options = Options(True, scaling, bias=bias)
         if length == 1:
-            out = _decode_one(query, keys, kept_globals, options)
+            out = _decode_one(query, keys, global_state, options)
         else:  # some of the kept keys may be out of the window of some new token
-            if kept_globals:
-                global_key, global_value, age = kept_globals
+            if global_state:
+                global_key, global_value, age = global_state
                 index = key.shape[2] - age  # of an old one below 0
                 keys = keys._replace(tokens=GlobalTokens(index, age > 0, global_key, global_value))
             band = _find_band(window, causal=True)
@@ -208,17 +208,17 @@ def local_decode(
     if state is None or length > 1:  # no view that would keep a whole prompt in memory
         key, value = zero_padding(key, value, visible)
         visible = visible.clone()
-    return out, (key, value, visible, *kept_globals)
+    return out, (key, value, visible, *global_state)
 
 
-def _decode_one(query: Tensor, keys: _Keys, kept_globals: State, options: Options) -> Tensor:
+def _decode_one(query: Tensor, keys: _Keys, global_state: State, options: Options) -> Tensor:
     """[B,H,1,Dv]: one new token, in whose window all the kept keys are."""
     key, value, visible, _, _ = keys
     bias, scores = options.bias, None
     if bias is not None:
         scores = bias[..., -key.shape[2] :].expand(key.shape[0], -1, -1)  # [B, H, m+1]
-    if kept_globals:
-        global_key, global_value, age = kept_globals
+    if global_state:
+        global_key, global_value, age = global_state
         key, value = torch.cat([global_key, key], 2), torch.cat([global_value, value], 2)
         visible = torch.cat([age > 0, visible], 1)
         if bias is not None and scores is not None:
@@ -294,20 +294,20 @@ def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
 def _cut(query: Tensor, keys: _Keys, band: _Band) -> _Blocks:
     """The blocks of queries with the keys that each may see."""
     key, value, visible, _, seen = keys
-    length, kept = query.shape[2], key.shape[2]
+    length, width = query.shape[2], key.shape[2]
     if length == 1 or (not torch.compiler.is_exporting() and length <= band.block):
         position = torch.arange(seen - length, seen, device=query.device).unsqueeze(0)
-        return _Blocks(query, key, value, visible.unsqueeze(1), position, kept - length, 0)
-    count = count_blocks(kept, band.block) + spare_block()
+        return _Blocks(query, key, value, visible.unsqueeze(1), position, width - length, 0)
+    count = count_blocks(width, band.block) + spare_block()
     filled = count * band.block
-    # Queries at every kept position, so that query and key blocks line up; `lead` says how many to cut off.
-    rows = F.pad(query, (0, 0, kept - length, filled - kept))
+    # Queries at the position of every key, so that query and key blocks line up; `lead` says how many to cut off.
+    rows = F.pad(query, (0, 0, width - length, filled - width))
     rows = rows.unflatten(2, (count, band.block)).transpose(1, 2).flatten(0, 1)
     span = band.left + band.block + band.right
-    visible = F.pad(visible, (band.left, filled - kept + band.right)).unfold(1, span, band.block)
-    position = torch.arange(seen - kept, seen - kept + filled, device=query.device).unflatten(0, (count, band.block))
+    visible = F.pad(visible, (band.left, filled - width + band.right)).unfold(1, span, band.block)
+    position = torch.arange(seen - width, seen - width + filled, device=query.device).unflatten(0, (count, band.block))
     key, value = _windows(key, filled, band), _windows(value, filled, band)
-    return _Blocks(rows, key, value, visible, position, band.left, kept - length)
+    return _Blocks(rows, key, value, visible, position, band.left, width - length)
 
 
 def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:

@@ -162,9 +162,9 @@ def local_linear_decode(
     key, value = zero_padding(key, value, key_mask)
     sums = None
     if state is not None:
-        sums, *kept = state
-        key, value = torch.cat([kept[0], key], 2), torch.cat([kept[1], value], 2)
-        mask = torch.cat([kept[2], mask], 1)
+        sums, old_key, old_value, old_mask = state
+        key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+        mask = torch.cat([old_mask, mask], 1)
     leaving = max(key.shape[2] - (window - 1), 0)  # keys that the next token does not see
     with without_autocast(query.device.type):
         if sums is not None and query.shape[2] == 1:
@@ -218,13 +218,13 @@ def _near_and_far(inputs: _Inputs, window: int, causal: bool, sums: Tensor | Non
     length, seen = inputs.query.shape[2], inputs.key.shape[2]
     kv_heads, groups = inputs.key.shape[1], inputs.query.shape[1] // inputs.key.shape[1]
     layout = lay_out(length, seen, window, causal, inputs.scaling)
-    first = seen - length - layout.kept  # the keys before it are out of every window
+    first = seen - length - layout.before  # the keys before it are out of every window
     if first:
         sums = add_to_sums(sums, inputs.phi_key[:, :, :first], inputs.value[:, :, :first])
     values = F.pad(inputs.value, (0, 1), value=1.0)
     if sums is None:
         sums = values.new_zeros(*values.shape[:2], inputs.phi_key.shape[-1], values.shape[-1])
-    lead, fill = layout.left * layout.size - layout.kept, layout.blocks * layout.size - length
+    lead, fill = layout.left * layout.size - layout.before, layout.blocks * layout.size - length
     trail = fill + layout.right * layout.size
     query, phi_query = (cut_queries(x, fill, layout, kv_heads) for x in (inputs.query, inputs.phi_query))
     key, value, phi_key = (fill_up(x[:, :, first:], lead, trail) for x in (inputs.key, values, inputs.phi_key))

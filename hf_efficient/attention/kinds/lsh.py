@@ -121,11 +121,11 @@ def lsh_attention(
             )
         key, value = zero_padding(key, value, key_mask)
         order = _bucket_order(query.detach(), key.detach(), key_mask, rotations, block_size, causal)
-        own = _own_key(order, query, key, key_mask)
+        own_key = _own_key(order, query, key, key_mask)
         if length == 1 or (not exporting and length * seen <= DENSE):
-            return _dense(query, key, value, order, own, options)
+            return _dense(query, key, value, order, own_key, options)
         reach = block_size if causal else 2 * block_size
-        return bucketed_attention(query, key, value, order, own, reach, options)
+        return bucketed_attention(query, key, value, order, own_key, reach, options)
 
 
 def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
@@ -184,10 +184,10 @@ def _own_key(order: BucketOrder, query: Tensor, key: Tensor, key_mask: Tensor | 
     length, seen = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     rank = order.rank[..., seen - length :].repeat(1, 1, groups)
-    own = ~((order.low <= rank) & (rank < order.high)).any(0)
+    own_key = ~((order.low <= rank) & (rank < order.high)).any(0)
     if key_mask is None:
-        return own
-    return own & key_mask[:, None, seen - length :].expand(-1, key.shape[1], -1).flatten(0, 1).repeat(1, groups)
+        return own_key
+    return own_key & key_mask[:, None, seen - length :].expand(-1, key.shape[1], -1).flatten(0, 1).repeat(1, groups)
 
 
 def _dense(
@@ -195,7 +195,7 @@ def _dense(
     key: Tensor,
     value: Tensor,
     order: BucketOrder,
-    own: Tensor,
+    own_key: Tensor,
     options: Options,
 ) -> Tensor:
     """[B,H,T,Dv] by a mask over all pairs: for short sequences, and for one new token."""
@@ -203,8 +203,8 @@ def _dense(
     allowed = excess(order.rank, order.low, order.high, torch.float32).amin(0) <= 0  # [N, M, S]
     allowed = allowed.view(*query.shape[:3], seen)
     diagonal = torch.eye(length, dtype=torch.bool, device=query.device)
-    own = own.view(*query.shape[:3], 1) & diagonal
-    allowed = allowed | F.pad(own, (seen - length, 0))
+    own_key = own_key.view(*query.shape[:3], 1) & diagonal
+    allowed = allowed | F.pad(own_key, (seen - length, 0))
     key, value = match_heads(query, key, value)
     if options.bias is not None:
         scores = toeplitz(options.bias, length, seen).to(query.dtype)

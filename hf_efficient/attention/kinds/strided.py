@@ -93,12 +93,12 @@ def strided_attention(
 def _spread(layout: Layout, num_blocks: int, causal: bool, missing: int) -> Tensor:
     """[B or 1, N, 1, 1 + num_blocks]: the blocks that each query block sees, its own first; `missing` where it has
     fewer."""
-    own = layout.own.unsqueeze(-1)  # [B or 1, N, 1]
+    own_block = layout.own_block.unsqueeze(-1)  # [B or 1, N, 1]
     total = count_blocks(layout.count.unsqueeze(-1), layout.block)
-    others = own if causal else (total - 1).clamp(min=0)
+    others = own_block if causal else (total - 1).clamp(min=0)
     used = others.clamp(max=num_blocks)
-    number = torch.arange(num_blocks, device=own.device)
+    number = torch.arange(num_blocks, device=own_block.device)
     back = 1 + number * (others - 1) // (used - 1).clamp(min=1)
-    block = own - back if causal else (own - back) % total.clamp(min=1)
+    block = own_block - back if causal else (own_block - back) % total.clamp(min=1)
     block = torch.where(number < used, block, missing)
-    return torch.cat([own, block.expand(*own.shape[:2], -1)], -1).unsqueeze(2)
+    return torch.cat([own_block, block.expand(*own_block.shape[:2], -1)], -1).unsqueeze(2)
