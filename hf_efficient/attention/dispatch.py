@@ -146,7 +146,7 @@ def efficient_attention_forward(
                 "Pass the 2D mask, or leave this layer unconverted."
             )
         return _with_given_mask(query, key, value, attention_mask, dropout, scaling), None
-    if variant is not None and state_layer is not None:
+    if variant is not None and variant.has_state and state_layer is not None:
         common = {"scaling": scaling, "bias": None if position_bias is None else position_bias[:, :, 0]}
         out, weights = _decode(variant, state_layer, (query, key, value, attention_mask), common, with_weights)
         return out.transpose(1, 2).contiguous(), weights

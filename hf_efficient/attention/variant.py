@@ -4,7 +4,7 @@
         takes_bias = True
         def attend(self, query, key, value, key_mask, **kwargs): ...
 
-A new kind is one subclass of `AttentionVariant` and one call of `register_attention` (or one entry of `ATTENTIONS`).
+A new kind is one subclass of `AttentionVariant` and one call of `register_attention` (or one entry of `KINDS`).
 """
 
 from typing import Any, NamedTuple

@@ -326,13 +326,15 @@ def transferring(
     """Within it every converted attention hands on the softmax output, and the learned ones note their errors."""
     errors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, attention in attentions.items():
-        # On the instance, so that its class, and what other models call, stays as it is.
+        # On the instance, so that its class stays as it is; some models make a cache though they are not asked to.
         attention.variant.forward = _Forcing(name, attention, masks[attention.stack], errors)
+        attention.variant.has_state = False
     try:
         yield errors
     finally:
         for attention in attentions.values():
-            del attention.variant.forward
+            for name in ("forward", "has_state"):
+                vars(attention.variant).pop(name, None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BartForSequenceClassification, OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import (
+    BartForSequenceClassification,
+    LlamaForQuestionAnswering,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention
 from hf_efficient.attention import registry
@@ -164,6 +170,19 @@ def test_meanwhile_the_model_computes_what_the_original_does(name):
         assert_close(real_logits(made, inputs), real_logits(model, inputs), 1e-5)
     assert errors.keys() == attentions.keys() and all(error > 0 for error, _ in errors.values())
     assert (real_logits(made, inputs) - real_logits(model, inputs)).abs().max() > 1e-4
+
+
+def test_a_cache_that_nobody_asked_for_changes_nothing():
+    model = make_model("llama", LlamaForQuestionAnswering)  # its forward has no `use_cache` to say no with
+    student, inputs = convert_attention(model, AttentionConfig("linear", feature_map="hedgehog")), make_inputs("llama")
+    attentions = find_attentions(student)
+    with torch.no_grad(), transferring(attentions, {"decoder": inputs["attention_mask"].bool()}) as errors:
+        out = student(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    expected = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert_close(out.start_logits, expected.start_logits, 1e-5)
+    assert errors.keys() == attentions.keys()
+    state = student(input_ids=inputs["input_ids"])  # afterwards it decodes from a state again
+    assert (state.start_logits - expected.start_logits).abs().max() > 1e-4
 
 
 def test_cross_attention_has_learned_parts_of_its_own(tmp_path):

@@ -169,7 +169,7 @@ def _column(key_mask: Tensor, value: Tensor) -> Tensor:
 
 
 def _divide(sums: Tensor, is_query: Tensor | None) -> Tensor:
-    """[B,K,G,T,Dv+1] -> [B,K,G,T,Dv], by the last column; 0 where that is 0, and at queries that are not real [B,T]."""
+    """[B,K,G,T,Dv+1] -> [B,K,G,T,Dv], divided by the last column; 0 where that is 0, and at padded queries [B,T]."""
     total = sums[..., -1:]
     visible = total != 0
     if is_query is not None:
