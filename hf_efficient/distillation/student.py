@@ -78,7 +78,7 @@ def build_student(
     kept = {stack: _kept(wanted[stack], depths[stack], layer_map) for stack in depths if stack in wanted}
     batches = check_calibration(anatomy, calibration)
     if hidden_size is not None:
-        heads = heads_for(teacher, hidden_size, heads)
+        heads = heads_for(anatomy, hidden_size, heads)
     student = apply_plan(anatomy, PruningPlan(layers=kept, units=_units(anatomy, kept, heads, neurons, batches)))
     if hidden_size is not None:
         student = narrow(student, hidden_size, batches)
@@ -99,9 +99,9 @@ def _units(
     if heads is None and neurons is None:
         return {}
     groups = [g for g in anatomy.groups if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
-    units, teacher = {}, anatomy.model
-    found = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
-    for group, scores in found.items():
+    teacher, units = anatomy.model, {}
+    importance = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
+    for group, scores in importance.items():
         name, count = ("neurons", neurons) if group.kind == "neurons" else ("heads", heads)
         if count is None:
             continue

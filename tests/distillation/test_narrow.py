@@ -20,8 +20,8 @@ FULL, SMALL = 16, 8
 
 def stream_axes(model):
     """By the smaller model itself, of heads that are as many as shall stay."""
-    small = build_student(model, heads=narrow.heads_for(model, SMALL, None))
-    return small, narrow._stream_axes(small, narrow._narrow_config(small, SMALL), FULL, SMALL)
+    small = build_student(model, heads=narrow.heads_for(Anatomy.of(model), SMALL, None))
+    return small, narrow._stream_axes(small, narrow._narrow_config(Anatomy.of(small), SMALL), FULL, SMALL)
 
 
 def scale_dimensions(model, dimensions, factor):
