@@ -3,17 +3,13 @@
 from hf_efficient.attention import config as attention
 from hf_efficient.attention.engines.feature_maps import FEATURE_MAPS
 from hf_efficient.attention.registry import ATTENTIONS
-from hf_efficient.conversion.positions import METHODS, ROPE
 from hf_efficient.data.preparation import TASKS
 from hf_efficient.measurement.quality import TASKS as SCORED
-from hf_efficient.pipeline.runners import RUNNERS
 from hf_efficient.pruning import config as pruning
 from hf_efficient.pruning.gradual.schedule import SCHEDULES
 from hf_efficient.pruning.score.layers import LAYER_IMPORTANCES
 from hf_efficient.pruning.score.units import IMPORTANCES
 from hf_efficient.pruning.score.weights import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
-from hf_efficient.recipes import settings
-from hf_efficient.recipes.stages import STAGES
 
 
 def test_every_attention_kind_has_a_variant():
@@ -27,10 +23,5 @@ def test_every_criterion_and_schedule_has_a_function():
     assert set(pruning.SCHEDULES) == set(SCHEDULES)
 
 
-def test_every_way_to_more_positions_is_known():
-    assert tuple(METHODS) == settings.POSITION_METHODS and settings.ROPE == ROPE
-
-
-def test_every_stage_can_run_and_every_task_can_be_scored():
-    assert set(STAGES) == set(RUNNERS)
+def test_every_task_can_be_scored():
     assert set(TASKS) == set(SCORED)
