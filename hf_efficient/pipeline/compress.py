@@ -142,7 +142,7 @@ def check(run: "Run") -> None:
 
 
 def _check_lengths(run: "Run", limit: int) -> None:
-    """`data.max_length` is that of the final model: the teacher, and stages before it was extended, read the beginning."""
+    """`data.max_length` is that of the final model: what comes before it was extended reads the beginning."""
     recipe = run.recipe
     for path, stage in recipe.paths.items():
         limit = stage.check_lengths(path, run, limit)

@@ -98,6 +98,7 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
     from ..conversion.positions import extend_positions
     from ..measurement.latency import compare_latency
     from ..models.inputs import dummy_inputs
+
     limit, settings = longest_text(teacher.config), run.recipe.measure
     notes = []
     if limit is not None and (run.recipe.data.max_length or 0) > limit:

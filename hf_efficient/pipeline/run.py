@@ -60,7 +60,9 @@ class Run:
             return None
         if (self.teacher_folder / "tokenizer.json").is_file():  # of a run that goes on
             return load_processor(str(self.teacher_folder), images=False)
-        return train_tokenizer(self.texts(*self.task.roles), model.tokenizer_size, close=self.recipe.task != "causal-lm")
+        return train_tokenizer(
+            self.texts(*self.task.roles), model.tokenizer_size, close=self.recipe.task != "causal-lm"
+        )
 
     @cached_property
     def config(self) -> PreTrainedConfig:

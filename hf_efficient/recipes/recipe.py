@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Recipe:
             raise ConfigError(f"measure.{error}") from None
         _check_order(self.stages)
         _check_sweep(self.sweep)
-        object.__setattr__(self, "_combinations", self._combined())
+        self.combinations()  # each of them must be a recipe; they are made once
 
     @classmethod
     def from_yaml(cls, path_or_name: str | Path) -> "Recipe":
@@ -155,7 +156,8 @@ class Recipe:
         """
         return dict(self._combinations)
 
-    def _combined(self) -> dict[str, "Recipe"]:
+    @cached_property
+    def _combinations(self) -> dict[str, "Recipe"]:
         if not self.sweep:
             return {}
         fixed = replace(self, sweep={})

@@ -1,13 +1,13 @@
 """The one table of export formats. Light: what writes and runs a program is imported when it is used.
 
-    FORMATS["onnx"].packages                       # what must be installed
-    check_format("onnx", "int8"), check_runtime("onnx")
+FORMATS["onnx"].packages                       # what must be installed
+check_format("onnx", "int8"), check_runtime("onnx")
 
-    class Pickled(Format):                         # another format: how it is written, and how it is loaded
-        def write(self, model, example, shapes, quantize, folder): ...
-        def load(self, folder, threads, exact): ...
+class Pickled(Format):                         # another format: how it is written, and how it is loaded
+    def write(self, model, example, shapes, quantize, folder): ...
+    def load(self, folder, threads, exact): ...
 
-    FORMATS["pickle"] = Pickled("torch", ("torch",), "torch")
+FORMATS["pickle"] = Pickled("torch", ("torch",), "torch")
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Format:
     def write(
         self,
         model: "PreTrainedModel",
-        example: Mapping[str, "Tensor"],
+        example: dict[str, "Tensor"],
         shapes: Mapping[str, dict[int, Any]],
         quantize: str | None,
         folder: Path,
@@ -78,7 +78,7 @@ class Exporter(Format):
     def write(
         self,
         model: "PreTrainedModel",
-        example: Mapping[str, "Tensor"],
+        example: dict[str, "Tensor"],
         shapes: Mapping[str, dict[int, Any]],
         quantize: str | None,
         folder: Path,
@@ -89,7 +89,7 @@ class Exporter(Format):
         options = {"dynamic_shapes": shapes} | ({} if quantize is None else {"quantizer": self.quantizer()})
         config = EXPORT_BACKENDS[self.backend].config(**options)
         with hushed(), torch.no_grad():
-            exported = get_exporter_class(self.backend)().export(model, example, config=config)
+            exported = get_exporter_class(self.backend)().export(model, dict(example), config=config)
             self.improve(exported.program)
             exported.save_pretrained(folder)
 

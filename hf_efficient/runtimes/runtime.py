@@ -65,9 +65,7 @@ class Work:
     pooling: str = "mean"
 
 
-def measure_export(
-    facts: dict[str, Any], folder: Path, student: Reader, teacher: Reader, work: Work
-) -> ExportRecord:
+def measure_export(facts: dict[str, Any], folder: Path, student: Reader, teacher: Reader, work: Work) -> ExportRecord:
     """The exported student in its runtime against the teacher in PyTorch, in turn, and on the same samples.
 
     `facts`: of its stage: `format`, `quantize`, `difference`.

@@ -3,7 +3,6 @@
 - attention: {kind: local, window: 64, positions: 2048}
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,14 +148,15 @@ class AttentionStage(Stage):
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from .fit import trained
 
-        if self.transfer is None:
+        settings = self.transfer
+        if settings is None:
             return run.save(self._converted(run, source), target)
 
         def transferred(batch_size: int) -> "tuple[PreTrainedModel, dict[str, Any]]":
             model = self._converted(run, source)
-            return model, transfer(run, model, self.transfer, target, batch_size)
+            return model, transfer(run, model, settings, target, batch_size)
 
-        (model, facts), smaller = trained(run, self.transfer, transferred)
+        (model, facts), smaller = trained(run, settings, transferred)
         return facts | smaller | run.save(model, target)
 
     def _converted(self, run: Run, source: Path) -> "PreTrainedModel":

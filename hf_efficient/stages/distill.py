@@ -6,7 +6,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,12 @@ from ..pruning.config import PruningConfig
 from ..pruning.gradual.schedule import WHILE_TRAINING, Gradual
 from .base import Run, Stage, check_length, longest_text
 from .prune import check_pruning, pruned
-from .settings import TrainingSettings, check_keys, keys_of, make, number, part, read, ruled
+from .settings import OPTION, TrainingSettings, check_keys, keys_of, make, number, option, part, read, ruled
 
 if TYPE_CHECKING:
     from ..distillation.trainer import DistillationTrainer
 
 LENGTH_ROWS = 256  # whose average length is the one at which MACs are counted while training
-OPTION = "option"  # the mark of a field that is an argument of `DistillationArguments`
-
-
-def option() -> Any:
-    """An argument of `DistillationArguments`, which says what it means and checks it; null: its default."""
-    return field(default=None, metadata={OPTION: True})
 
 
 def _are_losses(value: Any) -> bool:
@@ -55,7 +49,7 @@ class DistillStage(TrainingSettings, Stage):
         lambda value: isinstance(value, Gradual),
         optional=True,
     )
-
+    # Arguments of `DistillationArguments`, which says what they mean; null: its default.
     temperature_final: float | None = option()
     temperature_squared: bool | None = option()
     divergence: str | None = option()
@@ -77,7 +71,10 @@ class DistillStage(TrainingSettings, Stage):
             if name not in LOSSES:
                 raise ConfigError(f"losses: {unknown_name('loss', name, LOSSES)}")
         object.__setattr__(self, "losses", {name: float(weight) for name, weight in self.losses.items()})
-        for name, value in self.options.items():  # checked by the class itself: its import is paid by those who use one
+        for (
+            name,
+            value,
+        ) in self.options.items():  # the import of what checks them is paid by who uses one
             from ..distillation.arguments import DistillationArguments
 
             try:
@@ -152,9 +149,7 @@ class DistillStage(TrainingSettings, Stage):
         facts = {"train": len(trainer.train_dataset)} | sizes | logged_losses(trainer) | smaller
         return facts | run.save(trainer.model, target)
 
-    def distilled(
-        self, run: Run, source: Path, target: Path, batch_size: int
-    ) -> "tuple[DistillationTrainer, int]":
+    def distilled(self, run: Run, source: Path, target: Path, batch_size: int) -> "tuple[DistillationTrainer, int]":
         """A trainer that has trained its student, and the parameters that the student had before."""
         from ..distillation.arguments import DistillationArguments
         from ..distillation.trainer import DistillationTrainer

@@ -91,7 +91,9 @@ class ExportStage(Stage):
         )
 
     def check_report(self, report: Report) -> None:
-        for record in report.exports if self.max_loss is not None else ():
+        if self.max_loss is None:
+            return
+        for record in report.exports:
             main = record.quality.main
             lost = record.quality_difference * (-1 if main.higher_is_better else 1)
             lost *= 100 if is_fraction(main.name) else 1

@@ -14,6 +14,8 @@ from ..errors import ConfigError, did_you_mean, shown
 MAX_TOKENS = 1 << 20
 MAX_BATCH = 1 << 16
 MAX_STEPS = 10**9
+OPTION = "option"
+Words = str | Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Rule:
     accepts: Callable[[Any], bool]
 
 
-def ruled(default: Any, allowed: str | Callable[[], str], accepts: Callable[[Any], bool], optional: bool = False) -> Any:
+def ruled(default: Any, allowed: Words, accepts: Callable[[Any], bool], optional: bool = False) -> Any:
     """A field with a rule of its own; `optional`: null is accepted too. A function as default makes a new value."""
 
     def words() -> str:
@@ -67,6 +69,11 @@ def one_of(default: str | None, names: Collection[str], optional: bool = False) 
 
 def flag(default: bool) -> Any:
     return ruled(default, "true or false", lambda value: isinstance(value, bool))
+
+
+def option() -> Any:
+    """A field that is an argument of another class, which checks it; null: its default."""
+    return field(default=None, metadata={OPTION: True})
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class TeacherStage(Stage):
         from ..training.trainers import ExactTrainer
         from .fit import fit, make_trainer, trained, training_arguments
 
-        settings, smaller = self.training, {}
+        settings, smaller = self.training, dict[str, Any]()
         prepared = run.data(settings.max_length if settings else None, config=run.config)
         if settings is None:
             model = original(run, prepared)
