@@ -18,7 +18,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..io.disk import clear_disk_errors, copy_folder, inside
 from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
-from ..stages.base import Stage, check_length, longest_text
+from ..stages.base import Stage, check_length
 from .report import check_losses, measured
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def check(run: "Run") -> None:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
     from ..measurement.energy import check_energy
-    from ..models.families import family_of
+    from ..models.families import family_of, token_limit
     from .fresh import check_fresh
 
     recipe = run.recipe
@@ -133,7 +133,7 @@ def check(run: "Run") -> None:
             f"task {recipe.task!r} needs a model with one stack; {config.model_type} has an encoder and a "
             "decoder. Distil its encoder with DistillationTrainer (T5EncoderModel)."
         )
-    if (limit := longest_text(config)) is not None:
+    if (limit := token_limit(config, rotary=False)) is not None:
         _check_lengths(run, limit)
     before: list[Stage] = []
     for path, stage in stages.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord
-from ..stages.base import longest_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +23,7 @@ def measured(
     import torch
 
     from ..data.bundled import upstream
-    from ..data.datasets import TASKS
+    from ..data.tasks import TASKS
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
     from ..models.families import family_of
@@ -97,9 +96,10 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
 
     from ..conversion.positions import extend_positions
     from ..measurement.latency import compare_latency
+    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
 
-    limit, settings = longest_text(teacher.config), run.recipe.measure
+    limit, settings = token_limit(teacher.config, rotary=False), run.recipe.measure
     notes = []
     if limit is not None and (run.recipe.data.max_length or 0) > limit:
         notes.append(

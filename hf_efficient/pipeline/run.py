@@ -14,15 +14,15 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..conversion.positions import token_limit
 from ..data.bundled import resolve_model
-from ..data.datasets import TASKS, PreparedData, Task, load_dataset_any, prepare, rows_digest
-from ..data.preparation import need_column
+from ..data.datasets import load_dataset_any, rows_digest
+from ..data.preparation import PreparedData, need_column, prepare
+from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
+from ..models.families import token_limit
 from ..models.loading import load_config, load_model, load_processor
 from ..recipes.recipe import Recipe
-from ..stages.base import longest_text
 from .fresh import fresh_config
 from .verify import output_digest
 from .workspace import MANIFEST
@@ -107,7 +107,7 @@ class Run:
         `config`: of the model that reads them. It gets no more tokens than its table of positions has rows.
         """
         max_length = max_length or self.recipe.data.max_length
-        limit = None if config is None else longest_text(config)
+        limit = None if config is None else token_limit(config, rotary=False)
         if limit is not None and max_length is not None:
             max_length = min(max_length, limit)
         if max_length not in self._prepared:

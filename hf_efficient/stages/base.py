@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import ConfigError
-from ..models.families import family_of
 from ..reporting.schema import Report, StageRecord
 from .settings import Settings, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..data.datasets import PreparedData
+    from ..data.preparation import PreparedData
     from ..pruning.config import PruningConfig
     from ..pruning.plan import PruningPlan
 
@@ -147,11 +146,6 @@ class Stage(Settings):
 
     def check_report(self, report: Report) -> None:
         """Raises UnsupportedModelError if what it made is not what it was asked for; the result stays."""
-
-
-def longest_text(config: Any) -> int | None:
-    """The tokens that a table of positions has rows for; None without one: the model then takes any length."""
-    return family_of(config).longest_text(config)
 
 
 def check_length(key: str, length: int | None, limit: int) -> None:

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.preparation import TASKS
+from ..data.tasks import TASKS
 from ..errors import ConfigError, unknown_name
+from ..models.families import token_limit
 from ..pruning.config import PruningConfig
 from ..pruning.gradual.schedule import WHILE_TRAINING, Gradual
-from .base import Run, Stage, check_length, longest_text
+from .base import Run, Stage, check_length
 from .prune import check_pruning, pruned
 from .settings import OPTION, TrainingSettings, check_keys, keys_of, make, number, option, part, read, ruled
 
@@ -132,7 +133,7 @@ class DistillStage(TrainingSettings, Stage):
 
     def teacher_cut(self, run: Run, teacher: Any) -> int | None:
         """Where the teacher's inputs must be cut, since it takes fewer tokens than the student gets; None: nowhere."""
-        length, limit = self.max_length or run.recipe.data.max_length, longest_text(teacher)
+        length, limit = self.max_length or run.recipe.data.max_length, token_limit(teacher, rotary=False)
         needed = any(weight for name, weight in self.losses.items() if name != "ce")
         return limit if needed and limit is not None and length is not None and length > limit else None
 

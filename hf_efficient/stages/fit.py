@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..data.datasets import PreparedData
+from ..data.preparation import PreparedData
 from ..io.disk import remove_own
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
 from ..training.trainers import MarkComplete, in_smaller_batches, last_checkpoint

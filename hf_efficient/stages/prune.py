@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..models.families import token_limit
 from ..pruning.config import PruningConfig
-from .base import Run, Stage, longest_text
+from .base import Run, Stage
 from .settings import MAX_BATCH, MAX_STEPS, Settings, check_keys, integer, keys_of, make, part, read
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def counted_length(run: Run, config: Any, pruning: PruningConfig) -> int:
     from ..pruning.score.calibration import DEFAULT_LENGTH
 
     length = pruning.sequence_length or run.recipe.data.max_length or DEFAULT_LENGTH
-    return min(length, longest_text(config) or length)
+    return min(length, token_limit(config, rotary=False) or length)
 
 
 def check_pruning(run: Run, config: Any, pruning: PruningConfig, before: Sequence[Stage]) -> None:

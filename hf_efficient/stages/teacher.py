@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.preparation import TASKS
+from ..data.tasks import TASKS
 from ..errors import ConfigError
 from .base import Run, Stage, check_length
 from .settings import TrainingSettings
@@ -16,7 +16,7 @@ from .settings import TrainingSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..data.datasets import PreparedData
+    from ..data.preparation import PreparedData
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TeacherStage(Stage):
         return limit
 
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
-        from ..data.datasets import check_labels
+        from ..data.preparation import check_labels
 
         if self.training is None and run.recipe.model.config is None:
             check_labels(config, run.data())
@@ -49,7 +49,7 @@ class TeacherStage(Stage):
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from transformers import TrainingArguments
 
-        from ..data.datasets import check_labels
+        from ..data.preparation import check_labels
         from ..training.trainers import ExactTrainer
         from .fit import fit, make_trainer, trained, training_arguments
 
