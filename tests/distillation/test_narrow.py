@@ -9,7 +9,6 @@ from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import find_stacks
 from hf_efficient.models.rebuild import is_portable
-from hf_efficient.pruning.cut.groups import find_groups
 
 from ..families import make_inputs, make_model
 from .test_trainer import make_trainer
@@ -123,7 +122,7 @@ def test_it_learns_through_projections(case, tmp_path):
 def test_heads_and_neurons_are_narrowed_beside_it():
     model = make_model("llama")
     student = build_student(model, layers=2, heads=1, neurons=24, hidden_size=SMALL)
-    sizes = {(group.kind, group.units) for group in find_groups(student)}
+    sizes = {(group.kind, group.units) for group in Anatomy.of(student).groups}
     assert sizes == {("heads", 1), ("neurons", 24)} and is_portable(student)
     assert student.config.head_dim == 4 and student.config.num_attention_heads == 2
 
