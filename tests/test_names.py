@@ -3,20 +3,8 @@
 from hf_efficient.attention import config as attention
 from hf_efficient.attention.engines.feature_maps import FEATURE_MAPS
 from hf_efficient.attention.registry import ATTENTIONS
-from hf_efficient.conversion.positions import METHODS, ROPE
-from hf_efficient.pipeline.runners import RUNNERS
-from hf_efficient.recipes import settings
-from hf_efficient.recipes.stages import STAGES
 
 
 def test_every_attention_kind_has_a_variant():
     assert set(attention.KINDS) == {"full", *ATTENTIONS}
     assert set(attention.FEATURE_MAPS) == set(FEATURE_MAPS)
-
-
-def test_every_way_to_more_positions_is_known():
-    assert tuple(METHODS) == settings.POSITION_METHODS and settings.ROPE == ROPE
-
-
-def test_every_stage_can_run():
-    assert set(STAGES) == set(RUNNERS)
