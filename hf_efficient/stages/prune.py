@@ -70,12 +70,13 @@ class PruneStage(Stage):
         return config
 
     def plan(self, run: Run, config: Any) -> "tuple[Any, PruningPlan]":
+        from ..models.anatomy import Anatomy
         from ..pruning.cut.surgery import planned_config
         from ..pruning.prune import plan
 
         model = run.skeleton(config)
         sizes = plan(model, dataclasses.replace(self.config, sequence_length=counted_length(run, config, self.config)))
-        return planned_config(model, sizes), sizes
+        return planned_config(Anatomy.of(model), sizes), sizes
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from ..pruning.prune import prune
@@ -97,16 +98,17 @@ def counted_length(run: Run, config: Any, pruning: PruningConfig) -> int:
 
 def check_pruning(run: Run, config: Any, pruning: PruningConfig, before: Sequence[Stage]) -> None:
     """Raises ConfigError if the ratio cannot be reached; a second pruning starts from sizes that are not known yet."""
+    from ..models.anatomy import Anatomy
     from ..pruning.choose.reach import check_reachable
     from ..pruning.price.costs import make_costs
 
     if any(stage.pruning is not None for stage in before):
         return
-    model = run.skeleton(config)
+    anatomy = Anatomy.of(run.skeleton(config))
     # What can be reached in measured time is not known before it is measured: MACs stand in for it.
     metric = "macs" if pruning.metric == "latency" else pruning.metric
     length = pruning.sequence_length or counted_length(run, config, pruning)
-    check_reachable(model, pruning, make_costs(model, metric, length))
+    check_reachable(anatomy, pruning, make_costs(anatomy, metric, length))
 
 
 def pruned(config: PruningConfig, parameters: int, small: "PreTrainedModel") -> dict[str, Any]:
