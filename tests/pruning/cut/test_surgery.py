@@ -168,7 +168,7 @@ def test_attention_configs_follow_their_layer(case):
     chosen = {index: windows[index] for index in windows if index < min(depths(dense).values())}
     converted = convert_attention(dense, chosen)
     kept = {name: tuple(i for i in range(depths(dense)[name]) if i != 1) for name in stacks}
-    small = apply_plan(converted, PruningPlan(layers=kept))
+    small = apply_plan(Anatomy.of(converted), PruningPlan(layers=kept))
     entries = small.config.efficient["stacks"]
     for name in stacks:
         expected = [chosen.get(i, AttentionConfig()).to_dict() for i in kept[name]]
@@ -185,7 +185,7 @@ def test_kept_layers_compose(case):
     stacks = list(depths(dense))
     once = apply_plan(Anatomy.of(dense), PruningPlan(layers=dict.fromkeys(stacks, (0, 2, 3))))
     narrow = prune(once, config(ratio=0.3))
-    twice = apply_plan(narrow, PruningPlan(layers=dict.fromkeys(stacks, (1, 2))))
+    twice = apply_plan(Anatomy.of(narrow), PruningPlan(layers=dict.fromkeys(stacks, (1, 2))))
     assert once.config.efficient["kept_layers"] == {name: [0, 2, 3] for name in stacks}
     assert twice.config.efficient["kept_layers"] == {name: [2, 3] for name in stacks}
 
