@@ -33,7 +33,7 @@ from hf_efficient.distillation.transfer import (
     transfer_attention,
     transferring,
 )
-from hf_efficient.models.families import find_stacks
+from hf_efficient.models.anatomy import Anatomy
 
 from ..families import CASES, TWO_STACKS, make_inputs, make_model, real_logits
 from ..helpers import assert_close
@@ -162,7 +162,7 @@ def test_meanwhile_the_model_computes_what_the_original_does(name):
     model = make_model(name, **fields)
     everything = AttentionConfig(KIND)
     crossed = {"cross_attention": everything} if name in TWO_STACKS else {}
-    asked = {stack.name: everything for stack, _ in find_stacks(model)} | crossed
+    asked = {stack.name: everything for stack in Anatomy.of(model).stacks} | crossed
     made, inputs = convert_attention(model, asked), CASES[name].inputs(CASES[name].paddings[0])
     attentions = find_attentions(made)
     masks = dict.fromkeys((attention.stack for attention in attentions.values()), torch.ones(2, dtype=torch.bool))
