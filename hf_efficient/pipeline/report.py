@@ -26,6 +26,7 @@ def measured(
     from ..data.tasks import TASKS
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
+    from ..measurement.scores import load_metrics
     from ..models.rebuild import is_portable
     from ..runtimes.runtime import Reader, Work, measure_export
 
@@ -41,6 +42,7 @@ def measured(
         collator=prepared.collator,
         **asdict(work),
         energy=settings.energy,
+        metrics=load_metrics(settings.metrics or [], trusted=recipe.model.trust_remote_code),
         threads=threads,
         baseline=baseline,
         folder=student_folder,
@@ -48,7 +50,8 @@ def measured(
         baseline_dataset=original.test,
         baseline_collator=original.collator,
     )
-    readers = [Reader(model, rows.test, rows.collator) for model, rows in ((student, prepared), (baseline, original))]
+    small = Reader(student, prepared.test, prepared.collator)
+    dense = Reader(baseline, original.test, original.collator)
     base_model, licence = _origin(recipe, student)
     stages = zip(recipe.folders.values(), records, strict=True)
     rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
