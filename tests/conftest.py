@@ -1,6 +1,9 @@
 """One thread, no network, fixed seeds: what every test may rely on."""
 
 import os
+from collections import Counter
+from collections.abc import Hashable
+from itertools import combinations
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,11 +12,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from .processes import run_module
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _forked(request, monkeypatch):
+    """That a model loads in another process is checked in a fork; marked `cold`, in a new interpreter as for users."""
+    if "cold" not in request.keywords:
+        monkeypatch.setattr("hf_efficient.pipeline.verify.run_module", run_module)
 
 
 def pytest_addoption(parser):
@@ -23,6 +35,53 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--thorough"):
         return
-    left_out = [item for item in items if "thorough" in item.keywords]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if "thorough" not in item.keywords]
+    items_of = {}
+    for item in items:
+        mark = item.get_closest_marker("cover")
+        if mark and "thorough" not in item.keywords:
+            items_of.setdefault((item.path, item.originalname, *mark.args), []).append(item)
+    left_out = {item for item in items if "thorough" in item.keywords}
+    for (_, _, *strength), rows in items_of.items():
+        left_out |= set(rows) - set(covering(rows, *strength))
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def covering(items, strength=1):
+    """A choice of the rows of one test in which every value of every argument occurs.
+
+    With strength 2 every two values of two arguments occur together that do so in any row. Greedy: the row that adds
+    most is next, the first of equals.
+    """
+
+    def parts(item):
+        params = item.callspec.params
+        values = [(name, params[name] if isinstance(params[name], Hashable) else id(params[name])) for name in params]
+        return set(combinations(values, min(strength, len(values))))
+
+    open_parts = {item: parts(item) for item in items}
+    chosen = []
+    while any(open_parts.values()):
+        best = max(open_parts, key=lambda item: len(open_parts[item]))
+        chosen.append(best)
+        added = open_parts.pop(best)
+        for others in open_parts.values():
+            others -= added
+    return chosen
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `--durations`: the seconds of every folder, summed over the workers."""
+    if config.option.durations is None:
+        return
+    seconds, tests = Counter(), Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                folder = report.nodeid.partition("::")[0].rpartition("/")[0]
+                seconds[folder] += report.duration
+                tests[folder] += report.when == "call"
+    terminalreporter.section("seconds by folder")
+    for folder, total in seconds.most_common():
+        terminalreporter.write_line(f"{total:7.1f} s {tests[folder]:6d} tests  {folder}")
+    terminalreporter.write_line(f"{seconds.total():7.1f} s {tests.total():6d} tests")

@@ -6,19 +6,15 @@ order of additions.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from ..helpers import selected
+from ..processes import launch
 from . import split_driver
 
-ROOT = Path(__file__).parents[2]
 NAMES = [name for name, *_ in split_driver.RUNS]
 SPLITS = {"4x4": 1, "4x2": 2, "8x1": 2}  # batch size x accumulation: processes
 CHOSEN = selected([(split,) for split in SPLITS], lambda split: split == "4x2")
@@ -34,14 +30,8 @@ def reference():
 def others(tmp_path_factory, pytestconfig):
     """The same cases under all other splits; the two-process ones in one launch."""
     splits = ["4x2", "8x1"] if pytestconfig.getoption("--thorough") else ["4x2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = tmp_path_factory.mktemp("splits") / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [*launcher, "-m", "tests.distillation.split_driver", str(out), *splits]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.distillation.split_driver", out, *splits)
     reports, tensors = split_driver.run("4x4") if pytestconfig.getoption("--thorough") else ({}, {})
     reports |= json.loads(Path(f"{out}.json").read_text())
     tensors |= load_file(f"{out}.safetensors")

@@ -2,10 +2,6 @@
 
 import copy
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +27,7 @@ from hf_efficient.models.families import find_stacks
 
 from ..families import CASES, TWO_STACKS, make_inputs, make_model, real_logits
 from ..helpers import assert_close
+from ..processes import launch
 
 ROOT = Path(__file__).parents[2]
 KIND = "sharpened"  # softmax attention with queries times exp(sharpness): equal to it where the learned part is 0
@@ -235,16 +232,8 @@ def test_the_step_does_not_depend_on_the_split(name, split, tmp_path):
 def test_two_processes_make_the_step_of_one(tmp_path):
     found = {}
     for processes, size in ((1, 16), (2, 8)):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         out = tmp_path / f"{processes}.safetensors"
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-        command = [sys.executable, *launcher, "-m", "tests.distillation.transfer_driver", str(out), str(size)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch("tests.distillation.transfer_driver", out, str(size), count=processes)
         found[processes] = load_file(out)
     assert found[2]["ranks"].shape[0] == 2 and torch.equal(*found[2]["ranks"])
     assert (found[1]["weights"] - START).abs().max() > 1e-3

@@ -1,9 +1,6 @@
 """What comes out: a smaller Hugging Face model that saves, loads in a fresh process and generates."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import unit_cost
 from tests.families import CASES, PAD, real_logits
 from tests.helpers import selected
+from tests.processes import python
 
 from .forms import FORMS, GENERATING, form_batches, form_inputs, make_form
 from .tiny import HEADS, HIDDEN, WIDTH, batches, config, make, sizes
@@ -50,7 +48,7 @@ def pruned(kind: str, form: str):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every result saved, and a converted and pruned one, then all opened by one fresh process."""
+    """Every result saved, and a converted and pruned one, then all opened by one other process."""
     root, jobs = tmp_path_factory.mktemp("pruned"), []
     models = {(kind, form): pruned(kind, form) for kind, form in JOBS}
     for kind, form in CONVERTED:
@@ -66,13 +64,7 @@ def folders(tmp_path_factory):
         jobs.append({"name": folder.name, "folder": str(folder), "auto": case.auto, "stock": case.head.__name__})
     (root / "jobs.json").write_text(json.dumps(jobs))
     code = "import hf_efficient, sys; from tests.pruning.reload_driver import main; main(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root / "jobs.json"), str(root / "out.json")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", code, root / "jobs.json", root / "out.json")
     assert done.returncode == 0, done.stderr[-3000:]
     return root, json.loads((root / "out.json").read_text()), models
 
