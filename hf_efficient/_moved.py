@@ -14,7 +14,6 @@ from typing import Any
 # Only what the documentation named, or what programs around the package are known to import.
 MOVED = {
     "attention.convert": "conversion.convert",
-    "attention.kinds": "attention.registry",
     "attention.transfer": "distillation.transfer",
     "bundled": "data.bundled",
     "exporting": "runtimes.export",

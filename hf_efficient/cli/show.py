@@ -164,7 +164,7 @@ def _names() -> dict[str, list[str]]:
     from ..attention.config import KINDS
     from ..data.preparation import TASKS
     from ..models.families import FAMILIES
-    from ..pruning.config import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
+    from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
     from ..recipes.recipe import shipped_recipes
     from ..recipes.stages import STAGES
     from ..runtimes.export import FORMATS

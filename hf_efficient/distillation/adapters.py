@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..models.modes import eval_mode
-from .batch import base_of
+from ..training.batch import base_of
 
 
 def own_base(student: nn.Module, args: Any) -> PreTrainedModel:

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .batch import Batch
+from ..training.batch import Batch
 from .losses.draws import DrawnTokens
+from .losses.relations import Projected
 from .losses.top_k import TopLogits
-from .recorded import Place, Projected
+from .recorded import Place
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from transformers.utils import logging
 
 from ..errors import ConfigError, unknown_name
 from ..io.json import parse_json
+from ..models.pooling import POOLINGS
 from .layer_map import MAPS
 from .losses.divergences import DIVERGENCES
-from .losses.losses import HIDDEN_DISTANCES, MAX_TEMPERATURE, POOLINGS
+from .losses.losses import HIDDEN_DISTANCES, MAX_TEMPERATURE
 from .losses.relations import ATTENTION_LOSSES
 from .terms import LOSSES
 

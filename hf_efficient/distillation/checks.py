@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
-from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.heads import shifts_labels
-from .batch import Task, base_of, task_of
+from ..training.batch import Task, base_of, task_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
 
@@ -144,26 +142,6 @@ def check_sharded(args: Any, *, teaches_itself: bool) -> None:
         raise ConfigError("on_policy cannot be had under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
     if teaches_itself:
         raise ConfigError("Under FSDP a PEFT student cannot be its own teacher. Give a teacher, which is sharded too.")
-
-
-def check_run(args: TrainingArguments, *, fsdp_version: int | None, zero_stage: int | None = None) -> None:
-    """Refuse ways of running in which the loss would be wrong.
-
-    Raises:
-        ConfigError: nn.DataParallel, the first version of FSDP, or ZeRO-3.
-    """
-    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
-        raise ConfigError(
-            f"One process sees {args.n_gpu} GPUs and would use nn.DataParallel, which cannot run the losses. "
-            "Start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
-        )
-    if fsdp_version == 1:
-        raise ConfigError("FSDP version 1 is not supported. Set fsdp_version: 2 in the accelerate config.")
-    if zero_stage == 3:
-        raise ConfigError(
-            "DeepSpeed ZeRO-3 is not supported: it would share out a teacher that no engine gathers again. Use FSDP "
-            "version 2 (examples/accelerate/fsdp2.yaml), or zero_stage: 2."
-        )
 
 
 def check_separate(student: nn.Module, teacher: object) -> None:

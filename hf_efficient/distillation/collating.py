@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, shown
-from .batch import IGNORED, Task, base_of, task_of
+from ..training.batch import IGNORED, Task, base_of, task_of
 
 IDS = ("input_ids", "decoder_input_ids")
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, default_data_collato
 
 from ..errors import ConfigError, DataError
 from ..models.modes import eval_mode
-from .batch import IGNORED, Batch, Task, base_of, forward_names, task_of
+from ..training.batch import IGNORED, Batch, Task, base_of, forward_names, task_of
 from .collating import CheckedCollator
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
-from .batch import base_of
+from ..training.batch import base_of
 
 Pairs = list[tuple[int, int]]
 LayerMap = str | Sequence[Sequence[int]] | dict[str, Any]

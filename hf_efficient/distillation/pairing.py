@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.token_masks import counts_columns, first_positions
+from ..training.batch import Batch, Task, base_of, forward_names
 from .arguments import DistillationArguments
-from .batch import Batch, Task, base_of, forward_names
 from .cache.cache import TeacherCache
 from .checks import check_cut, check_models, check_on_policy, check_shared_encoder, common_vocabulary
 from .hidden_states import wanted_states

@@ -12,7 +12,7 @@ that eager attention gives while training have gone through dropout.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,24 +22,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.families import find_stacks, is_known
 from ..models.linears import num_inputs, output_dim
-from .batch import base_of
+from ..training.batch import base_of
+from .losses.relations import Projected
 
 Place = tuple[str, int]  # stack, and layer from 0
 Modules = dict[Place, nn.Module]
-
-
-@dataclass(frozen=True)
-class Projected:
-    """What one attention compares: query `[B, H, T, D]`, key `[B, K, T, D]`, value `[B, K, T, Dv]`.
-
-    output: what its module gives, `[B, T, width]`; empty until it has.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float
-    output: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..models.heads import SINGLE_LABEL
+from ..models.pooling import pool
+from ..training.batch import Batch
 from .answers import Answer
-from .batch import Batch
 from .layer_map import Pairs
 from .losses.chunks import sum_together
 from .losses.draws import DrawnTokens
-from .losses.losses import SINGLE_LABEL, ce_loss, ce_rows, hidden_loss, kd_loss, kd_rows, pool
+from .losses.losses import ce_loss, ce_rows, hidden_loss, kd_loss, kd_rows
 from .losses.projections import project
-from .losses.relations import attention_loss, relation_loss
+from .losses.relations import Projected, attention_loss, relation_loss
 from .losses.top_k import TopLogits
-from .recorded import Projected
 
 
 @dataclass(frozen=True)

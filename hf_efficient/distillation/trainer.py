@@ -25,20 +25,20 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
+from ..models.heads import MULTI_LABEL, REGRESSION
 from ..models.modes import eval_mode
 from ..runtimes.quantization import take_floats
+from ..training.batch import Batch, Task, base_of, first_tokens
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
 from .adapters import own_base, without_adapters
 from .answers import Answer, read_answer
 from .arguments import DistillationArguments
-from .batch import Batch, Task, base_of, first_tokens
 from .cache.cache import TeacherCache
 from .checks import check_alone, check_separate, check_sharded
 from .collating import CheckedCollator
 from .generation import write
 from .layer_map import Pairs
-from .losses.losses import MULTI_LABEL, REGRESSION
 from .losses.projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
 from .pairing import pair, share_encoder
 from .recorded import recording

@@ -29,13 +29,14 @@ from ..attention.registry import ATTENTIONS
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.families import find_stacks, is_known
+from ..models.heads import SINGLE_LABEL
 from ..models.modes import eval_mode
 from ..models.token_masks import counts_columns, first_positions
+from ..training.batch import Batch, Task, forward_names
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
-from .batch import Batch, Task, forward_names
 from .checks import NEEDS_DECODER_INPUTS
-from .losses.losses import SINGLE_LABEL, hidden_loss
+from .losses.losses import hidden_loss
 
 LEARNING_RATE = 1e-2
 

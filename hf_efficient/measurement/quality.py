@@ -204,7 +204,7 @@ def inputs_of(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if model.main_input_name in names:
         inputs = {key: value for key, value in inputs.items() if key in names}
     else:  # a wrapper such as PEFT's names none and passes all on
-        from ..distillation.batch import base_of
+        from ..training.batch import base_of
 
         model = base_of(model)
         names = inspect.signature(model.forward).parameters

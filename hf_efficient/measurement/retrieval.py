@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..distillation.losses.losses import pool
 from ..errors import DataError
+from ..models.pooling import pool
 from ..models.token_masks import token_masks
 
 PAIR = "pair"

@@ -29,6 +29,12 @@ _LAST = ("AutoModelForTextEncoding", "AutoModelForMultimodalLM", "AutoModelForPr
 _EFFICIENT = "Efficient"
 _PREPARE = "prepare_decoder_input_ids_from_labels"
 
+# All that `problem_type` of a config may be.
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+
 
 def auto_class_of_architecture(name: str) -> str | None:
     """The Auto class that makes models of the class `name`; an efficient class counts as the stock one.

@@ -13,7 +13,7 @@ _CALLS = {
     "AutoModelForTokenClassification": "model(**inputs).logits.argmax(dim=-1)",
     "AutoModelForQuestionAnswering": "model(**inputs).start_logits.argmax().item()",
 }
-# Of an encoder without a head; as `distillation.losses.losses.pool` does it.
+# Of an encoder without a head; as `models.pooling.pool` does it.
 _POOLED = {
     "mean": "(states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
     "cls": "states[torch.arange(len(states)), mask.argmax(1)]  # the first token",

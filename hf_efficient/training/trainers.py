@@ -30,11 +30,11 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
-from ..distillation.batch import base_of
-from ..distillation.checks import check_run
 from ..errors import TrainingError
 from ..models.loading import load_model
 from ..models.token_masks import real_inputs
+from .batch import base_of
+from .checks import check_run
 from .meter import Meter
 from .resuming import STATE, check_moments, check_schedule, check_state, clear_faults
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from hf_efficient.data.datasets import check_labels, prepare
-from hf_efficient.distillation.batch import Batch, task_of
 from hf_efficient.errors import ConfigError, DataError
+from hf_efficient.training.batch import Batch, task_of
 
 from .test_datasets import own_cache  # noqa: F401 (a fixture)
 from .test_datasets import rows as animals

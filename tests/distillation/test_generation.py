@@ -4,9 +4,9 @@ import datasets
 import pytest
 import torch
 
-from hf_efficient.distillation.batch import Batch, task_of
 from hf_efficient.distillation.generation import teacher_texts, write
 from hf_efficient.errors import ConfigError
+from hf_efficient.training.batch import Batch, task_of
 
 from .cache.test_cache import collate_rows, make_cache, rows_of
 from .test_trainer import make_trainer, weights

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from hf_efficient import DistillationTrainer, PruningConfig, TeacherCache, build_student, cache_teacher, prune
-from hf_efficient.distillation.batch import task_of
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
+from hf_efficient.training.batch import task_of
 
 from ..families import make_model
 from .test_trainer import weights

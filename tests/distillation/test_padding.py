@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from hf_efficient import AttentionConfig, convert_attention
-from hf_efficient.distillation.batch import Batch, task_of
 from hf_efficient.distillation.cache.cache import TeacherCache
 from hf_efficient.distillation.cache.write import cache_teacher
 from hf_efficient.distillation.generation import teacher_texts, write
 from hf_efficient.distillation.trainer import DistillationTrainer
+from hf_efficient.training.batch import Batch, task_of
 
 from .tiny import LABELS, PAD, VOCABULARY, arguments, bert, examples, llama, t5
 

@@ -16,10 +16,10 @@ from transformers import (
     T5Model,
 )
 
-from hf_efficient.distillation.batch import Batch, task_of
-from hf_efficient.distillation.losses.losses import pool
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
+from hf_efficient.models.pooling import pool
+from hf_efficient.training.batch import Batch, task_of
 
 from .test_trainer import make_trainer, trained, weights
 from .tiny import VOCABULARY, bert, collate, examples, llama, make_pair

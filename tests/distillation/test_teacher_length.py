@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_efficient.distillation.arguments import DistillationArguments
-from hf_efficient.distillation.batch import first_tokens
 from hf_efficient.distillation.losses.divergences import find_divergence, log_probabilities
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError
+from hf_efficient.training.batch import first_tokens
 
 from .tiny import arguments, bert, collate, examples, make_pair
 

@@ -13,12 +13,12 @@ from transformers import BertForMultipleChoice, DistilBertConfig, DistilBertForS
 
 from hf_efficient.cli.programs.dry_run import describe
 from hf_efficient.distillation import hidden_states
-from hf_efficient.distillation.batch import Batch, task_of
 from hf_efficient.distillation.hidden_states import selects_positions
 from hf_efficient.distillation.losses.projections import ATTRIBUTE
 from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
+from hf_efficient.training.batch import Batch, task_of
 
 from .tiny import VOCABULARY, WITH_HEAD, arguments, bert, collate, examples, make_pair, t5
 
@@ -346,7 +346,8 @@ def test_what_is_refused(tmp_path):
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     from transformers.training_args import ParallelMode
 
-    from hf_efficient.distillation.checks import check_run, check_sharded
+    from hf_efficient.distillation.checks import check_sharded
+    from hf_efficient.training.checks import check_run
 
     args = arguments(tmp_path)
     monkeypatch.setattr(type(args), "parallel_mode", ParallelMode.NOT_DISTRIBUTED)

@@ -78,7 +78,7 @@ import sys, types
 package = types.ModuleType("hf_efficient")
 package.__path__ = [{str(PACKAGE)!r}]
 sys.modules["hf_efficient"] = package
-import hf_efficient.measure, hf_efficient.reporting.card, hf_efficient.reporting.plots
+import hf_efficient.measurement.measure, hf_efficient.reporting.card, hf_efficient.reporting.plots
 print([name for name in ("torch", "transformers", "matplotlib", "huggingface_hub") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForTokenClassification, BertModel
 
-from hf_efficient.distillation.losses.losses import pool
 from hf_efficient.errors import ConfigError, DataError
 from hf_efficient.measurement import retrieval
 from hf_efficient.measurement.quality import compare_quality, evaluate_quality, macro_f1, task_of
 from hf_efficient.measurement.retrieval import find_pairs
+from hf_efficient.models.pooling import pool
 
 from .models import bert_config
 from .test_quality import token_data

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, set_seed
 
 from ...data.datasets import TASKS, check_labels
 from ...distillation.arguments import DistillationArguments
-from ...distillation.batch import IGNORED
 from ...distillation.cache.cache import TeacherCache
 from ...distillation.student import build_student
 from ...distillation.terms import LOSSES, check_losses
@@ -25,6 +24,7 @@ from ...distillation.trainer import DistillationTrainer
 from ...errors import CheckpointError, ConfigError
 from ...io.text import show
 from ...models.loading import load_config, load_model
+from ...models.token_masks import IGNORED
 from ...training.trainers import MarkComplete, last_checkpoint, leave_processes
 from .dry_run import describe
 from .flags import DataArguments, parse

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...distillation.batch import base_of
 from ...distillation.trainer import DistillationTrainer
 from ...models.modes import eval_mode
+from ...training.batch import base_of
 
 ADAM_STATES = 2
 

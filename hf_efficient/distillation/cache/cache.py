@@ -32,8 +32,8 @@ from ...io.disk import inside
 from ...io.json import read_json
 from ...models.loading import load_config
 from ...models.rebuild import find_model_class
+from ...training.batch import Batch, forward_names
 from ..answers import Answer
-from ..batch import Batch, forward_names
 from ..collating import Collator
 from ..layer_map import Pairs
 from ..terms import LOSSES

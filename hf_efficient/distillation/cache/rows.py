@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...models.heads import PROBLEMS
+from ...models.pooling import POOLINGS, pool
+from ...training.batch import LABELS, TASK_KINDS, Batch, Task
 from ..answers import Answer
-from ..batch import LABELS, TASK_KINDS, Batch, Task
 from ..losses.draws import DrawnTokens
-from ..losses.losses import MAX_TEMPERATURE, POOLINGS, PROBLEMS, pool
+from ..losses.losses import MAX_TEMPERATURE
 from ..losses.top_k import TopLogits
 
 PREFIX = "teacher_"

@@ -22,13 +22,14 @@ from transformers import PreTrainedModel, default_data_collator
 from ...errors import CheckpointError, ConfigError
 from ...io.disk import clear_disk_errors, new_folder, write_atomic
 from ...models.modes import eval_mode
+from ...models.pooling import POOLINGS
 from ...models.token_masks import counts_columns, first_positions
+from ...training.batch import Batch, base_of, forward_names, task_of
 from ..answers import read_answer
-from ..batch import Batch, base_of, forward_names, task_of
 from ..collating import CheckedCollator
 from ..hidden_states import wanted_states
 from ..layer_map import depths, width
-from ..losses.losses import MAX_TEMPERATURE, POOLINGS
+from ..losses.losses import MAX_TEMPERATURE
 from .cache import CONFIG, MANIFEST, MAX_SHARDS, SEAL, Manifest, TeacherCache, digest_of, features_of, open_shard, seal
 from .rows import DTYPES, KEY, Layout, row_keys
 

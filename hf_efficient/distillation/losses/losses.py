@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import DataError, unknown_name
+from ...models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .chunks import RowSum
 from .divergences import find_divergence, forward_kl_of_logits, log_probabilities
 from .draws import DrawnTokens
 from .top_k import TopLogits
 
-MULTI_LABEL = "multi_label_classification"
-REGRESSION = "regression"
-SINGLE_LABEL = "single_label_classification"
 MAX_TEMPERATURE = 1000.0
-PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)  # all that a config's problem_type may be
 
 
 def check_shape(values: Tensor, mask: Tensor) -> None:
@@ -155,24 +152,6 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "
         values = values.flatten(1).mean(dim=1)
     return values.sum(), mask.sum()
 
-
-def pool(states: Tensor, mask: Tensor, kind: str = "mean") -> Tensor:
-    """One vector for each example: the mean of its tokens, its first (`cls`) or its last one.
-
-    Shapes: states [batch, positions, width]; mask [batch, positions], or [batch] for images, whose positions all
-    count; gives [batch, width]. An example without any token gives zeros.
-    """
-    if kind not in POOLINGS:
-        raise unknown_name("pooling", kind, POOLINGS)
-    where = mask if mask.dim() == 2 else mask[:, None].expand(-1, states.shape[1])
-    wide = states.to(torch.promote_types(states.dtype, torch.float32)).masked_fill(~where[..., None], 0)
-    if kind == "mean":
-        return wide.sum(1) / where.sum(1, keepdim=True).clamp_min(1)
-    ends = where.long() if kind == "cls" else where.long().cumsum(1)  # argmax gives the first of equals
-    return wide[torch.arange(len(wide), device=wide.device), ends.argmax(1)]
-
-
-POOLINGS = ("mean", "cls", "last")
 
 HIDDEN_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),

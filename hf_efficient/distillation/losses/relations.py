@@ -8,15 +8,29 @@ query itself where `causal`. Weights are those of the bare scores: no dropout, w
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, unknown_name
-from ..recorded import Projected
 from .divergences import LOG_ZERO, kl, log_probabilities
 
 ATTENTION_LOSSES = ("kl", "mse")
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What one attention compares: query `[B, H, T, D]`, key `[B, K, T, D]`, value `[B, K, T, Dv]`.
+
+    output: what its module gives, `[B, T, width]`; empty until it has.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def attention_loss(

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_efficient.distillation.losses import chunks
 from hf_efficient.distillation.losses.chunks import sum_together
 from hf_efficient.distillation.losses.divergences import DIVERGENCES
-from hf_efficient.distillation.losses.losses import MULTI_LABEL, ce_loss, ce_rows, kd_loss, kd_rows
+from hf_efficient.distillation.losses.losses import ce_loss, ce_rows, kd_loss, kd_rows
 from hf_efficient.distillation.losses.top_k import TopLogits
+from hf_efficient.models.heads import MULTI_LABEL
 
 from ..test_trainer import make_trainer, weights
 from ..tiny import make_pair

@@ -7,8 +7,8 @@ import torch
 from transformers import AttentionInterface
 
 from hf_efficient import AttentionConfig, convert_attention
-from hf_efficient.distillation.losses.relations import attention_loss, relation_loss
-from hf_efficient.distillation.recorded import Projected, recording, self_attentions
+from hf_efficient.distillation.losses.relations import Projected, attention_loss, relation_loss
+from hf_efficient.distillation.recorded import recording, self_attentions
 from hf_efficient.errors import ConfigError
 
 from .. import naive

@@ -22,9 +22,8 @@ from transformers.utils import ModelOutput
 
 from ..errors import DataError, UnsupportedModelError
 from ..models.families import find_stacks, is_known
-from ..models.heads import auto_class_of_architecture, decoder_inputs
+from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, auto_class_of_architecture, decoder_inputs
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
-from .losses.losses import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 # How labels and logits are aligned, by the Auto class of the model's class.
 KINDS = {

@@ -1,0 +1,182 @@
+"""What hangs together in a model: groups of units, by the table of families, never by tracing.
+
+A *unit* is one head (under grouped-query attention: one key/value head with its query heads) or one FFN neuron.
+Removing it removes outputs of the linears that make it and inputs of the linear that reads it. A *group* is the units
+of one attention module or one FFN. Where a position bias is shared by all layers of a stack (T5, which also hands a
+bias of zeros from cross attention to cross attention), the heads of all layers form one group: they only leave
+together.
+
+    for group in Anatomy.of(model).groups:
+        print(group.stack, group.kind, group.layers, group.units)
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention.dispatch import ATTACHED, variant_of
+from .families import Attention
+from .linears import input_dim, output_dim
+from .stacks import ModelStack
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows or columns of one parameter that units own.
+
+    `name` is its path inside the member, `dim` the dimension of the units, `width` how many rows a unit has there. A
+    fused linear has `parts` blocks of them, one after another, and a unit has `width` rows of every block.
+    """
+
+    name: str
+    dim: int
+    width: int = 1
+    parts: int = 1
+
+    def count(self, tensor: torch.Tensor) -> int:
+        """How many units a tensor of this shape holds."""
+        return tensor.shape[self.dim] // (self.parts * self.width)
+
+    def rows(self, units: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The row numbers of these units in a tensor of this shape, on its device."""
+        blocks = torch.arange(self.parts) * (tensor.shape[self.dim] // self.parts)
+        return (blocks[:, None] + expand(units, self.width)).flatten().to(tensor.device)
+
+    def by_unit(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[units, numbers of a unit]`: a tensor of this shape, unit by unit."""
+        blocks = tensor.movedim(self.dim, 0).unflatten(0, (self.parts, -1, self.width))
+        return blocks.transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One module of a group: the parameters that its units own parts of, relative to `prefix`.
+
+    `inputs` are weights of linears whose outputs are the unit, `output` is the weight of the linear that reads it, and
+    `others` are what multiplies nothing: biases, a table of relative positions, learned parts of an attention variant.
+    """
+
+    prefix: str
+    inputs: tuple[Slice, ...]
+    output: Slice
+    others: tuple[Slice, ...] = ()
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        return (*self.inputs, self.output, *self.others)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are scored and removed alike. `kind` is `heads`, `cross_heads` or `neurons`."""
+
+    stack: str
+    kind: str
+    layers: tuple[int, ...]
+    units: int
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        """`encoder.3.neurons`; of several layers the first."""
+        return f"{self.stack}.{self.layers[0]}.{self.kind}"
+
+
+def groups_of(stack: ModelStack) -> list[Group]:
+    """The groups of one stack, layer by layer."""
+    groups = [group for index in range(len(stack.layers)) for group in _layer_groups(index, stack)]
+    if stack.family.relative_bias:
+        for kind in stack.attentions:
+            groups = _couple(groups, kind)
+    return groups
+
+
+def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
+    layer, place = stack.layers[index], stack.layer_prefix(index)
+    width = stack.head_width
+    wide = stack.group_size * width  # all query heads of one key/value head: they leave together
+    groups = []
+    for kind, attention in stack.attentions.items():
+        inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
+        member = _member(layer, place, inputs, (attention.output, wide), _learned(attention, layer, wide))
+        if stack.family.relative_bias and kind == "heads" and index == 0:
+            table = Slice(f"{stack.family.relative_bias}.weight", 1, stack.group_size)
+            member = replace(member, others=(*member.others, table))
+        groups.append(_group(layer, stack.name, kind, index, member))
+    ups = ((up, 1) for up in stack.up)
+    groups.append(_group(layer, stack.name, "neurons", index, _member(layer, place, ups, (stack.down, 1))))
+    return groups
+
+
+def _group(layer: nn.Module, stack: str, kind: str, index: int, member: Member) -> Group:
+    units = member.output.count(layer.get_parameter(member.output.name))
+    return Group(stack, kind, (index,), units, (member,))
+
+
+def _member(
+    layer: nn.Module,
+    place: str,
+    writers: Iterable[tuple[str, int]],
+    reader: tuple[str, int],
+    others: tuple[Slice, ...] = (),
+) -> Member:
+    """From the linears that make the units and the one that reads them, with how many rows a unit has in each."""
+    inputs, biases = [], []
+    for (path, width), parts in Counter(writers).items():
+        linear = layer.get_submodule(path)
+        inputs.append(Slice(f"{path}.weight", output_dim(linear), width, parts))
+        if linear.bias is not None:
+            biases.append(Slice(f"{path}.bias", 0, width, parts))
+    path, width = reader
+    output = Slice(f"{path}.weight", input_dim(layer.get_submodule(path)), width)
+    return Member(place, tuple(inputs), output, (*biases, *others))
+
+
+def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, ...]:
+    """The learned parts of a variant: one row for each key/value head, or for each query head."""
+    variant = variant_of(layer.get_submodule(attention.module))
+    if variant is None:
+        return ()
+    linear = layer.get_submodule(attention.output)
+    units = linear.weight.shape[input_dim(linear)] // wide
+    return tuple(
+        Slice(f"{attention.module}.{ATTACHED}.{name}", 0, len(parameter) // units)
+        for name, parameter in variant.named_parameters()
+    )
+
+
+def _couple(groups: list[Group], kind: str) -> list[Group]:
+    """Join all groups of one kind into one."""
+    together = [group for group in groups if group.kind == kind]
+    joined = Group(
+        stack=together[0].stack,
+        kind=kind,
+        layers=tuple(layer for group in together for layer in group.layers),
+        units=together[0].units,
+        members=tuple(member for group in together for member in group.members),
+    )
+    return [joined] + [group for group in groups if group.kind != kind]
+
+
+def output_module(model: PreTrainedModel, member: Member) -> nn.Module:
+    """The linear that reads the units of a member."""
+    return model.get_submodule(f"{member.prefix}.{member.output.name.removesuffix('.weight')}")
+
+
+def output_weight(model: PreTrainedModel, member: Member) -> nn.Parameter:
+    """The weight that reads the units of a member; `member.output` says where."""
+    return model.get_parameter(f"{member.prefix}.{member.output.name}")
+
+
+def unit_parameters(model: PreTrainedModel, member: Member) -> list[tuple[nn.Parameter, Slice]]:
+    """Every parameter that a unit owns a part of, and which part that is."""
+    return [(model.get_parameter(f"{member.prefix}.{part.name}"), part) for part in member.slices]
+
+
+def expand(units: torch.Tensor, width: int) -> torch.Tensor:
+    """Unit numbers to row or column numbers: unit 2 of width 3 is 6, 7, 8."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
