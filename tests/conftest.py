@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Hashable
-from itertools import combinations
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from .helpers import covering
 from .processes import run_module
 
 
@@ -42,32 +42,14 @@ def pytest_collection_modifyitems(config, items):
             items_of.setdefault((item.path, item.originalname, *mark.args), []).append(item)
     left_out = {item for item in items if "thorough" in item.keywords}
     for (_, _, *strength), rows in items_of.items():
-        left_out |= set(rows) - set(covering(rows, *strength))
+        item_of = {tuple(map(_hashable, item.callspec.params.values())): item for item in rows}
+        left_out |= set(rows) - {item_of[values] for values in covering(list(item_of), *strength)}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
 
-def covering(items, strength=1):
-    """A choice of the rows of one test in which every value of every argument occurs.
-
-    With strength 2 every two values of two arguments occur together that do so in any row. Greedy: the row that adds
-    most is next, the first of equals.
-    """
-
-    def parts(item):
-        params = item.callspec.params
-        values = [(name, params[name] if isinstance(params[name], Hashable) else id(params[name])) for name in params]
-        return set(combinations(values, min(strength, len(values))))
-
-    open_parts = {item: parts(item) for item in items}
-    chosen = []
-    while any(open_parts.values()):
-        best = max(open_parts, key=lambda item: len(open_parts[item]))
-        chosen.append(best)
-        added = open_parts.pop(best)
-        for others in open_parts.values():
-            others -= added
-    return chosen
+def _hashable(value):
+    return value if isinstance(value, Hashable) else id(value)
 
 
 def pytest_terminal_summary(terminalreporter, config):

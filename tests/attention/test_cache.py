@@ -40,6 +40,7 @@ def in_steps(inputs, cuts, key_mask=None, bias=None, **options):
 CUTS = {"token by token": range(1, 150), "chunks": (1, 3, 40, 41, 140), "prefill and tokens": range(100, 150)}
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("global_tokens", [0, 3])

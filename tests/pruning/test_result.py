@@ -32,6 +32,9 @@ KINDS = {
 JOBS = [(kind, form) for kind in KINDS for form in FORMS]
 SOME = ("global", "layers")  # of the kinds, where all families are generated with
 CONVERTED = [("converted", form) for form in FORMS]
+# Without --thorough every form is saved with one kind, and every kind with several forms.
+CHOSEN = {(kind, form) for i, form in enumerate(FORMS) for j, kind in enumerate([*KINDS, "converted"]) if i % 6 == j}
+SAVED = selected([*JOBS, *CONVERTED], lambda *job: job in CHOSEN)
 
 
 def portable(kind: str, form: str) -> bool:
@@ -47,11 +50,12 @@ def pruned(kind: str, form: str):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, pytestconfig):
     """Every result saved, and a converted and pruned one, then all opened by one other process."""
     root, jobs = tmp_path_factory.mktemp("pruned"), []
-    models = {(kind, form): pruned(kind, form) for kind, form in JOBS}
-    for kind, form in CONVERTED:
+    rows = [job for job in (*JOBS, *CONVERTED) if job in CHOSEN or pytestconfig.getoption("--thorough")]
+    models = {(kind, form): pruned(kind, form) for kind, form in rows if kind != "converted"}
+    for kind, form in (job for job in rows if job[0] == "converted"):
         converted = convert_attention(make_form(form), AttentionConfig("local", window=2))
         models[kind, form] = prune(converted, KINDS["global"], form_batches(form))
     for (kind, form), model in models.items():
@@ -70,7 +74,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("kind", "form"), [*JOBS, *CONVERTED])
+@pytest.mark.parametrize(("kind", "form"), SAVED)
 def test_a_fresh_process_computes_the_same(folders, kind, form):
     _, reports, models = folders
     report, model = reports[f"{kind}-{form}"], models[kind, form]
@@ -81,7 +85,7 @@ def test_a_fresh_process_computes_the_same(folders, kind, form):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("kind", "form"), [*JOBS, *CONVERTED])
+@pytest.mark.parametrize(("kind", "form"), SAVED)
 def test_portable_results_open_with_the_stock_class_and_others_fail_loudly(folders, kind, form):
     root, reports, models = folders
     stock, stays_stock = reports[f"{kind}-{form}"]["stock"], is_portable(models[kind, form])
@@ -92,7 +96,7 @@ def test_portable_results_open_with_the_stock_class_and_others_fail_loudly(folde
     assert (stock == "ok") == stays_stock, stock
 
 
-@pytest.mark.parametrize(("kind", "form"), JOBS)
+@pytest.mark.parametrize(("kind", "form"), selected(JOBS, lambda *job: job in CHOSEN))
 def test_parameters_fall_by_what_the_units_cost(kind, form):
     """For heads and neurons: exactly the parameters of the units that left; the table shapes follow."""
     dense, small = make_form(form), pruned(kind, form)
@@ -107,7 +111,7 @@ def test_parameters_fall_by_what_the_units_cost(kind, form):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form",), selected([(form,) for form in FORMS], lambda form: ("global", form) in CHOSEN))
 def test_bytes_on_disk_fall(folders, form):
     root, _, models = folders
     size = (root / f"global-{form}" / "model.safetensors").stat().st_size
@@ -148,6 +152,7 @@ def test_uniform_fields_of_the_stock_config():
     assert pruned("layers", "gpt2").config.n_inner is None
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("form", "kind"),
     selected([(form, kind) for form in GENERATING for kind in KINDS], lambda form, kind: kind in SOME),

@@ -59,6 +59,7 @@ def assert_equals_naive(inputs: list[Tensor], mask: Tensor | None, **options: ob
         assert_close(actual, expected, 1e-10, name)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -266,6 +267,7 @@ class _Module(nn.Module):
         return attend(query, key, value, mask, causal=self.causal)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiles_whole(causal):
     function = compiled(attend, causal=causal)
@@ -274,7 +276,7 @@ def test_compiles_whole(causal):
         assert_close(function(*inputs, mask), attend(*inputs, mask, causal=causal), 1e-12)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_exports_with_any_length(causal):
     auto = torch.export.Dim.AUTO
     example = (*make_inputs(200), padding_mask("right", 2, 200))

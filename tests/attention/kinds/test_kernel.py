@@ -58,6 +58,7 @@ def assert_equals_naive(
         assert_close(actual, expected, 1e-10, name)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130, 257, 1000])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -75,6 +76,7 @@ def test_every_kernel_equals_naive(kernel, causal, seen):
     assert_equals_naive(make_inputs(seen, batch=1), None, kernel=kernel, causal=causal)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("seen", "length"), [(5, 1), (300, 1), (300, 3), (700, 65), (700, DENSE + 1), (700, 699)])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("features", [False, True])
@@ -278,6 +280,7 @@ def test_compiles_whole(causal, features):
         assert_close(whole(*inputs), module(*inputs), 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("features", [False, True])
 def test_exports_with_any_length(causal, features):

@@ -35,6 +35,7 @@ def assert_equals_twin(feature_map, inputs, mask=None, **options):
     assert_equals_naive(fast, naive, inputs, mask, weights, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -91,6 +92,7 @@ def test_gradcheck(causal, feature_map):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -219,6 +221,7 @@ def test_half_precision_sums_in_single(causal, feature_map):
     assert_close(cast, expected, 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("feature_map", "causal"),
     selected(
@@ -238,6 +241,7 @@ def test_compiles_whole(feature_map, causal):
             assert_close(grad, expected_grad, 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_exports_with_any_length(causal, feature_map):

@@ -24,6 +24,7 @@ from ..cases import (
 )
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -45,6 +46,7 @@ def test_equals_naive_at_a_thousand(causal):
     assert_equals_naive(local_attention, naive_local_attention, make_inputs(1000), mask, bias, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("seen", "length"), [(5, 1), (40, 1), (150, 1), (150, 3), (150, 63), (300, 200)])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("global_tokens", [0, 3])
@@ -175,6 +177,7 @@ def test_dropout_is_unbiased():
     assert_mean_unbiased(local_attention, window=3, global_tokens=1)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal == (count == 0))
 )

@@ -52,6 +52,7 @@ def assert_equals_twin_with_mix(inputs, mask=None, **options):
     assert_equals_naive(fast, naive, inputs, mask, mix, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -329,6 +330,7 @@ def test_half_precision(dtype, tolerance, causal):
     assert_close(cast, expected, 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "feature_map"), selected([(False, "elu"), (True, "hedgehog")], lambda causal, _: causal)
 )
@@ -344,7 +346,7 @@ def test_compiles_whole(causal, feature_map):
             assert_close(grad, expected_grad, 1e-12)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_exports_with_any_length(causal):
     class Module(torch.nn.Module):
         def forward(self, query, key, value, mask):

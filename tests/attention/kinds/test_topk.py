@@ -55,6 +55,7 @@ def decode(inputs, mask, steps, **options):
     return torch.cat(outs, 2)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
@@ -280,6 +281,7 @@ def test_dropout_is_unbiased():
     assert_mean_unbiased(topk_attention, block_size=2, top_k=2, global_tokens=1)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal and count == 0)
 )
@@ -291,6 +293,7 @@ def test_compiles_whole(causal, global_tokens):
         assert_close(function(*inputs, mask), topk_attention(*inputs, mask, **options), 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(causal, global_tokens):
