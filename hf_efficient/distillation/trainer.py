@@ -25,9 +25,9 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..errors import ConfigError
+from ..models.checks import take_floats
 from ..models.heads import MULTI_LABEL, REGRESSION
 from ..models.modes import eval_mode
-from ..runtimes.quantization import take_floats
 from ..training.batch import Batch, Task, base_of, first_tokens
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
