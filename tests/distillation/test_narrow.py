@@ -11,8 +11,8 @@ from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.groups import find_groups
 
 from ..families import make_inputs, make_model
-from .test_trainer import make_trainer
 from .tiny import collate, examples, make_pair
+from .training import make_trainer
 
 NARROWED = ("bert", "roberta", "distilbert", "modernbert", "vit", "llama", "qwen3", "gpt2", "t5", "bart")
 FULL, SMALL = 16, 8

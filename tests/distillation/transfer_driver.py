@@ -14,7 +14,7 @@ from hf_efficient.attention import registry
 from hf_efficient.attention.config import KINDS
 from hf_efficient.training.trainers import leave_processes
 
-from .test_transfer import KIND, Sharpened, converted, learned, make_trainer
+from .sharpened import KIND, Sharpened, converted, learned, make_trainer
 
 
 def main(out: str, batch_size: str) -> None:

@@ -18,8 +18,8 @@ from hf_efficient.reporting.plots import save_plots
 from hf_efficient.reporting.schema import MAX_ITEMS, Quality, Report, Score, StageRecord
 from hf_efficient.reporting.tables import best_export, format_ratio, format_speedup, markdown_results, text_table
 
+from .pages import full_report, parsed
 from .samples import COMPARISON, STUDENT, TEACHER, sample_report
-from .test_page import full_report, parsed
 
 EVIL = "\x1b[2J\u202e$\\frac{$ **b** [l](http://evil) ![i](http://evil/x.png) <img src=x> `c` | d\n# head\n---\nx: y"
 

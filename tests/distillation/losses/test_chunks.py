@@ -17,8 +17,8 @@ from hf_efficient.distillation.losses.losses import ce_loss, ce_rows, kd_loss, k
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.models.heads import MULTI_LABEL
 
-from ..test_trainer import make_trainer, weights
 from ..tiny import make_pair
+from ..training import make_trainer, weights
 
 LOSSES = ["ce", "binary", "top", *DIVERGENCES]
 
