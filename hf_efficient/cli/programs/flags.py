@@ -5,7 +5,6 @@
 A YAML file has the same names as the flags; a flag wins over it.
 """
 
-import inspect
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedModel
 
-from ...data.datasets import TASKS, PreparedData, load_dataset_any, prepare
+from ...data.datasets import load_dataset_any
+from ...data.preparation import PreparedData, prepare
+from ...data.tasks import ROLES, TASKS, column_name
 from ...errors import ConfigError, unknown_name
 from ...io.yaml import parse as parse_yaml
 from ...models.loading import load_model, load_processor
@@ -79,7 +80,7 @@ class DataArguments:
             test_fraction=self.test_fraction,
             label_column=self.label_column,
         )
-        names = set(inspect.signature(prepare).parameters) & set(vars(self)) - {"dataset", "task"}
+        names = [*map(column_name, ROLES), "max_length", "image_size"]
         return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})
 
 
