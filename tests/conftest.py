@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from .helpers import covering
+from .helpers import THOROUGH, covering
 from .processes import run_module
 
 
@@ -30,6 +30,11 @@ def _forked(request, monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="all combinations of families and kinds, not a selection")
+
+
+def pytest_configure(config):
+    if config.getoption("--thorough"):
+        os.environ[THOROUGH] = "1"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,12 +1,21 @@
 """What several tests share."""
 
+import os
 from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+THOROUGH = "HF_EFFICIENT_THOROUGH"  # set in the environment before a test is imported
+
+
+def random_examples(count: int, **options: Any) -> settings:
+    """So many random examples with `--thorough`, else a third of them, but 10 at least."""
+    return settings(max_examples=count if THOROUGH in os.environ else max(count // 3, 10), deadline=None, **options)
 
 
 def selected(jobs: Iterable[tuple], is_selected: Callable[..., bool]) -> list[Any]:

@@ -23,8 +23,8 @@ from hf_efficient.distillation.transfer import (
 )
 from hf_efficient.models.families import find_stacks
 
-from ..families import CASES, TWO_STACKS, make_inputs, make_model, real_logits
-from ..helpers import assert_close
+from ..families import BUILDS, CASES, TWO_STACKS, make_inputs, make_model, real_logits
+from ..helpers import assert_close, selected
 from ..processes import launch
 from .sharpened import KIND, START, Sharpened, arguments, collate, converted, learned, make_trainer, rows
 
@@ -38,7 +38,7 @@ def _sharpened(monkeypatch):
     monkeypatch.setitem(registry.ATTENTIONS, KIND, Sharpened)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name",), selected([(name,) for name in CASES], lambda name: name in BUILDS))
 def test_the_learned_parts_find_what_is_known_to_be_right(name, tmp_path):
     trainer = make_trainer(name, tmp_path)
     before = trainer.evaluate()
@@ -325,6 +325,7 @@ LEARNED = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("kind", [kind for kind, config in LEARNED.items() if config.kind in registry.ATTENTIONS])
 def test_every_learned_kind_comes_closer(name, kind, tmp_path):

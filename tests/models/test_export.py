@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_efficient import PruningConfig, convert_attention, prune
 
 from ..attention.tiny import TINY
-from ..families import CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_model
+from ..families import BUILDS, CAUSAL, TWO_STACKS, VOCABULARY, make_inputs, make_model
 from ..helpers import assert_close, selected
 from ..pruning.forms import FORMS, form_inputs, make_form
 
@@ -16,7 +16,6 @@ JOBS = [("bert", name) for name in TINY] + [(family, "local") for family in ("ll
 JOBS += [("llama", name) for name in ("linear-elu", "local_linear", "additive", "strided")]
 CHOSEN = ("linear-elu", "additive")  # each kind's own tests export it too
 JOBS = selected(JOBS, lambda *job: job in (("bert", "local-global"), ("t5", "local")))
-PRUNED = ("bert", "vit", "llama", "gpt2-cross", "t5", "clip")  # one of each build
 
 
 def make(family, name):
@@ -82,7 +81,7 @@ def test_images_export():
     assert_close(program.module()(**inputs).logits, model(**inputs).logits, 1e-5)
 
 
-@pytest.mark.parametrize(("form",), selected([(form,) for form in FORMS], lambda form: form in PRUNED))
+@pytest.mark.parametrize(("form",), selected([(form,) for form in FORMS], lambda form: form in BUILDS))
 def test_a_pruned_model_exports(form):
     """Another number of heads and neurons in each layer, which the program must not take from the config."""
     model, inputs = make_form(form), form_inputs(form, side=None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from hf_efficient.attention.naive import naive_kernel_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import DIM, HEADS, assert_causal, assert_mean_unbiased, assert_padding_is_inert, compiled, make_inputs
 
 PROJECTION = draw_projection(6, DIM, seed=3).double()
@@ -85,7 +85,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side, features):
     assert_equals_naive(inputs, mask, features, causal=True)
 
 
-@settings(max_examples=25, deadline=None)
+@random_examples(25)
 @given(data=st.data(), seen=st.integers(1, 800), causal=st.booleans(), features=st.booleans(), holes=st.booleans())
 def test_any_shape_equals_naive(data, seen, causal, features, holes):
     length = data.draw(st.integers(1, seen)) if causal else seen

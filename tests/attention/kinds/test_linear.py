@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -12,7 +12,7 @@ from hf_efficient.attention.naive import naive_linear_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, padding_mask, selected
+from ...helpers import assert_close, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -53,7 +53,7 @@ def test_equals_naive_at_a_thousand(causal, feature_map):
     assert_equals_twin(feature_map, make_inputs(1000), padding_mask("left", 2, 1000), causal=causal)
 
 
-@settings(max_examples=30, deadline=None)
+@random_examples(30)
 @given(data=st.data(), seen=st.integers(1, 300), length=st.integers(1, 300), feature_map=st.sampled_from(MAPS))
 def test_any_shape_equals_naive(data, seen, length, feature_map):
     causal = data.draw(st.booleans())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -18,7 +18,7 @@ from hf_efficient.attention.naive import naive_linear_attention, naive_local_lin
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -86,7 +86,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side):
         assert_equals_twin_with_mix(inputs, mask, window=window, causal=True)
 
 
-@settings(max_examples=30, deadline=None)
+@random_examples(30)
 @given(data=st.data(), seen=st.integers(1, 300), window=st.integers(1, 140), feature_map=st.sampled_from(MAPS))
 def test_any_shape_equals_naive(data, seen, window, feature_map):
     causal = data.draw(st.booleans())

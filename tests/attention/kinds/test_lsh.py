@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -15,7 +15,7 @@ from hf_efficient.attention.naive import naive_lsh_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     assert_causal,
@@ -77,7 +77,7 @@ def test_queries_at_the_end_equal_naive(form, seen, length, side):
         assert_equals_naive(lsh_attention, naive_lsh_attention, inputs, mask, bias, **hashing(causal=True))
 
 
-@settings(max_examples=40, deadline=None)
+@random_examples(40)
 @given(data=st.data(), seen=st.integers(1, 200), block_size=st.integers(1, 90), num_hashes=st.integers(1, 4))
 def test_any_shape_equals_naive(data, seen, block_size, num_hashes):
     causal = data.draw(st.booleans())

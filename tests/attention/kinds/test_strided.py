@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient import AttentionConfig
@@ -16,7 +16,7 @@ from hf_efficient.attention.naive import naive_strided_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -79,7 +79,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side, global_tokens):
         assert_equals_naive(strided_attention, naive_strided_attention, inputs, mask, bias, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(data=st.data(), seen=st.integers(1, 100), block_size=st.integers(1, 20), global_tokens=st.integers(0, 5))
 def test_any_shape_equals_naive(data, seen, block_size, global_tokens):
     causal = data.draw(st.booleans())

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient import AttentionConfig
@@ -15,7 +15,7 @@ from hf_efficient.attention.naive import naive_full_attention, naive_topk_attent
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -77,7 +77,7 @@ def test_equals_naive_at_a_thousand(causal, monkeypatch):
     assert_equals_naive(topk_attention, naive_topk_attention, make_inputs(1000), mask, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(data=st.data(), seen=st.integers(1, 80), block_size=st.integers(1, 20), global_tokens=st.integers(0, 5))
 def test_any_shape_equals_naive(data, seen, block_size, global_tokens):
     batch, kv_heads = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 4]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.distillation.cache.cache import TeacherCache
@@ -21,6 +21,7 @@ from hf_efficient.distillation.losses.losses import kd_loss
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 
+from ...helpers import random_examples
 from ..caching import collate_rows, make_cache, rows_of
 from ..tiny import CASES, HEADLESS, VOCABULARY, arguments, collate, examples, llama, make_pair
 from ..training import make_trainer, weights
@@ -104,7 +105,7 @@ def test_a_seq2seq_answer_belongs_to_its_output(tmp_path):
 # ---- top k ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@random_examples(50)
 @given(
     seed=st.integers(0, 2**31),
     k=st.integers(1, 12),
