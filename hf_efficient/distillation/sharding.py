@@ -15,7 +15,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ..models.families import find_stacks, is_known
+from ..models.anatomy import Anatomy
+from ..models.families import is_known
 
 
 def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -50,4 +51,4 @@ def resharded(teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def _layer_classes(model: PreTrainedModel) -> list[str] | None:
     if not is_known(model.config):
         return None  # what the model says itself
-    return sorted({type(layer).__name__ for _, layers in find_stacks(model) for layer in layers})
+    return sorted({type(layer).__name__ for stack in Anatomy.of(model).stacks for layer in stack.layers})

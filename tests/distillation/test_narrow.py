@@ -6,9 +6,9 @@ import torch
 from hf_efficient.distillation import narrow
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import find_stacks
 from hf_efficient.models.rebuild import is_portable
-from hf_efficient.pruning.cut.groups import find_groups
 
 from ..families import make_inputs, make_model
 from .tiny import collate, examples, make_pair
@@ -20,8 +20,8 @@ FULL, SMALL = 16, 8
 
 def stream_axes(model):
     """By the smaller model itself, of heads that are as many as shall stay."""
-    small = build_student(model, heads=narrow.heads_for(model, SMALL, None))
-    return small, narrow._stream_axes(small, narrow._narrow_config(small, SMALL), FULL, SMALL)
+    small = build_student(model, heads=narrow.heads_for(Anatomy.of(model), SMALL, None))
+    return small, narrow._stream_axes(small, narrow._narrow_config(Anatomy.of(small), SMALL), FULL, SMALL)
 
 
 def scale_dimensions(model, dimensions, factor):
@@ -122,7 +122,7 @@ def test_it_learns_through_projections(case, tmp_path):
 def test_heads_and_neurons_are_narrowed_beside_it():
     model = make_model("llama")
     student = build_student(model, layers=2, heads=1, neurons=24, hidden_size=SMALL)
-    sizes = {(group.kind, group.units) for group in find_groups(student)}
+    sizes = {(group.kind, group.units) for group in Anatomy.of(student).groups}
     assert sizes == {("heads", 1), ("neurons", 24)} and is_portable(student)
     assert student.config.head_dim == 4 and student.config.num_attention_heads == 2
 
