@@ -7,7 +7,7 @@ A YAML file has the same names as the flags; a flag wins over it.
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from ...models.loading import load_model, load_processor
 
 
 @dataclass
-class DataArguments:
-    """The teacher, and the data that it is asked about; the help of each field says what it means."""
-
+class _Source:
     dataset: str = field(
         metadata={
             "help": "bundled:NAME, Hub id (user/name or user/name:config), save_to_disk folder, or a .csv, .tsv, "
@@ -35,15 +33,19 @@ class DataArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Hub id or folder of a trained teacher; the loss ce alone needs none."}
     )
-    text_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Second text of a pair, if there is one."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    target_column: str | None = field(default=None, metadata={"help": "Output text of seq2seq."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    tokens_column: str | None = field(default=None, metadata={"help": "Lists of words, for token-classification."})
-    question_column: str | None = field(default=None, metadata={"help": "For question-answering."})
-    context_column: str | None = field(default=None, metadata={"help": "The text that holds the answer."})
-    answers_column: str | None = field(default=None, metadata={"help": "The answers, in the layout of SQuAD."})
+
+
+_Columns: Any = make_dataclass(  # a flag for each role that a column can have
+    "_Columns",
+    [(column_name(role), str | None, field(default=None, metadata={"help": ROLES[role].help})) for role in ROLES],
+    bases=(_Source,),
+)
+
+
+@dataclass
+class DataArguments(_Columns):
+    """The teacher, and the data that it is asked about; the help of each field says what it means."""
+
     max_length: int | None = field(
         default=None, metadata={"help": "In tokens; default: the tokenizer's, at most 512."}
     )
