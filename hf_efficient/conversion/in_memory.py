@@ -11,7 +11,6 @@ measured as any model, but no class could load it from disk: it refuses to be sa
 
 import copy
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from ..attention.config import MAX_WINDOW, AttentionConfig
 from ..attention.dispatch import ATTACHED, NAME, attach, decodes_from_state, efficient_attention_forward
@@ -28,6 +27,7 @@ from ..attention.registry import ATTENTIONS
 from ..attention.variant import HeadShape
 from ..errors import UnsupportedModelError, unknown_name
 from ..models.families import FAMILIES
+from ..models.interface import changed_interface
 from ..models.rebuild import check_has_weights
 from ..runtimes.quantization import check_floats
 from .mixing import Mixing, spread_layers
@@ -35,7 +35,6 @@ from .probe import Inputs, check_reached, forward_names, run, run_steps, tiny_in
 
 PROBE = f"{NAME}_probe"
 TOLERANCE = 1e-3  # of the largest output; half precision: 50 times that
-_PROBING = threading.Lock()  # the registers are global: one probe at a time
 
 
 class _Layer(NamedTuple):
@@ -249,9 +248,9 @@ def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> t
     that call it."""
     recorder, name = _Recorder(), type(model).__name__
     try:
-        with _PROBING:
-            AttentionInterface.register(PROBE, recorder.attend)
-            AttentionMaskInterface.register(PROBE, recorder.mask)
+        with changed_interface() as functions:
+            functions[PROBE] = recorder.attend
+            AttentionMaskInterface.register(PROBE, recorder.mask)  # what makes masks asks for those registered only
             _use(model, PROBE)
             output = run(model, inputs)
         layers = [layer for module, layer in recorder.layers.items() if module not in recorder.crossed]
@@ -262,7 +261,7 @@ def _self_attentions(model: PreTrainedModel, inputs: Inputs, expected: Any) -> t
             f"causality. Models of this family cannot be converted. ({error})"
         ) from error
     finally:
-        recorder.layers, recorder.crossed = {}, set()  # the registers keep the recorder, not the model
+        recorder.layers, recorder.crossed = {}, set()  # the register keeps the recorder, not the model
     if not layers:
         raise UnsupportedModelError(
             f"{name} does not call transformers' attention interface, so there is nothing to convert (as DeBERTa, "

@@ -97,10 +97,10 @@ def check_shared_encoder(task: Task, student: nn.Module, teacher: nn.Module, los
     """
     if len(task.stacks) < 2 or task.kind != "tokens":
         raise ConfigError("share_encoder=True is for encoder-decoders that generate, such as T5, BART and Whisper.")
-    looking = [name for name in losses if LOSSES[name].maps_layers]
-    if looking:
+    by_layer = [name for name in losses if LOSSES[name].maps_layers]
+    if by_layer:
         raise ConfigError(
-            f"share_encoder=True runs the encoder once, so {' and '.join(f'`{name}`' for name in looking)} would "
+            f"share_encoder=True runs the encoder once, so {' and '.join(f'`{name}`' for name in by_layer)} would "
             "compare it with itself. Leave them out of losses, or share_encoder."
         )
     own, other = (base_of(model).get_encoder().state_dict() for model in (student, teacher))
@@ -139,7 +139,7 @@ def check_sharded(args: Any, *, teaches_itself: bool) -> None:
         ConfigError: a student that generates, or that is its own teacher.
     """
     if args.on_policy:
-        raise ConfigError("on_policy cannot be had under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
+        raise ConfigError("on_policy does not work under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
     if teaches_itself:
         raise ConfigError("Under FSDP a PEFT student cannot be its own teacher. Give a teacher, which is sharded too.")
 

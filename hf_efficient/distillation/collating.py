@@ -51,7 +51,7 @@ class CheckedCollator(Collator):
             batch = self.collate(rows)
         except (ValueError, RuntimeError) as error:
             lengths = {name: {len(row[name]) for row in rows} for name in IDS if all(name in row for row in rows)}
-            ragged = [name for name, found in lengths.items() if len(found) > 1]
+            ragged = [name for name, sizes in lengths.items() if len(sizes) > 1]
             if not ragged:
                 raise
             raise DataError(

@@ -24,8 +24,9 @@ from ..pruning.plan import PruningPlan
 from ..pruning.score.calibration import check_calibration
 from ..pruning.score.stream import Batch
 from ..pruning.score.units import activation, magnitude
-from .layer_map import MAPS, chosen_layers
+from .layer_map import chosen_layers
 from .narrow import heads_for, narrow
+from .options import MAPS
 
 Layers = int | Sequence[int]
 
@@ -71,11 +72,11 @@ def build_student(
     depths = {stack.name: len(modules) for stack, modules in find_stacks(check_model(teacher))}
     if layer_map not in MAPS or layer_map == "auto":
         raise unknown_name("layer_map", layer_map, [name for name in MAPS if name != "auto"])
-    wanted = dict.fromkeys(depths, layers) if not isinstance(layers, Mapping | None) else layers or {}
-    for stack in wanted:
+    chosen = dict.fromkeys(depths, layers) if not isinstance(layers, Mapping | None) else layers or {}
+    for stack in chosen:
         if stack not in depths:
             raise unknown_name("stack of this model", stack, depths)
-    kept = {stack: _kept(wanted[stack], depths[stack], layer_map) for stack in depths if stack in wanted}
+    kept = {stack: _kept(chosen[stack], depths[stack], layer_map) for stack in depths if stack in chosen}
     batches = check_calibration(teacher, calibration)
     if hidden_size is not None:
         heads = heads_for(teacher, hidden_size, heads)
@@ -100,8 +101,8 @@ def _units(
         return {}
     groups = [g for g in find_groups(teacher) if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
     units = {}
-    found = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
-    for group, scores in found.items():
+    importance = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
+    for group, scores in importance.items():
         name, count = ("neurons", neurons) if group.kind == "neurons" else ("heads", heads)
         if count is None:
             continue

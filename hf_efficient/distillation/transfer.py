@@ -177,23 +177,23 @@ class TransferTrainer(StepTrainer):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """For each learned attention the squared error, and the squared softmax output, summed over real queries."""
         model.eval()
-        masks, given = self._masks(inputs, rows), self._model_inputs(inputs)
+        masks, kwargs = self._masks(inputs, rows), self._model_inputs(inputs)
 
         def body(forward: Callable) -> dict[str, tuple[Tensor, Tensor]]:
             with transferring(self.attentions, masks) as errors:
-                forward(**given)
+                forward(**kwargs)
             return errors
 
         return call_inside(model, self.accelerator.unwrap_model(model, keep_torch_compile=False), body)
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the forward takes, never labels: no loss of the model's own, and no more logits than it must make."""
-        given = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
+        kwargs = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
         if self._shift is not None and inputs.get("labels") is not None and inputs.get("decoder_input_ids") is None:
-            given["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.task).labels)
+            kwargs["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.task).labels)
         if counts_columns(self.model, self._names):
-            given |= first_positions(inputs)
-        return given | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
+            kwargs |= first_positions(inputs)
+        return kwargs | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
 
     def _masks(self, inputs: dict[str, Any], rows: int | None = None) -> dict[str, Tensor]:
         """The real queries of each stack, `[B, T]`; `[B]` for images."""
@@ -264,17 +264,17 @@ def find_attentions(model: PreTrainedModel) -> dict[str, _Attention]:
     """
     if not is_known(model.config):
         paths = {name.removesuffix(f".{ATTACHED}"): module for name, module in model.named_modules()}
-        found = {name: module for name, module in paths.items() if isinstance(module, AttentionVariant)}
-        return {name: _Attention(variant, _stack_of(name)) for name, variant in found.items()}
-    found = {}
+        attentions = {name: module for name, module in paths.items() if isinstance(module, AttentionVariant)}
+        return {name: _Attention(variant, _stack_of(name)) for name, variant in attentions.items()}
+    attentions = {}
     for stack, layers in find_stacks(model):
         for key, attention in stack.attentions(model.config).items():
             ending = ".cross" if key == "cross_heads" else ""
             for index, layer in enumerate(layers):
                 variant = variant_of(layer.get_submodule(attention.module))
                 if variant is not None:
-                    found[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)
-    return found
+                    attentions[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)
+    return attentions
 
 
 def _stack_of(path: str) -> str:
@@ -292,27 +292,27 @@ def check_learned(attentions: dict[str, _Attention]) -> None:
     if any(attention.is_learned for attention in attentions.values()):
         return
     kinds = sorted({attention.variant.config.kind for attention in attentions.values()})
-    given = (
+    reason = (
         f"The attention of this model ({', '.join(kinds)}) has no learned parts"
         if kinds
         else ("The attention of this model is not converted")
     )
     raise UnsupportedModelError(
-        f"{given}, so there is nothing to transfer. Kinds that have: {', '.join(learned_kinds())}; others need no "
+        f"{reason}, so there is nothing to transfer. Kinds that have: {', '.join(learned_kinds())}; others need no "
         "transfer, or are trained with the whole model (DistillationTrainer)."
     )
 
 
 def learned_kinds() -> list[str]:
     """The kinds with learned parts; of a kind that has them for some feature maps only, those."""
-    found = []
+    learned = []
     for kind in ATTENTIONS:
         if "feature_map" not in KINDS[kind]:
-            found += [kind] * _is_learned(AttentionConfig(kind))
+            learned += [kind] * _is_learned(AttentionConfig(kind))
             continue
         maps = [name for name in FEATURE_MAPS if _is_learned(AttentionConfig(kind, feature_map=name))]
-        found += [kind] if len(maps) == len(FEATURE_MAPS) else [f"{kind} with feature_map={name!r}" for name in maps]
-    return found
+        learned += [kind] if len(maps) == len(FEATURE_MAPS) else [f"{kind} with feature_map={name!r}" for name in maps]
+    return learned
 
 
 def _is_learned(config: AttentionConfig) -> bool:

@@ -297,11 +297,11 @@ _PLAIN = {entry.name for entry in dataclasses.fields(TrainingSettings)}
 
 
 def _check_option(name: str, value: Any) -> None:
-    """As `DistillationArguments` checks it; its import is paid by those who use one."""
-    from ..distillation.arguments import DistillationArguments
+    """As `DistillationArguments` checks it."""
+    from ..distillation.options import DistillationOptions
 
     try:
-        DistillationArguments(output_dir="unused", report_to="none", **{name: value})
+        DistillationOptions(**{name: value})
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{name}: {error}") from None
 

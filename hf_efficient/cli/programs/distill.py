@@ -201,5 +201,5 @@ def _accuracy() -> Callable[[Any], dict[str, float]]:
 
 
 def _span_accuracy(prediction: Any) -> dict[str, float]:
-    right = [found == told for found, told in zip(prediction.predictions, prediction.label_ids, strict=True)]
+    right = [guess == answer for guess, answer in zip(prediction.predictions, prediction.label_ids, strict=True)]
     return {"span_accuracy": float((right[0] & right[1]).mean())}

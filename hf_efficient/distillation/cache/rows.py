@@ -19,7 +19,7 @@ from ...models.pooling import POOLINGS, pool
 from ...training.batch import LABELS, TASK_KINDS, Batch, Task
 from ..answers import Answer
 from ..losses.draws import DrawnTokens
-from ..losses.losses import MAX_TEMPERATURE
+from ..losses.tables import MAX_TEMPERATURE
 from ..losses.top_k import TopLogits
 
 PREFIX = "teacher_"
@@ -182,23 +182,23 @@ class Layout:
 
     def answer(self, batch: Batch) -> Answer:
         """What `unpack` put into the batch, as the teacher would have given it."""
-        given = {name: batch.inputs[PREFIX + name] for name in self.columns()}
+        columns = {name: batch.inputs[PREFIX + name] for name in self.columns()}
         states = {
-            (stack, position): given[_hidden(stack, position)]
+            (stack, position): columns[_hidden(stack, position)]
             for stack in self.task.stacks
             for position in self.hidden_states
         }
-        if "pooled" in given:
-            return Answer(None, states, pooled=given["pooled"])
+        if "pooled" in columns:
+            return Answer(None, states, pooled=columns["pooled"])
         if self.top_k is not None:
             top = TopLogits(
-                given["top_ids"].long(), given["top_logits"], given["log_sum_exp"][..., 0], self.temperature
+                columns["top_ids"].long(), columns["top_logits"], columns["log_sum_exp"][..., 0], self.temperature
             )
             return Answer(top, states)
         if self.sampled is not None:
-            drawn = DrawnTokens(given["drawn_ids"].long(), given["entropy"][..., 0], self.temperature)
+            drawn = DrawnTokens(columns["drawn_ids"].long(), columns["entropy"][..., 0], self.temperature)
             return Answer(drawn, states)
-        logits = given["logits"]
+        logits = columns["logits"]
         if self.task.kind == "spans":
             logits = batch.span_logits(*logits.unbind(-1))
         return Answer(logits, states)
@@ -252,10 +252,10 @@ def _numpy(values: Tensor, dtype: str) -> np.ndarray:
     wide = values.float() if values.dtype == torch.bfloat16 else values
     array = wide.contiguous().numpy()
     with np.errstate(over="ignore"):
-        kept = array.astype(dtype, copy=False).reshape(-1)
-    if dtype == "float16" and np.isinf(kept).any() and not np.isinf(array).any():
+        narrow = array.astype(dtype, copy=False).reshape(-1)
+    if dtype == "float16" and np.isinf(narrow).any() and not np.isinf(array).any():
         raise DataError("The teacher's numbers are too large for float16: keep them with dtype='float32'.")
-    return kept
+    return narrow
 
 
 def _readable(dtype: str) -> str:

@@ -4,20 +4,17 @@
     reverse  KL(q || p)                                            MiniLLM, Gu et al. 2023
     jsd      b KL(p || m) + (1 - b) KL(q || m), m = b p + (1-b) q  generalised Jensen-Shannon, GKD, Agarwal et al. 2023
 
-    divergence = DIVERGENCES["jsd"](teacher_log_probs, student_log_probs, beta=0.5)    # [..., classes] -> [...]
+    divergence = jensen_shannon(teacher_log_probs, student_log_probs, beta=0.5)     # [..., classes] -> [...]
 
 `jsd` tends to 0, not to a KL, as `beta` goes to 0 or 1: the two KLs have their own names.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from ...errors import unknown_name
 
 # Stands for log 0. Its exp is 0, and 0 times it is 0, where 0 times -inf would be NaN.
 LOG_ZERO = -1e30
@@ -73,14 +70,3 @@ def reverse_kl(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
 def jensen_shannon(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
-
-
-Divergence = Callable[[Tensor, Tensor, float], Tensor]
-
-DIVERGENCES: dict[str, Divergence] = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
-
-
-def find_divergence(name: str) -> Divergence:
-    if name not in DIVERGENCES:
-        raise unknown_name("divergence", name, DIVERGENCES)
-    return DIVERGENCES[name]
