@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_efficient.models.classes import auto_classes
 from hf_efficient.models.families import FAMILIES
-from hf_efficient.models.rebuild import auto_classes
 
 VOCABULARY, LENGTH, PADDED = 50, 13, 5
 PAD, END = 0, 1

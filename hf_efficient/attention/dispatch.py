@@ -18,7 +18,6 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
 from ..errors import UnsupportedModelError
-from ..models.families import Family
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
 from .engines.parts import full_attention, full_weights
@@ -29,30 +28,6 @@ from .variant import AttentionVariant, HeadShape
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
 ATTACHED = "efficient_attention"
-
-
-def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> None:
-    """Refuse a kind that has no place for what the attention of this family is made of.
-
-    Raises:
-        UnsupportedModelError: a relative position bias that would be dropped, or cross attention of a kind that needs
-            queries and keys of one sequence.
-    """
-    if config.kind == "full":
-        return
-    variant = ATTENTIONS[config.kind]
-    if cross and not variant.takes_cross:
-        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_cross)
-        raise UnsupportedModelError(
-            f"{config.kind!r} attention needs queries and keys of one sequence, so it cannot serve cross attention. "
-            f"Kinds that can: {allowed}; or leave cross attention full."
-        )
-    if family.relative_bias and not cross and not variant.takes_bias:
-        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_bias)
-        raise UnsupportedModelError(
-            f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
-            f"Kinds that keep it for the pairs they see: {allowed}."
-        )
 
 
 def attach(

@@ -105,16 +105,11 @@ def load(name: str, task: str | None) -> Any:
 
 def fitting_length(config: Any, asked: int | None, usual: int) -> int:
     """What was asked for; else the usual length, or all that a model of this config takes if that is less."""
-    from ..errors import UnsupportedModelError
-    from ..models.families import family_of
+    from ..models.families import token_limit
 
     if asked is not None:
         return asked
-    try:
-        limit = family_of(config).longest_text(config)
-    except UnsupportedModelError:  # any model can be measured
-        limit = getattr(config, "max_position_embeddings", None)
-    return min(usual, limit or usual)
+    return min(usual, token_limit(config, rotary=False) or usual)
 
 
 def main() -> None:

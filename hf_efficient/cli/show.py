@@ -165,7 +165,7 @@ def _names() -> dict[str, list[str]]:
     from ..data.preparation import TASKS
     from ..distillation.terms import LOSSES
     from ..models.families import FAMILIES
-    from ..pruning.config import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
+    from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
     from ..recipes.recipe import shipped_recipes
     from ..recipes.stages import STAGES
     from ..runtimes.export import FORMATS

@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.config import AttentionConfig
-from ..attention.dispatch import ATTACHED, check_fit
+from ..attention.dispatch import ATTACHED
 from ..errors import ConfigError
 from ..models.block import ATTENTIONS, EfficientBlock, StackBlock
 from ..models.classes import block_of, with_block
 from ..models.families import family_of, find_stacks, is_known, layers_prefix
 from ..models.loading import load_config
 from ..models.rebuild import check_model, rebuild
+from ..models.structure import check_fit
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
 from .probe import check_reached

@@ -26,10 +26,9 @@ from ..attention.masks import key_mask
 from ..attention.registry import ATTENTIONS
 from ..attention.variant import HeadShape
 from ..errors import UnsupportedModelError, unknown_name
+from ..models.checks import check_floats, check_has_weights
 from ..models.families import FAMILIES
 from ..models.interface import changed_interface
-from ..models.rebuild import check_has_weights
-from ..runtimes.quantization import check_floats
 from .mixing import Mixing, spread_layers
 from .probe import Inputs, check_reached, forward_names, run, run_steps, tiny_inputs
 

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..models.classes import block_of, with_block
-from ..models.families import Family, family_of
+from ..models.families import Family, family_of, token_limit
 from ..models.rebuild import check_model, rebuild
 
 
@@ -50,15 +50,6 @@ def extend_positions(
     for key in _tables(family, state):
         state[key] = torch.cat([state[key][:first], extended(state[key][first:], length)])
     return rebuild(model, with_block(model.config, block_of(model.config), **changes), state)
-
-
-def token_limit(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model of this config takes; None where nothing says so (relative positions, images)."""
-    family = family_of(config)
-    if family.positions or family.max_positions is None:
-        return family.longest_text(config)
-    limit, rope = getattr(config, family.max_positions), config.rope_parameters or {}
-    return int(limit * rope["factor"]) if rope.get("rope_type") == "dynamic" else limit
 
 
 def longer_config(

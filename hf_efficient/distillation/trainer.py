@@ -25,8 +25,8 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import ConfigError
+from ..models.checks import take_floats
 from ..models.modes import eval_mode
-from ..runtimes.quantization import take_floats
 from ..training.batch import Batch, Task, base_of, first_tokens
 from ..training.forward import call_inside
 from ..training.trainers import Counts

@@ -12,10 +12,6 @@ CONFIG_NAMES = {EFFICIENT_PREFIX + name: f"Efficient{family.config_name}" for na
 def __getattr__(name: str):
     if not name.startswith("Efficient"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in CONFIG_NAMES.values():
-        from .classes import find_config_class
+    from .classes import find_config_class, find_model_class
 
-        return find_config_class(name)
-    from .rebuild import find_model_class
-
-    return find_model_class(name)
+    return find_config_class(name) if name in CONFIG_NAMES.values() else find_model_class(name)

@@ -1,21 +1,30 @@
-"""Efficient config classes: the stock config plus one `efficient` block.
+"""Efficient classes: the stock config plus one `efficient` block, the stock model plus what the block says.
 
     EfficientBertConfig(BertConfig): model_type = "efficient_bert", efficient = {...}
+    EfficientBertForSequenceClassification(EfficientMixin, BertForSequenceClassification)
 
-The classes are made here, one for each entry of `families.FAMILIES`. A config whose block is trivial is written as the
-stock config, so that the checkpoint loads anywhere: see `save_pretrained`.
+After the stock `__init__` the mixin gives the model the structure of the block (`models.structure`). No modelling code
+is copied, and state-dict keys stay the stock ones, so a stock checkpoint loads straight into an efficient class.
+
+The classes are made here, for each entry of `families.FAMILIES`, when they are asked for. A config whose block is
+trivial is written as the stock config, so that the checkpoint loads anywhere: see `save_pretrained`.
 """
 
 import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
+from ..attention.dispatch import NAME, decodes_from_state, fill_missing
+from ..attention.variant import AttentionVariant
+from ..errors import UnsupportedModelError
 from .block import EfficientBlock, check_block, check_stock_sizes
 from .families import EFFICIENT_PREFIX, FAMILIES, Family, family_of
-from .saving import write_loader
+from .saving import LOADER, write_loader
+from .structure import apply_block
 
 # What `to_dict` adds and a constructor must not get back.
 _NOT_FIELDS = ("model_type", "transformers_version", "auto_map", "efficient")
@@ -32,8 +41,6 @@ class EfficientConfigMixin:
         super().__post_init__(**kwargs)
         self.block()
         # A config is the first thing that anything needs of a family: only now are its model classes worth making.
-        from .rebuild import register_models
-
         register_models(family_of(self))
 
     def block(self) -> EfficientBlock:
@@ -47,8 +54,6 @@ class EfficientConfigMixin:
         if self.block().is_trivial():
             stock_config(self).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
             return
-        from .rebuild import auto_map
-
         self.auto_map = auto_map(self)
         write_loader(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -117,3 +122,135 @@ def _make(config_class: type[PreTrainedConfig], config: PreTrainedConfig, **chan
     made = config_class(**copy.deepcopy(fields) | changes)
     made._name_or_path = config._name_or_path
     return made
+
+
+class EfficientMixin:
+    """What every efficient model class adds to its stock class."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        block = config.block()
+        if block.is_converted():
+            config._attn_implementation = NAME
+        super().__init__(config, *args, **kwargs)
+        apply_block(self, block)
+        if not block.is_trivial():
+            _seal_parts(self, block)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
+        if self.config.block().is_converted():
+            _refuse_switching(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def initialize_weights(self) -> None:
+        """As the stock method; what no checkpoint held of the variants starts as in a new one."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, AttentionVariant):
+                fill_missing(module)
+
+    def _valid_auto_compile_criteria(self, *args, **kwargs) -> bool:
+        """As the stock method, but not while layers decode from a state: a CUDA graph needs tensors that stay."""
+        return not decodes_from_state(self) and super()._valid_auto_compile_criteria(*args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the source file of the class for an answer; the stock class has the right file.
+        return cls._stock_class._can_set_attn_implementation()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Nothing: transformers would copy this installed source file into every checkpoint."""
+
+
+def _seal_parts(model: PreTrainedModel, block: EfficientBlock) -> None:
+    """In the stock models inside an efficient one, what would lose its structure without a word is an error."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model:
+            if block.is_converted():
+                part.set_attn_implementation = _refuse_switching
+            if not isinstance(part.config, EfficientConfigMixin):
+                part.save_pretrained = part.push_to_hub = partial(_refuse_saving_part, type(part).__name__)
+
+
+def _refuse_switching(attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    if attn_implementation != NAME:
+        raise UnsupportedModelError(
+            f"This model's attention was converted, so attn_implementation={attn_implementation!r} cannot be "
+            'set. To undo the conversion: convert_attention(model, AttentionConfig(kind="full")).'
+        )
+
+
+def _refuse_saving_part(kind: str, *args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(
+        f"This {kind} is part of a converted or pruned model, and its config does not know of that: it would load "
+        f"with stock attention and sizes. Save the whole model, or convert or prune a {kind} of its own."
+    )
+
+
+@cache
+def auto_classes(family: Family) -> dict[str, tuple[type, type[PreTrainedModel]]]:
+    """Every `AutoModel*` that has a class for the family: its name, itself, and the stock class it gives."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
+        if name.startswith("AutoModel") and mapping is not None and stock_config_class(family) in mapping:
+            found[name] = (auto, stock_classes(auto, family)[0])
+    return found
+
+
+def stock_classes(auto: Any, family: Family) -> tuple[type[PreTrainedModel], ...]:
+    """All that an `AutoModel*` may give for the family: of several, the config's `architectures` names one (DeiT)."""
+    stock = auto._model_mapping[stock_config_class(family)]
+    return stock if isinstance(stock, tuple) else (stock,)
+
+
+@cache
+def efficient_class(stock: type[PreTrainedModel], family: Family) -> type[PreTrainedModel]:
+    """`EfficientBertForSequenceClassification` for `BertForSequenceClassification`."""
+    body = {
+        "__module__": __package__,
+        "__doc__": f"[`{stock.__name__}`] with the structure that its config's `efficient` block describes.",
+        "config_class": efficient_config_class(family),
+        "_stock_class": stock,
+    }
+    return type(f"Efficient{stock.__name__}", (EfficientMixin, stock), body)
+
+
+@cache
+def register_models(family: Family) -> None:
+    """Make every `AutoModel*` of the family know the efficient classes, and load old checkpoints as the stock does."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    config_class = efficient_config_class(family)
+    names = {family.model_type: config_class.model_type}
+    for auto, _ in auto_classes(family).values():
+        efficient = tuple(efficient_class(stock, family) for stock in stock_classes(auto, family))
+        auto._model_mapping.register(config_class, efficient if len(efficient) > 1 else efficient[0], exist_ok=True)
+        names |= {one._stock_class.__name__: one.__name__ for one in efficient}
+    for stock_name, efficient_name in names.items():
+        renamings = get_checkpoint_conversion_mapping(stock_name)
+        if renamings is not None:
+            register_checkpoint_conversion_mapping(efficient_name, renamings, overwrite=True)
+
+
+def auto_map(config: PreTrainedConfig) -> dict[str, str]:
+    """The `auto_map` of config.json: where `trust_remote_code=True` finds each class."""
+    family = family_of(config)
+    classes = {"AutoConfig": efficient_config_class(family).__name__}
+    for name, (auto, _) in auto_classes(family).items():
+        allowed = [efficient_class(stock, family).__name__ for stock in stock_classes(auto, family)]
+        classes[name] = next((one for one in allowed if one in (config.architectures or ())), allowed[0])
+    return {auto: f"{LOADER}.{name}" for auto, name in classes.items()}
+
+
+def find_model_class(name: str) -> type[PreTrainedModel]:
+    """An efficient model class by its name: what `from hf_efficient.models import Efficient...` calls."""
+    stock = getattr(transformers, name.removeprefix("Efficient"), None)
+    is_model = isinstance(stock, type) and issubclass(stock, PreTrainedModel) and stock.config_class is not None
+    if not is_model or stock.config_class.model_type not in FAMILIES:
+        raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+    return efficient_class(stock, FAMILIES[stock.config_class.model_type])

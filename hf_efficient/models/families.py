@@ -199,13 +199,6 @@ class Family:
         """The row of a position table that belongs to the first token of a text."""
         return config.pad_token_id + 1 if self.positions_after_pad else self.position_offset
 
-    def longest_text(self, config: PreTrainedConfig) -> int | None:
-        """How many tokens the position tables have a row for; `None` without tables."""
-        if not self.positions or self.max_positions is None:
-            return None
-        uncounted = self.first_position(config) if self.positions_after_pad else 0
-        return getattr(config, self.max_positions) - uncounted
-
 
 def _encoder(layers: str, attention: Attention, up: tuple[str, ...], down: str, **fields) -> Stack:
     return Stack(name="encoder", layers=layers, attention=attention, up=up, down=down, **fields)
@@ -558,6 +551,26 @@ def family_of(config: PreTrainedConfig) -> Family:
             "the attention of such a model can be converted in memory (`convert_attention`); nothing else."
         )
     return FAMILIES[model_type]
+
+
+def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
+    """How many tokens a text may have; None where nothing says so (relative positions, images alone).
+
+    Parameters:
+        config: of any model; one outside the table is taken at its word.
+        rotary: count the length that a model with rotary positions was made for. It also runs on longer texts; False
+            gives what no text can exceed, the rows of a table.
+    """
+    text = config.get_text_config()
+    family = family_of(text) if is_known(text) else None
+    field = family.max_positions if family else "max_position_embeddings"
+    limit: int | None = getattr(text, field, None) if field else None
+    if limit is None or (family and not family.positions and not rotary):
+        return None
+    if family and family.positions_after_pad:  # RoBERTa counts the rows up to that of the padding token
+        return limit - family.first_position(text)
+    rope = getattr(text, "rope_parameters", None) or {}
+    return int(limit * rope["factor"]) if rope.get("rope_type") == "dynamic" else limit  # where the scaling sets in
 
 
 def find_stacks(model: PreTrainedModel, family: Family | None = None) -> Iterator[tuple[Stack, nn.ModuleList]]:

@@ -9,6 +9,7 @@ import math
 import torch
 
 from ..errors import ConfigError, UnsupportedModelError
+from .families import token_limit
 
 MAX_NUMBERS = 1 << 31  # of one input
 
@@ -56,11 +57,8 @@ def dummy_inputs(
 
 def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     config = model.config.get_text_config()
-    fields = config.to_dict()  # not each family has each of the fields below: T5 has neither limit nor first token
-    limit = fields.get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    rope = fields.get("rope_parameters") or {}
-    if limit is not None and rope.get("rope_type") == "dynamic":  # the limit is where the scaling sets in
-        limit = int(limit * rope["factor"])
+    fields = config.to_dict()  # not each family has each of the fields below: T5 has no first token
+    limit = token_limit(model.config)
     if limit is not None and sequence_length > limit:
         raise ConfigError(
             f"sequence_length={sequence_length}, but {type(model).__name__} has {limit} positions. "

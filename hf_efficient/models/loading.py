@@ -18,6 +18,8 @@ from transformers.initialization import no_init_weights
 from ..data.bundled import resolve_model
 from ..errors import CheckpointError, HfEfficientError, shown
 from ..io.checkpoint import CONFIG, MAX_CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
+from .heads import auto_class_of_architecture
+from .weight_names import check_finite, check_sizes, check_weight_names
 
 ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
@@ -58,8 +60,6 @@ def load_model(
         CheckpointError: it cannot be loaded, or its weights are not those of the model: missing, of another shape, or
             left over.
     """
-    from .weight_names import check_finite, check_weight_names
-
     auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
     folder = _folder(name)
     if folder is not None:
@@ -75,8 +75,6 @@ def load_model(
 
 def _check_folder(auto: Any, folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None) -> None:
     """What can be known before memory is asked for: see `io.checkpoint`, and are model and weights of a size?"""
-    from .weight_names import check_sizes
-
     check_links(folder)
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER).is_file():
@@ -131,8 +129,6 @@ def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
     Raises:
         CheckpointError: the config names no class, or one that no Auto class makes.
     """
-    from .heads import auto_class_of_architecture
-
     config = load_config(name, trust_remote_code=trust_remote_code)
     [architecture, *_] = config.architectures or [""]
     found = auto_class_of_architecture(architecture)

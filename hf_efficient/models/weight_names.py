@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED
 from ..errors import CheckpointError
-from .classes import EfficientConfigMixin
+from .classes import EfficientConfigMixin, efficient_class
 from .families import family_of
-from .rebuild import efficient_class
 
 logger = logging.getLogger(__name__)
 

@@ -70,13 +70,13 @@ def check(run: "Run") -> None:
 
 
 def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConfig") -> None:
+    from ..models.families import token_limit
     from ..pruning.choose.reach import check_reachable
     from ..pruning.price.costs import make_costs
     from ..pruning.score.calibration import DEFAULT_LENGTH
-    from .run import longest_text
 
     length = run.recipe.data.max_length or DEFAULT_LENGTH
-    length = pruning.sequence_length or min(length, longest_text(config) or length)
+    length = pruning.sequence_length or min(length, token_limit(config, rotary=False) or length)
     model = run.skeleton(config)
     # What can be reached in measured time is not known before it is measured: MACs stand in for it.
     metric = "macs" if pruning.metric == "latency" else pruning.metric
@@ -106,12 +106,12 @@ def _check_lengths(recipe: Recipe, config: "PreTrainedConfig") -> None:
     `data.max_length` is that of the final model: the teacher, and stages before the model was extended, read the
     beginning.
     """
+    from ..models.families import token_limit
     from ..recipes.settings import DistillSettings
     from ..recipes.stages import AttentionStage
     from .fit import teacher_cut
-    from .run import longest_text
 
-    limit = longest_text(config)
+    limit = token_limit(config, rotary=False)
     if limit is None:
         return
     _check_length("teacher.max_length", recipe.teacher.max_length if recipe.teacher else None, limit)

@@ -100,11 +100,12 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
         ConfigError: there is no such stage; a second stage's ratio that cannot be reached.
         ConfigError, DataError, UnsupportedModelError, CheckpointError: whatever `compress` refuses before it begins.
     """
+    from ..models.families import token_limit
     from ..pruning.cut.surgery import planned_config
     from ..pruning.prune import plan
     from ..pruning.score.calibration import DEFAULT_LENGTH
     from ..recipes.stages import AttentionStage, PruneStage
-    from .run import Run, longest_text
+    from .run import Run
 
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)).allowed(trust_remote_code)
     run = Run(recipe, Path())
@@ -116,7 +117,7 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
         elif isinstance(stage.settings, PruneStage):
             asked = stage.settings.config
             length = asked.sequence_length or recipe.data.max_length or DEFAULT_LENGTH
-            length = min(length, longest_text(config) or length)
+            length = min(length, token_limit(config, rotary=False) or length)
             model = run.skeleton(config)
             plans.append(plan(model, dataclasses.replace(asked, sequence_length=length)))
             config = planned_config(model, plans[-1])

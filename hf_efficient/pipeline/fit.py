@@ -21,11 +21,12 @@ from transformers import (
 
 from ..data.datasets import PreparedData
 from ..io.disk import remove_own
+from ..models.families import token_limit
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
 from ..recipes.recipe import Recipe
 from ..recipes.settings import DistillSettings, TrainingSettings
 from ..training.trainers import MarkComplete, in_smaller_batches, last_checkpoint
-from .run import Run, longest_text
+from .run import Run
 
 
 def trained(run: Run, settings: TrainingSettings, work: Callable[[int], Any]) -> tuple[Any, dict[str, Any]]:
@@ -64,7 +65,7 @@ def training_arguments(
 
 def teacher_cut(recipe: Recipe, settings: DistillSettings, teacher: PreTrainedConfig) -> int | None:
     """Where the teacher's inputs must be cut, since it takes fewer tokens than the student gets; None: nowhere."""
-    length, limit = settings.max_length or recipe.data.max_length, longest_text(teacher)
+    length, limit = settings.max_length or recipe.data.max_length, token_limit(teacher, rotary=False)
     needed = any(weight for name, weight in settings.losses.items() if name != "ce")
     return limit if needed and limit is not None and length is not None and length > limit else None
 

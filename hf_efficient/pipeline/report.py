@@ -105,10 +105,10 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
 
     from ..conversion.positions import extend_positions
     from ..measurement.latency import compare_latency
+    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
-    from .run import longest_text
 
-    limit, settings = longest_text(teacher.config), run.recipe.measure
+    limit, settings = token_limit(teacher.config, rotary=False), run.recipe.measure
     notes = []
     if limit is not None and (run.recipe.data.max_length or 0) > limit:
         notes.append(

@@ -17,13 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..conversion.positions import token_limit
 from ..data.bundled import resolve_model
 from ..data.datasets import TASKS, PreparedData, Task, load_dataset_any, prepare, rows_digest
 from ..data.preparation import need_column
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
-from ..models.families import family_of
+from ..models.families import token_limit
 from ..models.loading import load_config, load_model, load_processor
 from ..recipes.recipe import Recipe
 from .fresh import fresh_config
@@ -102,7 +101,7 @@ class Run:
         `config`: of the model that reads them. It gets no more tokens than its table of positions has rows.
         """
         max_length = max_length or self.recipe.data.max_length
-        limit = None if config is None else longest_text(config)
+        limit = None if config is None else token_limit(config, rotary=False)
         if limit is not None and max_length is not None:
             max_length = min(max_length, limit)
         if max_length not in self._prepared:
@@ -170,11 +169,6 @@ class Run:
                 if file.is_file()
             ],
         }
-
-
-def longest_text(config: PreTrainedConfig) -> int | None:
-    """The tokens that a table of positions has rows for; None without one: the model then takes any length."""
-    return family_of(config).longest_text(config)
 
 
 def column_texts(run: Run, roles: Sequence[str]) -> Iterator[str]:

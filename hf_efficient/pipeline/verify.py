@@ -21,10 +21,11 @@ def output_digest(model) -> str:
     """sha256 of the first output tensor for a fixed input."""
     import torch
 
+    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
     from ..models.modes import evaluating, using_threads
 
-    length = min(LENGTH, getattr(model.config, "max_position_embeddings", LENGTH))
+    length = min(LENGTH, token_limit(model.config) or LENGTH)
     with evaluating(model), using_threads(1), torch.no_grad():
         output = model(**dummy_inputs(model, 2, length))[0]
     return hashlib.sha256(output.float().cpu().contiguous().numpy().tobytes()).hexdigest()

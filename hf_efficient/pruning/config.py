@@ -5,36 +5,23 @@ PruningConfig(ratio=0.5, metric="latency", sequence_length=128)  # twice as fast
 PruningConfig(granularity="weight", mask_structure="2:4", importance="obs")
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, shown, unknown_name
+from .methods import (
+    ALLOCATIONS,
+    GRANULARITIES,
+    IMPORTANCES,
+    LAYER_IMPORTANCES,
+    METRICS,
+    SCHEDULES,
+    UNIT_KINDS,
+    WEIGHT_IMPORTANCES,
+)
+from .pattern import Pattern, check_weight_importance
 
-# What each granularity of units removes: the kinds of `groups.Group`.
-UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
-
-METRICS = ("macs", "parameters", "latency")
-GRANULARITIES = ("head", "neuron", "layer", "weight")
-# Importances of units, and of layers, with whether they need calibration batches; `register_importance` adds to them.
-IMPORTANCES = {
-    "fisher": True,
-    "taylor": True,
-    "activation": True,
-    "magnitude": False,
-    "magnitude_l1": False,
-    "random": False,
-}
-LAYER_IMPORTANCES = {"loss": True, "block_influence": True}
-WEIGHT_IMPORTANCES = ("magnitude", "random", "activation", "taylor", "fisher", "obs")
-# They tell the weights of one matrix apart, by the error in its output, and say nothing about other matrices.
-OF_ONE_MATRIX = ("activation", "obs")
-# What the gradients of a training run give for free; the last is learned there and nowhere else.
-TRAINED_IMPORTANCES = ("taylor", "fisher", "movement")
-ALLOCATIONS = ("global", "uniform")
-SCHEDULES = ("cubic", "linear", "one-shot")
-MAX_GROUP = 32  # of mask_structure
 LIMITS = {
     "round_to": 4096,
     "steps": 1000,
@@ -103,20 +90,24 @@ class PruningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        structure = None if self.mask_structure is None else _read_structure(self.mask_structure)
+        structure = self.structure
         if self.ratio is None:
-            object.__setattr__(self, "ratio", 0.5 if structure is None else 1 - structure[0] / structure[1])
+            object.__setattr__(self, "ratio", 0.5 if structure is None else structure.zeros)
+        several = isinstance(self.granularity, list | tuple)
+        object.__setattr__(self, "granularity", tuple(self.granularity) if several else (self.granularity,))
+        self._check_values()
+        self._check_importance()
+        self._check_weights()
+
+    def _check_values(self) -> None:
         is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
         if not is_number or not 0 < self.ratio < 1:
             raise ConfigError(
                 f"ratio must lie between 0 and 1 (0.5 removes half), both excluded, got {shown(self.ratio)}."
             )
-        several = isinstance(self.granularity, list | tuple)
-        names = tuple(self.granularity) if several else (self.granularity,)
-        object.__setattr__(self, "granularity", names)
-        if not names:
+        if not self.granularity:
             raise ConfigError(f"granularity is empty; choose from {', '.join(GRANULARITIES)}.")
-        for name in names:
+        for name in self.granularity:
             if name == "vocabulary":
                 raise ConfigError(
                     "The vocabulary leaves together with the tokenizer, after everything else: model, tokenizer = "
@@ -124,12 +115,8 @@ class PruningConfig:
                 )
             if name not in GRANULARITIES:
                 raise unknown_name("granularity", name, GRANULARITIES)
-        for field, known in (
-            ("metric", METRICS),
-            ("allocation", ALLOCATIONS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, field) not in known:
+        for field, known in (("metric", METRICS), ("allocation", ALLOCATIONS), ("schedule", SCHEDULES)):
+            if getattr(self, field) not in tuple(known):  # a value need not be hashable
                 raise unknown_name(field, getattr(self, field), known)
         for field, high in LIMITS.items():
             value, low = getattr(self, field), 0 if field == "seed" else 1
@@ -140,8 +127,6 @@ class PruningConfig:
         for field in ("reconstruct", "rearrange"):
             if type(getattr(self, field)) is not bool:
                 raise ConfigError(f"{field} must be true or false, got {shown(getattr(self, field))}.")
-        self._check_importance()
-        self._check_weights()
 
     def _check_importance(self) -> None:
         for field in ("importance", "layer_importance"):
@@ -183,45 +168,15 @@ class PruningConfig:
                     f"{list(self.granularity)}. Add 'weight' to it, or leave mask_structure out."
                 )
             return
-        if self.importance == "obs" and not self.reconstruct:
-            raise ConfigError(
-                "importance='obs' chooses and updates weights together, so reconstruct=False cannot be honoured. "
-                "Leave it out, or choose importance='activation'."
-            )
+        across_matrices = self.structure is None and self.allocation == "global"
+        check_weight_importance(self.importance, self.reconstruct, across_matrices)
         if self.structure is not None:
-            self._check_structure(*self.structure)
-        elif self.importance in OF_ONE_MATRIX and self.allocation == "global":
-            raise ConfigError(
-                f"importance={self.importance!r} compares the weights of one matrix, so allocation='global' cannot be "
-                "honoured. Set allocation='uniform'."
-            )
-
-    def _check_structure(self, n: int, m: int) -> None:
-        zeros = 1 - n / m
-        if not self._rest and abs(self.ratio - zeros) > 1e-6:
-            raise ConfigError(
-                f"mask_structure='{n}:{m}' makes the fraction {zeros:.4g} of the weights zero, got "
-                f"ratio={self.ratio}. Set that, or leave it out."
-            )
-        if self._rest and self.ratio <= zeros:
-            raise ConfigError(
-                f"mask_structure='{n}:{m}' alone makes the fraction {zeros:.4g} of the weights zero, so with "
-                f"{list(self._rest)} ratio must be more than that, got {self.ratio}."
-            )
-        if self.steps > 1:
-            raise ConfigError(
-                f"mask_structure='{n}:{m}' is reached in one step, got steps={self.steps}. Leave steps out; prune "
-                "units before, by a call of their own."
-            )
-        if "neuron" in self.granularity and self.round_to % m:
-            raise ConfigError(
-                f"mask_structure='{n}:{m}' needs neurons in multiples of {m}, got round_to={self.round_to}."
-            )
+            self.structure.check(self.ratio, self._rest, self.steps, self.round_to)
 
     @property
-    def structure(self) -> tuple[int, int] | None:
+    def structure(self) -> Pattern | None:
         """`mask_structure` in numbers: (2, 4)."""
-        return None if self.mask_structure is None else _read_structure(self.mask_structure)
+        return None if self.mask_structure is None else Pattern.read(self.mask_structure)
 
     @property
     def _rest(self) -> tuple[str, ...]:
@@ -233,7 +188,7 @@ class PruningConfig:
         if "weight" not in self.granularity:
             return 0.0
         if self.structure is not None:
-            return 1 - self.structure[0] / self.structure[1]
+            return self.structure.zeros
         parts = 1 + ("layer" in self.granularity) + bool(self.unit_kinds)
         return 1 - (1 - self.ratio) ** (1 / parts)
 
@@ -260,14 +215,3 @@ class PruningConfig:
         if "layer" not in self.granularity:
             return 0.0
         return 1 - (1 - self.ratio) ** 0.5 if self.unit_kinds else self.ratio
-
-
-def _read_structure(given: object) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", given) if isinstance(given, str) else None
-    n, m = (int(number) for number in match.groups()) if match else (0, 0)
-    if not 0 < n < m <= MAX_GROUP:
-        raise ConfigError(
-            f"mask_structure must be 'n:m' with 0 < n < m <= {MAX_GROUP}, got {shown(given)}. '2:4' keeps 2 of every "
-            "4 consecutive inputs."
-        )
-    return n, m

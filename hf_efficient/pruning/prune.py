@@ -24,9 +24,10 @@ from ..models.loading import load_config
 from ..models.rebuild import check_model
 from .choose.allocation import allocate_alike, choose_layers
 from .choose.reach import check_reachable
-from .config import IMPORTANCES, LAYER_IMPORTANCES, PruningConfig
+from .config import PruningConfig
 from .cut.groups import find_groups
 from .cut.surgery import check_plan
+from .methods import IMPORTANCES, LAYER_IMPORTANCES
 from .plan import PruningPlan
 from .price.costs import Costs, make_costs
 from .price.forecast import forecast
@@ -225,7 +226,7 @@ def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
     asked += [config.layer_importance] if "layer" in config.granularity else []
     check_learned(config)
     for name in asked:
-        if (IMPORTANCES | LAYER_IMPORTANCES)[name] and not batches:
+        if (IMPORTANCES | LAYER_IMPORTANCES)[name].needs_data and not batches:
             raise DataError(
                 f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
                 "Without data use importance='magnitude'."

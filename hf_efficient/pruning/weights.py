@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DataError
 from ..models.rebuild import check_model, rebuild
-from .choose.sparsity import Masks, choose_masks
+from .choose.sparsity import Masks, check_structure, choose_masks
 from .config import PruningConfig
 from .cut.linears import Linear, find_linears, matrix, parameter_of
 from .fit.sparsegpt import reconstruct, sparsegpt
-from .score.linear_inputs import Batch
-from .score.weights import WEIGHT_IMPORTANCES, WEIGHTS_NEED_DATA
+from .methods import WEIGHT_IMPORTANCES
+from .score.stream import Batch
 
 
 def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> PreTrainedModel:
@@ -55,7 +55,7 @@ def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequen
 def check_data(config: PruningConfig, batches: Sequence[Batch]) -> None:
     """Refuse to score without data what can only be scored with it."""
     check_learned(config)
-    if config.importance in WEIGHTS_NEED_DATA and not batches:
+    if WEIGHT_IMPORTANCES[config.importance].needs_data and not batches:
         raise DataError(
             f"importance={config.importance!r} needs calibration batches: prune(model, config, calibration=batches). "
             "Without data use importance='magnitude'."
@@ -69,21 +69,6 @@ def check_learned(config: PruningConfig) -> None:
             "importance='movement' is learned while training, and prune does not train. Give a Trainer "
             "PruningCallback(config), or choose importance='fisher'."
         )
-
-
-def check_structure(model: PreTrainedModel, config: PruningConfig) -> None:
-    """Every matrix must consist of whole groups of m inputs; `model` may be on the meta device.
-
-    Raises:
-        ConfigError: one does not.
-    """
-    for linear in find_linears(model) if config.structure else ():
-        inputs = matrix(model, linear).shape[1]
-        if inputs % config.structure[1]:
-            raise ConfigError(
-                f"mask_structure={config.mask_structure!r} needs matrices whose inputs are a multiple of "
-                f"{config.structure[1]}, but {linear.name} has {inputs}. Choose another mask_structure, or None."
-            )
 
 
 def _masks(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..io.disk import check_empty, new_folder
-from .quantization import check_floats
+from ..models.checks import check_floats
 
 if TYPE_CHECKING:
     import torch
@@ -250,9 +250,10 @@ def _made_up(model: Any) -> list[dict[str, Any]]:
 def _made_up_one(model: Any, batch: int, length: int, seed: int) -> dict[str, Any]:
     import torch
 
+    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
 
-    limit = getattr(model.config, "max_position_embeddings", None) or length
+    limit = token_limit(model.config) or length
     inputs = dummy_inputs(model, batch, min(length, limit), seed)
     if "token_type_ids" in inspect.signature(model.forward).parameters and "input_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])

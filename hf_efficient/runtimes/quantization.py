@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UnsupportedModelError, unknown_name
+from ..errors import ConfigError, unknown_name
+from ..models.checks import check_floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from ..pruning.config import PruningConfig
 
 METHODS = ("int8_dynamic", "int8", "int4")
-# What transformers leaves on a model that it loaded from quantised weights, and on its config.
-MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "quantization_config", "_is_quantized")
 
 
 def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_size: int = 32) -> "PreTrainedModel":
@@ -116,44 +115,6 @@ def check_groups(model: "PreTrainedModel", group_size: int) -> None:
                 f"group_size={group_size} does not divide the {module.in_features} inputs of {name}. Prune with "
                 f"round_to={group_size}, or choose a smaller power of 2, or method 'int8'."
             )
-
-
-def is_quantized(model: Any) -> bool:
-    return getattr(model.config, "quantization_config", None) is not None
-
-
-def take_floats(model: Any) -> None:
-    """Let a model that was loaded from a GGUF file be what it is.
-
-    Where transformers has unpacked the file, the weights are plain floats, and the model is still marked as quantised,
-    so that it can be neither trained nor saved. Here it loses these marks. Any other model stays as it is.
-    """
-    for holder in (model.config, getattr(model, "hf_quantizer", None)):
-        found = getattr(holder, "quantization_config", None)
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-        if getattr(method, "value", method) == "gguf":
-            break
-    else:
-        return
-    if all(parameter.is_floating_point() for parameter in model.parameters()):
-        for part in (model, *(module for module in model.modules() if hasattr(module, "config"))):
-            for marked in (vars(part), vars(part.config)):
-                for mark in MARKS:
-                    marked.pop(mark, None)
-
-
-def check_floats(model: Any, advice: str) -> None:
-    """Refuse weights that are not the floats which pruning, converting and exporting work on.
-
-    Raises:
-        UnsupportedModelError: the model is quantised; `advice` says what to do.
-    """
-    take_floats(model)
-    if is_quantized(model):
-        raise UnsupportedModelError(
-            f"The model is quantised. {advice} From a GGUF file, load the unpacked weights: from_pretrained(..., "
-            "gguf_file=..., quantization_config=GgufConfig(dequantize=True))."
-        )
 
 
 def _torchao(method: str, group_size: int) -> Any:

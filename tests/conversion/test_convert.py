@@ -20,8 +20,8 @@ from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, co
 from hf_efficient.attention.dispatch import ATTACHED, ATTENTIONS
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.conversion.probe import check_reached
+from hf_efficient.models.classes import auto_classes
 from hf_efficient.models.families import FAMILIES, find_stacks
-from hf_efficient.models.rebuild import auto_classes
 
 from ..families import (
     CASES,

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 import hf_efficient.models
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention, efficient_config
 from hf_efficient.models.block import EfficientBlock, StackBlock
-from hf_efficient.models.classes import block_of, with_block
+from hf_efficient.models.classes import auto_classes, block_of, efficient_class, with_block
 from hf_efficient.models.families import FAMILIES, family_of
-from hf_efficient.models.rebuild import auto_classes, efficient_class, is_portable, rebuild
+from hf_efficient.models.rebuild import is_portable, rebuild
 from hf_efficient.models.saving import LOADER
 
 from ..families import CASES, HEADS, make_inputs, make_model

@@ -21,8 +21,9 @@ from hf_efficient import (
 )
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import UnsupportedModelError
+from hf_efficient.models.checks import is_quantized, take_floats
 from hf_efficient.runtimes.export import export
-from hf_efficient.runtimes.quantization import is_quantized, quantize, take_floats
+from hf_efficient.runtimes.quantization import quantize
 from tests.pruning.tiny import batches, make
 
 

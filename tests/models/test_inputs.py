@@ -1,8 +1,13 @@
 import pytest
 import torch
+from transformers import OPTConfig
 
+from hf_efficient.cli.base import fitting_length as shown_length
 from hf_efficient.errors import ConfigError, UnsupportedModelError
+from hf_efficient.models.families import token_limit
 from hf_efficient.models.inputs import dummy_inputs
+from hf_efficient.pipeline.verify import output_digest
+from hf_efficient.pruning.score.calibration import fitting_length
 
 from ..families import make_model
 from ..measurement.models import POSITIONS, bart_classifier, bert_classifier, gpt2, t5, vit
@@ -41,6 +46,27 @@ def test_more_tokens_than_positions_is_an_error():
     assert dummy_inputs(t5(), 1, POSITIONS + 1)["input_ids"].shape == (1, POSITIONS + 1)
     with pytest.raises(ConfigError, match="positions"):
         dummy_inputs(gpt2(), 1, POSITIONS + 1)
+
+
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta"])
+def test_rows_before_the_first_position_are_not_positions(name):
+    """RoBERTa's table has more rows than a text may have tokens: its first position is behind the padding."""
+    model = make_model(name, pad_token_id=1)
+    limit = model.config.max_position_embeddings - 2
+    assert token_limit(model.config) == limit
+    with pytest.raises(ConfigError, match=f"{limit} positions"):
+        dummy_inputs(model, 1, limit + 1)
+    assert model(**dummy_inputs(model, 1, limit))[0].isfinite().all()
+    assert fitting_length([], model) == shown_length(model.config, None, 512) == limit
+    assert output_digest(model) == output_digest(model)
+
+
+def test_a_limit_of_rotary_positions_is_what_the_model_was_made_for():
+    config = make_model("llama").config
+    assert token_limit(config) == config.max_position_embeddings and token_limit(config, rotary=False) is None
+    opt = OPTConfig(max_position_embeddings=40)  # no family of the table: as its config says
+    assert token_limit(opt) == token_limit(opt, rotary=False) == 40
+    assert token_limit(make_model("clip").config) == make_model("clip").config.text_config.max_position_embeddings
 
 
 @pytest.mark.parametrize("sizes", [(0, 8), (1, 0), (True, 8), (1, 8.0)])

@@ -12,9 +12,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prune
 from hf_efficient.errors import CheckpointError, ConfigError
+from hf_efficient.models.classes import auto_classes
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.loading import auto_class_of, load_model, load_processor
-from hf_efficient.models.rebuild import auto_classes
 from hf_efficient.runtimes.quantization import quantize
 from tests.families import CASES, make_config, make_inputs, make_model
 

@@ -4,9 +4,8 @@ import pytest
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.models.block import EfficientBlock
-from hf_efficient.models.classes import with_block
+from hf_efficient.models.classes import efficient_class, with_block
 from hf_efficient.models.families import FAMILIES
-from hf_efficient.models.rebuild import efficient_class
 from hf_efficient.models.saving import LOADER
 
 from ..families import CASES, make_config, make_model

@@ -3,8 +3,15 @@
 import pytest
 
 from hf_efficient import ConfigError, PruningConfig
-from hf_efficient.pruning.config import IMPORTANCES as NAMES
-from hf_efficient.pruning.score.units import IMPORTANCES
+from hf_efficient.io.lazy import load
+from hf_efficient.pruning.methods import (
+    IMPORTANCES,
+    LAYER_IMPORTANCES,
+    METRICS,
+    SCHEDULES,
+    TRAINED_IMPORTANCES,
+    WEIGHT_IMPORTANCES,
+)
 
 BAD = [
     ({"ratio": 0}, ["between 0 and 1", "0"]),
@@ -75,8 +82,14 @@ def test_good_values():
     assert PruningConfig(granularity=("head",)) == PruningConfig(granularity="head") != PruningConfig()
 
 
-def test_config_and_table_name_the_same_importances():
-    assert set(IMPORTANCES) == set(NAMES)
+@pytest.mark.parametrize("table", [IMPORTANCES, LAYER_IMPORTANCES, WEIGHT_IMPORTANCES])
+def test_every_importance_has_a_function(table):
+    assert all(callable(load(importance.function)) for importance in table.values())
+
+
+@pytest.mark.parametrize("table", [METRICS, SCHEDULES, TRAINED_IMPORTANCES])
+def test_every_other_name_has_a_function(table):
+    assert all(callable(function) for function in table.values())
 
 
 def test_the_ratio_that_a_pattern_says():

@@ -9,14 +9,13 @@ import transformers
 from hf_efficient import ConfigError, DataError, PruningConfig, UnsupportedModelError, prune
 from hf_efficient.pruning.choose.reach import check_reachable
 from hf_efficient.pruning.choose.sparsity import choose_masks, keep_n_of_m, lowest, lowest_in_rows, shares
-from hf_efficient.pruning.config import OF_ONE_MATRIX, WEIGHT_IMPORTANCES
 from hf_efficient.pruning.cut.linears import count_zeros, find_linears, matrix
 from hf_efficient.pruning.fit.sparsegpt import choose_count, choose_given, choose_n_of_m, inverse_factor, prune_matrix
 from hf_efficient.pruning.gradual.zeros import KeepZeros, was_sparsified
+from hf_efficient.pruning.methods import OF_ONE_MATRIX, WEIGHT_IMPORTANCES
 from hf_efficient.pruning.price.costs import total_cost
 from hf_efficient.pruning.score.calibration import model_loss
 from hf_efficient.pruning.score.linear_inputs import collect
-from hf_efficient.pruning.score.weights import WEIGHT_IMPORTANCES as SCORES
 from hf_efficient.pruning.weights import prune_weights
 from tests.families import CASES as FAMILIES
 from tests.families import make_inputs, make_labels, make_model
@@ -55,7 +54,7 @@ def test_global_allocation_compares_the_whole_network(importance):
     dense, settings = make("llama"), weights(ratio=0.6, importance=importance, allocation="global", reconstruct=False)
     sparse = prune(dense, settings, batches("llama"))
     assert count_zeros(sparse)[0] == round(0.6 * count_zeros(sparse)[1])
-    scores = SCORES[importance](dense, find_linears(dense), batches=batches("llama"), seed=0)
+    scores = WEIGHT_IMPORTANCES[importance](dense, find_linears(dense), batches=batches("llama"), seed=0)
     gone = torch.cat([score[zero] for score, zero in zip(scores.values(), zeros_of(sparse).values(), strict=True)])
     kept = torch.cat([score[~zero] for score, zero in zip(scores.values(), zeros_of(sparse).values(), strict=True)])
     assert gone.max() <= kept.min()
@@ -127,7 +126,7 @@ def naive_inputs(model, name: str, data) -> torch.Tensor:
 def test_activation_is_the_formula_of_wanda():
     model, data = make("bert").double(), batches("bert")
     linears = find_linears(model)
-    scores = SCORES["activation"](model, linears, batches=data)
+    scores = WEIGHT_IMPORTANCES["activation"](model, linears, batches=data)
     for linear in linears[::4]:
         weight, inputs = matrix(model, linear), naive_inputs(model, linear.name, data)
         expected = torch.stack([row.abs() * torch.linalg.vector_norm(inputs, dim=0) for row in weight])
@@ -143,7 +142,7 @@ def test_gradient_scores_are_the_formulas():
         gradients.append({linear: model.get_parameter(f"{linear.name}.weight").grad.clone() for linear in linears})
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
-    taylor, fisher = (SCORES[name](model, linears, batches=data) for name in ("taylor", "fisher"))
+    taylor, fisher = (WEIGHT_IMPORTANCES[name](model, linears, batches=data) for name in ("taylor", "fisher"))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for linear in linears:
         weight = matrix(model, linear)

@@ -30,8 +30,8 @@ from ...errors import CheckpointError, ConfigError, DataError, shown
 from ...io.codec import decode
 from ...io.disk import inside
 from ...io.json import read_json
+from ...models.classes import find_model_class
 from ...models.loading import load_config
-from ...models.rebuild import find_model_class
 from ...training.batch import Batch, forward_names
 from ..answers import Answer
 from ..collating import Collator

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from ...errors import ConfigError
 from ...models.families import family_of
-from ..config import UNIT_KINDS, PruningConfig
+from ..config import PruningConfig
 from ..cut.groups import Group
+from ..methods import UNIT_KINDS
 from ..score.units import Scores
 
 LayerNumbers = Mapping[tuple[str, int], float]

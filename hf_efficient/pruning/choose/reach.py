@@ -8,8 +8,8 @@ from ..config import PruningConfig
 from ..cut.groups import find_groups
 from ..plan import PruningPlan
 from ..price.costs import Costs
-from ..weights import check_structure
 from .allocation import allocate_alike, choose_layers, fewest
+from .sparsity import check_structure
 
 NEAR = 0.9  # of what prices say can be reached: from there on it is measured
 

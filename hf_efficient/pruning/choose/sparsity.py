@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..cut.linears import Linear
+from ...errors import ConfigError
+from ..config import PruningConfig
+from ..cut.linears import Linear, find_linears, matrix
 
 Masks = dict[Linear, Tensor]
 
@@ -46,6 +49,21 @@ def choose_masks(
         else:
             masks[linear] = lowest(score.flatten(), count).view_as(score)
     return masks
+
+
+def check_structure(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Every matrix must consist of whole groups of m inputs; `model` may be on the meta device.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for linear in find_linears(model) if config.structure else ():
+        inputs = matrix(model, linear).shape[1]
+        if inputs % config.structure[1]:
+            raise ConfigError(
+                f"mask_structure={config.mask_structure!r} needs matrices whose inputs are a multiple of "
+                f"{config.structure[1]}, but {linear.name} has {inputs}. Choose another mask_structure, or None."
+            )
 
 
 def shares(ratio: float, sizes: Iterable[int]) -> list[int]:

@@ -12,7 +12,7 @@ optimizer gets, of whole steps, training gives for free
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -20,15 +20,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
+from ..methods import TRAINED_IMPORTANCES
 from ..score.finite import check_finite
 from .schedule import Gradual
 
-# (score, effect, momentum): the score takes in one more optimizer step.
-LEARNED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "taylor": lambda score, effect, momentum: score.lerp_(effect.abs(), 1 - momentum),
-    "fisher": lambda score, effect, momentum: score.lerp_(effect.square(), 1 - momentum),
-    "movement": lambda score, effect, momentum: score.sub_(effect),
-}
+
+def taylor(score: Tensor, effect: Tensor, momentum: float) -> Tensor:
+    return score.lerp_(effect.abs(), 1 - momentum)
+
+
+def fisher(score: Tensor, effect: Tensor, momentum: float) -> Tensor:
+    return score.lerp_(effect.square(), 1 - momentum)
+
+
+def movement(score: Tensor, effect: Tensor, momentum: float) -> Tensor:
+    return score.sub_(effect)
 
 
 class _Named(Protocol):
@@ -51,7 +57,7 @@ class Removal(ABC, Generic[P]):
         """`blank`: zeros in the shape of each part's scores."""
         self.config, self.momentum = settings.config, settings.momentum
         self.removed = {part: torch.zeros_like(zeros, dtype=torch.bool) for part, zeros in blank.items()}
-        learns = self.config.importance in LEARNED
+        learns = self.config.importance in TRAINED_IMPORTANCES
         self.scores = {part: zeros.clone() for part, zeros in blank.items()} if learns else {}
 
     @abstractmethod
@@ -80,7 +86,7 @@ class Removal(ABC, Generic[P]):
         finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None] if self.scores else []
         if finite and bool(torch.stack(finite).all()):
             for part, score in self.scores.items():
-                LEARNED[self.config.importance](score, self.effect(model, part), self.momentum)
+                TRAINED_IMPORTANCES[self.config.importance](score, self.effect(model, part), self.momentum)
 
     def current_scores(self, model: PreTrainedModel) -> dict[P, Tensor]:
         """A copy; -inf for what is gone, so that it stays gone.

@@ -3,22 +3,16 @@
     gradual = Gradual(PruningConfig(ratio=0.5, importance="movement"), start=0.1, end=0.6, every=10)
     gradual.ratio(step=300, max_steps=1000)     # of the network, by then
 
-`SCHEDULES` map progress in [0, 1] to the fraction of the final ratio in [0, 1].
+The schedules are those of `pruning.methods`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError, shown
-from ..config import IMPORTANCES, TRAINED_IMPORTANCES, PruningConfig
+from ..config import PruningConfig
+from ..methods import IMPORTANCES, SCHEDULES, TRAINED_IMPORTANCES
 
-# Cubic: s_t = s_f (1 - (1 - t)^3), Zhu & Gupta 2017 ("To prune, or not to prune", equation 1) with s_0 = 0.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cubic": lambda progress: 1 - (1 - progress) ** 3,
-    "linear": lambda progress: progress,
-    "one-shot": lambda progress: 1.0 if progress > 0 else 0.0,
-}
 # What of PruningConfig has a meaning while training; the rest is that of `prune`.
 WHILE_TRAINING = (
     "ratio",
@@ -86,8 +80,9 @@ class Gradual:
 
     def _check_rest(self) -> None:
         config = self.config
-        if config.importance not in TRAINED_IMPORTANCES and IMPORTANCES.get(config.importance, True):
-            free = [name for name, needs_data in IMPORTANCES.items() if not needs_data]
+        needs_data = config.importance not in IMPORTANCES or IMPORTANCES[config.importance].needs_data
+        if config.importance not in TRAINED_IMPORTANCES and needs_data:
+            free = [name for name, importance in IMPORTANCES.items() if not importance.needs_data]
             raise ConfigError(
                 f"importance={config.importance!r} needs calibration batches, which PruningCallback does not have. "
                 f"Choose one that training gives ({', '.join(TRAINED_IMPORTANCES)}) or that needs no data "

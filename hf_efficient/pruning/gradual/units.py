@@ -8,10 +8,11 @@ from ..choose.allocation import allocate
 from ..choose.reach import check_reachable
 from ..cut.groups import Group, find_groups, output_weight, unit_parameters
 from ..cut.surgery import apply_plan
+from ..methods import IMPORTANCES
 from ..plan import PruningPlan
 from ..price.costs import make_costs, total_cost
 from ..score.calibration import average_length
-from ..score.units import IMPORTANCES, by_kind, unit_effect
+from ..score.units import by_kind, unit_effect
 from .removal import Removal
 from .schedule import Gradual
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..choose.sparsity import choose_masks, keep_n_of_m
+from ..choose.sparsity import check_structure, choose_masks, keep_n_of_m
 from ..cut.linears import Linear, as_matrix, find_linears, matrix, parameter_of
-from ..score.weights import WEIGHT_IMPORTANCES
-from ..weights import check_structure
+from ..methods import WEIGHT_IMPORTANCES
 from .removal import Removal
 from .schedule import Gradual
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...attention.dispatch import variant_of
 from ...models.families import Stack, family_of, find_stacks
 from ..cut.groups import Group, Member, find_groups, unit_parameters
+from ..methods import METRICS
 from ..plan import PruningPlan
 
 
@@ -38,10 +39,20 @@ class Costs:
 def make_costs(model: PreTrainedModel, metric: str, length: int, batch_size: int = 8) -> Costs:
     """Parameters, multiply-accumulates (`"macs"`) on one sequence of `length` tokens, or measured nanoseconds
     (`"latency"`) of `batch_size` such sequences."""
-    if metric == "latency":
-        from .latency import latency_costs  # it fills a `Costs`
+    return METRICS[metric](model, batch_size, length)
 
-        return latency_costs(model, batch_size, length)
+
+def mac_costs(model: PreTrainedModel, batch_size: int, length: int) -> Costs:
+    """Of one sequence, however many there are."""
+    return _counted(model, "macs", length)
+
+
+def parameter_costs(model: PreTrainedModel, batch_size: int, length: int) -> Costs:
+    """Whatever the inputs are."""
+    return _counted(model, "parameters", length)
+
+
+def _counted(model: PreTrainedModel, metric: str, length: int) -> Costs:
     groups = find_groups(model)
     unit = {group: unit_cost(model, group, metric, length) for group in groups}
     layers = layer_costs(model, groups, metric, length)

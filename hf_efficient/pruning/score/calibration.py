@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
+from ...models.families import token_limit
 from ...models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
 from ..price.costs import num_patches
-from .checked_batches import check_batches, longest_text
+from .checked_batches import check_batches
 from .finite import check_finite, not_finite
 from .stream import Batch, forward
 
@@ -70,8 +71,7 @@ def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
 def fitting_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
     """`average_length`; without batches no more than the model takes."""
     usual = average_length(batches, model)
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # rotary positions have no end
-    return usual if batches else min(limit for limit in (usual, longest_text(model), made_for) if limit)
+    return usual if batches else min(usual, token_limit(model.config) or usual)
 
 
 def answer_loss(seed: int = 0) -> Loss:

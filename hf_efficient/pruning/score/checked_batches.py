@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
-from ...models.families import family_of
+from ...models.families import family_of, token_limit
 from .stream import Batch
 
 IDS = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
@@ -39,12 +39,6 @@ def check_batches(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         if "labels" in batch:
             _check_labels(model, batch["labels"], len(batch[model.main_input_name]), where)
         _check_padding(model, batch, where)
-
-
-def longest_text(model: PreTrainedModel) -> int | None:
-    """The tokens that a text may have, also of a model of text and image; None: any number."""
-    text = model.config.get_text_config()
-    return family_of(text).longest_text(text)
 
 
 def _check_names(model: PreTrainedModel, batch: Batch, where: str) -> None:
@@ -82,7 +76,7 @@ def _check_sizes(model: PreTrainedModel, batch: Batch, where: str) -> None:
             raise DataError(
                 f"{where}: {name} has the shape {list(shapes[name])}, {of} {list(shapes[of])}. They must be alike."
             )
-    limit = longest_text(model)
+    limit = token_limit(model.config, rotary=False)
     texts = ["input_ids", "decoder_input_ids"] + ["labels"] * model.config.is_encoder_decoder
     for name in texts:
         if limit is not None and len(shapes.get(name, ())) == 2 and shapes[name][1] > limit:
@@ -119,7 +113,7 @@ def _table_rows(model: PreTrainedModel) -> dict[str, int]:
     text = config.get_text_config().to_dict()
     rows = {"input_ids": text.get("vocab_size"), "token_type_ids": text.get("type_vocab_size")}
     rows["decoder_input_ids"] = text.get("decoder_vocab_size") or text.get("vocab_size")
-    longest = longest_text(model)
+    longest = token_limit(model.config, rotary=False)
     first = family.first_position(config) if family.positions_after_pad else 0
     rows["position_ids"] = None if longest is None else longest + first
     return {name: count for name, count in rows.items() if isinstance(count, int) and count > 0}

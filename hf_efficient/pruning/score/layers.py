@@ -20,10 +20,11 @@ from ...models.families import find_stacks
 from ...models.modes import evaluating
 from ..config import PruningConfig
 from ..cut.groups import find_groups
+from ..methods import IMPORTANCES, LAYER_IMPORTANCES
 from .calibration import answer_of, is_distribution, real_entries, token_mask
 from .finite import not_finite
 from .stream import Batch, forward
-from .units import IMPORTANCES, check_scores
+from .units import check_scores
 
 LayerScores = dict[tuple[str, int], float]
 ROWS = 32  # on which `loss` compares models: for k of L layers k (2 L - k + 1) / 2 of them
@@ -194,12 +195,6 @@ def _first_rows(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
             return
         yield {key: value[:rows] if value.ndim else value for key, value in batch.items()}
         rows -= max(len(value) for value in batch.values() if value.ndim)
-
-
-LAYER_IMPORTANCES: dict[str, Callable[[PreTrainedModel, Sequence[Batch]], LayerScores]] = {
-    "block_influence": block_influence,
-    "loss": loss,
-}
 
 
 def layer_scores(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int) -> LayerScores:

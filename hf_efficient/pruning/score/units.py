@@ -20,16 +20,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, DataError
-from ..config import IMPORTANCES as NAMES
-from ..config import TRAINED_IMPORTANCES, PruningConfig
+from ..config import PruningConfig
 from ..cut.groups import Group, output_weight, unit_parameters
+from ..methods import IMPORTANCES, TRAINED_IMPORTANCES, Importance
 from ..price.costs import unit_cost
 from .calibration import answer_loss, model_loss
 from .statistics import input_squares, mask_gradients
 from .stream import Batch
 
 Scores = dict[Group, torch.Tensor]
-Importance = Callable[..., Scores]
 
 
 def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], seed: int, **unused) -> Scores:
@@ -121,18 +120,12 @@ def check_scores(group: Group, values: torch.Tensor, importance: str) -> None:
         )
 
 
-IMPORTANCES: dict[str, Importance] = {
-    "fisher": fisher,
-    "taylor": taylor,
-    "activation": activation,
-    "magnitude": magnitude,
-    "magnitude_l1": magnitude_l1,
-    "random": random,
-}
-_BUILT_IN = frozenset(NAMES) | set(TRAINED_IMPORTANCES)
+_BUILT_IN = frozenset(IMPORTANCES) | set(TRAINED_IMPORTANCES)
 
 
-def register_importance(name: str, score: Importance, *, needs_data: bool = True, overwrite: bool = False) -> None:
+def register_importance(
+    name: str, score: Callable[..., Scores], *, needs_data: bool = True, overwrite: bool = False
+) -> None:
     """Make `PruningConfig(importance=name)` mean your own score.
 
     Parameters:
@@ -147,12 +140,12 @@ def register_importance(name: str, score: Importance, *, needs_data: bool = True
     """
     if not (isinstance(name, str) and name.isidentifier()):
         raise ConfigError(f"The name of an importance must be an identifier such as 'my_score', got {name!r}.")
-    if name in _BUILT_IN or (name in NAMES and not overwrite):
+    if name in _BUILT_IN or (name in IMPORTANCES and not overwrite):
         own = "" if name in _BUILT_IN else ", or pass overwrite=True to replace it"
         raise ConfigError(f"There is an importance {name!r} already. Choose another name{own}.")
     if not callable(score):
         raise ConfigError(f"The importance {name!r} needs a function score(model, groups, **context), got {score!r}.")
-    IMPORTANCES[name], NAMES[name] = score, needs_data
+    IMPORTANCES[name] = Importance(score, needs_data)
 
 
 def unit_effect(model: PreTrainedModel, group: Group) -> torch.Tensor:

@@ -7,10 +7,10 @@
   Fisher information as curvature. Of single examples where batches hold one; else smoothed, as in Kwon 2022.
 - `random`: uniform noise, a control.
 
-`obs` (SparseGPT's) is not in the table: it chooses and updates together, in `sparsegpt.py`.
+`obs` (SparseGPT's) gives no scores: it chooses and updates together, in `fit/sparsegpt.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,13 +86,3 @@ def _gradients(
 
 def _float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-WEIGHT_IMPORTANCES: dict[str, Callable[..., WeightScores]] = {
-    "magnitude": magnitude,
-    "random": random,
-    "activation": activation,
-    "taylor": taylor,
-    "fisher": fisher,
-}
-WEIGHTS_NEED_DATA = ("activation", "taylor", "fisher", "obs")

@@ -7,9 +7,9 @@ import torch
 
 from hf_efficient import AttentionConfig, convert_attention, prune
 from hf_efficient.models.families import find_stacks
-from hf_efficient.pruning.config import UNIT_KINDS as KINDS
 from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.cut.surgery import apply_plan
+from hf_efficient.pruning.methods import UNIT_KINDS as KINDS
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import total_cost
 from hf_efficient.pruning.score.calibration import average_length

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_efficient.pruning.config import SCHEDULES as NAMES
-from hf_efficient.pruning.gradual.schedule import SCHEDULES, ratio_at
+from hf_efficient.pruning.gradual.schedule import ratio_at
+from hf_efficient.pruning.methods import SCHEDULES
 
 
 @given(step=st.integers(0, 300), ratio=st.floats(0.01, 0.99))
@@ -16,7 +16,7 @@ def test_cubic_is_zhu_and_gupta(step, ratio):
     assert ratio_at("cubic", step, first, last, ratio) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_starts_at_nothing_ends_at_the_ratio_and_never_falls(schedule):
     values = [ratio_at(schedule, step, 10, 50, 0.6) for step in range(80)]
     assert values[:11] == [0.0] * 11
@@ -31,7 +31,3 @@ def test_schedules_differ():
 
 def test_a_schedule_without_length_is_a_step():
     assert [ratio_at("cubic", step, 5, 5, 0.5) for step in (4, 5, 6)] == [0.0, 0.0, 0.5]
-
-
-def test_config_and_table_name_the_same_schedules():
-    assert set(SCHEDULES) == set(NAMES)

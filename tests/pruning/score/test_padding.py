@@ -16,11 +16,9 @@ from transformers import (
 
 from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.cut.linears import find_linears
+from hf_efficient.pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, WEIGHT_IMPORTANCES
 from hf_efficient.pruning.score.calibration import model_loss, token_mask
-from hf_efficient.pruning.score.layers import LAYER_IMPORTANCES
 from hf_efficient.pruning.score.linear_inputs import collect
-from hf_efficient.pruning.score.units import IMPORTANCES
-from hf_efficient.pruning.score.weights import WEIGHT_IMPORTANCES
 
 from ..tiny import HIDDEN, LABELS, NEURONS, VOCABULARY, gpt2, llama, t5
 
@@ -178,7 +176,7 @@ def test_what_linears_read_does_not_depend_on_padding(name):
 
 
 @pytest.mark.parametrize("importance", ["taylor", "fisher", "activation"])
-@pytest.mark.parametrize("name", ["llama", "t5", "answers"])
+@pytest.mark.parametrize("name", ["llama", "t5", "answers", "bart classifier"])
 def test_weight_scores_do_not_depend_on_padding(name, importance):
     """In the same batches: they are sums over batches by definition."""
     model = make(name)

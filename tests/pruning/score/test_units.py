@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from hf_efficient import ConfigError, DataError, PruningConfig, prune, register_importance
-from hf_efficient.pruning.config import IMPORTANCES as KNOWN
-from hf_efficient.pruning.config import UNIT_KINDS as KINDS
 from hf_efficient.pruning.cut.groups import (
     Group,
     Member,
@@ -18,9 +16,11 @@ from hf_efficient.pruning.cut.groups import (
     output_weight,
     unit_parameters,
 )
+from hf_efficient.pruning.methods import IMPORTANCES
+from hf_efficient.pruning.methods import UNIT_KINDS as KINDS
 from hf_efficient.pruning.price.costs import unit_cost
 from hf_efficient.pruning.score.calibration import answer_loss, model_loss
-from hf_efficient.pruning.score.units import IMPORTANCES, activation, fisher, magnitude, random, taylor, unit_effect
+from hf_efficient.pruning.score.units import activation, fisher, magnitude, random, taylor, unit_effect
 
 from ..tiny import CASES, batch, batches, bert, config, kept_parts, make
 
@@ -284,11 +284,10 @@ def test_activation_is_weights_times_inputs_without_padding():
 @pytest.fixture
 def names():
     """A clean table afterwards."""
-    before = dict(IMPORTANCES), dict(KNOWN)
+    before = dict(IMPORTANCES)
     yield
-    for table, old in zip((IMPORTANCES, KNOWN), before, strict=True):
-        table.clear()
-        table.update(old)
+    IMPORTANCES.clear()
+    IMPORTANCES.update(before)
 
 
 def test_a_score_of_your_own(names):
