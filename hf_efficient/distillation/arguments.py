@@ -48,9 +48,6 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
                 # Reentrant checkpointing runs layers without gradients first: what is noted there would have none.
                 logger.warning(f"The losses {', '.join(readers)} look into attentions: use_reentrant is set to False.")
                 setattr(self, name, options | {"use_reentrant": False})
-        self._refuse_what_would_be_ignored()
-
-    def _refuse_what_would_be_ignored(self) -> None:
         reasons = {
             "label_smoothing_factor": "the teacher's soft labels take its place",
             "use_liger_kernel": "its fused loss does not give the logits that kd compares",

@@ -9,12 +9,10 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..models.heads import shifts_labels
+from ..models.heads import PREPARE, shifts_labels
 from ..training.batch import Task, base_of, task_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
-
-NEEDS_DECODER_INPUTS = "prepare_decoder_input_ids_from_labels"
 
 
 def check_models(
@@ -46,7 +44,7 @@ def check_models(
 def _check_student(student: nn.Module, task: Task) -> None:
     if task.kind == "tokens" and len(task.stacks) == 2 and not shifts_labels(base_of(student)):
         raise UnsupportedModelError(
-            f"{type(base_of(student)).__name__} has no {NEEDS_DECODER_INPUTS}, and its config no "
+            f"{type(base_of(student)).__name__} has no {PREPARE}, and its config no "
             "decoder_start_token_id and pad_token_id, so student and teacher cannot be given the same decoder inputs. "
             "Set both in the config."
         )

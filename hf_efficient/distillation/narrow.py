@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.block import EfficientBlock
 from ..models.classes import block_of, stock_config, with_block
-from ..models.families import Stack, family_of, find_stacks
+from ..models.families import family_of, find_stacks
 from ..models.modes import evaluating
 from ..models.rebuild import class_for, rebuild
 from ..pruning.score.calibration import token_mask
@@ -89,17 +89,13 @@ def heads_for(model: PreTrainedModel, hidden_size: int, heads: int | None) -> in
                 f"hidden_size / {dim} or left out."
             )
         return hidden_size // dim
-    count = _query_heads(stack, config, heads)
+    count = stack.num_heads(config) if heads is None else heads * stack.group_size(config)  # of queries
     if family.heads_divide_hidden and hidden_size % count:
         raise ConfigError(
             f"hidden_size={hidden_size} must be a multiple of the number of query heads, {count}, as the stock config "
             f"of {family.model_type} models asks for."
         )
     return heads
-
-
-def _query_heads(stack: Stack, config: PreTrainedConfig, heads: int | None) -> int:
-    return stack.num_heads(config) if heads is None else heads * stack.group_size(config)
 
 
 def _narrow_config(model: PreTrainedModel, hidden_size: int) -> PreTrainedConfig:

@@ -29,7 +29,8 @@ def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrai
     policy, names = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     if isinstance(policy, functools.partial):  # the student's, already filled in
         plugin.auto_wrap_policy = policy.func
-    plugin.transformer_cls_names_to_wrap = _layer_classes(teacher)
+    layers = [layer for _, layers in find_stacks(teacher) for layer in layers] if is_known(teacher.config) else []
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers}) or None
     try:
         return fsdp2_prepare_model(accelerator, teacher.requires_grad_(False))
     finally:
@@ -45,9 +46,3 @@ def resharded(teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
         for module in teacher.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def _layer_classes(model: PreTrainedModel) -> list[str] | None:
-    if not is_known(model.config):
-        return None  # what the model says itself
-    return sorted({type(layer).__name__ for _, layers in find_stacks(model) for layer in layers})

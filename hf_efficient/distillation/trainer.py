@@ -207,7 +207,8 @@ class DistillationTrainer(ProjectionTrainer):
     ) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
         inputs = self._model_inputs("student", batch)
-        settings = replace(self.pairing.settings(self.args, self._progress()), shares=shares or {})
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        settings = replace(self.pairing.settings(self.args, progress), shares=shares or {})
         if self.args.share_encoder and teacher is not None:
             dtype = next(model.parameters()).dtype
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=teacher.encoded.to(dtype))
@@ -228,9 +229,6 @@ class DistillationTrainer(ProjectionTrainer):
         if self._compiled_forward is None:
             self._compiled_forward = torch.compile(forward, backend=self.args.compile_student)
         return self._compiled_forward
-
-    def _progress(self) -> float:
-        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
     @torch.no_grad()
     def _run_teacher(self, batch: Batch) -> Answer | None:

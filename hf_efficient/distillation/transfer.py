@@ -29,13 +29,12 @@ from ..attention.registry import ATTENTIONS
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.families import find_stacks, is_known
-from ..models.heads import SINGLE_LABEL
+from ..models.heads import PREPARE, SINGLE_LABEL
 from ..models.modes import eval_mode
 from ..models.token_masks import counts_columns, first_positions
 from ..training.batch import Batch, Task, forward_names
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
-from .checks import NEEDS_DECODER_INPUTS
 from .losses.losses import hidden_loss
 
 LEARNING_RATE = 1e-2
@@ -68,17 +67,12 @@ def transfer_attention(
         ConfigError: an option that cannot be honoured.
     """
     with TemporaryDirectory() as folder, eval_mode(model):  # the trainer changes it, and it comes back
-        trainer = TransferTrainer(
-            model, args or _short(folder), train_dataset=train_dataset, data_collator=data_collator, **kwargs
+        args = args or TrainingArguments(
+            folder, num_train_epochs=1, learning_rate=LEARNING_RATE, save_strategy="no", report_to="none"
         )
+        trainer = TransferTrainer(model, args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return model
-
-
-def _short(folder: str) -> TrainingArguments:
-    return TrainingArguments(
-        folder, num_train_epochs=1, learning_rate=LEARNING_RATE, save_strategy="no", report_to="none"
-    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ class TransferTrainer(StepTrainer):
         super().__init__(model, args, **kwargs)
         self._names = forward_names(model)
         self._stacks = list(dict.fromkeys(attention.stack for attention in self.attentions.values()))
-        self._shift = getattr(model, NEEDS_DECODER_INPUTS, None)  # where labels make the decoder's inputs
+        self._shift = getattr(model, PREPARE, None)  # where labels make the decoder's inputs
         two = "decoder_input_ids" in self._names
         self.task = Task("tokens" if two else "examples", SINGLE_LABEL, 0, ("encoder", "decoder")[: 1 + two])
 
@@ -150,7 +144,7 @@ class TransferTrainer(StepTrainer):
         return {stack: mask.sum() for stack, mask in self._masks(inputs).items()}
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        for name in self._learned():
+        for name in (name for name, attention in self.attentions.items() if attention.is_learned):
             self.train_meter.add(_loss_name(name), 0.0, 1.0)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -204,9 +198,6 @@ class TransferTrainer(StepTrainer):
             images = {"pixel_values": inputs["pixel_values"]}
             masks["vision"] = Batch(images, self.task, rows=rows).token_masks()["encoder"]
         return {stack: masks.get(stack, masks["encoder"]) for stack in self._stacks}
-
-    def _learned(self) -> list[str]:
-        return [name for name, attention in self.attentions.items() if attention.is_learned]
 
     def prediction_step(
         self,

@@ -73,7 +73,8 @@ class Layout:
             "num_labels": (task.num_labels, 0, MAX_CLASSES),
             "hidden_size": (self.hidden_size, 0, MAX_WIDTH),
         }
-        numbers |= {f"{n} (classes {self.classes})": (k, 1, self.classes) for n, k in self._kept() if k is not None}
+        few = {"top_k": self.top_k, "sampled": self.sampled}
+        numbers |= {f"{n} (classes {self.classes})": (k, 1, self.classes) for n, k in few.items() if k is not None}
         numbers |= {f"hidden_states {i}": (position, 0, MAX_WIDTH) for i, position in enumerate(self.hidden_states)}
         for name, (value, low, high) in numbers.items():
             if not low <= value <= high:
@@ -92,9 +93,6 @@ class Layout:
             raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}")
         if self.top_k is not None and self.sampled is not None:
             raise ValueError("top_k and sampled are not to be had together")
-
-    def _kept(self) -> tuple[tuple[str, int | None], ...]:
-        return ("top_k", self.top_k), ("sampled", self.sampled)
 
     @property
     def keeps_few(self) -> bool:
@@ -167,7 +165,8 @@ class Layout:
         masks = batch.token_masks()
         tensors = {}
         for name, column in self.columns().items():
-            flat = torch.from_numpy(np.concatenate(rows[name]).astype(_readable(column.dtype), copy=False))
+            dtype = "int64" if column.dtype in ("uint16", "int32") else column.dtype
+            flat = torch.from_numpy(np.concatenate(rows[name]).astype(dtype, copy=False))
             values = flat.view(-1, column.width)
             mask = None if column.stack is None else masks[column.stack]
             if mask is None:
@@ -256,7 +255,3 @@ def _numpy(values: Tensor, dtype: str) -> np.ndarray:
     if dtype == "float16" and np.isinf(narrow).any() and not np.isinf(array).any():
         raise DataError("The teacher's numbers are too large for float16: keep them with dtype='float32'.")
     return narrow
-
-
-def _readable(dtype: str) -> str:
-    return "int64" if dtype in ("uint16", "int32") else dtype
