@@ -38,9 +38,11 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        difference = log_probabilities(teacher, temperature)
+        difference = log_probabilities(teacher, temperature)  # log p: [rows, V], as all below
         log_q = log_probabilities(student, temperature)
         p = difference.exp()
+        # Three tensors of that size at most: the differences take the place of log p, the gradient that of log q, and
+        # `dot` needs no product.
         total = torch.dot(p.flatten(), difference.sub_(log_q).flatten())
         ctx.gradient = log_q.exp_().sub_(p).div_(temperature) if ctx.needs_input_grad[0] else None
         return total
@@ -68,5 +70,6 @@ def reverse_kl(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
 
 
 def jensen_shannon(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    # log m = log(exp(log b + log p) + exp(log(1 - b) + log q)), which neither overflows nor loses small numbers
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
