@@ -281,8 +281,9 @@ def last_checkpoint(folder: Path) -> str | None:
 def in_smaller_batches(work: Callable[[int], T], batch_size: int, seed: int) -> tuple[T, int]:
     """`work(batch_size)`; where memory runs out, again with smaller batches, and so on.
 
-    `work(size)` must accumulate `batch_size // size` batches for each optimizer step, which keeps the gradient (see the
-    module docstring), and go on from its last checkpoint. The random state is set again by `seed` before each further try.
+    `work(size)` must accumulate `batch_size // size` batches for each optimizer step, which keeps the gradient (see
+    the module docstring), and go on from its last checkpoint. The random state is set again by `seed` before each
+    further try.
 
     Returns:
         What `work` returned, and the batch size it had, a divisor of the one asked for.
