@@ -37,7 +37,8 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_efficient import DistillationArguments, DistillationTrainer, build_student
-from hf_efficient.data.datasets import PreparedData, load_dataset_any, prepare
+from hf_efficient.data.datasets import load_dataset_any
+from hf_efficient.data.preparation import PreparedData, prepare
 from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.measurement.quality import compare_quality, evaluate_quality
 from hf_efficient.models.modes import using_threads

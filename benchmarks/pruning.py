@@ -44,7 +44,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_efficient import PruningConfig, prune
 from hf_efficient.data.bundled import bundled_model
-from hf_efficient.data.datasets import PreparedData, load_dataset_any, prepare
+from hf_efficient.data.datasets import load_dataset_any
+from hf_efficient.data.preparation import PreparedData, prepare
 from hf_efficient.errors import ConfigError
 from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.measurement.quality import Evaluation, compare_quality, evaluate_quality

@@ -39,7 +39,7 @@ from pruning import JOBS, by_length, make_calibration, make_teacher, read_job
 from transformers import PreTrainedModel
 
 from hf_efficient import DistillationArguments, DistillationTrainer, PruningConfig, prune
-from hf_efficient.data.datasets import PreparedData
+from hf_efficient.data.preparation import PreparedData
 from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.measurement.latency import compare_latency
 from hf_efficient.measurement.quality import compare_quality, evaluate_quality

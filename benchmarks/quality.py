@@ -39,7 +39,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from hf_efficient import AttentionConfig, DistillationArguments, DistillationTrainer, convert_attention
 from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.data.bundled import bundled_model
-from hf_efficient.data.datasets import PreparedData, load_dataset_any, prepare
+from hf_efficient.data.datasets import load_dataset_any
+from hf_efficient.data.preparation import PreparedData, prepare
 from hf_efficient.distillation.transfer import TransferTrainer, find_attentions
 from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.measurement.quality import Evaluation, compare_quality, evaluate_quality

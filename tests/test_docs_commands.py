@@ -13,7 +13,7 @@ from hf_efficient.cli import app, parse_overrides
 from hf_efficient.cli.programs import cache_teacher as caching_script
 from hf_efficient.cli.programs import distill as distillation_script
 from hf_efficient.cli.programs import prune as pruning_script
-from hf_efficient.data.datasets import FORMATS
+from hf_efficient.data.tables import FORMATS
 from hf_efficient.recipes.recipe import Recipe, shipped_recipes
 
 from .pages import PAGES, ROOT, blocks, text

@@ -94,7 +94,7 @@ def quiet_libraries() -> None:
 
 def load(name: str, task: str | None) -> Any:
     """The model, with the head of the task, or its own."""
-    from ..data.preparation import TASKS
+    from ..data.tasks import TASKS
     from ..errors import unknown_name
     from ..models.loading import auto_class_of, load_model
 

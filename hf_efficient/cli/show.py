@@ -162,7 +162,7 @@ def load_result(folder: Path) -> Any:
 
 def _names() -> dict[str, list[str]]:
     from ..attention.config import KINDS
-    from ..data.preparation import TASKS
+    from ..data.tasks import TASKS
     from ..distillation.terms import LOSSES
     from ..models.families import FAMILIES
     from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES

@@ -24,35 +24,11 @@ from ..errors import DataError, shown
 from ..io.disk import write_atomic
 from ..io.json import read_json
 from .bundled import PREFIX, bundled_dataset
-from .preparation import (
-    MAX_LABELS,
-    TASKS,
-    PreparedData,
-    Task,
-    check_labels,
-    find_column,
-    is_missing,
-    need_column,
-    prepare,
-    sorted_classes,
-)
-from .tables import FORMATS, files_in, missing_file, read_table
+from .preparation import MAX_LABELS, find_column, is_missing, need_column, sorted_classes
+from .tables import FORMATS, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-__all__ = [
-    "TASKS",
-    "PreparedData",
-    "Task",
-    "check_labels",
-    "files_in",
-    "load_dataset_any",
-    "missing_file",
-    "prepare",
-    "read_table",
-    "rows_digest",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ laid upon white, as a viewer shows it, and EXIF turns the image.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,13 @@ def undecoded(dataset: Mapping[str, Dataset], column: str) -> dict[str, Dataset]
         return rows.cast_column(column, datasets.Image(mode=feature.mode, decode=False))
 
     return {name: cast(rows) for name, rows in dataset.items()}
+
+
+def stack(processor: Any) -> Callable:
+    """Images have one size: nothing is padded."""
+    import transformers
+
+    return transformers.default_data_collator
 
 
 def image_settings(

@@ -3,8 +3,8 @@
     ready = prepare(rows, "text-classification", AutoTokenizer.from_pretrained(name), max_length=128)
     ready.num_labels, ready.label_names                                # 5, ("business", "entertainment", ...)
 
-A task is one entry of `TASKS`. Labels are classes: strings and integers are numbered in sorted order, those of a CSV
-file as numbers if all of them are whole numbers; floats (regression) and lists (several labels per row) are refused.
+Labels are classes: strings and integers are numbered in sorted order, those of a CSV file as numbers if all of them
+are whole numbers; floats (regression) and lists (several labels per row) are refused.
 """
 
 from __future__ import annotations
@@ -13,79 +13,20 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, shown, unknown_name
+from .images import image_settings, undecoded
 from .tables import FORMATS, place_of, read_table
-from .text import IGNORED, TOKENIZING, check_tokenizer_of, make_collator
+from .tasks import ROLES, TASKS, Task, column_name
+from .text import IGNORED, check_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a task needs of data and model.
-
-    Fields:
-        columns: the roles that it reads. optional: those that it reads where they are named.
-        auto_class: the Auto class that loads its model.
-        metric: the score that judges it.
-        usual: names that are tried for a role in the place of those of `COLUMNS`.
-        trains: whether there are labels, so that a teacher can be fine-tuned.
-        losses: what is distilled where nothing is said; None: what the settings of distillation say.
-    """
-
-    columns: tuple[str, ...]
-    auto_class: str
-    metric: str
-    optional: tuple[str, ...] = ()
-    usual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    trains: bool = True
-    losses: Mapping[str, float] | None = None
-
-    @property
-    def is_of_images(self) -> bool:
-        return "image" in self.columns
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """All that may be named, as `<role>_column`."""
-        return self.columns + self.optional
-
-
-WORD_LABELS = ("ner_tags", "tags", "labels", "pos_tags")
-
-TASKS: dict[str, Task] = {
-    "text-classification": Task(
-        ("text", "label"), "AutoModelForSequenceClassification", "accuracy", optional=("text_pair",)
-    ),
-    "causal-lm": Task(("text",), "AutoModelForCausalLM", "perplexity"),
-    "seq2seq": Task(("text", "target"), "AutoModelForSeq2SeqLM", "perplexity"),
-    "image-classification": Task(("image", "label"), "AutoModelForImageClassification", "accuracy"),
-    "sentence-embeddings": Task(
-        ("text",), "AutoModel", "retrieval@1", optional=("text_pair",), trains=False, losses={"embedding": 1.0}
-    ),
-    "token-classification": Task(
-        ("tokens", "label"), "AutoModelForTokenClassification", "accuracy", usual={"label": WORD_LABELS}
-    ),
-    "masked-lm": Task(("text",), "AutoModelForMaskedLM", "perplexity"),
-    "question-answering": Task(("question", "context", "answers"), "AutoModelForQuestionAnswering", "span_accuracy"),
-}
-
-# role -> the usual names, tried in this order where a column is not named
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "text": ("text", "sentence", "content"),
-    "label": ("label", "labels", "category"),
-    "target": ("target", "summary", "output"),
-    "image": ("image", "img"),
-    "tokens": ("tokens", "words"),
-    "question": ("question",),
-    "context": ("context",),
-    "answers": ("answers", "answer"),
-}
 DEFAULT_MAX_LENGTH = 512
 LONGEST = 1 << 24  # tokens
 MAX_LABELS = 100_000
@@ -109,17 +50,9 @@ def prepare(
     task: str,
     processor: Any,
     *,
-    text_column: str | None = None,
-    text_pair_column: str | None = None,
-    label_column: str | None = None,
-    target_column: str | None = None,
-    image_column: str | None = None,
-    tokens_column: str | None = None,
-    question_column: str | None = None,
-    context_column: str | None = None,
-    answers_column: str | None = None,
     max_length: int | None = None,
     image_size: int | None = None,
+    **names: str | None,
 ) -> PreparedData:
     """Tokenise (or normalise images of) the `train` and `test` splits for one of `TASKS`.
 
@@ -140,48 +73,36 @@ def prepare(
     Parameters:
         processor: the tokenizer, or for images an AutoImageProcessor or None. A tokenizer without a padding token
             gets its end-of-sequence token as one.
+        names: the columns, as `<role>_column` for each of `tasks.ROLES` (`text_column="review"`); those that are not
+            named are found by their usual names.
         max_length: in tokens; by default what the tokenizer says, at most 512.
 
     Raises:
-        ConfigError: unknown task, or an option out of range or of another task.
+        ConfigError: unknown task, or an option out of range or of another task. TypeError: no such role.
         DataError: a missing column or split, a row that cannot be used, fewer than two classes.
     """
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    needs = TASKS[task]
-    named = {
-        "text": text_column,
-        "text_pair": text_pair_column,
-        "label": label_column,
-        "target": target_column,
-        "image": image_column,
-        "tokens": tokens_column,
-        "question": question_column,
-        "context": context_column,
-        "answers": answers_column,
-    }
-    columns = _columns(dataset, needs, named)
+    entry = TASKS[task]
+    arguments = {column_name(role): role for role in ROLES}
+    if foreign := [name for name in names if name not in arguments]:
+        raise TypeError(f"prepare() has no argument {foreign[0]!r}. Columns are named by {', '.join(arguments)}.")
+    columns = _columns(dataset, entry, {arguments[name]: column for name, column in names.items()})
     is_by_word = "tokens" in columns
-    names, ids = _classes(dataset, columns["label"], is_by_word) if "label" in columns else ((), {})
+    classes, ids = _classes(dataset, columns["label"], is_by_word) if "label" in columns else ((), {})
     settings: dict[str, Any] = {"columns": columns, "ids": ids}
-    functions: tuple[Callable[..., dict], Callable[..., dict]]
-    if needs.is_of_images:
-        from .images import image_settings, images_to_inputs, undecoded
-
-        dataset = undecoded(dataset, columns["image"])
+    if entry.is_of_images:
+        dataset, batch_size = undecoded(dataset, columns["image"]), 100
         settings |= image_settings(dataset, columns["image"], processor, image_size)
-        functions, batch_size = (images_to_inputs, images_to_inputs), 100
     else:
         settings |= _text_settings(processor, max_length)
-        check_tokenizer_of(task, processor)
-        functions, batch_size = TOKENIZING[task], 1000
-    train, test = (
-        _map(dataset[split], function, settings, batch_size)
-        for split, function in zip(("train", "test"), functions, strict=True)
-    )
+        check_tokenizer(task, entry.needs, processor)
+        batch_size = 1000
+    train = _map(dataset["train"], entry.tokenize, settings, batch_size)
+    test = _map(dataset["test"], entry.tokenize_test or entry.tokenize, settings, batch_size)
     if not len(train) or not len(test):
         raise DataError(f"No tokens are left of the {'test' if len(train) else 'train'} split: its texts are empty.")
-    return PreparedData(train, test, make_collator(task, processor), len(names) or None, names, task)
+    return PreparedData(train, test, entry.collate(processor), len(classes) or None, classes, task)
 
 
 def check_labels(model_config: Any, prepared: PreparedData) -> None:
@@ -208,7 +129,7 @@ def check_labels(model_config: Any, prepared: PreparedData) -> None:
 
 def find_column(rows: Dataset, role: str) -> str | None:
     """The first usual name of the role that the rows have."""
-    return next((name for name in COLUMNS[role] if name in rows.column_names), None)
+    return next((name for name in ROLES[role].usual if name in rows.column_names), None)
 
 
 def need_column(
@@ -216,15 +137,15 @@ def need_column(
 ) -> str:
     """The named column, or the first usual name of its role; an error lists the columns there are."""
     columns = rows.column_names
-    names = (given,) if given is not None else (usual or {}).get(role) or COLUMNS[role]
-    found = next((name for name in names if name in columns), None)
-    if found is None:
+    names = (given,) if given is not None else (usual or {}).get(role) or ROLES[role].usual
+    column = next((name for name in names if name in columns), None)
+    if column is None:
         near = difflib.get_close_matches(str(given), columns, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         what = f"called {given!r}" if given is not None else f"with a usual name ({', '.join(names)})"
-        fix = "" if given is not None else f" Name it with {role}_column."
+        fix = "" if given is not None else f" Name it with {column_name(role)}."
         raise DataError(f"The data has no {role} column {what}.{hint} Columns: {_some(columns)}.{fix}")
-    return found
+    return column
 
 
 def _columns(dataset: Mapping[str, Dataset], task: Task, named: dict[str, str | None]) -> dict[str, str]:
@@ -234,8 +155,8 @@ def _columns(dataset: Mapping[str, Dataset], task: Task, named: dict[str, str | 
             raise DataError(f"The splits train and test are needed, got {_some(dataset)}: see load_dataset_any.")
         if not len(dataset[split]):
             raise DataError(f"The {split} split has no rows.")
-    wanted = [*task.columns, *(role for role in task.optional if named[role] is not None)]
-    columns = {role: need_column(dataset["train"], role, named[role], task.usual) for role in wanted}
+    wanted = [*task.columns, *(role for role in task.optional if named.get(role) is not None)]
+    columns = {role: need_column(dataset["train"], role, named.get(role), task.usual) for role in wanted}
     for role, column in columns.items():
         need_column(dataset["test"], f"{role} (test split)", column)
     return columns

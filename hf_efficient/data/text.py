@@ -1,7 +1,6 @@
 """From texts to tokens, a task at a time: each function takes a batch of rows and gives model inputs.
 
-    tokenize, tokenize_test = TOKENIZING["masked-lm"]
-    rows.map(tokenize, batched=True, with_indices=True, fn_kwargs={"columns": {"text": "text"}, "ids": {}, ...})
+    rows.map(classify, batched=True, with_indices=True, fn_kwargs={"columns": {"text": "review", ...}, ...})
 
 `columns`: the column of each role; `ids`: the number of each label. Nothing here changes the tokenizer.
 """
@@ -9,7 +8,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,30 +116,21 @@ def answer(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokeniz
     return inputs | {"start_positions": [start for start, _ in ends], "end_positions": [end for _, end in ends]}
 
 
-# task -> what reads the rows of the train and of the test split
-TOKENIZING: dict[str, tuple[Callable[..., dict], Callable[..., dict]]] = {
-    "text-classification": (classify, classify),
-    "causal-lm": (continue_text, continue_text),
-    "seq2seq": (translate, translate),
-    "sentence-embeddings": (embed, embed_test),
-    "token-classification": (tag, tag),
-    "masked-lm": (fill, fill_test),
-    "question-answering": (answer, answer),
-}
-NEEDS_OFFSETS = ("token-classification", "question-answering")
-
-
-def make_collator(task: str, processor: Any) -> Callable:
-    """What pads a list of samples of the task into a batch."""
+def pad_inputs(processor: Any) -> Callable:
     import transformers
 
-    if task == "image-classification":
-        return transformers.default_data_collator
-    if task in ("text-classification", "sentence-embeddings", "question-answering"):
-        return transformers.DataCollatorWithPadding(processor)
-    # Pads the labels with -100 by position, so that a padding token which is also end-of-sequence still counts.
-    padding = transformers.DataCollatorForSeq2Seq(processor)
-    return Masking(_masking(processor), padding) if task == "masked-lm" else padding
+    return transformers.DataCollatorWithPadding(processor)
+
+
+def pad_labels(processor: Any) -> Callable:
+    """With -100 by position, so that a padding token which is also end-of-sequence still counts."""
+    import transformers
+
+    return transformers.DataCollatorForSeq2Seq(processor)
+
+
+def mask_anew(processor: Any) -> Callable:
+    return Masking(_masking(processor), pad_labels(processor))
 
 
 @dataclass
@@ -164,18 +154,18 @@ class Masking:
         return self.mask(samples)
 
 
-def check_tokenizer_of(task: str, tokenizer: Any) -> None:
+def check_tokenizer(task: str, needs: Collection[str], tokenizer: Any) -> None:
     """Whether the tokenizer can do what the task needs.
 
     Raises:
         ConfigError: no mask token; no character offsets; padding on the left, which would shift the answers.
     """
-    if task == "masked-lm" and tokenizer.mask_token is None:
-        raise ConfigError("masked-lm needs a tokenizer with a mask token; this one has none. See task causal-lm.")
-    if task in NEEDS_OFFSETS and not tokenizer.is_fast:
+    if "mask_token" in needs and tokenizer.mask_token is None:
+        raise ConfigError(f"{task} needs a tokenizer with a mask token; this one has none. See task causal-lm.")
+    if "offsets" in needs and not tokenizer.is_fast:
         raise ConfigError(f"{task} needs a fast tokenizer, which says where in the text each token is.")
-    if task == "question-answering" and tokenizer.padding_side != "right":
-        raise ConfigError("question-answering counts positions from the left: set tokenizer.padding_side='right'.")
+    if "right_padding" in needs and tokenizer.padding_side != "right":
+        raise ConfigError(f"{task} counts positions from the left: set tokenizer.padding_side='right'.")
 
 
 def _masking(tokenizer: Any) -> Any:

@@ -24,45 +24,22 @@ An answer is right if its first and its last token are; an embedding, if the nea
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from ..data.tasks import TASKS, Task
 from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
 from ..models.heads import auto_class_of_architecture
 from ..models.modes import evaluating
+from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
-from .retrieval import PAIR, embeddings, find_pairs
+from .retrieval import PAIR, find_pairs
 
-
-@dataclass(frozen=True)
-class Task:
-    """How to read a head's output: the class ending (None: no head), the main score, whether labels are per token,
-    how far labels run ahead."""
-
-    head: str | None
-    metric: str
-    tokens: bool = False
-    shift: int = 0
-
-
-TASKS = {
-    "text-classification": Task("ForSequenceClassification", "accuracy"),
-    "image-classification": Task("ForImageClassification", "accuracy"),
-    "causal-lm": Task("ForCausalLM", "perplexity", tokens=True, shift=1),
-    "seq2seq": Task("ForConditionalGeneration", "perplexity", tokens=True),
-    "token-classification": Task("ForTokenClassification", "accuracy", tokens=True),
-    "masked-lm": Task("ForMaskedLM", "perplexity", tokens=True),
-    "question-answering": Task("ForQuestionAnswering", "span_accuracy"),
-    "sentence-embeddings": Task(None, "retrieval@1"),
-}
-_ALSO_CAUSAL = "LMHeadModel"
-# Heads whose class names do not say it: MarianMTModel, BertLMHeadModel.
-_BY_AUTO_CLASS = {"AutoModelForSeq2SeqLM": "seq2seq", "AutoModelForCausalLM": "causal-lm"}
 _LABELS = ("labels", "start_positions", "end_positions", PAIR)
 _SPAN = 1 << 32
 
@@ -106,13 +83,13 @@ def task_of(model: torch.nn.Module) -> str:
         UnsupportedModelError: a head without a known task.
     """
     name = type(model).__name__
-    if (auto := auto_class_of_architecture(name)) in _BY_AUTO_CLASS:
-        return _BY_AUTO_CLASS[auto]
-    for task, settings in TASKS.items():
-        if settings.head is not None and name.endswith(settings.head):
-            return task
-    if name.endswith(_ALSO_CAUSAL):
-        return "causal-lm"
+    auto = auto_class_of_architecture(name)
+    heads = {task: entry for task, entry in TASKS.items() if entry.class_endings}
+    # The Auto class first: it knows MarianMTModel and BertLMHeadModel, whose names do not say what they are for.
+    by_auto = (task for task, entry in heads.items() if entry.auto_class == auto)
+    by_name = (task for task, entry in heads.items() if name.endswith(entry.class_endings))
+    if (task := next(by_auto, None) or next(by_name, None)) is not None:
+        return task
     raise UnsupportedModelError(f"No task is known for {name}. Pass task=, one of: {', '.join(TASKS)}.")
 
 
@@ -130,7 +107,7 @@ def evaluate_quality(
         dataset: samples with labels, as `Trainer` takes them; -100 marks token labels that do not count. Nor do those
             of padding, or predicted by it: on the left the first real token of a causal model.
         collator: list of samples -> batch with `labels`; default `transformers.default_data_collator`.
-        task: one of `TASKS`; default: what the model's head is for.
+        task: one of `data.tasks.TASKS`; default: what the model's head is for.
         pooling: of embeddings: mean, cls or last.
 
     Raises:
@@ -147,8 +124,8 @@ def evaluate_quality(
         from transformers import default_data_collator as collator
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collator, shuffle=False)
     with evaluating(model):
-        if TASKS[task].head is None:
-            lost, nearest = find_pairs(*embeddings(model, loader, pooling))
+        if TASKS[task].kind == "embeddings":
+            lost, nearest = find_pairs(*_embeddings(model, loader, pooling))
             rows = [_one(loss, found, own) for own, (loss, found) in enumerate(zip(lost, nearest, strict=True))]
         else:
             batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
@@ -161,9 +138,30 @@ def evaluate_quality(
     return Evaluation(Quality(task, len(count), int(count.sum()), scores), loss, correct, count, predictions, targets)
 
 
+def _embeddings(model: Any, loader: Iterable[Mapping[str, Any]], pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows, width]` pooled over real tokens, of length 1, and the number of the pair of each row.
+
+    Raises:
+        DataError: rows that are not pairs.
+    """
+    vectors, numbers = [], []
+    for batch in tqdm(loader, desc="evaluate", disable=None, leave=False):
+        if PAIR not in batch:
+            raise DataError(
+                f"The batch has no {PAIR!r}, only {', '.join(sorted(batch))}. Embeddings are scored by pairs of "
+                "texts, as prepare(..., 'sentence-embeddings') makes them."
+            )
+        inputs = inputs_of(model, batch)
+        states = model(**inputs).last_hidden_state  # [B, T, width]
+        mask = token_masks(inputs, has_decoder=False)["encoder"]
+        vectors.append(torch.nn.functional.normalize(pool(states, mask, pooling), dim=-1).cpu())
+        numbers.append(batch[PAIR].cpu())
+    return torch.cat(vectors), torch.cat(numbers)
+
+
 def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple[torch.Tensor, ...]]:
     """(loss sum, correct, count, predictions, targets) of each sample, on the CPU."""
-    names = ("start_positions", "end_positions") if task.metric == "span_accuracy" else ("labels",)
+    names = ("start_positions", "end_positions") if task.kind == "spans" else ("labels",)
     if missing := [name for name in names if name not in batch]:
         raise DataError(
             f"The batch has no {missing[0]!r}, only {', '.join(sorted(batch))}. Label the data or fix the collator."
@@ -174,15 +172,15 @@ def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple
     if len(names) == 2:
         return _score_spans(model(**inputs), token_masks(inputs, has_decoder=False)["encoder"], labels)
     labels = labels[..., 0]
-    if task.tokens:
+    if task.is_by_token:
         labels = _place(model, inputs, labels, task)
     logits = model(**inputs).logits  # [B, classes] or [B, T, C]
-    if not task.tokens:
+    if not task.is_by_token:
         if logits.shape[-1] < 2 or labels.is_floating_point():
             raise DataError("Accuracy needs class labels and at least 2 classes; this is a regression head or label.")
         logits, labels = logits[:, None], labels.reshape(-1, 1)
-    elif task.shift:
-        logits, labels = logits[:, : -task.shift], labels[:, task.shift :]
+    elif task.kind == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
     return [_score_sample(logits[i], labels[i]) for i in range(len(labels))]
 
 
@@ -193,7 +191,7 @@ def _place(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ta
         labels = from_first(labels)
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
     masks = token_masks(inputs | {"labels": labels}, has_decoder=has_decoder)
-    return real_labels(labels, list(masks.values())[-1], ahead=task.shift)
+    return real_labels(labels, list(masks.values())[-1], ahead=int(task.kind == "causal_lm"))
 
 
 def inputs_of(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -282,11 +280,11 @@ def _scores(
         perplexity = _exp(mean_loss)
         main = Score("perplexity", perplexity, perplexity * loss_error, False)
         return main, loss_score, Score("token_accuracy", share, share_error, True)
-    if task.tokens:
+    if task.is_by_token:
         f1 = Score("macro_f1", *macro_f1(count, predictions, targets), True)
         return Score("accuracy", share, share_error, True), f1, loss_score
     main = Score(task.metric, share, math.sqrt(share * (1 - share) / len(count)), True)
-    if task.head is None:
+    if task.kind == "embeddings":
         return main, Score("reciprocal_rank", 1 - mean_loss, loss_error, True)
     return main, loss_score
 
@@ -332,7 +330,7 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
     if not same or first.quality.task != second.quality.task:
         raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")
     n = len(first.count)
-    if TASKS[first.quality.task].tokens:
+    if TASKS[first.quality.task].is_by_token:
         parts = _perplexity_parts if TASKS[first.quality.task].metric == "perplexity" else _accuracy_parts
         change = parts(second) - parts(first)
         error = (n / (n - 1) * (change**2).sum()).sqrt().item() / first.count.sum().item() if n > 1 else math.nan

@@ -24,7 +24,7 @@ def check(run: "Run") -> None:
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
-    from ..data.datasets import check_labels
+    from ..data.preparation import check_labels
     from ..measurement.energy import check_energy
     from ..models.families import family_of
     from ..pruning.cut.tokenizer import check_tokenizer
@@ -139,7 +139,7 @@ def _check_length(key: str, length: int | None, limit: int) -> None:
 
 def _check_cut(path: str, task: str, losses: Mapping[str, float], cut: int | None) -> None:
     """A teacher that reads only the beginning can answer for a whole text, and for nothing else."""
-    from ..data.datasets import TASKS
+    from ..data.tasks import TASKS
 
     by_token = any(losses.get(name) for name in ("hidden", "attention", "relation"))
     if cut is None or (task == "text-classification" and not by_token):

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.datasets import PreparedData
+from ..data.preparation import PreparedData
 from ..io.disk import remove_own
 from ..models.families import token_limit
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified

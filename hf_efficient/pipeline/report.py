@@ -25,7 +25,7 @@ def measured(
     import torch
 
     from ..data.bundled import upstream
-    from ..data.datasets import TASKS
+    from ..data.tasks import TASKS
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
     from ..models.families import family_of

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from ..data.bundled import resolve_model
-from ..data.datasets import TASKS, PreparedData, Task, load_dataset_any, prepare, rows_digest
-from ..data.preparation import need_column
+from ..data.datasets import load_dataset_any, rows_digest
+from ..data.preparation import PreparedData, need_column, prepare
+from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
 from ..models.families import token_limit

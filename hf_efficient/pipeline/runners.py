@@ -21,7 +21,7 @@ from transformers import (
 
 from ..conversion.convert import convert_attention
 from ..conversion.positions import extend_positions
-from ..data.datasets import PreparedData, check_labels
+from ..data.preparation import PreparedData, check_labels
 from ..distillation.arguments import DistillationArguments
 from ..distillation.trainer import DistillationTrainer
 from ..distillation.transfer import TransferTrainer

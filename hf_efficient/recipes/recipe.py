@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from ..data.datasets import files_in
-from ..data.preparation import TASKS
+from ..data.tables import files_in
+from ..data.tasks import TASKS
 from ..errors import ConfigError, unknown_name
 from ..io.yaml import MAX_CHARACTERS, parse, plain, shown
 from .settings import (
@@ -65,7 +65,7 @@ class Recipe:
 
     Parameters:
         name: names the output folder and the card.
-        task: one of `hf_efficient.data.preparation.TASKS`.
+        task: one of `hf_efficient.data.tasks.TASKS`.
         model: the model to compress.
         data: the data set and its columns.
         teacher: how the model is fine-tuned first; None: it is already trained.

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.tasks import TASKS
 from ..io.disk import write_atomic
 from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code, python_literal
 from .plots import ACCURACY_LATENCY, STRUCTURE
@@ -36,14 +37,6 @@ TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--|\.git$))[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 _WORD = re.compile(r"[\w.+-]{1,80}", re.ASCII)  # such as a licence on the Hub
 _FILE = re.compile(r".*\.(csv|tsv|json|jsonl|parquet|arrow|txt)")
-EMBEDDINGS = "sentence-embeddings"
-# The Hub's own names of the tasks that it calls differently.
-_HUB_TASKS = {
-    "causal-lm": "text-generation",
-    "seq2seq": "text2text-generation",
-    "masked-lm": "fill-mask",
-    EMBEDDINGS: "sentence-similarity",
-}
 _IMAGES = {ACCURACY_LATENCY: "Quality and latency", STRUCTURE: "What is left of each layer"}
 
 
@@ -66,7 +59,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         base_model_relation=_relation(report) if base_id else None,
         license=report.licence if report.licence and _WORD.fullmatch(report.licence) else None,
         library_name="transformers",
-        pipeline_tag=None if quality is None else for_line(_HUB_TASKS.get(quality.task, quality.task)),
+        pipeline_tag=None if quality is None else _hub_task(quality.task),
         tags=["hf_efficient", *map(for_line, names)],
         datasets=[report.dataset.name] if report.dataset and _hub_id(report.dataset.name) else None,
         metrics=None if quality is None else [for_line(score.name) for score in quality.scores],
@@ -146,6 +139,11 @@ def _said(value: Any) -> Any:
     return [_said(each) for each in value] if isinstance(value, list) else value
 
 
+def _hub_task(task: str) -> str:
+    """The Hub's name of a task, which may be one that we do not know."""
+    return for_line((TASKS[task].hub_name if task in TASKS else None) or task)
+
+
 def _relation(report: Report) -> str:
     """The Hub's word for what the model is to its base; `quantized` only if nothing else was done."""
     done = {
@@ -178,7 +176,7 @@ def _eval_results(report: Report) -> list["EvalResult"]:
         return []
     return [
         EvalResult(
-            task_type=for_line(_HUB_TASKS.get(quality.task, quality.task)),
+            task_type=_hub_task(quality.task),
             dataset_type=for_line(dataset.name.split(":")[-1]),
             dataset_name=for_line(dataset.name),
             dataset_split="test" if "test" in dataset.sizes else None,

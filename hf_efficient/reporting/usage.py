@@ -3,16 +3,10 @@
 print(loading_snippet(report, "me/bert-fast"))
 """
 
+from ..data.tasks import TASKS, Task
 from ..io.text import python_literal
 from .schema import Report
 
-_GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-_CALLS = {
-    "AutoModelForSequenceClassification": "model.config.id2label[model(**inputs).logits.argmax().item()]",
-    "AutoModelForImageClassification": "model.config.id2label[model(**inputs).logits.argmax().item()]",
-    "AutoModelForTokenClassification": "model(**inputs).logits.argmax(dim=-1)",
-    "AutoModelForQuestionAnswering": "model(**inputs).start_logits.argmax().item()",
-}
 # Of an encoder without a head; as `models.pooling.pool` does it.
 _POOLED = {
     "mean": "(states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
@@ -37,17 +31,14 @@ def loading_snippet(report: Report, repo_id: str) -> str:
 
 
 def _call(report: Report) -> list[str]:
-    auto, given = report.auto_class, '"A text of your own."'
-    if auto == "AutoModel":
+    if report.auto_class == "AutoModel":
         return _vectors(report)
-    if report.processor_class == "AutoImageProcessor":
-        given = "image"
-    elif auto == "AutoModelForQuestionAnswering":
-        given = '"A question?", "A text that answers it."'
-    inputs = f'inputs = processor({given}, return_tensors="pt")'
-    if auto in _GENERATES:
-        return [inputs, "tokens = model.generate(**inputs)", "print(processor.batch_decode(tokens))"]
-    return [inputs, f"print({_CALLS.get(auto, 'model(**inputs).logits')})"]
+    entries = [task for task in TASKS.values() if task.auto_class == report.auto_class]
+    measured = report.student.quality and TASKS.get(report.student.quality.task)  # of those that share an Auto class
+    task = measured if measured in entries else entries[0] if entries else None
+    sample, call = (Task.sample, Task.call) if task is None else (task.sample, task.call)
+    given = "image" if report.processor_class == "AutoImageProcessor" else sample
+    return [f'inputs = processor({given}, return_tensors="pt")', *call]
 
 
 def _vectors(report: Report) -> list[str]:

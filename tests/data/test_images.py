@@ -10,7 +10,8 @@ import torch
 import transformers
 from PIL import Image
 
-from hf_efficient.data.datasets import load_dataset_any, prepare
+from hf_efficient.data.datasets import load_dataset_any
+from hf_efficient.data.preparation import prepare
 from hf_efficient.errors import ConfigError, DataError
 
 

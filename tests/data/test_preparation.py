@@ -8,11 +8,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from hf_efficient.data.datasets import TASKS, check_labels, load_dataset_any, prepare
-from hf_efficient.data.preparation import COLUMNS
-from hf_efficient.data.text import TOKENIZING
+from hf_efficient.data.datasets import load_dataset_any
+from hf_efficient.data.preparation import check_labels, prepare
+from hf_efficient.data.tasks import ROLES, TASKS
 from hf_efficient.errors import ConfigError, DataError
-from hf_efficient.measurement.quality import TASKS as QUALITY
 
 from .test_datasets import ANIMALS, own_cache, rows  # noqa: F401 (a fixture)
 
@@ -199,12 +198,14 @@ def test_preparing_is_deterministic_and_leaves_the_users_folder_alone(tokenizer,
     assert other.train.cache_files != ready[0].train.cache_files and other.train[:] != ready[0].train[:]
 
 
-def test_every_task_names_a_class_of_transformers():
+def test_every_task_names_a_class_of_transformers_and_roles_that_are_known():
     assert all(task.auto_class in dir(transformers) for task in TASKS.values())
-    assert all(set(task.roles) - {"text_pair"} <= COLUMNS.keys() for task in TASKS.values())
-    assert {name for name, task in TASKS.items() if not task.is_of_images} == TOKENIZING.keys()
-    assert TASKS.keys() == QUALITY.keys()
-    assert {name: task.metric for name, task in TASKS.items()} == {name: task.metric for name, task in QUALITY.items()}
+    assert all(set(task.roles) <= ROLES.keys() for task in TASKS.values())
+
+
+def test_a_column_of_no_role_is_not_an_argument(splits, tokenizer):
+    with pytest.raises(TypeError, match=r"no argument 'txt_column'.*text_column, text_pair_column"):
+        prepare(splits, "text-classification", tokenizer, txt_column="text")
 
 
 def stored_labels(values, names):

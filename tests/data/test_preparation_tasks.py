@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from hf_efficient.data.datasets import check_labels, prepare
+from hf_efficient.data.preparation import check_labels, prepare
 from hf_efficient.errors import ConfigError, DataError
 from hf_efficient.training.batch import Batch, task_of
 

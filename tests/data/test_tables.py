@@ -13,7 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from hf_efficient.data import tables
-from hf_efficient.data.datasets import load_dataset_any, prepare, read_table
+from hf_efficient.data.datasets import load_dataset_any
+from hf_efficient.data.preparation import prepare
+from hf_efficient.data.tables import read_table
 from hf_efficient.errors import DataError
 
 from .test_datasets import own_cache  # noqa: F401 (a fixture)

@@ -15,7 +15,7 @@ from hf_efficient import ConfigError, Recipe, UnsupportedModelError, compress, l
 from hf_efficient.cli.programs.cache_teacher import read as read_cache
 from hf_efficient.cli.programs.cache_teacher import run as cache
 from hf_efficient.cli.programs.distill import read, run
-from hf_efficient.data.datasets import TASKS
+from hf_efficient.data.tasks import TASKS
 from hf_efficient.models.pooling import pool
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(30))]

@@ -6,7 +6,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_efficient.data.preparation import TASKS
+from hf_efficient.data.tasks import TASKS
 from hf_efficient.models.pooling import pool
 from hf_efficient.recipes.recipe import Recipe, shipped_recipes
 from hf_efficient.reporting.card import TEMPLATE, model_card, recipe_text, save_card

@@ -18,8 +18,8 @@ import yaml
 from PIL import Image
 
 from hf_efficient import CheckpointError, ConfigError, HfEfficientError, PruningConfig, PruningPlan, Recipe, Report
-from hf_efficient.data.datasets import read_table
 from hf_efficient.data.images import read_image
+from hf_efficient.data.tables import read_table
 from hf_efficient.errors import DataError
 from hf_efficient.io.json import parse_json
 from hf_efficient.io.yaml import parse

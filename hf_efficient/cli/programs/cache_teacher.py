@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from accelerate import PartialState
 
-from ...data.datasets import check_labels
+from ...data.preparation import check_labels
 from ...distillation.cache.cache import TeacherCache
 from ...distillation.cache.write import cache_teacher
 from ...errors import ConfigError

@@ -15,7 +15,8 @@ from typing import Any
 import evaluate
 from transformers import PreTrainedModel, set_seed
 
-from ...data.datasets import TASKS, check_labels
+from ...data.preparation import check_labels
+from ...data.tasks import TASKS
 from ...distillation.arguments import DistillationArguments
 from ...distillation.cache.cache import TeacherCache
 from ...distillation.student import build_student

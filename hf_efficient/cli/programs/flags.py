@@ -5,24 +5,25 @@
 A YAML file has the same names as the flags; a flag wins over it.
 """
 
-import inspect
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedModel
 
-from ...data.datasets import TASKS, PreparedData, load_dataset_any, prepare
+from ...data.datasets import load_dataset_any
+from ...data.preparation import PreparedData, prepare
+from ...data.tasks import ROLES, TASKS, column_name
 from ...errors import ConfigError, unknown_name
 from ...io.yaml import parse as parse_yaml
 from ...models.loading import load_model, load_processor
 
 
 @dataclass
-class DataArguments:
-    """The teacher, and the data that it is asked about; the help of each field says what it means."""
+class SourceArguments:
+    """The teacher, and where the data is that it is asked about."""
 
     dataset: str = field(
         metadata={
@@ -34,15 +35,19 @@ class DataArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Hub id or folder of a trained teacher; the loss ce alone needs none."}
     )
-    text_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Second text of a pair, if there is one."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    target_column: str | None = field(default=None, metadata={"help": "Output text of seq2seq."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    tokens_column: str | None = field(default=None, metadata={"help": "Lists of words, for token-classification."})
-    question_column: str | None = field(default=None, metadata={"help": "For question-answering."})
-    context_column: str | None = field(default=None, metadata={"help": "The text that holds the answer."})
-    answers_column: str | None = field(default=None, metadata={"help": "The answers, in the layout of SQuAD."})
+
+
+ColumnArguments: Any = make_dataclass(
+    "ColumnArguments",
+    [(column_name(role), str | None, field(default=None, metadata={"help": of.help})) for role, of in ROLES.items()],
+    bases=(SourceArguments,),
+)
+
+
+@dataclass
+class DataArguments(ColumnArguments):
+    """The teacher, and the data that it is asked about; the help of each field says what it means."""
+
     max_length: int | None = field(
         default=None, metadata={"help": "In tokens; default: the tokenizer's, at most 512."}
     )
@@ -79,7 +84,7 @@ class DataArguments:
             test_fraction=self.test_fraction,
             label_column=self.label_column,
         )
-        names = set(inspect.signature(prepare).parameters) & set(vars(self)) - {"dataset", "task"}
+        names = [*map(column_name, ROLES), "max_length", "image_size"]
         return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})
 
 

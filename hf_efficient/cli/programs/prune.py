@@ -16,7 +16,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, PreTrainedModel
 
-from ...data.datasets import TASKS, PreparedData, check_labels, load_dataset_any, prepare
+from ...data.datasets import load_dataset_any
+from ...data.preparation import PreparedData, check_labels, prepare
+from ...data.tasks import TASKS
 from ...errors import ConfigError, unknown_name
 from ...io.disk import check_empty, new_folder, write_atomic
 from ...io.text import show

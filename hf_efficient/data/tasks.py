@@ -1,0 +1,202 @@
+"""The table of tasks: what each reads, which model answers, how the answer is scored, and what a card says of it.
+
+    TASKS["causal-lm"].auto_class                                    # "AutoModelForCausalLM"
+    TASKS["entailment"] = replace(TASKS["text-classification"], columns=("text", "text_pair", "label"), optional=())
+
+Everything else asks this table, so a task is one entry of it, and a column of a new kind one of `ROLES`.
+Light to import: neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import images, text
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column is for; it can be named as `<role>_column`.
+
+    Fields:
+        usual: the names that are tried, in this order, where it is not named.
+        help: what the flag says.
+        is_rare: recipes write it only where it is given.
+    """
+
+    usual: tuple[str, ...] = ()
+    help: str = "Default: found by its usual names."
+    is_rare: bool = False
+
+
+ROLES: dict[str, Role] = {
+    "text": Role(("text", "sentence", "content")),
+    "text_pair": Role(help="Second text of a pair, if there is one."),
+    "label": Role(("label", "labels", "category")),
+    "target": Role(("target", "summary", "output"), "Output text of seq2seq."),
+    "image": Role(("image", "img")),
+    "tokens": Role(("tokens", "words"), "Lists of words, for token-classification.", is_rare=True),
+    "question": Role(("question",), "For question-answering.", is_rare=True),
+    "context": Role(("context",), "The text that holds the answer.", is_rare=True),
+    "answers": Role(("answers", "answer"), "The answers, in the layout of SQuAD.", is_rare=True),
+}
+
+
+def column_name(role: str) -> str:
+    """The argument, recipe key and flag that names the column of a role."""
+    return f"{role}_column"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task needs of data and model, and how its answers are read.
+
+    Fields:
+        columns: the roles that it reads. optional: those that it reads where they are named.
+        auto_class: the Auto class that loads its model.
+        kind: what is a target: `examples` (a class for each), `tokens` (a label for each token), `causal_lm` (the
+            next token), `spans` (the first and the last token of an answer), `embeddings` (no head: pairs of texts).
+        metric: the main score: accuracy, perplexity, or the one of its kind.
+        tokenize, tokenize_test: a batch of rows to model inputs; the second for the test split, default the first.
+        collate: processor -> what pads a list of samples into a batch.
+        needs: of a tokenizer: `mask_token`, `offsets`, `right_padding`.
+        heads: endings of the names of its model classes, beside the one that the Auto class says.
+        usual: names that are tried for a role in the place of those of `ROLES`.
+        trains: whether there are labels, so that a teacher can be fine-tuned.
+        losses: what is distilled where nothing is said; None: what the settings of distillation say.
+        hub_name: the Hub's name of it, where that is another.
+        sample, call: for the reader of a card: what the processor is given, and lines that call the model on `inputs`.
+    """
+
+    columns: tuple[str, ...]
+    auto_class: str
+    kind: str
+    metric: str
+    tokenize: Callable[..., dict]
+    collate: Callable[[Any], Callable]
+    tokenize_test: Callable[..., dict] | None = None
+    optional: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    usual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trains: bool = True
+    losses: Mapping[str, float] | None = None
+    hub_name: str | None = None
+    sample: str = '"A text of your own."'
+    call: tuple[str, ...] = ("print(model(**inputs).logits)",)
+
+    @property
+    def is_of_images(self) -> bool:
+        return "image" in self.columns
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All that may be named, as `<role>_column`."""
+        return self.columns + self.optional
+
+    @property
+    def is_by_token(self) -> bool:
+        """Whether every token is a target."""
+        return self.kind in ("tokens", "causal_lm")
+
+    @property
+    def class_endings(self) -> tuple[str, ...]:
+        """How the names of its model classes end; none for embeddings, whose models have no head."""
+        own = self.auto_class.removeprefix("AutoModel")
+        return (own, *self.heads) if own else self.heads
+
+
+CLASS_NAME = ("print(model.config.id2label[model(**inputs).logits.argmax().item()])",)
+GENERATED = ("tokens = model.generate(**inputs)", "print(processor.batch_decode(tokens))")
+
+TASKS: dict[str, Task] = {
+    "text-classification": Task(
+        columns=("text", "label"),
+        optional=("text_pair",),
+        auto_class="AutoModelForSequenceClassification",
+        kind="examples",
+        metric="accuracy",
+        tokenize=text.classify,
+        collate=text.pad_inputs,
+        call=CLASS_NAME,
+    ),
+    "causal-lm": Task(
+        columns=("text",),
+        auto_class="AutoModelForCausalLM",
+        kind="causal_lm",
+        metric="perplexity",
+        tokenize=text.continue_text,
+        collate=text.pad_labels,
+        heads=("LMHeadModel",),
+        hub_name="text-generation",
+        call=GENERATED,
+    ),
+    "seq2seq": Task(
+        columns=("text", "target"),
+        auto_class="AutoModelForSeq2SeqLM",
+        kind="tokens",
+        metric="perplexity",
+        tokenize=text.translate,
+        collate=text.pad_labels,
+        heads=("ForConditionalGeneration",),
+        hub_name="text2text-generation",
+        call=GENERATED,
+    ),
+    "image-classification": Task(
+        columns=("image", "label"),
+        auto_class="AutoModelForImageClassification",
+        kind="examples",
+        metric="accuracy",
+        tokenize=images.images_to_inputs,
+        collate=images.stack,
+        call=CLASS_NAME,
+    ),
+    "sentence-embeddings": Task(
+        columns=("text",),
+        optional=("text_pair",),
+        auto_class="AutoModel",
+        kind="embeddings",
+        metric="retrieval@1",
+        tokenize=text.embed,
+        tokenize_test=text.embed_test,
+        collate=text.pad_inputs,
+        trains=False,
+        losses={"embedding": 1.0},
+        hub_name="sentence-similarity",
+    ),
+    "token-classification": Task(
+        columns=("tokens", "label"),
+        usual={"label": ("ner_tags", "tags", "labels", "pos_tags")},
+        auto_class="AutoModelForTokenClassification",
+        kind="tokens",
+        metric="accuracy",
+        tokenize=text.tag,
+        collate=text.pad_labels,
+        needs=("offsets",),
+        call=("print(model(**inputs).logits.argmax(dim=-1))",),
+    ),
+    "masked-lm": Task(
+        columns=("text",),
+        auto_class="AutoModelForMaskedLM",
+        kind="tokens",
+        metric="perplexity",
+        tokenize=text.fill,
+        tokenize_test=text.fill_test,
+        collate=text.mask_anew,
+        needs=("mask_token",),
+        hub_name="fill-mask",
+    ),
+    "question-answering": Task(
+        columns=("question", "context", "answers"),
+        auto_class="AutoModelForQuestionAnswering",
+        kind="spans",
+        metric="span_accuracy",
+        tokenize=text.answer,
+        collate=text.pad_inputs,
+        needs=("offsets", "right_padding"),
+        sample='"A question?", "A text that answers it."',
+        call=("print(model(**inputs).start_logits.argmax().item())",),
+    ),
+}
