@@ -47,6 +47,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def check_positive(name: str, value: object, least: int = 1, otherwise: str = "") -> None:
+    """Refuse what is not an integer (`True` is none) of at least `least`; `otherwise` is what else is allowed."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        allowed = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ConfigError(f"{name} must be {allowed}{otherwise}, got {shown(value)}.")
+
+
 def unknown_name(what: str, given: object, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not in a table: names the nearest match and lists what is known.
 

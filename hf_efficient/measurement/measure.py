@@ -6,12 +6,12 @@
 Light to import: PyTorch is imported by the call.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import UnsupportedModelError, check_positive
 from ..reporting.schema import Comparison, Energy, Measurement, Workload
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ def measure(
     evaluation_batch_size: int = 32,
     pooling: str = "mean",
     energy: bool = False,
+    metrics: Sequence[str] | Mapping[str, Any] = (),
 ) -> Measurement:
     """Measure `model`, and `baseline` (the teacher) next to it.
 
     Parameters:
-        dataset, collator, task, pooling: for quality, as in `evaluate_quality`; without a data set quality is None.
+        dataset, collator, task, pooling, metrics: as in `evaluate_quality`; without a data set quality is None.
         batch_size, sequence_length: of the timed forward on `dummy_inputs`; images have the config's size.
         repeats, warmup: timed and uncounted rounds.
         threads: CPU threads while timing and evaluating; None leaves them as they are.
@@ -61,45 +62,59 @@ def measure(
     from .energy import check_energy
     from .latency import compare_latency
     from .quality import evaluate_quality
+    from .scores import load_metrics
     from .size import measure_size
 
-    models = {"model": model} if baseline is None else {"baseline": baseline, "model": model}
-    for name, each in models.items():
-        _check_model(each, name)
-    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 2:
-        raise ConfigError(f"repeats must be an integer of at least 2, got {repeats!r}.")
+    sides = {"model": _Side(model, folder, dataset, collator)}
+    if baseline is not None:
+        rows = dataset if dataset is None or baseline_dataset is None else baseline_dataset
+        sides = {"baseline": _Side(baseline, baseline_folder, rows, baseline_collator or collator), **sides}
+    for name, side in sides.items():
+        _check_model(side.model, name)
+    check_positive("repeats", repeats, least=2)
     if energy:
         check_energy()
-    folders = {"model": folder, "baseline": baseline_folder}
+    if not isinstance(metrics, Mapping):
+        metrics = load_metrics(metrics)
 
     def inputs_of(each):
         return dummy_inputs(each, batch_size, sequence_length)
 
-    inputs = {name: inputs_of(each) for name, each in models.items()}
+    inputs = {name: inputs_of(side.model) for name, side in sides.items()}
     with using_threads(threads):
+        models = {name: side.model for name, side in sides.items()}
         timing = compare_latency(models, inputs_of, rounds=repeats, warmup=warmup)
-        evaluations = {}
-        if dataset is not None:
-            for name, each in models.items():
-                rows, collate = dataset, collator
-                if name == "baseline":
-                    rows = dataset if baseline_dataset is None else baseline_dataset
-                    collate = baseline_collator or collator
-                evaluations[name] = evaluate_quality(each, rows, collate, task, evaluation_batch_size, pooling)
-        measured = {
+        evaluations = {
+            name: evaluate_quality(
+                side.model, side.dataset, side.collator, task, evaluation_batch_size, pooling, metrics
+            )
+            for name, side in sides.items()
+            if side.dataset is not None
+        }
+        measurements = {
             name: Measurement(
-                model=type(each).__name__,
-                workload=_workload(each, inputs[name], timing.threads),
-                size=measure_size(each, inputs[name], folders[name]),
+                model=type(side.model).__name__,
+                workload=_workload(side.model, inputs[name], timing.threads),
+                size=measure_size(side.model, inputs[name], side.folder),
                 latency=timing.latencies[name],
                 quality=evaluations[name].quality if evaluations else None,
-                energy=_energy(each, inputs[name]) if energy else None,
+                energy=_energy(side.model, inputs[name]) if energy else None,
             )
-            for name, each in models.items()
+            for name, side in sides.items()
         }
     if baseline is None:
-        return measured["model"]
-    return _joined(measured["baseline"], measured["model"], timing, evaluations)
+        return measurements["model"]
+    return _joined(measurements["baseline"], measurements["model"], timing, evaluations)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model with what is its own: its folder, and the samples as it gets them."""
+
+    model: "torch.nn.Module"
+    folder: str | Path | None
+    dataset: Any
+    collator: Callable | None
 
 
 def _check_model(model: Any, name: str) -> None:

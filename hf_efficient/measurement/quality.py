@@ -24,7 +24,7 @@ An answer is right if its first and its last token are; an embedding, if the nea
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.tasks import TASKS, Task
-from ..errors import ConfigError, DataError, UnsupportedModelError, unknown_name
+from ..errors import DataError, UnsupportedModelError, check_positive, unknown_name
 from ..models.heads import auto_class_of_architecture
 from ..models.modes import evaluating
 from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from .retrieval import PAIR, find_pairs
+from .scores import check_metrics, further_scores, load_metrics
 
 _LABELS = ("labels", "start_positions", "end_positions", PAIR)
 _SPAN = 1 << 32
@@ -100,6 +101,7 @@ def evaluate_quality(
     task: str | None = None,
     batch_size: int = 32,
     pooling: str = "mean",
+    metrics: Sequence[str] | Mapping[str, Any] = (),
 ) -> Evaluation:
     """Run the model over the data set in its order, in eval mode, and score it.
 
@@ -109,15 +111,20 @@ def evaluate_quality(
         collator: list of samples -> batch with `labels`; default `transformers.default_data_collator`.
         task: one of `data.tasks.TASKS`; default: what the model's head is for.
         pooling: of embeddings: mean, cls or last.
+        metrics: further scores of classes: names of `scores.METRICS`, or what `load_metrics` gives. A score that is
+            there already is not repeated.
 
     Raises:
-        ConfigError: an unknown task or bad batch size. DataError: an empty data set, no labels, or nothing to predict.
+        ConfigError: an unknown task or metric, or bad batch size.
+        DataError: an empty data set, no labels, or nothing to predict.
     """
     task = task_of(model) if task is None else task
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    check_positive("batch_size", batch_size)
+    if not isinstance(metrics, Mapping):
+        check_metrics(metrics, task, trusted=False)
+        metrics = load_metrics(metrics)
     if len(dataset) == 0:
         raise DataError("The data set to evaluate on is empty. Give at least one sample.")
     if collator is None:
@@ -135,6 +142,11 @@ def evaluate_quality(
         raise DataError("No label counts: all are -100. Give samples with labels.")
     predictions, targets = (torch.cat([row[i] for row in rows]) for i in (3, 4))
     scores = _scores(TASKS[task], loss, correct, count, predictions, targets)
+    if metrics:
+        known = {score.name for score in scores}
+        config: Any = model.config
+        further = further_scores(metrics, predictions, targets, count, config.num_labels)
+        scores += tuple(score for score in further if score.name not in known)
     return Evaluation(Quality(task, len(count), int(count.sum()), scores), loss, correct, count, predictions, targets)
 
 

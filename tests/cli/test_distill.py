@@ -5,10 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
-import evaluate
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -152,9 +150,12 @@ def test_labels_are_compared_before_weights_are_loaded(workplace):
         run(*read(words(workplace)))
 
 
-def test_the_metric_is_accuracy():
-    metric = evaluate.load(str(files("hf_efficient.measurement") / "metrics" / "accuracy"), keep_in_memory=True)
-    assert metric.compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2]) == {"accuracy": 0.75}
+def test_further_metrics_are_those_of_the_evaluation(workplace):
+    given = words(workplace, "--metrics", "f1", "matthews_correlation")
+    metrics = run(*read(given))
+    assert {"eval_accuracy", "eval_f1", "eval_matthews_correlation"} <= metrics.keys()
+    with pytest.raises(ConfigError, match=r"Unknown metric 'recal'. Did you mean 'recall'\? Known: accuracy, f1"):
+        read(words(workplace, "--metrics", "recal"))
 
 
 @pytest.mark.processes

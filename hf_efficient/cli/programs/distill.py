@@ -6,13 +6,11 @@
 The result in `output_dir` is a plain transformers model with its tokenizer and `all_results.json`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import evaluate
 from transformers import PreTrainedModel, set_seed
 
 from ...data.preparation import check_labels
@@ -24,8 +22,8 @@ from ...distillation.terms import LOSSES, check_losses
 from ...distillation.trainer import DistillationTrainer
 from ...errors import CheckpointError, ConfigError
 from ...io.text import show
+from ...measurement.scores import METRICS, check_metrics, for_trainer, load_metrics
 from ...models.loading import load_config, load_model
-from ...models.token_masks import IGNORED
 from ...training.trainers import MarkComplete, last_checkpoint, leave_processes
 from .dry_run import describe
 from .flags import DataArguments, parse
@@ -54,6 +52,10 @@ class ScriptArguments(DataArguments):
         default=None,
         metadata={"help": "Folder of scripts/cache_teacher.py with the teacher's answers to these data."},
     )
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Further scores of classes: {', '.join(METRICS)}; with trust_remote_code any of evaluate."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check all of it, try one batch, print what would be done, and write nothing."},
@@ -62,6 +64,7 @@ class ScriptArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_metrics(self.metrics or [], self.task, trusted=self.trust_remote_code)
         if (self.student is None) == (self.student_layers is None):
             raise ConfigError(
                 "Give student (an existing model) or student_layers (cut from the teacher), one of them; "
@@ -103,7 +106,9 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
         CheckpointError: output_dir is in use, or has nothing to resume from.
         ConfigError, DataError, UnsupportedModelError: see `prepare` and `DistillationTrainer`.
     """
-    resume = _checkpoint(script, args)
+    resume, task = _checkpoint(script, args), TASKS[script.task]
+    names = ["accuracy", *(script.metrics or [])] if task.metric == "accuracy" else []
+    by_name = load_metrics(names, trusted=script.trust_remote_code)
     is_new = not Path(args.output_dir).exists()
     config = load_config(script.source, trust_remote_code=script.trust_remote_code)
     cache = None if script.teacher_cache is None else TeacherCache(script.teacher_cache)
@@ -114,6 +119,9 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     set_seed(args.seed)  # for what is new in the student, such as its head
     needs_model = script.teacher is not None and (cache is None or script.student_layers is not None)
     teacher = script.load_teacher() if needs_model else None
+    scores = _span_accuracy if task.kind == "spans" else None  # a perplexity is exp of `eval_loss_ce`
+    if by_name:
+        scores = for_trainer(by_name, data.num_labels or 0)
     trainer = DistillationTrainer(
         _student(script, config, teacher),
         args,
@@ -123,7 +131,7 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
         data_collator=data.collator,
         callbacks=[MarkComplete()],
         processing_class=processor,
-        compute_metrics=_metric(TASKS[script.task].metric),
+        compute_metrics=scores,
         preprocess_logits_for_metrics=_predictions,
     )
     if script.dry_run:
@@ -177,28 +185,10 @@ def _student(script: ScriptArguments, config: Any, teacher: PreTrainedModel | No
     return load_model(auto, name, trust_remote_code=script.trust_remote_code, new_head=True, **labels)
 
 
-def _metric(name: str) -> Callable[[Any], dict[str, float]] | None:
-    """What `Trainer` computes beside the losses; the perplexity is exp of `eval_loss_ce`."""
-    if name == "accuracy":
-        return _accuracy()
-    return _span_accuracy if name == "span_accuracy" else None
-
-
 def _predictions(logits: Any, labels: Any) -> Any:
     if isinstance(logits, tuple):  # the first and the last token of an answer
         return tuple(each.argmax(dim=-1) for each in logits)
     return logits.argmax(dim=-1)
-
-
-def _accuracy() -> Callable[[Any], dict[str, float]]:
-    with as_file(files("hf_efficient.measurement") / "metrics" / "accuracy") as folder:
-        metric = evaluate.load(str(folder), keep_in_memory=True)
-
-    def compute(prediction: Any) -> dict[str, float]:
-        counts = prediction.label_ids != IGNORED  # of token labels, and of what pads them
-        return metric.compute(predictions=prediction.predictions[counts], references=prediction.label_ids[counts])
-
-    return compute
 
 
 def _span_accuracy(prediction: Any) -> dict[str, float]:
