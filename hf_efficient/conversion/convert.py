@@ -16,11 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..attention.config import AttentionConfig
 from ..attention.dispatch import ATTACHED
 from ..errors import ConfigError
-from ..models.block import ATTENTIONS, EfficientBlock, StackBlock
-from ..models.classes import block_of, with_block
-from ..models.families import family_of, find_stacks, is_known, layers_prefix
+from ..models.anatomy import Anatomy, ConfigAnatomy
+from ..models.block import ATTENTIONS, EfficientBlock
+from ..models.classes import with_block
+from ..models.families import is_known
 from ..models.loading import load_config
 from ..models.rebuild import check_model, rebuild
+from ..models.stacks import config_stacks
 from ..models.structure import check_fit
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
@@ -48,28 +50,25 @@ def convert_attention(
         ConfigError: a layer or stack that does not exist.
     """
     if isinstance(model, PreTrainedModel) and not is_known(model.config):
-        return convert_in_memory(model, _asked(config, layers))
-    check_model(model)
-    efficient = with_block(model.config, _converted(model.config, config, layers))
-    converted = rebuild(model, efficient, _without_replaced(model, efficient))
-    if block_of(converted.config).is_converted():
+        return convert_in_memory(model, _by_layer(config, layers))
+    anatomy = Anatomy.of(check_model(model))
+    block = _converted(anatomy, config, layers)
+    converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
+    if block.is_converted():
         check_reached(converted)
     return converted
 
 
-def _without_replaced(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """The weights of `model` without the learned parts of attentions that `config` replaces."""
-    state = model.state_dict()
-    old, new = block_of(model.config), block_of(config)
-    for stack, layers in find_stacks(model):
-        prefix = layers_prefix(model, layers)
-        for key, attention in zip(ATTENTIONS, stack.attentions(config).values(), strict=False):
-            before, after = (getattr(block.stack(stack.name), key) for block in (old, new))
-            for index in range(len(layers)):
+def _without_replaced(anatomy: Anatomy, new: EfficientBlock) -> dict[str, torch.Tensor]:
+    """The weights of the model without the learned parts of attentions that the new block replaces."""
+    gone = []
+    for stack in anatomy.stacks:
+        for key, attention in zip(ATTENTIONS, stack.attentions.values(), strict=False):
+            before, after = (getattr(block.stack(stack.name), key) for block in (anatomy.block, new))
+            for index in range(len(stack.layers)):
                 if before and before[index] != (after[index] if after else None):
-                    gone = f"{prefix}.{index}.{attention.module}.{ATTACHED}."
-                    state = {name: value for name, value in state.items() if not name.startswith(gone)}
-    return state
+                    gone.append(f"{stack.layer_prefix(index)}.{attention.module}.{ATTACHED}.")
+    return {name: value for name, value in anatomy.model.state_dict().items() if not name.startswith(tuple(gone))}
 
 
 def efficient_config(
@@ -89,41 +88,39 @@ def efficient_config(
         stock, changes = name_or_path_or_config, kwargs
     else:
         stock, changes = load_config(name_or_path_or_config, **kwargs), {}
-    block = block_of(stock) if attention is None else _converted(stock, attention, layers)
+    anatomy = ConfigAnatomy.of_config(stock)
+    block = anatomy.block if attention is None else _converted(anatomy, attention, layers)
     return with_block(stock, block, **changes)
 
 
-def _converted(config: PreTrainedConfig, asked: Mixing, layers: Sequence[int] | int | str | None) -> EfficientBlock:
-    family, block = family_of(config), block_of(config)
-    asked = _asked(asked, layers)
-    counts = {stack.name: stack.depth(config) for stack in family.stacks}
-    crossed = {stack.name: counts[stack.name] for stack in family.stacks if stack.cross(config)}
-    stacks = {}
-    by_name = {stack.name: stack for stack in family.stacks}
-    for name, wanted in spread(asked, counts, crossed).items():
-        entry, stack = block.stack(name), by_name[name]
-        changed = {}
+def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | int | str | None) -> EfficientBlock:
+    """The block with the attentions that `mixing` names, in all stacks of the family: a class may leave one out."""
+    stacks = {stack.name: stack for stack in config_stacks(anatomy.config, anatomy.family)}
+    depths = {name: stack.depth for name, stack in stacks.items()}
+    crossed = {name: depths[name] for name, stack in stacks.items() if stack.cross}
+    entries = {}
+    for name, wanted in spread(_by_layer(mixing, layers), depths, crossed).items():
+        entry, stack, changes = anatomy.block.stack(name), stacks[name], {}
         for key in ATTENTIONS:
-            for one in wanted[key].values():
-                check_fit(one, family, cross=key == CROSS)
-            old = getattr(entry, key) or (AttentionConfig(),) * counts[name]
-            causal = key != CROSS and stack.is_causal(config)
+            for config in wanted[key].values():
+                check_fit(config, anatomy.family, cross=key == CROSS)
+            old = getattr(entry, key) or (AttentionConfig(),) * stack.depth
+            causal = key != CROSS and stack.is_causal
+            # Global tokens are sinks of a causal layer; one that has a window of its own never saw them.
             new = tuple(
-                wanted[key].get(i, old[i]).resolve(causal and not stack.has_window(config, i))
-                for i in range(counts[name])
+                wanted[key].get(index, old[index]).resolve(causal and not stack.has_window(index))
+                for index in range(stack.depth)
             )
-            changed[key] = new if any(one.kind != "full" for one in new) else ()
-        stacks[name] = replace(entry, **changed)
-    return replace(block, stacks=_drop_empty(stacks))
+            changes[key] = new if any(config.kind != "full" for config in new) else ()
+        entry = replace(entry, **changes)
+        if entry.sizes or entry.is_converted():
+            entries[name] = entry
+    return replace(anatomy.block, stacks=entries)
 
 
-def _asked(config: Mixing, layers: Sequence[int] | int | str | None) -> Mixing:
+def _by_layer(config: Mixing, layers: Sequence[int] | int | str | None) -> Mixing:
     if layers is None:
         return config
     if not isinstance(config, AttentionConfig):
         raise ConfigError("Give either one config with `layers`, or a mapping from layers to configs, not both.")
     return only(config, layers)
-
-
-def _drop_empty(stacks: dict[str, StackBlock]) -> dict[str, StackBlock]:
-    return {name: entry for name, entry in stacks.items() if entry.sizes or entry.is_converted()}

@@ -33,7 +33,7 @@ def read_layers(key: LayerKey, count: int) -> tuple[int, range]:
     """How special a key is (0 to 3), and the layers it means in a stack of `count`.
 
     Raises:
-        ConfigError: a key that is no number, range, slice or "all", or means no layer of the stack.
+        ConfigError: a key other than a number, range, slice or "all", or one that means no layer of the stack.
     """
     text = str(key)
     if text == "all":
@@ -56,30 +56,30 @@ def read_layers(key: LayerKey, count: int) -> tuple[int, range]:
     return rank, layers
 
 
-def spread(asked: Mixing, stacks: Mapping[str, int], crossed: Mapping[str, int]) -> dict[str, dict[str, dict]]:
-    """What is asked for, as `{stack: {"attention": {layer: config}, "cross_attention": {layer: config}}}`.
+def spread(mixing: Mixing, stacks: Mapping[str, int], crossed: Mapping[str, int]) -> dict[str, dict[str, dict]]:
+    """What is wanted, as `{stack: {"attention": {layer: config}, "cross_attention": {layer: config}}}`.
 
     Parameters:
         stacks: the layers of each stack.
         crossed: those of the stacks that have cross attention.
 
     Raises:
-        ConfigError: an unknown stack or layer, a layer named twice, or something that is no AttentionConfig.
+        ConfigError: an unknown stack or layer, a layer named twice, or something else than an AttentionConfig.
     """
-    by_stack = isinstance(asked, Mapping) and any(key in STACK_NAMES for key in asked)
+    by_stack = isinstance(mixing, Mapping) and any(key in STACK_NAMES for key in mixing)
     if not by_stack:
-        return {name: {"attention": spread_layers(asked, count), CROSS: {}} for name, count in stacks.items()}
+        return {name: {"attention": spread_layers(mixing, count), CROSS: {}} for name, count in stacks.items()}
     result = {name: {"attention": {}, CROSS: {}} for name in stacks}
-    for name, given in asked.items():
+    for name, by_layer in mixing.items():
         if name != CROSS and name not in stacks:
             raise unknown_stack(name, [*stacks, CROSS] if crossed else stacks)
         if name != CROSS:
-            result[name]["attention"] = spread_layers(given, stacks[name])
+            result[name]["attention"] = spread_layers(by_layer, stacks[name])
             continue
         if not crossed:
             raise ConfigError("This model has no cross attention to convert.")
         for stack, count in crossed.items():
-            result[stack][CROSS] = spread_layers(given, count)
+            result[stack][CROSS] = spread_layers(by_layer, count)
     return result
 
 
@@ -90,18 +90,20 @@ def unknown_stack(name: LayerKey, known: Iterable[str]) -> ConfigError:
     return unknown_name("stack", name, known)
 
 
-def spread_layers(asked: ByLayer, count: int) -> dict[int, AttentionConfig]:
+def spread_layers(by_layer: ByLayer, count: int) -> dict[int, AttentionConfig]:
     """The attention of each named layer of a stack of `count` layers."""
-    if isinstance(asked, AttentionConfig):
-        return dict.fromkeys(range(count), asked)
-    if not isinstance(asked, Mapping):
-        raise ConfigError(f"Expected an AttentionConfig or a mapping from layers to AttentionConfig, got {asked!r}.")
-    if not asked:
+    if isinstance(by_layer, AttentionConfig):
+        return dict.fromkeys(range(count), by_layer)
+    if not isinstance(by_layer, Mapping):
+        raise ConfigError(
+            f"Expected an AttentionConfig or a mapping from layers to AttentionConfig, got {by_layer!r}."
+        )
+    if not by_layer:
         raise ConfigError("The mapping from layers to AttentionConfig is empty, so there is nothing to convert.")
-    if "kind" in asked:
-        raise ConfigError(f"Give an AttentionConfig instead of a dict: AttentionConfig.from_dict({dict(asked)!r}).")
+    if "kind" in by_layer:
+        raise ConfigError(f"Give an AttentionConfig instead of a dict: AttentionConfig.from_dict({dict(by_layer)!r}).")
     chosen: dict[int, tuple[int, AttentionConfig]] = {}
-    for key, config in asked.items():
+    for key, config in by_layer.items():
         if not isinstance(config, AttentionConfig):
             raise ConfigError(f"Layer {key!r}: expected an AttentionConfig, got {config!r}.")
         rank, layers = read_layers(key, count)

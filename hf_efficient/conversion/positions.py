@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
-from ..models.classes import block_of, with_block
+from ..models.anatomy import Anatomy
+from ..models.classes import with_block
 from ..models.families import Family, family_of, token_limit
 from ..models.rebuild import check_model, rebuild
 
@@ -42,14 +43,15 @@ def extend_positions(
         ConfigError: `length` is not longer than what the model takes now, or an option that its positions have no use
             for.
     """
-    family = family_of(check_model(model).config)
-    changes = longer_config(model.config, length, method, rope)
-    state = model.state_dict()
+    anatomy = Anatomy.of(check_model(model))
+    family, changes = anatomy.family, longer_config(model.config, length, method, rope)
     extended = _sinusoids if family.sinusoidal else METHODS[method]
     first = family.first_position(model.config) if family.positions else 0
-    for key in _tables(family, state):
-        state[key] = torch.cat([state[key][:first], extended(state[key][first:], length)])
-    return rebuild(model, with_block(model.config, block_of(model.config), **changes), state)
+    state, tables = model.state_dict(), tuple(f"{path}.weight" for path in family.positions)
+    for key in state:
+        if key.endswith(tables):
+            state[key] = torch.cat([state[key][:first], extended(state[key][first:], length)])
+    return rebuild(model, with_block(model.config, anatomy.block, **changes), state)
 
 
 def longer_config(
@@ -83,9 +85,10 @@ def longer_config(
 
 def _scaled(config: PreTrainedConfig, family: Family, factor: float, rope: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict):
-        for one in rope.values() if all(isinstance(value, dict) for value in rope.values()) else (rope,):
-            if one.get("rope_type") not in (known := ("default", *ROPE_INIT_FUNCTIONS)):
-                raise unknown_name("rope_type", one.get("rope_type"), known)
+        is_by_layer_type = all(isinstance(value, dict) for value in rope.values())
+        for parameters in rope.values() if is_by_layer_type else (rope,):
+            if parameters.get("rope_type") not in (known := ("default", *ROPE_INIT_FUNCTIONS)):
+                raise unknown_name("rope_type", parameters.get("rope_type"), known)
         return rope
     if rope not in ROPE:
         raise unknown_name("rope", rope, ROPE)
@@ -100,11 +103,6 @@ def _scaled(config: PreTrainedConfig, family: Family, factor: float, rope: str |
         )
     original = {"original_max_position_embeddings": token_limit(config)} if rope == "yarn" else {}
     return now | {"rope_type": rope, "factor": factor} | original
-
-
-def _tables(family: Family, state: dict[str, Tensor]) -> list[str]:
-    endings = tuple(f"{path}.weight" for path in family.positions)
-    return [name for name in state if name.endswith(endings)]
 
 
 def _tile(table: Tensor, length: int) -> Tensor:

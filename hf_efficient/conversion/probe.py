@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.dispatch import ATTACHED
 from ..errors import UnsupportedModelError
-from ..models.families import find_stacks, is_known
+from ..models.anatomy import Anatomy
+from ..models.families import is_known
 from ..models.modes import eval_mode
 
 Inputs = dict[str, Tensor]
@@ -29,10 +30,10 @@ def tiny_inputs(model: PreTrainedModel, main_only: bool = False) -> Inputs:
     """Made-up inputs for `model.base_model`: of every kind that its forward takes, or (`main_only`) its main one and
     that of its decoder."""
     names = forward_names(model)
-    wanted = [name for name in _MAKERS if name in names]
+    kinds = [name for name in _MAKERS if name in names]
     if main_only:
-        wanted = [name for name in wanted if name in (model.base_model.main_input_name, "decoder_input_ids")]
-    inputs = {name: _MAKERS[name](model.config) for name in wanted} | _encoder_states(model)
+        kinds = [name for name in kinds if name in (model.base_model.main_input_name, "decoder_input_ids")]
+    inputs = {name: _MAKERS[name](model.config) for name in kinds} | _encoder_states(model)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
@@ -57,20 +58,18 @@ def run_steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Tensor
     main = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     if main not in inputs or not {"past_key_values", "use_cache"} <= set(names):
         return None
-    given = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    whole, steps, cache, training = run(model, given)[0], [], None, model.training
-    ids = given.pop(main)
-    try:
-        for part in ids.split([2] + [1] * (ids.shape[1] - 2), dim=1):
-            output = model.eval().base_model(**given, **{main: part}, past_key_values=cache, use_cache=True)
+    rest = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    whole, steps, cache = run(model, rest)[0], [], None
+    ids = rest.pop(main)
+    with eval_mode(model):
+        for part in ids.split([2] + [1] * (ids.shape[1] - 2), dim=1):  # a prompt of two tokens, then one by one
+            output = model.base_model(**rest, **{main: part}, past_key_values=cache, use_cache=True)
             cache = getattr(output, "past_key_values", None)
             if cache is None:
                 return None
             steps.append(output[0])
             if main == "input_ids":  # an image belongs to the prompt, the text of an encoder to every step
-                given = {}
-    finally:
-        model.train(training)
+                rest = {}
     return torch.cat(steps, 1), whole
 
 
@@ -108,10 +107,10 @@ def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _encoder_states(model: PreTrainedModel) -> Inputs:
     """For a decoder without its encoder, whose layers have cross attention all the same."""
-    stacks = [stack for stack, _ in find_stacks(model)] if is_known(model.config) else []
-    if len(stacks) != 1 or not stacks[0].cross(model.config):
+    stacks = Anatomy.of(model).stacks if is_known(model.config) else ()
+    if len(stacks) != 1 or not stacks[0].cross:
         return {}
-    return {"encoder_hidden_states": _waves(1, TOKENS, stacks[0].width(model.config))}
+    return {"encoder_hidden_states": _waves(1, TOKENS, stacks[0].width)}
 
 
 def _waves(*shape: int) -> Tensor:
@@ -124,10 +123,10 @@ def _ids(count: int, config: PreTrainedConfig) -> Tensor:
 
 
 def _pixels(config: PreTrainedConfig) -> Tensor:
-    own = getattr(config, "vision_config", config)
-    size = own.image_size
+    vision = getattr(config, "vision_config", config)
+    size = vision.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return _waves(1, own.num_channels, height, width)
+    return _waves(1, vision.num_channels, height, width)
 
 
 def _sound(config: PreTrainedConfig) -> Tensor:

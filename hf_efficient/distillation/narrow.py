@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..models.block import EfficientBlock
-from ..models.classes import block_of, stock_config, with_block
-from ..models.families import family_of, find_stacks
+from ..models.anatomy import Anatomy
+from ..models.classes import stock_config, with_block
 from ..models.modes import evaluating
 from ..models.rebuild import class_for, rebuild
 from ..pruning.score.calibration import token_mask
@@ -40,10 +39,11 @@ def narrow(model: PreTrainedModel, hidden_size: int, batches: Sequence[Batch] = 
     Raises:
         UnsupportedModelError: something else than the stream depends on the width.
     """
-    full = next(stack for stack, _ in find_stacks(model)).width(model.config)
+    anatomy = Anatomy.of(model)
+    full = anatomy.stacks[0].width
     if hidden_size == full:
         return model
-    config = _narrow_config(model, hidden_size)
+    config = _narrow_config(anatomy, hidden_size)
     axes = _stream_axes(model, config, full, hidden_size)
     norms = _norms(model, axes)
     scores = _by_activations(model, norms, batches) if batches else _by_weights(model, axes)
@@ -54,13 +54,13 @@ def narrow(model: PreTrainedModel, hidden_size: int, batches: Sequence[Batch] = 
             state[key] = state[key].index_select(axis, kept.to(state[key].device))
     # A norm divides by the spread of what it reads. Over fewer dimensions that spread is another, and all that follows
     # would be scaled by it: the weight of the norm takes the mean ratio.
-    if batches and family_of(model.config).norm is not None:  # else a norm's weight is no plain factor (Gemma)
+    if batches and anatomy.family.norm is not None:  # else a norm's weight is no plain factor (Gemma)
         for name, ratio in _ratios(model, norms, kept, batches).items():
             state[f"{name}.weight"] = state[f"{name}.weight"] * ratio
     return rebuild(model, config, state)
 
 
-def heads_for(model: PreTrainedModel, hidden_size: int, heads: int | None) -> int | None:
+def heads_for(anatomy: Anatomy, hidden_size: int, heads: int | None) -> int | None:
     """How many heads each layer must have in a stream of this width: `heads`, or as many as fill it where the stock
     config has no field for their dimension (BERT, GPT-2, BART). `None`: all of them.
 
@@ -68,20 +68,19 @@ def heads_for(model: PreTrainedModel, hidden_size: int, heads: int | None) -> in
         ConfigError: a width, or number of heads, that the stock config cannot say.
         UnsupportedModelError: towers of several widths, or positions that are a formula of the width.
     """
-    family, config = family_of(model.config), model.config
-    stacks = [stack for stack, _ in find_stacks(model, family)]
-    if family.sinusoidal or any(stack.config for stack in stacks):
+    family = anatomy.family
+    if family.sinusoidal or any(stack.entry.config for stack in anatomy.stacks):
         reason = (
             "its positions are a formula of the width" if family.sinusoidal else "its towers have widths of their own"
         )
         raise UnsupportedModelError(
             f"hidden_size cannot be changed in models of type {family.model_type!r}: {reason}. Use heads and neurons."
         )
-    stack, full = stacks[0], stacks[0].width(config)
+    stack, full = anatomy.stacks[0], anatomy.stacks[0].width
     if type(hidden_size) is not int or not 1 <= hidden_size <= full:
         raise ConfigError(f"hidden_size={hidden_size!r} must be from 1 to {full}, the width of the teacher.")
-    dim = stack.head_width(config)
-    if stack.head_dim is None:
+    dim = stack.head_width
+    if stack.entry.head_dim is None:
         if hidden_size % dim or heads not in (None, hidden_size // dim):
             raise ConfigError(
                 f"hidden_size={hidden_size} with heads={heads}: the heads of a {family.model_type} model have {dim} "
@@ -89,7 +88,7 @@ def heads_for(model: PreTrainedModel, hidden_size: int, heads: int | None) -> in
                 f"hidden_size / {dim} or left out."
             )
         return hidden_size // dim
-    count = stack.num_heads(config) if heads is None else heads * stack.group_size(config)  # of queries
+    count = stack.num_heads if heads is None else heads * stack.group_size  # of queries
     if family.heads_divide_hidden and hidden_size % count:
         raise ConfigError(
             f"hidden_size={hidden_size} must be a multiple of the number of query heads, {count}, as the stock config "
@@ -98,25 +97,23 @@ def heads_for(model: PreTrainedModel, hidden_size: int, heads: int | None) -> in
     return heads
 
 
-def _narrow_config(model: PreTrainedModel, hidden_size: int) -> PreTrainedConfig:
-    old, block, fields = model.config, block_of(model.config), {}
-    stacks = dict(block.stacks)
-    for stack, _ in find_stacks(model):
-        dim = stack.head_width(old)
-        fields[stack.hidden] = hidden_size
-        if stack.neurons is not None:  # said by its field: else some configs make it of the width (GPT-2)
-            fields[stack.neurons] = stack.num_neurons(old)
-        if stack.head_dim is not None:
-            fields[stack.head_dim] = dim
+def _narrow_config(anatomy: Anatomy, hidden_size: int) -> PreTrainedConfig:
+    fields, blocks = {}, dict(anatomy.block.stacks)
+    for stack in anatomy.stacks:
+        names = stack.entry
+        fields[names.hidden] = hidden_size
+        if names.neurons is not None:  # said by its field: else some configs make it of the width (GPT-2)
+            fields[names.neurons] = stack.num_neurons
+        if names.head_dim is not None:
+            fields[names.head_dim] = stack.head_width
             continue
-        fields[stack.heads] = hidden_size // dim
-        if stack.name in stacks:  # the stock config says it now
-            entry = stacks[stack.name]
-            others = {kind: sizes for kind, sizes in entry.sizes.items() if kind not in ("heads", "cross_heads")}
-            stacks[stack.name] = replace(entry, sizes=others)
-    stacks = {name: entry for name, entry in stacks.items() if entry.sizes or entry.is_converted()}
-    config = with_block(old, EfficientBlock(stacks=stacks, kept_layers=block.kept_layers), **fields)
-    return stock_config(config) if block_of(config).is_trivial() else config
+        fields[names.heads] = hidden_size // stack.head_width
+        if stack.name in blocks:  # the stock config says it now
+            sizes = {k: v for k, v in blocks[stack.name].sizes.items() if k not in ("heads", "cross_heads")}
+            blocks[stack.name] = replace(blocks[stack.name], sizes=sizes)
+    block = replace(anatomy.block, stacks={k: v for k, v in blocks.items() if v.sizes or v.is_converted()})
+    config = with_block(anatomy.config, block, **fields)
+    return stock_config(config) if block.is_trivial() else config
 
 
 def _stream_axes(model: PreTrainedModel, config: PreTrainedConfig, full: int, hidden_size: int) -> Axes:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..models.families import find_stacks, is_known
+from ..models.anatomy import Anatomy
+from ..models.families import is_known
 from ..models.interface import changed_interface
 from ..models.linears import num_inputs, output_dim
 from ..training.batch import base_of
@@ -44,9 +45,9 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
             f"{base.config.model_type!r} is not one. Leave them out of losses."
         )
     modules = {
-        (name, index): layer.get_submodule(stack.attention.module)
-        for name, (stack, layers) in zip(stacks, find_stacks(base), strict=False)
-        for index, layer in enumerate(layers)
+        (name, index): layer.get_submodule(stack.entry.attention.module)
+        for name, stack in zip(stacks, Anatomy.of(base).stacks, strict=False)
+        for index, layer in enumerate(stack.layers)
     }
     for module in modules.values():
         if _implementation(module) not in ALL_ATTENTION_FUNCTIONS:
@@ -66,10 +67,10 @@ def output_widths(model: nn.Module, stacks: tuple[str, ...]) -> dict[Place, int]
     """
     self_attentions(model, stacks)  # raises where there are none
     widths = {}
-    for name, (stack, layers) in zip(stacks, find_stacks(base_of(model)), strict=False):
-        attention = stack.attention
+    for name, stack in zip(stacks, Anatomy.of(base_of(model)).stacks, strict=False):
+        attention = stack.entry.attention
         is_inside = attention.output.startswith(f"{attention.module}.")
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(stack.layers):
             linear = layer.get_submodule(attention.output)
             widths[name, index] = linear.weight.shape[output_dim(linear)] if is_inside else num_inputs(linear)
     return widths

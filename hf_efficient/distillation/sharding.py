@@ -15,7 +15,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ..models.families import find_stacks, is_known
+from ..models.anatomy import Anatomy
+from ..models.families import is_known
 
 
 def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -29,7 +30,9 @@ def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrai
     policy, names = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     if isinstance(policy, functools.partial):  # the student's, already filled in
         plugin.auto_wrap_policy = policy.func
-    layers = [layer for _, layers in find_stacks(teacher) for layer in layers] if is_known(teacher.config) else []
+    layers = (
+        [layer for stack in Anatomy.of(teacher).stacks for layer in stack.layers] if is_known(teacher.config) else []
+    )
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers}) or None
     try:
         return fsdp2_prepare_model(accelerator, teacher.requires_grad_(False))

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, unknown_name
+from ..models.anatomy import Anatomy
 from ..models.block import EfficientBlock
 from ..models.classes import block_of
-from ..models.families import find_stacks
 from ..models.rebuild import check_model
-from ..pruning.cut.groups import find_groups
 from ..pruning.cut.surgery import apply_plan
 from ..pruning.plan import PruningPlan
 from ..pruning.score.calibration import check_calibration
@@ -69,7 +68,8 @@ def build_student(
         UnsupportedModelError: a model outside the table of families, quantised, or wrapped by PEFT; one whose width
             cannot be changed.
     """
-    depths = {stack.name: len(modules) for stack, modules in find_stacks(check_model(teacher))}
+    anatomy = Anatomy.of(check_model(teacher))
+    depths = {stack.name: len(stack.layers) for stack in anatomy.stacks}
     if layer_map not in MAPS or layer_map == "auto":
         raise unknown_name("layer_map", layer_map, [name for name in MAPS if name != "auto"])
     chosen = dict.fromkeys(depths, layers) if not isinstance(layers, Mapping | None) else layers or {}
@@ -79,8 +79,8 @@ def build_student(
     kept = {stack: _kept(chosen[stack], depths[stack], layer_map) for stack in depths if stack in chosen}
     batches = check_calibration(teacher, calibration)
     if hidden_size is not None:
-        heads = heads_for(teacher, hidden_size, heads)
-    student = apply_plan(teacher, PruningPlan(layers=kept, units=_units(teacher, kept, heads, neurons, batches)))
+        heads = heads_for(anatomy, hidden_size, heads)
+    student = apply_plan(teacher, PruningPlan(layers=kept, units=_units(anatomy, kept, heads, neurons, batches)))
     if hidden_size is not None:
         student = narrow(student, hidden_size, batches)
     everything = {stack: tuple(range(depth)) for stack, depth in depths.items()}
@@ -90,7 +90,7 @@ def build_student(
 
 
 def _units(
-    teacher: PreTrainedModel,
+    anatomy: Anatomy,
     kept: Mapping[str, tuple[int, ...]],
     heads: int | None,
     neurons: int | None,
@@ -99,8 +99,8 @@ def _units(
     """The most important units of the groups of kept layers."""
     if heads is None and neurons is None:
         return {}
-    groups = [g for g in find_groups(teacher) if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
-    units = {}
+    groups = [g for g in anatomy.groups if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
+    teacher, units = anatomy.model, {}
     importance = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
     for group, scores in importance.items():
         name, count = ("neurons", neurons) if group.kind == "neurons" else ("heads", heads)

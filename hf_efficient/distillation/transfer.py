@@ -28,7 +28,8 @@ from ..attention.engines.parts import full_attention
 from ..attention.registry import ATTENTIONS
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
-from ..models.families import find_stacks, is_known
+from ..models.anatomy import Anatomy
+from ..models.families import is_known
 from ..models.heads import PREPARE, SINGLE_LABEL
 from ..models.modes import eval_mode
 from ..models.token_masks import counts_columns, first_positions
@@ -258,10 +259,10 @@ def find_attentions(model: PreTrainedModel) -> dict[str, _Attention]:
         attentions = {name: module for name, module in paths.items() if isinstance(module, AttentionVariant)}
         return {name: _Attention(variant, _stack_of(name)) for name, variant in attentions.items()}
     attentions = {}
-    for stack, layers in find_stacks(model):
-        for key, attention in stack.attentions(model.config).items():
+    for stack in Anatomy.of(model).stacks:
+        for key, attention in stack.attentions.items():
             ending = ".cross" if key == "cross_heads" else ""
-            for index, layer in enumerate(layers):
+            for index, layer in enumerate(stack.layers):
                 variant = variant_of(layer.get_submodule(attention.module))
                 if variant is not None:
                     attentions[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)

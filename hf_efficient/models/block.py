@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 
 from ..attention.config import AttentionConfig
 from ..errors import ConfigError, shown, unknown_name
-from .families import Family, Stack
+from .families import Family
+from .stacks import ConfigStack, config_stacks
 
 VERSION = 1
 ATTENTIONS = ("attention", "cross_attention")
@@ -102,11 +103,11 @@ class EfficientBlock:
             )
         _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
         stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
-        kept = {
+        kept_layers = {
             name: _places(f"kept_layers.{name}", layers)
             for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
         }
-        return cls(stacks=stacks, kept_layers=kept)
+        return cls(stacks=stacks, kept_layers=kept_layers)
 
 
 def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family) -> None:
@@ -116,58 +117,57 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
         ConfigError: a stack the family does not have, a list whose length is not the number of layers, a size that is
             larger than the stock size, heads that do not fit their key/value heads or each other.
     """
-    stacks = {stack.name: stack for stack in family.stacks}
+    stacks = {stack.name: stack for stack in config_stacks(config, family)}
     for where, names in (("stacks", block.stacks), ("kept_layers", block.kept_layers)):
         for name in names:
             if name not in stacks:
                 raise unknown_name(f"stack of a {family.model_type} model in efficient.{where}", name, stacks)
     for name, stack in stacks.items():
-        entry, layers = block.stack(name), stack.depth(config)
+        entry, layers = block.stack(name), stack.depth
         lists: dict[str, tuple] = {f"stacks.{name}.{size}": values for size, values in entry.sizes.items()}
         lists |= {f"stacks.{name}.{key}": getattr(entry, key) for key in ATTENTIONS if getattr(entry, key)}
-        if entry.cross_attention and not stack.cross(config):
+        if entry.cross_attention and not stack.cross:
             raise ConfigError(f"efficient.stacks.{name}.cross_attention: this stack has no cross attention.")
         if name in block.kept_layers:
             lists[f"kept_layers.{name}"] = block.kept_layers[name]
         for where, values in lists.items():
             if len(values) != layers:
                 raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
-        _check_sizes(name, entry, stack, config)
-        _check_heads(name, entry, stack, config, family)
+        _check_sizes(entry, stack)
+        _check_heads(entry, stack)
 
 
-def _check_sizes(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig) -> None:
-    limits = {size: stack.num_heads(config) for size in stack.attentions(config)}
-    limits |= {"kv_heads": stack.num_kv_heads(config), "neurons": stack.num_neurons(config)}
+def _check_sizes(entry: StackBlock, stack: ConfigStack) -> None:
+    limits = dict.fromkeys(stack.attentions, stack.num_heads)
+    limits |= {"kv_heads": stack.num_kv_heads, "neurons": stack.num_neurons}
     for size, values in entry.sizes.items():
         if size not in limits:
-            raise unknown_name(f"key of efficient.stacks.{name}", size, limits)
+            raise unknown_name(f"key of efficient.stacks.{stack.name}", size, limits)
         for layer, value in enumerate(values):
             if not 1 <= value <= limits[size]:
                 raise ConfigError(
-                    f"efficient.stacks.{name}.{size}[{layer}] is {value}; allowed: 1 to {limits[size]}, "
+                    f"efficient.stacks.{stack.name}.{size}[{layer}] is {value}; allowed: 1 to {limits[size]}, "
                     "the stock size of this model."
                 )
 
 
-def _check_heads(name: str, entry: StackBlock, stack: Stack, config: PreTrainedConfig, family: Family) -> None:
-    group = stack.group_size(config)
+def _check_heads(entry: StackBlock, stack: ConfigStack) -> None:
+    group, family, where = stack.group_size, stack.family, f"efficient.stacks.{stack.name}"
     heads, kv_heads = entry.sizes.get("heads"), entry.sizes.get("kv_heads")
     if heads is None and kv_heads is not None:
-        raise ConfigError(f"efficient.stacks.{name}.kv_heads needs `heads` beside it, one number for each layer.")
+        raise ConfigError(f"{where}.kv_heads needs `heads` beside it, one number for each layer.")
     if heads is None:
         return
     expected = tuple(count // group for count in heads)
-    exact = all(count % group == 0 for count in heads)
-    if not exact or (kv_heads or heads) != expected:
+    if any(count % group for count in heads) or (kv_heads or heads) != expected:
         raise ConfigError(
-            f"efficient.stacks.{name}: heads {heads} need kv_heads {expected}: this model has {group} query heads for "
-            "each key/value head, and whole groups are kept."
+            f"{where}: heads {heads} need kv_heads {expected}: this model has {group} query heads for each key/value "
+            "head, and whole groups are kept."
         )
     if family.relative_bias and len(set(heads)) > 1:
         raise ConfigError(
-            f"efficient.stacks.{name}.heads is {heads}; all layers of a {family.model_type} stack share one relative "
-            "position bias, so they must have the same number of heads."
+            f"{where}.heads is {heads}; all layers of a {family.model_type} stack share one relative position bias, "
+            "so they must have the same number of heads."
         )
 
 
@@ -175,17 +175,17 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
     """Refuse sizes that no real model has; `fields` are those of a config that has computed nothing from them yet.
 
     Raises:
-        ConfigError: a size that is no integer from 1 to its limit; key/value heads that do not divide the heads.
+        ConfigError: a size that is not an integer from 1 to its limit; key/value heads that do not divide the heads.
     """
     _check_limits(fields, LIMITS | ({family.max_positions: MAX_ROWS} if family.max_positions else {}))
     for stack in family.stacks:
-        own = _fields(fields.get(stack.config)) if stack.config else fields
+        sizes = _fields(fields.get(stack.config)) if stack.config else fields
         limits = {stack.num_layers: MAX_LAYERS, stack.hidden: MAX_WIDTH, stack.heads: MAX_HEADS}
         limits |= {stack.neurons: MAX_NEURONS} if stack.neurons else {}
         limits |= {name: limit for name, limit in ((stack.kv_heads, MAX_HEADS), (stack.head_dim, MAX_WIDTH)) if name}
-        _check_limits(own, LIMITS | limits)
-        kv_heads = own.get(stack.kv_heads) if stack.kv_heads else None
-        if kv_heads and own.get(stack.heads, 0) % kv_heads:
+        _check_limits(sizes, LIMITS | limits)
+        kv_heads = sizes.get(stack.kv_heads) if stack.kv_heads else None
+        if kv_heads and sizes.get(stack.heads, 0) % kv_heads:
             raise ConfigError(f"config.json has {stack.kv_heads}={kv_heads}, which does not divide {stack.heads}.")
 
 

@@ -25,8 +25,8 @@ def take_floats(model: Any) -> None:
     so that it can be neither trained nor saved. Here it loses these marks. Any other model stays as it is.
     """
     for holder in (model.config, getattr(model, "hf_quantizer", None)):
-        found = getattr(holder, "quantization_config", None)
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        config = getattr(holder, "quantization_config", None)
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
         if getattr(method, "value", method) == "gguf":
             break
     else:

@@ -94,10 +94,10 @@ def find_config_class(name: str) -> type[PreTrainedConfig]:
 def with_block(config: PreTrainedConfig, block: EfficientBlock, **changes: Any) -> PreTrainedConfig:
     """A new efficient config: this one with another block and other stock fields."""
     config_class = efficient_config_class(family_of(config))
-    made = _make(config_class, config, efficient=block.to_dict(), **changes)
-    if made.architectures:
-        made.architectures = [f"Efficient{name.removeprefix('Efficient')}" for name in made.architectures]
-    return made
+    efficient = _make(config_class, config, efficient=block.to_dict(), **changes)
+    if efficient.architectures:
+        efficient.architectures = [f"Efficient{name.removeprefix('Efficient')}" for name in efficient.architectures]
+    return efficient
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -119,9 +119,9 @@ def block_of(config: PreTrainedConfig) -> EfficientBlock:
 
 def _make(config_class: type[PreTrainedConfig], config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_FIELDS}
-    made = config_class(**copy.deepcopy(fields) | changes)
-    made._name_or_path = config._name_or_path
-    return made
+    new = config_class(**copy.deepcopy(fields) | changes)
+    new._name_or_path = config._name_or_path
+    return new
 
 
 class EfficientMixin:
@@ -197,12 +197,12 @@ def _refuse_saving_part(kind: str, *args: Any, **kwargs: Any) -> None:
 @cache
 def auto_classes(family: Family) -> dict[str, tuple[type, type[PreTrainedModel]]]:
     """Every `AutoModel*` that has a class for the family: its name, itself, and the stock class it gives."""
-    found = {}
+    classes = {}
     for name, auto in vars(modeling_auto).items():
         mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
         if name.startswith("AutoModel") and mapping is not None and stock_config_class(family) in mapping:
-            found[name] = (auto, stock_classes(auto, family)[0])
-    return found
+            classes[name] = (auto, stock_classes(auto, family)[0])
+    return classes
 
 
 def stock_classes(auto: Any, family: Family) -> tuple[type[PreTrainedModel], ...]:

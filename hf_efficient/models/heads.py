@@ -46,7 +46,7 @@ def auto_class_of_architecture(name: str) -> str | None:
 
 
 def shifts_labels(model: PreTrainedModel) -> bool:
-    """Whether `decoder_inputs` can be had of this model."""
+    """Whether `decoder_inputs` works for this model."""
     return hasattr(model, PREPARE) or None not in _start_and_padding(model)
 
 
@@ -77,12 +77,12 @@ def _tables() -> dict[str, type]:
 
 @cache
 def _auto_classes() -> dict[str, str]:
-    found: dict[str, str] = {}
+    by_class: dict[str, str] = {}
     for auto, kind in _tables().items():
         for value in kind._model_mapping._model_mapping.values():
             for name in value if isinstance(value, (tuple, list)) else (value,):
-                found.setdefault(name, auto)
-    return found
+                by_class.setdefault(name, auto)
+    return by_class
 
 
 def _registered(name: str) -> str | None:

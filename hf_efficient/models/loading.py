@@ -3,7 +3,7 @@
     model = load_model("AutoModelForSequenceClassification", "google-bert/bert-base-uncased")
 
 Weights are read from safetensors only, never from pickle files. Of a local folder the files are looked at first: they
-must lie in it, with plausible numbers, and weights as large as the config says. Only then memory is asked for.
+must lie in it, with plausible numbers, and weights as large as the config says. Memory is taken only then.
 """
 
 import copy
@@ -74,11 +74,11 @@ def load_model(
 
 
 def _check_folder(auto: Any, folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None) -> None:
-    """What can be known before memory is asked for: see `io.checkpoint`, and are model and weights of a size?"""
+    """What can be known before memory is taken: see `io.checkpoint`, and are model and weights of a size?"""
     check_links(folder)
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER).is_file():
-            _of_base(folder)
+            _refuse_adapter(folder)
         return
     written = read_mapping(folder / CONFIG, MAX_CONFIG)
     tensors = read_weights(folder, written.get("transformers_weights"))
@@ -102,12 +102,12 @@ def _check_quantization(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def _of_base(folder: Path) -> None:
-    """An adapter names the model that it belongs to."""
+def _refuse_adapter(folder: Path) -> None:
+    """An adapter alone is no model; it names the one that it belongs to."""
     base = read_mapping(folder / ADAPTER).get("base_model_name_or_path")
     raise CheckpointError(
-        f"{folder} holds an adapter of {shown(base)}, no model. Load that model and the adapter with peft, merge them "
-        "(merge_and_unload) and save the result, or give the model itself."
+        f"{folder} holds an adapter of {shown(base)}, not a model. Load that model and the adapter with peft, merge "
+        "them (merge_and_unload) and save the result, or give the model itself."
     )
 
 
@@ -120,7 +120,7 @@ def _skeleton(auto: Any, config: PreTrainedConfig, folder: Path) -> PreTrainedMo
     except HfEfficientError:
         raise
     except Exception as error:
-        raise _told(error, folder, auto) from error
+        raise _load_error(error, folder, auto) from error
 
 
 def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
@@ -131,17 +131,17 @@ def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
     [architecture, *_] = config.architectures or [""]
-    found = auto_class_of_architecture(architecture)
+    auto_class = auto_class_of_architecture(architecture)
     remote = getattr(config, "auto_map", None) or {}
-    if found is None and trust_remote_code:
-        found = next((auto for auto, path in remote.items() if path.endswith(f".{architecture}")), None)
-    if found is None:
+    if auto_class is None and trust_remote_code:
+        auto_class = next((auto for auto, path in remote.items() if path.endswith(f".{architecture}")), None)
+    if auto_class is None:
         what = f"{architecture}, which no Auto class of transformers makes" if architecture else "no class"
         raise CheckpointError(
             f"The config of {str(name)!r} names {what}, so its head is not known. Name the task of the head that you "
             "want, or take a checkpoint that was saved with one of the usual classes."
         )
-    return found
+    return auto_class
 
 
 def load_processor(name: str | Path, *, images: bool, trust_remote_code: bool = False) -> Any:
@@ -168,10 +168,10 @@ def _load(auto: Any, name: str | Path, **options: Any) -> Any:
     except HfEfficientError:
         raise  # a bad `efficient` block says best itself what is wrong
     except Exception as error:  # whatever a wrong number or type leads to, far below
-        raise _told(error, name, auto) from error
+        raise _load_error(error, name, auto) from error
 
 
-def _told(error: Exception, name: str | Path, auto: Any) -> CheckpointError:
+def _load_error(error: Exception, name: str | Path, auto: Any) -> CheckpointError:
     reason = " ".join(str(error).split()).rstrip(".")[:500]
     if not isinstance(error, (OSError, ValueError, RuntimeError)):
         reason = f"{type(error).__name__}: {reason}"

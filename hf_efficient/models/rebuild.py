@@ -69,7 +69,7 @@ def rebuild(
     state = model.state_dict() if state_dict is None else state_dict
     passing = model._keys_to_ignore_on_save or ()  # not the model's own, such as projections while it is distilled
     with _quietly():
-        made, info = class_for(model, config).from_pretrained(
+        new, info = class_for(model, config).from_pretrained(
             None,
             config=config,
             state_dict={key: value.detach().clone() for key, value in state.items() if key not in passing},
@@ -81,20 +81,20 @@ def rebuild(
     wrong = {kind: keys for kind, keys in wrong.items() if keys}
     if wrong:
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
-    _keep_precision(made, state)
+    _keep_precision(new, state)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        getattr(made, "activation_checkpointing_enable", made.gradient_checkpointing_enable)()  # its name from 5.23 on
+        getattr(new, "activation_checkpointing_enable", new.gradient_checkpointing_enable)()  # its name from 5.23 on
     if isinstance(model, GenerationMixin) and model.can_generate():
-        made.generation_config = copy.deepcopy(model.generation_config)
+        new.generation_config = copy.deepcopy(model.generation_config)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    for name, parameter in made.named_parameters():
+    for name, parameter in new.named_parameters():
         parameter.requires_grad = name not in frozen
-    return made.to(model.device).train(model.training)
+    return new.to(model.device).train(model.training)
 
 
-def _keep_precision(made: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+def _keep_precision(new: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
     """Give back its dtype to what was rounded to the model's, such as a head that is kept in float32."""
-    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+    for name, tensor in (*new.named_parameters(), *new.named_buffers()):
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = state[name].detach().clone()
 
@@ -109,14 +109,14 @@ def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:
 def _quietly() -> Iterator[None]:
     """Nothing is read from a disk here, so there is nothing to wait for; and what is missing is known."""
     with _QUIET:
-        shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        has_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
             yield
         finally:
             logging.set_verbosity(verbosity)
-            if shown:
+            if has_bar:
                 logging.enable_progress_bar()
 
 

@@ -33,6 +33,7 @@ _COMPUTED = re.compile(
 PACKED = 16  # weights of 2 bits, packed into integers of 32
 SPARE = 1 << 26  # a new head, or tables that are computed
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PACKAGE = __package__.partition(".")[0]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -48,18 +49,13 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
     """
     missing = sorted(key for key in info["missing_keys"] if not _COMPUTED.search(key))
     left_over = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))
-    shapes = {str(key): f"{list(found)}, not {list(needed)}" for key, found, needed in info["mismatched_keys"]}
+    shapes = {str(key): f"{list(saved)}, not {list(needed)}" for key, saved, needed in info["mismatched_keys"]}
     if not (missing or left_over or shapes):
         return
-    base = {_bare(key, model) for key in _base_state(model)}
-    parts = {_part(key, model) for key in base} | {part for part, _ in model.base_model.named_children()}
-    head = {key for key in (*missing, *shapes) if _bare(key, model) not in base}
-    saved = _saved_class(model)
-    known = {_bare(key, model) for key in _names(saved, model)} if saved else set()
-    missing = [key for key in missing if not (_is_computed(key, saved, model) or _is_drawn(key, model))]
-    pooler = {key for key in missing if key not in head and _is_pooler(key) and _bare(key, model) not in known}
-    pooler = set() if saved is type(model) else pooler
-    kind = type(model).__name__
+    owners, kind = _Owners(model), type(model).__name__
+    missing = [key for key in missing if not owners.makes(key)]
+    head = {key for key in (*missing, *shapes) if not owners.is_of_base(key)}
+    pooler = {key for key in missing if owners.is_of_new_pooler(key)}
     if lost := [key for key in missing if key not in head | pooler]:
         raise CheckpointError(
             f"{name!r} lacks {_listed(lost)} that {kind} needs: they would be random. The weights are damaged, or "
@@ -70,11 +66,7 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
             f"{name!r} has {_listed(wrong)} of another shape than its config says for {kind}. Take config.json and "
             "the weights from the same checkpoint."
         )
-    if extra := [
-        key
-        for key in left_over
-        if _bare(key, model) not in base | known and _bare(key, model).partition(".")[0] in parts
-    ]:
+    if extra := [key for key in left_over if owners.lacks(key)]:
         raise CheckpointError(
             f"{name!r} has {_listed(extra)} for which {kind} has no place: without them it would compute something "
             "else. config.json is not that of the weights, or adapters were not merged. Take both from the same "
@@ -88,6 +80,49 @@ def check_weight_names(model: PreTrainedModel, info: dict[str, Any], name: str, 
         )
     if new:
         logger.warning("New in %s of %s, to be trained: %s.", kind, name, _listed(new))
+
+
+class _Owners:
+    """What the weights of a checkpoint belong to, by their names without the prefix that a head puts before them.
+
+    base: the names of the whole base model; a head may leave out its pooler, or one of its towers.
+    saved: the class that saved the checkpoint, if the config is one of its; known: the names of its weights.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        auto = transformers.AutoModel._model_mapping.get(type(model.config), None)
+        auto = auto[0] if isinstance(auto, tuple) else auto
+        base = (_names(auto, model) if auto is not None else None) or {*model.base_model.state_dict()}
+        self.model, self.saved = model, _saved_class(model)
+        self.base = {_bare(key, model) for key in base}
+        self.known = {_bare(key, model) for key in _names(self.saved, model)} if self.saved else set()
+        self.parts = {key.partition(".")[0] for key in self.base} | dict(model.base_model.named_children()).keys()
+
+    def is_of_base(self, key: str) -> bool:
+        return _bare(key, self.model) in self.base
+
+    def is_of_new_pooler(self, key: str) -> bool:
+        """A pooler that the saved class did not have: a masked language model becomes a classifier."""
+        is_pooler = "pooler" in key.split(".") and self.is_of_base(key)
+        return is_pooler and self.saved is not type(self.model) and _bare(key, self.model) not in self.known
+
+    def lacks(self, key: str) -> bool:
+        """The weight belongs inside the base model, which has no place for it; heads may be dropped."""
+        name = _bare(key, self.model)
+        return name not in self.base and name not in self.known and name.partition(".")[0] in self.parts
+
+    def makes(self, key: str) -> bool:
+        """No checkpoint needs it: the saved class makes it anew when it is loaded (Marian's positions), or it is a
+        random projection of our own kinds, drawn from the seed in the config."""
+        patterns = getattr(self.saved, "_keys_to_ignore_on_load_missing", None) or ()
+        names = (key, f"{self.model.base_model_prefix}.{key}")
+        if any(re.search(pattern, name) for pattern in patterns for name in names):
+            return True
+        place, attached, name = key.rpartition(f".{ATTACHED}.")
+        if not attached:
+            return False
+        variant = self.model.get_submodule(f"{place}.{ATTACHED}")
+        return type(variant).__module__.startswith(_PACKAGE) and name in dict(variant.named_buffers())
 
 
 def check_sizes(skeleton: PreTrainedModel, tensors: Mapping[str, Any], folder: Path) -> None:
@@ -131,13 +166,6 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
                 )
 
 
-def _base_state(model: PreTrainedModel) -> set[str]:
-    """The names of the whole base model: a head may leave out its pooler, or one of its towers."""
-    kind = transformers.AutoModel._model_mapping.get(type(model.config), None)
-    kind = kind[0] if isinstance(kind, tuple) else kind
-    return (_names(kind, model) if kind is not None else None) or {*model.base_model.state_dict()}
-
-
 def _names(kind: type[PreTrainedModel], model: PreTrainedModel) -> set[str]:
     """The names of the weights of a class, made without memory for them."""
     if isinstance(model, kind):
@@ -151,11 +179,6 @@ def _names(kind: type[PreTrainedModel], model: PreTrainedModel) -> set[str]:
 
 def _bare(key: str, model: PreTrainedModel) -> str:
     return key.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else key
-
-
-def _part(key: str, model: PreTrainedModel) -> str:
-    """`encoder` of `bert.encoder.layer.0.output.dense.bias`."""
-    return _bare(key, model).partition(".")[0]
 
 
 def _saved_name(model: PreTrainedModel) -> str:
@@ -174,26 +197,6 @@ def _saved_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
         return None
     is_efficient = isinstance(model.config, EfficientConfigMixin)
     return efficient_class(kind, family_of(model.config)) if is_efficient else kind
-
-
-def _is_computed(key: str, saved: type[PreTrainedModel] | None, model: PreTrainedModel) -> bool:
-    """True for what the class that saved the checkpoint makes anew whenever it is loaded (Marian's positions)."""
-    patterns = getattr(saved, "_keys_to_ignore_on_load_missing", None) or ()
-    names = (key, f"{model.base_model_prefix}.{key}")
-    return any(re.search(pattern, each) for pattern in patterns for each in names)
-
-
-def _is_drawn(key: str, model: PreTrainedModel) -> bool:
-    """True for a random projection of our own kinds: it is drawn from the seed in the config, the same each time."""
-    place, found, name = key.rpartition(f".{ATTACHED}.")
-    if not found:
-        return False
-    variant = model.get_submodule(f"{place}.{ATTACHED}")
-    return type(variant).__module__.startswith(__package__.partition(".")[0]) and name in dict(variant.named_buffers())
-
-
-def _is_pooler(key: str) -> bool:
-    return "pooler" in key.split(".")
 
 
 def _listed(keys: list[str]) -> str:

@@ -15,6 +15,7 @@ from ..runtimes.export import NEAR, folder_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..models.stacks import ModelStack
     from ..recipes.recipe import Recipe
     from .run import Run
 
@@ -208,29 +209,26 @@ def check_losses(recipe: "Recipe", report: Report) -> Report:
 
 def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[LayerStructure, ...]:
     """What is left of each layer of the teacher; layers that the student dropped have nothing left."""
-    from ..models.classes import block_of
-    from ..models.families import family_of, find_stacks
+    from ..models.anatomy import Anatomy
 
-    family, block = family_of(student.config), block_of(student.config)
-    remaining = {stack.name: layers for stack, layers in find_stacks(student, family)}
-    found = []
-    for stack, layers in find_stacks(teacher, family):
-        own, attention = remaining[stack.name], block.stack(stack.name).attention
-        kept = block.kept_layers.get(stack.name, tuple(range(len(own))))
-        for index, layer in enumerate(layers):
-            heads, neurons = _counts(layer, stack, family, teacher.config)
-            left, kind = (0, 0), "removed"
+    small, rows = Anatomy.of(student), []
+    for dense in Anatomy.of(teacher).stacks:
+        stack, attention = small.stack(dense.name), small.block.stack(dense.name).attention
+        kept = small.block.kept_layers.get(dense.name, tuple(range(len(stack.layers))))
+        for index in range(len(dense.layers)):
+            before, after, kind = _counts(dense, index), (0, 0), "removed"
             if index in kept:
                 place = kept.index(index)
-                left = _counts(own[place], stack, family, student.config)
+                after = _counts(stack, place)
                 kind = attention[place].kind if attention else "full"
-            found.append(LayerStructure(index, left[0], heads, left[1], neurons, kind, stack.name))
-    return tuple(found)
+            rows.append(LayerStructure(index, after[0], before[0], after[1], before[1], kind, dense.name))
+    return tuple(rows)
 
 
-def _counts(layer, stack, family, config) -> tuple[int, int]:
-    """Query heads and neurons, as the linears that read them have it."""
+def _counts(stack: "ModelStack", index: int) -> tuple[int, int]:
+    """Query heads and neurons of a layer, as the linears that read them have it."""
     from ..models.linears import num_inputs
 
-    heads = num_inputs(layer.get_submodule(stack.attention.output)) // stack.head_width(config)
-    return heads, num_inputs(layer.get_submodule(family.down(stack, config)))
+    layer = stack.layers[index]
+    heads = num_inputs(layer.get_submodule(stack.entry.attention.output)) // stack.head_width
+    return heads, num_inputs(layer.get_submodule(stack.down))

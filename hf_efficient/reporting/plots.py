@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from ..errors import ConfigError, DataError
 from ..io.disk import write_atomic
 from ..io.text import for_plot
+from .labels import Box, place_labels
 from .schema import Latency, Quality, Report
 from .svg import drawable
 from .tables import describe_machine, describe_workload, is_fraction, kept, layer_names
@@ -213,51 +214,38 @@ def _label_points(figure: Any, axes: Any, points: list[_Point]) -> None:
     """Put each name where it covers neither a dot, nor an error bar, nor another name, nor leaves the axes."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
-    taken = [_bars(axes, point) for point in points]
-    area = axes.get_window_extent(renderer)
-    for point in filter(lambda point: point.label, points):
-        best: tuple[int, Any, Any] | None = None
-        for end, dx, dy, horizontal, vertical in _PLACES:
-            text = axes.annotate(
-                point.label,
-                (point.x, point.y + end * point.error),
-                (dx, dy),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=9,
-                color=point.color,
-                zorder=4,
-            )
-            box = text.get_window_extent(renderer)
-            outside = not (area.contains(box.x0, box.y0) and area.contains(box.x1, box.y1))
-            cost = 10 * outside + sum(box.overlaps(other) for cross in taken for other in cross)
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, text, box)
-            else:
-                text.remove()
-        if best is not None:
-            taken.append([best[2]])
+    taken = [box for point in points for box in _bars(axes, point)]
+    named = [point for point in points if point.label]
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "zorder": 4}
+    choices = []
+    for point in named:
+        text = axes.annotate(point.label, (point.x, point.y), (0, 0), **style)
+        width, height = text.get_window_extent(renderer).size
+        text.remove()
+        choices.append([_box(axes, point, place, width, height, figure.dpi / 72) for place in _PLACES])
+    chosen = place_labels(choices, taken, tuple(axes.get_window_extent(renderer).extents))
+    for point, number in zip(named, chosen, strict=True):
+        end, dx, dy, ha, va = _PLACES[number]
+        at = (point.x, point.y + end * point.error)
+        axes.annotate(point.label, at, (dx, dy), ha=ha, va=va, color=point.color, **style)
 
 
-def _bars(axes: Any, point: _Point) -> list[Any]:
+def _box(axes: Any, point: _Point, place: tuple, width: float, height: float, scale: float) -> Box:
+    """Where a name of that size would be, in pixels."""
+    end, dx, dy, ha, va = place
+    x, y = axes.transData.transform((point.x, point.y + end * point.error)) + (dx * scale, dy * scale)
+    left = x - {"left": 0.0, "center": 0.5, "right": 1.0}[ha] * width
+    low = y if va == "bottom" else y - height
+    return left, low, left + width, low + height
+
+
+def _bars(axes: Any, point: _Point) -> list[Box]:
     """The boxes of a point's two error bars, in pixels."""
-    from matplotlib.transforms import Bbox
-
     latency = point.latency
-    boxes = []
-    for low, high in (
-        (
-            (point.x - _length(point.x - latency.min_ms), point.y),
-            (point.x + _length(latency.p95_ms - point.x), point.y),
-        ),
-        ((point.x, point.y - point.error), (point.x, point.y + point.error)),
-    ):
-        (x0, y0), (x1, y1) = axes.transData.transform([low, high])
-        boxes.append(Bbox.from_extents(x0 - 8, y0 - 8, x1 + 8, y1 + 8))
-    return boxes
+    low, high = _length(point.x - latency.min_ms), _length(latency.p95_ms - point.x)
+    across = [(point.x - low, point.y), (point.x + high, point.y)]
+    along = [(point.x, point.y - point.error), (point.x, point.y + point.error)]
+    return [(x0 - 8, y0 - 8, x1 + 8, y1 + 8) for (x0, y0), (x1, y1) in map(axes.transData.transform, (across, along))]
 
 
 @without_tex

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from ..io.text import for_line
+from .labels import Box, place_labels
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 18, 14, 48
@@ -65,7 +66,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, best: str | Non
     shown = [point if drawable(point.error) else replace(point, error=0.0) for point in shown]
     ends = [value for point in shown for value in (point.y - point.error, point.y + point.error)]
     axes = _Axes([0.0, *(point.x for point in shown)], ends)
-    labels = _place_labels(axes, shown)
+    labels = _labels(axes, shown)
     marks = [_front(axes, shown, best)] if best else []
     for point, (x, y, anchor) in zip(shown, labels, strict=True):
         at_x, at_y = axes.at(point.x, point.y)
@@ -94,46 +95,27 @@ def _front(axes: "_Axes", points: Sequence[Point], best: str) -> str:
     return f'<polyline points="{path}" class="front"/>' if len(found) > 1 else ""
 
 
-def _place_labels(axes: "_Axes", points: Sequence[Point]) -> list[tuple[float, float, str]]:
-    """Where each name stands, and how it is aligned: beside, above or below its dot, on as little else as can be."""
-    taken = []
+def _labels(axes: "_Axes", points: Sequence[Point]) -> list[tuple[float, float, str]]:
+    """Where each name stands, and how it is aligned."""
+    taken: list[Box] = []
+    ways: list[list[tuple[float, float, str]]] = []
     for point in points:
         x, y = axes.at(point.x, point.y)
         low, high = axes.at(point.x, point.y - point.error)[1], axes.at(point.x, point.y + point.error)[1]
         taken += [(x - 8, y - 8, x + 8, y + 8), (x - 2, high, x + 2, low)]
-    places = []
-    for point in points:
-        x, y = axes.at(point.x, point.y)
-        low, high = axes.at(point.x, point.y - point.error)[1], axes.at(point.x, point.y + point.error)[1]
-        width = 7.6 * len(point.label)
-        ways = [(x + 12, y + 5, "start"), (x - 12, y + 5, "end")]
-        ways += [(x, high - 6 - row, "middle") for row in (0, 17)] + [(x, low + 16 + row, "middle") for row in (0, 17)]
-        ways += [(x + 12, y + 5 + row, "start") for row in (-18, 18, -36, 36)]
-        ways += [(x - 12, y + 5 + row, "end") for row in (-18, 18, -36, 36)]
-        boxes = [(_box(way, width), way) for way in ways]
-        box, way = min(boxes, key=lambda pair: _overlap(pair[0], taken))
-        taken.append(box)
-        places.append(way)
-    return places
+        near = [(x + 12, y + 5, "start"), (x - 12, y + 5, "end")]
+        near += [(x, high - 6 - row, "middle") for row in (0, 17)] + [(x, low + 16 + row, "middle") for row in (0, 17)]
+        near += [(x + 12, y + 5 + row, "start") for row in (-18, 18, -36, 36)]
+        ways.append(near + [(x - 12, y + 5 + row, "end") for row in (-18, 18, -36, 36)])
+    boxes = [[_box(way, 7.6 * len(point.label)) for way in near] for near, point in zip(ways, points, strict=True)]
+    chosen = place_labels(boxes, taken, (LEFT, TOP - 10, WIDTH - 4, HEIGHT - BOTTOM))
+    return [near[place] for near, place in zip(ways, chosen, strict=True)]
 
 
-def _box(way: tuple[float, float, str], width: float) -> tuple[float, float, float, float]:
+def _box(way: tuple[float, float, str], width: float) -> Box:
     x, y, anchor = way
     left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
     return left, y - 12, left + width, y + 3
-
-
-def _overlap(box: tuple[float, float, float, float], taken: Sequence[tuple[float, float, float, float]]) -> float:
-    """The area that a name would share with others; what leaves the frame is worst."""
-    left, top, right, bottom = box
-    outside = (
-        max(0, LEFT - left) + max(0, right - WIDTH + 4) + max(0, TOP - 10 - top) + max(0, bottom - HEIGHT + BOTTOM)
-    )
-    shared = (
-        max(0, min(right, other[2]) - max(left, other[0])) * max(0, min(bottom, other[3]) - max(top, other[1]))
-        for other in taken
-    )
-    return 100 * outside + sum(shared)
 
 
 def lines(series: Sequence[Line], x_label: str, y_label: str) -> str:

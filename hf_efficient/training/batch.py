@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import DataError, UnsupportedModelError
-from ..models.families import find_stacks, is_known
+from ..models.anatomy import Anatomy
+from ..models.families import is_known
 from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, auto_class_of_architecture, decoder_inputs
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
 
@@ -128,7 +129,7 @@ def task_of(model: nn.Module) -> Task:
 
 
 def _is_decoder(model: PreTrainedModel) -> bool:
-    return is_known(model.config) and [stack.name for stack, _ in find_stacks(model)] == ["decoder"]
+    return is_known(model.config) and [stack.name for stack in Anatomy.of(model).stacks] == ["decoder"]
 
 
 def _is_headless(names: Collection[str], stacks: tuple[str, ...]) -> bool:

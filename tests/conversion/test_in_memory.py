@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionMaskInterface, TrainingArguments
+from transformers import AttentionInterface, TrainingArguments
 
 from hf_efficient import (
     AttentionConfig,
@@ -200,7 +200,7 @@ def test_it_trains_copies_and_takes_adapters(tmp_path):
 def test_precision_and_the_memory_of_the_probe():
     model = convert_attention(make("opt").to(torch.bfloat16), LINEAR)
     assert model(**make_inputs("opt"))[0].dtype == torch.bfloat16
-    recorder = AttentionMaskInterface._global_mapping[f"{NAME}_probe"].__self__
+    recorder = AttentionInterface._global_mapping[f"{NAME}_probe"].__self__
     assert not recorder.layers and not recorder.crossed, "the register would keep a copy of the model"
 
 

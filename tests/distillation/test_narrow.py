@@ -6,6 +6,7 @@ import torch
 from hf_efficient.distillation import narrow
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import find_stacks
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.groups import find_groups
@@ -20,8 +21,8 @@ FULL, SMALL = 16, 8
 
 def stream_axes(model):
     """By the smaller model itself, of heads that are as many as shall stay."""
-    small = build_student(model, heads=narrow.heads_for(model, SMALL, None))
-    return small, narrow._stream_axes(small, narrow._narrow_config(small, SMALL), FULL, SMALL)
+    small = build_student(model, heads=narrow.heads_for(Anatomy.of(model), SMALL, None))
+    return small, narrow._stream_axes(small, narrow._narrow_config(Anatomy.of(small), SMALL), FULL, SMALL)
 
 
 def scale_dimensions(model, dimensions, factor):

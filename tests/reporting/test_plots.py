@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_efficient.errors import ConfigError, DataError
+from hf_efficient.reporting.labels import place_labels
 from hf_efficient.reporting.plots import plot_accuracy_latency, plot_structure, save_plots
 from hf_efficient.reporting.schema import Latency, Quality, Score
 
@@ -52,6 +53,8 @@ def test_another_latency_is_another_picture_and_the_same_one_is_the_same(tmp_pat
 
 
 def test_labels_keep_clear_of_each_other_and_of_the_dots():
+    from matplotlib.transforms import Bbox
+
     from hf_efficient.reporting.plots import _bars, _draw_point, _label_points, _points, new_figure
 
     reports = [
@@ -69,7 +72,17 @@ def test_labels_keep_clear_of_each_other_and_of_the_dots():
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 5
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
-    assert not any(box.overlaps(bar) for box in boxes for point in points for bar in _bars(axes, point))
+    bars = [Bbox.from_extents(*bar) for point in points for bar in _bars(axes, point)]
+    assert not any(box.overlaps(bar) for box in boxes for bar in bars)
+
+
+def test_a_name_takes_the_first_box_that_is_free_and_in_the_frame():
+    left, right, above = (0, 0, 10, 5), (20, 0, 30, 5), (10, 8, 20, 13)
+    frame = (0, 0, 25, 20)
+    assert place_labels([[left, right, above]], [], frame) == [0]
+    assert place_labels([[left, right, above]], [(5, 0, 6, 1)], frame) == [2]  # the right one leaves the frame
+    assert place_labels([[left, above], [left, above]], [], frame) == [0, 1]  # a name is in the way of the next
+    assert place_labels([[left, above]], [left, (10, 8, 20, 10)], frame) == [1]  # the least, where none is free
 
 
 def test_several_reports_share_a_picture(tmp_path):
