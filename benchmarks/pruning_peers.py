@@ -26,7 +26,7 @@ from scipy.sparse.linalg import lsmr
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.pruning.price.costs import make_costs, total_cost
 
 Batch = dict[str, torch.Tensor]
@@ -144,8 +144,8 @@ LARGEST = 10.0  # a scale beyond this ends the tuning
 def kwon(model: PreTrainedModel, ratio: float, calibration: Calibration, seed: int) -> Pruned:
     """Search, rearrangement and tuning."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    costs = make_costs(model, "macs", calibration.length)
-    groups = {group.kind: group for group in find_groups(model)}
+    costs = make_costs(Anatomy.of(model), "macs", calibration.length)
+    groups = {group.kind: group for group in Anatomy.of(model).groups}
     head_cost, neuron_cost = costs.of(groups["heads"], 1), costs.of(groups["neurons"], 1)
     head_gradients, neuron_gradients = _mask_gradients(model, calibration.batches)
     squares = [[own.square().sum(0) for own in gradients] for gradients in (head_gradients, neuron_gradients)]

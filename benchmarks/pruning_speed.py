@@ -22,8 +22,8 @@ from hf_efficient import PruningConfig, prune
 from hf_efficient.data.bundled import bundled_model
 from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.measurement.latency import LatencyComparison, compare_latency
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.inputs import dummy_inputs
-from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.price.costs import total_cost
 
 BATCH, LENGTH = 8, 128
@@ -52,7 +52,7 @@ def make_models(ratios: Sequence[float]) -> dict[str, tuple]:
 
 
 def widths(model, kind: str) -> list[int]:
-    return [group.units for group in find_groups(model) if group.kind == kind]
+    return [group.units for group in Anatomy.of(model).groups if group.kind == kind]
 
 
 def result_row(name: str, variant: str, ratio: float, model, dense, timing: LatencyComparison) -> dict:

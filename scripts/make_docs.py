@@ -138,7 +138,7 @@ def settings(report: dict) -> str:
     defaults = {entry.name: entry.default for entry in fields(AttentionConfig)}
     rows = []
     for kind in KINDS:
-        own = ", ".join(f"`{name}={_shown(kind, name, defaults[name])}`" for name in SETTINGS[kind])
+        own = ", ".join(f"`{name}={_shown(kind, name, defaults[name])}`" for name in SETTINGS[kind].fields)
         told = [
             ", ".join(f"{key} {value}" for key, value in config.items() if key != "kind") or "-"
             for config in measured.values()

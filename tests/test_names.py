@@ -1,17 +1,9 @@
 """A name is one entry: the light lists that configs check against are those of the tables that carry the work."""
 
-from hf_efficient.attention import config as attention
-from hf_efficient.attention.engines.feature_maps import FEATURE_MAPS
-from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.conversion.positions import METHODS, ROPE
 from hf_efficient.pipeline.runners import RUNNERS
 from hf_efficient.recipes import settings
 from hf_efficient.recipes.stages import STAGES
-
-
-def test_every_attention_kind_has_a_variant():
-    assert set(attention.KINDS) == {"full", *ATTENTIONS}
-    assert set(attention.FEATURE_MAPS) == set(FEATURE_MAPS)
 
 
 def test_every_way_to_more_positions_is_known():

@@ -209,27 +209,23 @@ def attach_cache(
     """
     parameters = inspect.signature(module.forward).parameters
     names = [name for name in _ARGUMENTS if name in parameters]
-    if names and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        hook = partial(_find_state, config, has_state, keeps_keys, names[0], list(parameters).index(names[0]))
+    if names and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        argument = names[0], list(parameters).index(names[0])
+        hook = partial(_find_state, (config, has_state, keeps_keys), argument)
         return module.register_forward_pre_hook(hook, with_kwargs=True)
     return None
 
 
 def _find_state(
-    config: AttentionConfig,
-    has_state: bool,
-    keeps_keys: bool,
-    name: str,
-    place: int,
-    module: Any,
-    args: tuple,
-    kwargs: dict,
+    kind: tuple[AttentionConfig, bool, bool], argument: tuple[str, int], module: Any, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     """The forward pre-hook: adds `state_layer` to the arguments if this call decodes from a state.
 
     Otherwise attention is that over all keys: in training, when exporting, and where a static cache is compiled, whose
-    tensors must stay the same ones.
+    tensors must stay the same ones. `kind` is what `attach_cache` knows of the kind; `argument` is the name and the
+    place of the cache among the arguments of `module`.
     """
+    (config, has_state, keeps_keys), (name, place) = kind, argument
     cache = args[place] if len(args) > place else kwargs.get(name)
     index = getattr(module, "layer_idx", None)  # None where one module serves several layers (Zamba)
     if cache is None or index is None or not getattr(module, "is_causal", True):
@@ -284,7 +280,7 @@ def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_k
             f"This cache holds the last {layer.keys.shape[2]} of {tokens} tokens, too few for {config.kind!r} "
             "attention. Start with a new cache."
         )
-    keeping = AllKeysLayer(max_length)
+    all_keys = AllKeysLayer(max_length)
     if tokens:
-        keeping.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens])
-    return keeping
+        all_keys.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens])
+    return all_keys

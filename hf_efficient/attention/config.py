@@ -7,9 +7,10 @@ An `AttentionConfig` is plain data: it is written to config.json as a small dict
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError, shown, unknown_name
+from ..io.lazy import LazyTable
 
 MAX_WINDOW = 1 << 20
 MAX_GLOBAL_TOKENS = 4096
@@ -21,20 +22,44 @@ SINKS = 4  # global tokens in decoders, unless told otherwise
 _FORGETTING = ("local", "topk")  # kinds that would lose the first tokens
 _SEEDED = ("favor",)  # feature maps with a random projection
 
-# The fields that mean something for each kind; the others must keep their default. Kinds of `register_attention` too.
-KINDS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "local": ("window", "global_tokens"),
-    "strided": ("block_size", "num_blocks", "global_tokens"),
-    "lsh": ("block_size", "num_hashes", "num_buckets", "seed"),
-    "topk": ("block_size", "top_k", "global_tokens"),
-    "linear": ("feature_map", "feature_dim", "seed"),
-    "local_linear": ("window", "feature_map", "feature_dim", "seed"),
-    "additive": (),
-    "kernel": ("kernel", "feature_dim", "seed"),
+
+class Kind(NamedTuple):
+    """One attention kind: which fields of `AttentionConfig` mean something for it (the others must keep their
+    default), and its `AttentionVariant`, a class or the path of one (see `LazyTable`); None for softmax over all."""
+
+    fields: tuple[str, ...]
+    variant: Any
+
+
+# The table of attention kinds; `register_attention` adds to it.
+KINDS: dict[str, Kind] = {
+    "full": Kind((), None),
+    "local": Kind(("window", "global_tokens"), "attention.kinds.local:LocalAttention"),
+    "strided": Kind(("block_size", "num_blocks", "global_tokens"), "attention.kinds.strided:StridedAttention"),
+    "lsh": Kind(("block_size", "num_hashes", "num_buckets", "seed"), "attention.kinds.lsh:LshAttention"),
+    "topk": Kind(("block_size", "top_k", "global_tokens"), "attention.kinds.topk:TopkAttention"),
+    "linear": Kind(("feature_map", "feature_dim", "seed"), "attention.kinds.linear:LinearAttention"),
+    "local_linear": Kind(
+        ("window", "feature_map", "feature_dim", "seed"), "attention.kinds.local_linear:LocalLinearAttention"
+    ),
+    "additive": Kind((), "attention.kinds.additive:AdditiveAttention"),
+    "kernel": Kind(("kernel", "feature_dim", "seed"), "attention.kinds.kernel:KernelAttention"),
 }
-FEATURE_MAPS = ("elu", "relu", "favor", "hedgehog")
-KERNELS = ("gaussian", "exponential", "cauchy")
+FEATURE_MAPS: LazyTable[Any] = LazyTable(
+    {
+        "elu": "attention.engines.feature_maps:ELU",
+        "relu": "attention.engines.feature_maps:RELU",
+        "favor": "attention.engines.feature_maps:FAVOR",
+        "hedgehog": "attention.engines.feature_maps:HEDGEHOG",
+    }
+)
+KERNELS: LazyTable[Any] = LazyTable(
+    {
+        "gaussian": "attention.kinds.kernel:gaussian",
+        "exponential": "attention.kinds.kernel:exponential",
+        "cauchy": "attention.kinds.kernel:cauchy",
+    }
+)
 
 _RANGES = {
     "window": (1, MAX_WINDOW),
@@ -101,7 +126,7 @@ class AttentionConfig:
         for name, (low, high) in _RANGES.items():
             if name not in ("feature_dim", "global_tokens") or getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)
-        if self.global_tokens == 0 and "global_tokens" not in KINDS[self.kind]:
+        if self.global_tokens == 0 and "global_tokens" not in KINDS[self.kind].fields:
             object.__setattr__(self, "global_tokens", None)  # no global tokens is true of every kind
         if self.num_buckets > 1 and self.num_buckets % 2:
             raise ConfigError(f"num_buckets must be even, or 1, got {self.num_buckets}: a hash has two signs.")
@@ -132,18 +157,18 @@ class AttentionConfig:
             causal: of self-attention over all tokens so far, as trained. A window that the model was trained with has
                 no sinks outside of it.
         """
-        if self.global_tokens is not None or "global_tokens" not in KINDS[self.kind]:
+        if self.global_tokens is not None or "global_tokens" not in KINDS[self.kind].fields:
             return self
         return replace(self, global_tokens=SINKS if causal and self.kind in _FORGETTING else 0)
 
     def _used(self) -> tuple[str, ...]:
-        used = KINDS[self.kind]
+        used = KINDS[self.kind].fields
         if "feature_map" in used and self.feature_map not in _SEEDED:
             used = tuple(name for name in used if name not in ("feature_dim", "seed"))
         return used
 
     def _described(self) -> str:
-        with_map = f" with feature_map={self.feature_map!r}" if "feature_map" in KINDS[self.kind] else ""
+        with_map = f" with feature_map={self.feature_map!r}" if "feature_map" in KINDS[self.kind].fields else ""
         return f"kind={self.kind!r}{with_map}"
 
     def to_dict(self) -> dict[str, Any]:

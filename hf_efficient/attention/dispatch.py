@@ -70,16 +70,16 @@ def fill_missing(variant: AttentionVariant) -> None:
     """Give what no checkpoint held of a loaded variant the values of a new one. What was loaded is not touched."""
     floats = [each.dtype for each in (*variant.parameters(), *variant.buffers()) if each.is_floating_point()]
     with _default_dtype(floats[0] if floats else torch.get_default_dtype()):  # as where the model was built
-        made = make_variant(variant.config, variant.shape)
-    fresh = dict(made.named_parameters()) | dict(made.named_buffers())
+        new = make_variant(variant.config, variant.shape)
+    fresh = dict(new.named_parameters()) | dict(new.named_buffers())
     for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
         if name in fresh and not getattr(tensor, "_is_hf_initialized", False):
             tensor.copy_(fresh[name])
     parts = dict(variant.named_modules())
-    paths = {part: path for path, part in made.named_modules()}
-    for part, name, value in _plain_tensors(made):  # in `__init__`, torch.nn.init did nothing while a model was loaded
-        kept = parts[paths[part]]
-        setattr(kept, name, value.to(getattr(kept, name)))
+    paths = {part: path for path, part in new.named_modules()}
+    for part, name, value in _plain_tensors(new):  # torch.nn.init did nothing in `__init__` while it was loaded
+        target = parts[paths[part]]
+        setattr(target, name, value.to(getattr(target, name)))
 
 
 @contextmanager
@@ -109,8 +109,8 @@ def variant_of(module: nn.Module) -> AttentionVariant | None:
 
 def decodes_from_state(model: nn.Module) -> bool:
     """True if a layer of the model carries a state from token to token instead of all keys and values."""
-    found = ((module, variant_of(module)) for module in model.modules())
-    stateful = (module for module, variant in found if variant is not None and variant.has_state)
+    pairs = ((module, variant_of(module)) for module in model.modules())
+    stateful = (module for module, variant in pairs if variant is not None and variant.has_state)
     return any(getattr(module, "is_causal", True) for module in stateful)
 
 
@@ -138,54 +138,49 @@ def efficient_attention_forward(
     _refuse(kwargs)
     variant = variant_of(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # as transformers' own
-    wanted = _weights_wanted(kwargs)
+    with_weights = _weights_wanted(kwargs)
     if attention_mask is not None and attention_mask.ndim == 4:
-        out = _with_given_mask(variant, query, key, value, attention_mask, dropout, scaling, position_bias)
-        return out.transpose(1, 2).contiguous(), None
-    if variant is not None and variant.transfer is None and state_layer is not None:
-        out, weights = _decode(variant, state_layer, query, key, value, attention_mask, scaling, position_bias, wanted)
+        if variant is not None or position_bias is not None:
+            raise UnsupportedModelError(
+                "Converted attention takes a 2D attention_mask [batch, length]; a 4D mask was given. "
+                "Pass the 2D mask, or leave this layer unconverted."
+            )
+        return _with_given_mask(query, key, value, attention_mask, dropout, scaling), None
+    if variant is not None and variant.has_state and state_layer is not None:
+        common = {"scaling": scaling, "bias": None if position_bias is None else position_bias[:, :, 0]}
+        out, weights = _decode(variant, state_layer, (query, key, value, attention_mask), common, with_weights)
         return out.transpose(1, 2).contiguous(), weights
     if attention_mask is not None:
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         attention_mask = attention_mask[:, -key.shape[2] :]
     common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key)}
+    window = _window(kwargs.get("sliding_window"), causal)
     if variant is None:
         # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
         unbiased_zeros = position_bias is not None and common["bias"] is None
-        common["window"] = None if unbiased_zeros else _window(kwargs.get("sliding_window"), causal)
+        common["window"] = None if unbiased_zeros else window
         out = full_attention(query, key, value, attention_mask, dropout=dropout, **common)
-        weights = full_weights(query, key, attention_mask, **common) if wanted else None
-    elif variant.transfer is not None:
-        window = _window(kwargs.get("sliding_window"), causal)
-        out, weights = variant.transfer(query, key, value, attention_mask, window=window, **common), None
+        weights = full_weights(query, key, attention_mask, **common) if with_weights else None
     else:
-        out = variant(query, key, value, attention_mask, dropout=dropout, **common)
-        weights = _weights(variant, query, key, attention_mask, **common) if wanted else None
+        out = variant(query, key, value, attention_mask, window=window, dropout=dropout, **common)
+        weights = _weights(variant, query, key, attention_mask, **common) if with_weights else None
     return out.transpose(1, 2).contiguous(), weights
 
 
 def _decode(
-    variant: AttentionVariant,
-    layer: StateLayer,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    position_bias: torch.Tensor | None,
-    weights_wanted: bool,
+    variant: AttentionVariant, layer: StateLayer, inputs: tuple, common: dict, with_weights: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The new tokens alone, after those that the cache layer sums up; weights only if there are none before."""
-    if weights_wanted and layer.state is not None:
+    """The new tokens alone, their query, key, value and mask, after those that the cache layer sums up; weights only
+    if there are none before."""
+    if with_weights and layer.state is not None:
         raise UnsupportedModelError(
             f"{variant.config.kind!r} attention keeps no keys to weigh while it decodes from a cache: ask for "
             "output_attentions with use_cache=False."
         )
+    query, key, value, mask = inputs
     mask = None if mask is None else mask[:, -query.shape[2] :]
-    bias = None if position_bias is None else position_bias[:, :, 0]
-    common = {"scaling": scaling, "bias": bias}
-    weights = _weights(variant, query, key, mask, causal=True, **common) if weights_wanted else None
+    weights = _weights(variant, query, key, mask, causal=True, **common) if with_weights else None
     out, state = variant.decode(query, key, value, mask, layer.state, **common)
     layer.advance(state)
     return out, weights
@@ -223,15 +218,12 @@ def _carrier(position_bias: torch.Tensor | None, query: torch.Tensor, key: torch
     return position_bias[:, :, 0] if is_carrier else None
 
 
-def _with_given_mask(variant, query, key, value, mask, dropout, scaling, position_bias) -> torch.Tensor:
-    if variant is not None or position_bias is not None:
-        raise UnsupportedModelError(
-            "Converted attention takes a 2D attention_mask [batch, length]; a 4D mask was given. "
-            "Pass the 2D mask, or leave this layer unconverted."
-        )
+def _with_given_mask(query, key, value, mask, dropout, scaling) -> torch.Tensor:
+    """[B,T,H,D]: softmax attention by a mask [B, H or 1, T, S] of transformers' own."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).contiguous()
 
 
 def _refuse(kwargs: dict) -> None:

@@ -1,34 +1,37 @@
-"""The table of attention kinds: a name, and the module that computes it.
+"""The attention kinds by their names: the class of each, and how to add one of your own.
 
     variant = ATTENTIONS["local"](config, HeadShape(heads=12, kv_heads=12, dim=32))
 
-`register_attention` adds a kind of your own; docs/attention.md has a worked example.
+The table itself is `KINDS` in config.py. `register_attention` adds a kind of your own; docs/attention.md has a worked
+example.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields as fields_of
 
 from ..errors import ConfigError, unknown_name
-from .config import KINDS, AttentionConfig
-from .kinds.additive import AdditiveAttention
-from .kinds.kernel import KernelAttention
-from .kinds.linear import LinearAttention
-from .kinds.local import LocalAttention
-from .kinds.local_linear import LocalLinearAttention
-from .kinds.lsh import LshAttention
-from .kinds.strided import StridedAttention
-from .kinds.topk import TopkAttention
+from ..io.lazy import load
+from .config import KINDS, AttentionConfig, Kind
 from .variant import AttentionVariant
 
-ATTENTIONS: dict[str, type[AttentionVariant]] = {
-    "local": LocalAttention,
-    "linear": LinearAttention,
-    "local_linear": LocalLinearAttention,
-    "strided": StridedAttention,
-    "lsh": LshAttention,
-    "topk": TopkAttention,
-    "additive": AdditiveAttention,
-    "kernel": KernelAttention,
-}
+
+class _Variants(Mapping[str, type[AttentionVariant]]):
+    """`KINDS` as name -> class; the module of a kind is imported when its class is asked for."""
+
+    def __getitem__(self, name: str) -> type[AttentionVariant]:
+        variant = KINDS[name].variant
+        if variant is None:
+            raise KeyError(name)
+        return load(variant) if isinstance(variant, str) else variant
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, kind in KINDS.items() if kind.variant is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+ATTENTIONS = _Variants()
 
 
 def register_attention(
@@ -48,8 +51,8 @@ def register_attention(
     if not (isinstance(name, str) and name.isidentifier()):
         raise ConfigError(f"The name of an attention kind must be an identifier such as 'my_kind', got {name!r}.")
     if name in _BUILT_IN or (name in KINDS and not overwrite):
-        own = "" if name in _BUILT_IN else ", or pass overwrite=True to replace it"
-        raise ConfigError(f"There is an attention kind {name!r} already. Choose another name{own}.")
+        or_replace = "" if name in _BUILT_IN else ", or pass overwrite=True to replace it"
+        raise ConfigError(f"There is an attention kind {name!r} already. Choose another name{or_replace}.")
     is_variant = isinstance(variant, type) and issubclass(variant, AttentionVariant)
     if not is_variant or variant.attend is AttentionVariant.attend:
         raise ConfigError(
@@ -61,7 +64,7 @@ def register_attention(
     for field in fields:
         if field not in known:
             raise unknown_name("field of AttentionConfig", field, known)
-    KINDS[name], ATTENTIONS[name] = tuple(fields), variant
+    KINDS[name] = Kind(tuple(fields), variant)
 
 
 _BUILT_IN = frozenset(KINDS)

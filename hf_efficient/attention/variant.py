@@ -4,16 +4,16 @@
         takes_bias = True
         def attend(self, query, key, value, key_mask, **kwargs): ...
 
-A new kind is one subclass of `AttentionVariant` and one call of `register_attention` (or one entry of `ATTENTIONS`).
+A new kind is one subclass of `AttentionVariant` and one call of `register_attention` (or one entry of `KINDS`).
 """
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .config import AttentionConfig
-from .engines.parts import identity_values
 
 
 class HeadShape(NamedTuple):
@@ -25,6 +25,7 @@ class HeadShape(NamedTuple):
 
 
 State = tuple[Tensor, ...]
+MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
 
 
 class AttentionVariant(nn.Module):
@@ -54,7 +55,6 @@ class AttentionVariant(nn.Module):
     def __init__(self, config: AttentionConfig, shape: HeadShape):
         super().__init__()
         self.config, self.shape = config.resolve(causal=False), shape
-        self.transfer: Any = None  # what a call goes to while attention is transferred; set and unset by `transfer.py`
 
     def reset_parameters(self) -> None:
         """Starting values of learned parts and buffers, written in any way: it is called on a new variant only, whose
@@ -97,7 +97,17 @@ class AttentionVariant(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        window: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What the layer calls: `attend`. `window` is that of the attention in whose place it stands."""
         return self.attend(query, key, value, key_mask, **kwargs)
 
     def weights(self, query: Tensor, key: Tensor, key_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -122,3 +132,18 @@ class AttentionVariant(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.to_dict().items())
+
+
+def identity_values(key: Tensor) -> Tensor:
+    """[B,K,S,S]: values with which attention gives its own weights.
+
+    Raises:
+        UnsupportedModelError: so many keys that a full matrix is out of the question.
+    """
+    batch, kv_heads, seen = key.shape[:3]
+    if seen > MAX_WEIGHTS:
+        raise UnsupportedModelError(
+            f"Attention weights of {seen} tokens would take {seen} x {seen} numbers for each head. Ask for "
+            f"output_attentions with at most {MAX_WEIGHTS} tokens."
+        )
+    return torch.eye(seen, dtype=key.dtype, device=key.device).expand(batch, kv_heads, -1, -1)

@@ -77,10 +77,10 @@ def build_student(
         if stack not in depths:
             raise unknown_name("stack of this model", stack, depths)
     kept = {stack: _kept(chosen[stack], depths[stack], layer_map) for stack in depths if stack in chosen}
-    batches = check_calibration(teacher, calibration)
+    batches = check_calibration(anatomy, calibration)
     if hidden_size is not None:
         heads = heads_for(anatomy, hidden_size, heads)
-    student = apply_plan(teacher, PruningPlan(layers=kept, units=_units(anatomy, kept, heads, neurons, batches)))
+    student = apply_plan(anatomy, PruningPlan(layers=kept, units=_units(anatomy, kept, heads, neurons, batches)))
     if hidden_size is not None:
         student = narrow(student, hidden_size, batches)
     everything = {stack: tuple(range(depth)) for stack, depth in depths.items()}

@@ -299,7 +299,7 @@ def learned_kinds() -> list[str]:
     """The kinds with learned parts; of a kind that has them for some feature maps only, those."""
     learned = []
     for kind in ATTENTIONS:
-        if "feature_map" not in KINDS[kind]:
+        if "feature_map" not in KINDS[kind].fields:
             learned += [kind] * _is_learned(AttentionConfig(kind))
             continue
         maps = [name for name in FEATURE_MAPS if _is_learned(AttentionConfig(kind, feature_map=name))]
@@ -318,12 +318,15 @@ def transferring(
     """Within it every converted attention hands on the softmax output, and the learned ones note their errors."""
     errors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, attention in attentions.items():
-        attention.variant.transfer = _Forcing(name, attention, masks[attention.stack], errors)
+        # On the instance, so that its class stays as it is; some models make a cache though they are not asked to.
+        attention.variant.forward = _Forcing(name, attention, masks[attention.stack], errors)
+        attention.variant.has_state = False
     try:
         yield errors
     finally:
         for attention in attentions.values():
-            attention.variant.transfer = None
+            for name in ("forward", "has_state"):
+                vars(attention.variant).pop(name, None)
 
 
 @dataclass(frozen=True)
@@ -336,9 +339,17 @@ class _Forcing:
     errors: dict[str, tuple[Tensor, Tensor]]
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, window: int | None, **common: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        window: int | None,
+        dropout: float,
+        **common: Any,
     ) -> Tensor:
-        """The softmax output `[B, H, T, Dv]`, which carries no gradient."""
+        """The softmax output `[B, H, T, Dv]`, which carries no gradient; `dropout` is off, whatever the layer says."""
         with torch.no_grad():
             target = full_attention(query, key, value, key_mask, window=window, **common)
         if self.attention.is_learned:

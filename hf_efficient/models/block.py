@@ -213,14 +213,13 @@ def _read_stack(name: str, data: Any) -> StackBlock:
 def _read_attentions(where: str, data: Any) -> tuple[AttentionConfig, ...]:
     if not isinstance(data, list | tuple) or len(data) > MAX_LAYERS:
         raise ConfigError(f"efficient.{where} must be a list with one entry for each layer.")
-    return tuple(_read_attention(f"{where}[{i}]", item) for i, item in enumerate(data))
-
-
-def _read_attention(where: str, data: Any) -> AttentionConfig:
-    try:
-        return AttentionConfig.from_dict(data).resolve(causal=False)  # what an older config.json leaves out is 0
-    except ConfigError as error:
-        raise ConfigError(f"efficient.{where}: {error}") from error
+    attentions = []
+    for index, item in enumerate(data):
+        try:  # what an older config.json leaves out is 0
+            attentions.append(AttentionConfig.from_dict(item).resolve(causal=False))
+        except ConfigError as error:
+            raise ConfigError(f"efficient.{where}[{index}]: {error}") from error
+    return tuple(attentions)
 
 
 def _mapping(where: str, data: Any) -> dict:

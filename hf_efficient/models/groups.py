@@ -43,11 +43,13 @@ class Slice:
 
     def rows(self, units: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """The row numbers of these units in a tensor of this shape, on its device."""
+        # [parts, 1] starts of the blocks + [units * width] places within one
         blocks = torch.arange(self.parts) * (tensor.shape[self.dim] // self.parts)
         return (blocks[:, None] + expand(units, self.width)).flatten().to(tensor.device)
 
     def by_unit(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[units, numbers of a unit]`: a tensor of this shape, unit by unit."""
+        # [rows, ...] -> [parts, units, width, ...] -> [units, parts * width * ...]
         blocks = tensor.movedim(self.dim, 0).unflatten(0, (self.parts, -1, self.width))
         return blocks.transpose(0, 1).flatten(1)
 
@@ -126,7 +128,7 @@ def _member(
 ) -> Member:
     """From the linears that make the units and the one that reads them, with how many rows a unit has in each."""
     inputs, biases = [], []
-    for (path, width), parts in Counter(writers).items():
+    for (path, width), parts in Counter(writers).items():  # a path that is named twice is one fused linear
         linear = layer.get_submodule(path)
         inputs.append(Slice(f"{path}.weight", output_dim(linear), width, parts))
         if linear.bias is not None:
@@ -142,7 +144,7 @@ def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, 
     if variant is None:
         return ()
     linear = layer.get_submodule(attention.output)
-    units = linear.weight.shape[input_dim(linear)] // wide
+    units = linear.weight.shape[input_dim(linear)] // wide  # those that are there now, not those of the config
     return tuple(
         Slice(f"{attention.module}.{ATTACHED}.{name}", 0, len(parameter) // units)
         for name, parameter in variant.named_parameters()

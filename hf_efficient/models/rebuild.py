@@ -81,7 +81,9 @@ def rebuild(
     wrong = {kind: keys for kind, keys in wrong.items() if keys}
     if wrong:
         raise CheckpointError(f"The weights do not fit the new structure: {wrong}.")
-    _keep_precision(new, state)
+    for name, tensor in (*new.named_parameters(), *new.named_buffers()):
+        if name in state and tensor.dtype != state[name].dtype:  # rounded to the model's, as a head kept in float32
+            tensor.data = state[name].detach().clone()
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         getattr(new, "activation_checkpointing_enable", new.gradient_checkpointing_enable)()  # its name from 5.23 on
     if isinstance(model, GenerationMixin) and model.can_generate():
@@ -90,13 +92,6 @@ def rebuild(
     for name, parameter in new.named_parameters():
         parameter.requires_grad = name not in frozen
     return new.to(model.device).train(model.training)
-
-
-def _keep_precision(new: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Give back its dtype to what was rounded to the model's, such as a head that is kept in float32."""
-    for name, tensor in (*new.named_parameters(), *new.named_buffers()):
-        if name in state and tensor.dtype != state[name].dtype:
-            tensor.data = state[name].detach().clone()
 
 
 def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:

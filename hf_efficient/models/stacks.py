@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .families import Attention, Family, Stack
+from .families import Attention, Family, Stack, find_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +108,5 @@ def config_stacks(config: PreTrainedConfig, family: Family) -> tuple[ConfigStack
 def model_stacks(model: PreTrainedModel, family: Family) -> Iterator[ModelStack]:
     """The stacks that this model really has: `T5EncoderModel` has no decoder."""
     names = {module: name for name, module in model.named_modules()}
-    modules = dict(model.base_model.named_modules())
-    for entry in family.stacks:
-        # CLIPTextModelWithProjection did not say which of its modules is the base model before transformers 5.23.
-        inside = (name for name in modules if name.endswith(f".{entry.layers}"))
-        path = entry.layers if entry.layers in modules else next(inside, None)
-        if path is not None:
-            yield ModelStack(family, entry, model.config, modules[path], names[modules[path]])
+    for entry, layers in find_stacks(model, family):
+        yield ModelStack(family, entry, model.config, layers, names[layers])

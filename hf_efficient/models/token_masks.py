@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .families import find_stacks, is_known
+from .anatomy import Anatomy
+from .families import is_known
 
 IGNORED = -100
 
@@ -115,7 +116,7 @@ def counts_columns(model: PreTrainedModel, names: Collection[str]) -> bool:
 
 def _is_decoder(model: PreTrainedModel) -> bool:
     if is_known(model.config):
-        return [stack.name for stack, _ in find_stacks(model)] == ["decoder"]
+        return [stack.name for stack in Anatomy.of(model).stacks] == ["decoder"]
     return model.can_generate()
 
 

@@ -70,6 +70,7 @@ def check(run: "Run") -> None:
 
 
 def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConfig") -> None:
+    from ..models.anatomy import Anatomy
     from ..models.families import token_limit
     from ..pruning.choose.reach import check_reachable
     from ..pruning.price.costs import make_costs
@@ -77,10 +78,10 @@ def _check_pruning(run: "Run", config: "PreTrainedConfig", pruning: "PruningConf
 
     length = run.recipe.data.max_length or DEFAULT_LENGTH
     length = pruning.sequence_length or min(length, token_limit(config, rotary=False) or length)
-    model = run.skeleton(config)
+    anatomy = Anatomy.of(run.skeleton(config))
     # What can be reached in measured time is not known before it is measured: MACs stand in for it.
     metric = "macs" if pruning.metric == "latency" else pruning.metric
-    check_reachable(model, pruning, make_costs(model, metric, length))
+    check_reachable(anatomy, pruning, make_costs(anatomy, metric, length))
 
 
 def check_attention(run: "Run", config: "PreTrainedConfig", stage: "AttentionStage") -> "PreTrainedConfig":

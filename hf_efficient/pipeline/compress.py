@@ -100,6 +100,7 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
         ConfigError: there is no such stage; a second stage's ratio that cannot be reached.
         ConfigError, DataError, UnsupportedModelError, CheckpointError: whatever `compress` refuses before it begins.
     """
+    from ..models.anatomy import Anatomy
     from ..models.families import token_limit
     from ..pruning.cut.surgery import planned_config
     from ..pruning.prune import plan
@@ -120,7 +121,7 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
             length = min(length, token_limit(config, rotary=False) or length)
             model = run.skeleton(config)
             plans.append(plan(model, dataclasses.replace(asked, sequence_length=length)))
-            config = planned_config(model, plans[-1])
+            config = planned_config(Anatomy.of(model), plans[-1])
     if not plans:
         raise ConfigError(f"The recipe {recipe.name!r} has no prune stage, so there is nothing to plan.")
     return plans

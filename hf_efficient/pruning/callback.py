@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError
 from ..io.disk import write_atomic
+from ..models.anatomy import Anatomy
 from ..models.rebuild import check_model
 from ..training.trainers import restore_renamed
 from .config import PruningConfig
@@ -78,7 +79,7 @@ class PruningCallback(TrainerCallback):
         _check_optimizer(model, kwargs["optimizer"])
         self._release()
         kind = WeightRemoval if "weight" in self.config.granularity else UnitRemoval
-        self.removal = kind(model, self.settings)
+        self.removal = kind(Anatomy.of(model), self.settings)
         self._held = HeldZeros(model)
         if state.global_step > 0:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..io.lazy import LazyTable, load
 
-# What each granularity of units removes: the kinds of `groups.Group`.
+# What each granularity of units removes: the kinds of `models.groups.Group`.
 UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
 GRANULARITIES = ("head", "neuron", "layer", "weight")
 ALLOCATIONS = ("global", "uniform")
@@ -38,7 +38,7 @@ IMPORTANCES = {
     "magnitude_l1": Importance("pruning.score.units:magnitude_l1", needs_data=False),
     "random": Importance("pruning.score.units:random", needs_data=False),
 }
-# Of layers, which all those of units rank too: (model, batches) -> {(stack, layer): score}.
+# Of layers, which all those of units rank too: (anatomy, batches) -> {(stack, layer): score}.
 LAYER_IMPORTANCES = {
     "loss": Importance("pruning.score.layers:loss"),
     "block_influence": Importance("pruning.score.layers:block_influence"),

@@ -19,13 +19,12 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, shown
-from ..models.families import family_of
+from ..models.anatomy import Anatomy
 from ..models.loading import load_config
 from ..models.rebuild import check_model
 from .choose.allocation import allocate_alike, choose_layers
 from .choose.reach import check_reachable
 from .config import PruningConfig
-from .cut.groups import find_groups
 from .cut.surgery import check_plan
 from .methods import IMPORTANCES, LAYER_IMPORTANCES
 from .plan import PruningPlan
@@ -34,7 +33,7 @@ from .price.forecast import forecast
 from .score.calibration import check_calibration, fitting_length
 from .score.finite import check_weights
 from .score.stream import Batch
-from .search import Cutter, Search, is_kept
+from .search import Cutter, Search, is_kept, kept_groups
 from .weights import check_data, check_learned, prune_weights
 
 
@@ -72,8 +71,8 @@ def prune(
         return _carry_out(model, plan, calibration)
     if isinstance(config, PruningConfig) and "weight" in config.granularity:
         return _with_zeros(model, config, calibration)
-    found = search(model, config, calibration)
-    return found.cutter.cut(found.plan())
+    one = search(model, config, calibration)
+    return one.cutter.cut(one.plan()).model
 
 
 def search(model: PreTrainedModel, config: PruningConfig | None, calibration: Iterable[Batch] | None) -> Search:
@@ -82,7 +81,7 @@ def search(model: PreTrainedModel, config: PruningConfig | None, calibration: It
     Raises:
         ConfigError, DataError, UnsupportedModelError: as `prune`.
     """
-    config, batches = _check_config(config), _checked(model, calibration)
+    config, (anatomy, batches) = _check_config(config), _checked(model, calibration)
     if "weight" in config.granularity:
         raise ConfigError(
             "A plan names layers, heads and neurons; single weights become zeros and change no size. Call "
@@ -90,12 +89,12 @@ def search(model: PreTrainedModel, config: PruningConfig | None, calibration: It
         )
     _check_data(config, batches)
     length = config.sequence_length or fitting_length(batches, model)
-    return Search(config, Cutter(model, config, batches), _costs(model, config, length), length)
+    return Search(config, Cutter(anatomy, config, batches), _costs(anatomy, config, length), length)
 
 
-def _checked(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> list[Batch]:
-    """The batches, if they and the weights are fit to be worked with."""
-    check_model(model)
+def _checked(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> tuple[Anatomy, list[Batch]]:
+    """What the model is made of, and the batches, if they and the weights are fit to be worked with."""
+    anatomy = Anatomy.of(check_model(model))
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UnsupportedModelError(
             "The model has parameters on the meta device, so there are no weights to prune. Load it with weights "
@@ -105,9 +104,9 @@ def _checked(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> lis
         raise UnsupportedModelError(
             "The model was loaded or made in torch.inference_mode, where no gradient can be computed. Load it outside."
         )
-    batches = check_calibration(model, calibration)
+    batches = check_calibration(anatomy, calibration)
     check_weights(model)
-    return batches
+    return anatomy, batches
 
 
 def _check_config(config: object) -> PruningConfig:
@@ -117,17 +116,17 @@ def _check_config(config: object) -> PruningConfig:
 
 
 def _with_zeros(model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None) -> PreTrainedModel:
-    batches = _checked(model, calibration)
+    anatomy, batches = _checked(model, calibration)
     check_data(config, batches)
     rest, length = config.without_weights(), config.sequence_length or fitting_length(batches, model)
-    check_reachable(model, config, make_costs(model, "macs", length))
-    return prune_weights(prune(model, rest, batches) if rest else model, config, batches)
+    check_reachable(anatomy, config, make_costs(anatomy, "macs", length))
+    return prune_weights(Anatomy.of(prune(model, rest, batches)) if rest else anatomy, config, batches)
 
 
 def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[Batch] | None) -> PreTrainedModel:
     if not isinstance(plan, PruningPlan):
         raise ConfigError(f"plan must be a PruningPlan, such as PruningPlan.load(path); got {shown(plan)}.")
-    batches = _checked(model, calibration)
+    anatomy, batches = _checked(model, calibration)
     if not plan.chosen:
         raise ConfigError(
             "This plan holds sizes only: it was made from a config, without weights to choose by. Make it from the "
@@ -135,8 +134,8 @@ def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[
         )
     if not plan.layers and not plan.units:
         raise ConfigError("This plan removes nothing: `layers` and `units` are empty.")
-    check_plan(model, plan)
-    return Cutter(model, plan.config or PruningConfig(reconstruct=False), batches).cut(plan)
+    check_plan(anatomy, plan)
+    return Cutter(anatomy, plan.config or PruningConfig(reconstruct=False), batches).cut(plan).model
 
 
 @torch.inference_mode(False)
@@ -163,26 +162,21 @@ def plan(
     if isinstance(model, PreTrainedConfig | str | os.PathLike):
         model = _without_weights(model)
     check_model(model)
-    if model.device.type == "meta":
-        length = _check_config(config).sequence_length or fitting_length([], model)
-        found, costs = _sizes_only(model, config, length), None
-    else:
-        own = search(model, config, calibration)
-        found, costs, length = own.plan(), own.costs, own.length
-    return described(model, found, config, length, costs)
+    if model.device.type != "meta":
+        return described(search(model, config, calibration))
+    anatomy, length = Anatomy.of(model), _check_config(config).sequence_length or fitting_length([], model)
+    sizes = replace(_sizes_only(anatomy, config, length), model=model.config.model_type, config=config, chosen=False)
+    expected = forecast(anatomy, sizes, length)
+    narrower = [row for row in expected.layers if row.parameters and row.macs < row.macs_before]
+    if narrower and config.allocation == "global":
+        expected = replace(expected, loads_with="plugin")  # here all layers lose alike, then each by its scores
+    return replace(sizes, forecast=expected)
 
 
-def described(
-    model: PreTrainedModel, found: PruningPlan, config: PruningConfig, length: int, costs: Costs | None
-) -> PruningPlan:
-    """The plan with how it was made, and what it will give."""
-    chosen = model.device.type != "meta"
-    found = replace(found, model=model.config.model_type, config=config, chosen=chosen)
-    told = forecast(model, found, length, costs)
-    narrower = [row for row in told.layers if row.parameters and row.macs < row.macs_before]
-    if not chosen and narrower and config.allocation == "global":
-        told = replace(told, loads_with="plugin")  # here all layers lose alike, then each by its scores
-    return replace(found, forecast=told)
+def described(search: Search) -> PruningPlan:
+    """The plan that a search finds, with how it was made, and what it will give."""
+    chosen = replace(search.plan(), model=search.dense.config.model_type, config=search.config)
+    return replace(chosen, forecast=forecast(search.dense, chosen, search.length, search.costs))
 
 
 def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
@@ -193,39 +187,35 @@ def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedM
         return head._from_config(config) if head is not None else transformers.AutoModel.from_config(config)
 
 
-def _sizes_only(model: PreTrainedModel, config: PruningConfig, length: int) -> PruningPlan:
+def _sizes_only(anatomy: Anatomy, config: PruningConfig, length: int) -> PruningPlan:
     """As many units go from each layer; which layers, and which units, is not known: the last ones are named."""
     if config.metric == "latency":
         raise ConfigError("metric='latency' is measured, which needs a model with weights. Ask for 'macs' first.")
     check_learned(config)
-    costs = _costs(model, config, length)
-    rest, family, layers = config.without_weights(), family_of(model.config), {}
-    if rest is None:  # zeros change no size
+    costs = _costs(anatomy, config, length)
+    units = config.without_weights()
+    if units is None:  # zeros change no size
         return PruningPlan()
-    config = rest
-    if "layer" in config.granularity:
+    layers = {}
+    if "layer" in units.granularity:
         later_first = {key: float(-key[1]) for key in costs.layers}
-        share, alone = config.layer_share * costs.total, not config.unit_kinds
-        layers = choose_layers(later_first, costs.layers, share, alone, family.deepest, family.first_stays)
-    found = PruningPlan(layers=layers)
-    if config.unit_kinds:
-        left = sum(cost for key, cost in costs.layers.items() if is_kept(key, found))
-        groups = [
-            group
-            for group in find_groups(model)
-            if group.kind in config.unit_kinds and any(is_kept((group.stack, i), found) for i in group.layers)
-        ]
-        remove = left - (1 - config.ratio) * costs.total
-        kept = allocate_alike(model, groups, config, costs.of, remove)
-        found = replace(found, units={group.name: units for group, units in kept.items()})
-    return found
+        share, family = units.layer_share * costs.total, anatomy.family
+        exact = not units.unit_kinds
+        layers = choose_layers(later_first, costs.layers, share, exact, family.deepest, family.first_stays)
+    plan = PruningPlan(layers=layers)
+    if not units.unit_kinds:
+        return plan
+    start = sum(cost for key, cost in costs.layers.items() if is_kept(key, plan))
+    groups = [group for group in kept_groups(anatomy, plan) if group.kind in units.unit_kinds]
+    kept = allocate_alike(anatomy, groups, units, costs.of, start - (1 - units.ratio) * costs.total)
+    return replace(plan, units={group.name: numbers for group, numbers in kept.items()})
 
 
 def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
-    asked = [config.importance] if config.unit_kinds else []
-    asked += [config.layer_importance] if "layer" in config.granularity else []
+    names = [config.importance] if config.unit_kinds else []
+    names += [config.layer_importance] if "layer" in config.granularity else []
     check_learned(config)
-    for name in asked:
+    for name in names:
         if (IMPORTANCES | LAYER_IMPORTANCES)[name].needs_data and not batches:
             raise DataError(
                 f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
@@ -233,7 +223,7 @@ def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
             )
 
 
-def _costs(model: PreTrainedModel, config: PruningConfig, length: int) -> Costs:
-    costs = make_costs(model, config.metric, length, config.latency_batch_size)
-    check_reachable(model, config, costs)
+def _costs(anatomy: Anatomy, config: PruningConfig, length: int) -> Costs:
+    costs = make_costs(anatomy, config.metric, length, config.latency_batch_size)
+    check_reachable(anatomy, config, costs)
     return costs

@@ -1,8 +1,8 @@
 """The search for what to keep: layers first, then units in a number of steps.
 
-    search = Search(config, Cutter(model, config, batches), costs, length)
+    search = Search(config, Cutter(Anatomy.of(model), config, batches), costs, length)
     plan = search.plan()                  # scores and allocates
-    small = search.cutter.cut(plan)       # surgery, and least squares
+    small = search.cutter.cut(plan).model # surgery, and least squares
     other = search.at(0.7).plan()         # another ratio: what does not depend on it is not computed again
 
 Every step scores the units of the model as it is by then (pruned and, with `reconstruct`, fitted to the dense one) and
@@ -17,14 +17,14 @@ from functools import cached_property, partial
 import torch
 from transformers import PreTrainedModel
 
-from ..models.families import family_of
+from ..models.anatomy import Anatomy
+from ..models.groups import Group
 from .choose.allocation import allocate, choose_layers, drop_layers, fewest
 from .choose.reach import check_reachable
 from .choose.rearrangement import rearrange
 from .config import PruningConfig
-from .cut.groups import Group, find_groups
 from .cut.surgery import apply_plan
-from .fit.reconstruction import TokenWeights, reconstruct, token_weights
+from .fit.reconstruction import TokenWeights, reconstruct_blocks, token_weights
 from .plan import PruningPlan
 from .price.correction import Kept, correct
 from .price.costs import Costs
@@ -38,20 +38,21 @@ from .score.units import Scores, check_scores, score_units
 class Cutter:
     """Cuts the dense model to a plan, and fits what is left where that is asked for and there are batches."""
 
-    def __init__(self, model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]):
-        self.model, self.batches, self.seed = model, batches, config.seed
+    def __init__(self, dense: Anatomy, config: PruningConfig, batches: Sequence[Batch]):
+        self.dense, self.batches, self.seed = dense, batches, config.seed
         self.fits = config.reconstruct and bool(batches)
 
     @cached_property
     def weights(self) -> TokenWeights:
-        return token_weights(self.model, self.batches, answer_loss(self.seed))
+        return token_weights(self.dense, self.batches, answer_loss(self.seed))
 
-    def cut(self, plan: PruningPlan) -> PreTrainedModel:
+    def cut(self, plan: PruningPlan) -> Anatomy:
+        """The small model; the dense one itself where the plan removes nothing."""
         if not plan.layers and not plan.units:
-            return self.model
-        small = apply_plan(self.model, plan)
+            return self.dense
+        small = Anatomy.of(apply_plan(self.dense, plan))
         if self.fits:
-            reconstruct(small, self.model, self.batches, self.weights, plan.layers)
+            reconstruct_blocks(small, self.dense, self.batches, self.weights, plan.layers)
         return small
 
 
@@ -76,8 +77,8 @@ class Search:
     known: Judgement = field(default_factory=Judgement)
 
     @property
-    def model(self) -> PreTrainedModel:
-        return self.cutter.model
+    def dense(self) -> Anatomy:
+        return self.cutter.dense
 
     @property
     def batches(self) -> Sequence[Batch]:
@@ -90,7 +91,7 @@ class Search:
             ConfigError: a ratio that cannot be reached.
         """
         config = replace(self.config, ratio=ratio)
-        check_reachable(self.model, config, self.costs)
+        check_reachable(self.dense, config, self.costs)
         return replace(self, config=config)
 
     def plan(self) -> PruningPlan:
@@ -113,18 +114,18 @@ class Search:
     def _layers(self) -> dict[str, tuple[int, ...]]:
         """Which layers to keep so that their share of the budget goes: about that, and at least all of it if nothing
         else is to be removed."""
-        config, costs, family = self.config, self.costs.layers, family_of(self.model.config)
+        config, costs, family = self.config, self.costs.layers, self.dense.family
         budget = config.layer_share * self.costs.total, not config.unit_kinds, family.deepest, family.first_stays
         if config.layer_importance == "loss":
             return drop_layers(self._order(), costs, *budget)
         if self.known.layers is None:
-            self.known.layers = layer_scores(self.model, config, self.batches, self.length)
+            self.known.layers = layer_scores(self.dense, config, self.batches, self.length)
         return choose_layers(self.known.layers, costs, *budget)
 
     def _order(self) -> Iterator[tuple[str, int]]:
         """That of `loss`, found as far as it is asked for."""
         known = self.known
-        known.coming = known.coming or loss_order(self.model, self.batches)
+        known.coming = known.coming or loss_order(self.dense, self.batches)
         yield from known.order
         for key in known.coming:
             known.order.append(key)
@@ -132,7 +133,7 @@ class Search:
 
     def scores(self, model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Scores, MaskGradients]:
         """Of the units of a model, dense or cut already; and the gradients behind them where they are rearranged."""
-        if model is self.model and self.known.units is not None:
+        if model is self.dense.model and self.known.units is not None:
             return self.known.units
         gradients: MaskGradients = {}
         if self.config.rearrange:  # which goes with fisher: one pass gives both
@@ -142,18 +143,19 @@ class Search:
                 check_scores(group, values, self.config.importance)
         else:
             scores = score_units(model, list(groups), self.config, self.batches, self.length)
-        if model is self.model:
+        if model is self.dense.model:
             self.known.units = scores, gradients
         return scores, gradients
 
-    def _units(self, small: PreTrainedModel, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
+    def _units(self, small: Anatomy, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """What stays of each group of the dense model, which costs `start` with its kept layers, so that `target` is
         left; from scores of the model as it is now."""
+        # Scores are [units of the small group]; budgets and plans speak of the dense one, so they move to its places.
         present = self._present(small, plan)
         names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
-        found, gradients = self.scores(small, list(present))
+        scores_now, gradients = self.scores(small.model, list(present))
         scores: Scores = {}
-        for now, values in found.items():
+        for now, values in scores_now.items():
             group = present[now]
             scores[group] = values.new_full((group.units,), -torch.inf)  # what is gone stays gone
             scores[group][names[group]] = values
@@ -162,16 +164,15 @@ class Search:
             return kept
         return {group: _rearranged(gradients[now], names[group], kept[group]) for now, group in present.items()}
 
-    def _present(self, small: PreTrainedModel, plan: PruningPlan) -> dict[Group, Group]:
+    def _present(self, small: Anatomy, plan: PruningPlan) -> dict[Group, Group]:
         """Each group of the small model that units may leave, and which one of the dense model it is."""
-        groups = find_groups(self.model)
-        left = [group for group in groups if any(is_kept((group.stack, layer), plan) for layer in group.layers)]
-        pairs = zip(find_groups(small), left, strict=True)
+        # Both lists go through stacks and layers in the same order; the small one lacks the groups of dropped layers.
+        pairs = zip(small.groups, kept_groups(self.dense, plan), strict=True)
         return {now: group for now, group in pairs if now.kind in self.config.unit_kinds}
 
     def _spend(self, scores: Scores, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """Allocate by price; where the result can be measured, until that is right."""
-        by_price = partial(allocate, self.model, scores, self.config, costs.of)
+        by_price = partial(allocate, self.dense, scores, self.config, costs.of)
         if costs.measure is None:
             return by_price(start - target)
         measure = costs.measure
@@ -197,6 +198,11 @@ def _rearranged(gradients: torch.Tensor, names: torch.Tensor, kept: tuple[int, .
     """`gradients` are those of the units that are left, `names` their numbers in the dense model."""
     places = torch.searchsorted(names, torch.tensor(kept))
     return tuple(names[list(rearrange(gradients, tuple(places.tolist())))].tolist())
+
+
+def kept_groups(dense: Anatomy, plan: PruningPlan) -> list[Group]:
+    """The groups of which a layer stays."""
+    return [group for group in dense.groups if any(is_kept((group.stack, layer), plan) for layer in group.layers)]
 
 
 def is_kept(key: tuple[str, int], plan: PruningPlan) -> bool:

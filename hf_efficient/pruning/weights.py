@@ -1,7 +1,7 @@
 """Single weights become zero: unstructured, or n of every m consecutive inputs.
 
-    sparse = prune_weights(model, PruningConfig(ratio=0.5, granularity="weight", importance="obs"), batches)
-    count_zeros(sparse)                                                       # (zeros, all) of the linears
+    sparse = prune_weights(anatomy, PruningConfig(ratio=0.5, granularity="weight", importance="obs"), batches)
+    count_zeros(sparse)                                                         # (zeros, all) of the linears
 
 The result has the class, the config and the size of the given model. Dense kernels multiply zeros like any number, so
 nothing gets faster by itself; on a CUDA GPU each 2:4 weight can be handed to `torch.sparse.to_sparse_semi_structured`.
@@ -13,20 +13,21 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DataError
-from ..models.rebuild import check_model, rebuild
+from ..models.anatomy import Anatomy
+from ..models.rebuild import rebuild
 from .choose.sparsity import Masks, check_structure, choose_masks
 from .config import PruningConfig
 from .cut.linears import Linear, find_linears, matrix, parameter_of
-from .fit.sparsegpt import reconstruct, sparsegpt
+from .fit.sparsegpt import sparsegpt, update_kept
 from .methods import WEIGHT_IMPORTANCES
 from .score.stream import Batch
 
 
-def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch]) -> PreTrainedModel:
-    """A copy of `model` in which the fraction `config.weight_ratio` of the linears' weights is zero.
+def prune_weights(anatomy: Anatomy, config: PruningConfig, batches: Sequence[Batch]) -> PreTrainedModel:
+    """A copy of the model in which the fraction `config.weight_ratio` of the linears' weights is zero.
 
     Parameters:
-        model: a stock or efficient model of any family in the table; it stays as it is.
+        anatomy: of a stock or efficient model; it stays as it is.
         config: with `"weight"` in its granularity. `steps` rescore the already pruned model.
         batches: of model inputs. With `reconstruct` they also serve to update the weights that stay.
 
@@ -34,11 +35,10 @@ def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequen
         ConfigError: a matrix does not consist of whole groups of m inputs.
         DataError: the importance needs batches and there are none; scores or inputs are not finite.
     """
-    check_model(model)
     check_data(config, batches)
-    check_structure(model, config)
-    sparse = rebuild(model, model.config)
-    linears = find_linears(sparse)
+    check_structure(anatomy, config)
+    sparse = rebuild(anatomy.model, anatomy.config)
+    linears = find_linears(anatomy)  # those of the copy have the same names
     for step in range(1, config.steps + 1):
         ratio = 1 - (1 - config.weight_ratio) ** (step / config.steps)
         if config.importance == "obs":
@@ -46,7 +46,7 @@ def prune_weights(model: PreTrainedModel, config: PruningConfig, batches: Sequen
             continue
         masks = _masks(sparse, linears, config, batches, ratio)
         if config.reconstruct and batches:
-            reconstruct(sparse, linears, batches, masks)
+            update_kept(sparse, linears, batches, masks)
         else:
             _zero(sparse, masks)
     return sparse

@@ -82,10 +82,11 @@ def check_pruned_groups(model: "PreTrainedModel", prunings: "Sequence[PruningCon
     """
     import torch
 
-    from ..pruning.cut.groups import find_groups, output_module
+    from ..models.anatomy import Anatomy
+    from ..models.groups import output_module
 
     check_groups(model, group_size)
-    for pruning, group in itertools.product(prunings, find_groups(model)):
+    for pruning, group in itertools.product(prunings, Anatomy.of(model).groups):
         linear, width = output_module(model, group.members[0]), group.members[0].output.width
         if group.kind not in pruning.unit_kinds or not isinstance(linear, torch.nn.Linear):
             continue

@@ -1,5 +1,6 @@
 """`register_attention`: a kind of one's own goes everywhere that a built-in kind goes."""
 
+import inspect
 import subprocess
 import sys
 
@@ -18,7 +19,6 @@ from hf_efficient import (
 )
 from hf_efficient.attention.config import KINDS
 from hf_efficient.attention.dispatch import make_variant
-from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.variant import HeadShape
 
 from ..families import make_inputs, make_model
@@ -45,11 +45,41 @@ class MeanAttention(AttentionVariant):
         torch.nn.init.ones_(self.gain)
 
 
+def _add_mean():
+    register_attention("mean", MeanAttention)
+    return AttentionConfig("mean", options={"scale": 2.0})
+
+
 @pytest.fixture
 def mean():
-    register_attention("mean", MeanAttention)
-    yield AttentionConfig("mean", options={"scale": 2.0})
-    del KINDS["mean"], ATTENTIONS["mean"]
+    yield _add_mean()
+    del KINDS["mean"]
+
+
+def test_a_kind_is_at_most_thirty_lines():
+    lines = sum(len(inspect.getsource(part).splitlines()) for part in (MeanAttention, _add_mean))
+    assert 15 < lines <= 30
+
+
+def test_the_old_place_gives_the_table_and_what_adds_to_it(mean):
+    from hf_efficient.attention.kinds import ATTENTIONS as TABLE
+    from hf_efficient.attention.kinds import register_attention as register
+
+    assert register is register_attention and TABLE["mean"] is MeanAttention
+
+
+def test_the_table_reads_a_kind_when_it_is_asked_for():
+    code = (
+        "import sys; from hf_efficient.attention.config import FEATURE_MAPS, KERNELS, KINDS, AttentionConfig\n"
+        "assert AttentionConfig('linear', feature_map='favor') and 'torch' not in sys.modules\n"
+        "from hf_efficient.attention.registry import ATTENTIONS\n"
+        "here = 'hf_efficient.attention.kinds.'\n"
+        "assert 'full' not in ATTENTIONS and len(ATTENTIONS) == len(KINDS) - 1\n"
+        "assert ATTENTIONS['lsh'].__name__ == 'LshAttention' and here + 'topk' not in sys.modules\n"
+        "assert all(issubclass(v, ATTENTIONS['lsh'].__mro__[1]) for v in ATTENTIONS.values())\n"
+        "assert all([*FEATURE_MAPS.values(), *KERNELS.values()])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_registered_kind_converts_saves_and_loads(mean, tmp_path):
@@ -154,7 +184,7 @@ class Ruler(AttentionVariant):
 def ruler():
     register_attention("ruler", Ruler)
     yield AttentionConfig("ruler")
-    del KINDS["ruler"], ATTENTIONS["ruler"]
+    del KINDS["ruler"]
 
 
 def rulers(model):

@@ -20,8 +20,9 @@ from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, co
 from hf_efficient.attention.dispatch import ATTACHED, ATTENTIONS
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.conversion.probe import check_reached
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.classes import auto_classes
-from hf_efficient.models.families import FAMILIES, find_stacks
+from hf_efficient.models.families import FAMILIES
 
 from ..families import (
     CASES,
@@ -48,10 +49,10 @@ STOCK_HEADS = {auto_classes(FAMILIES[name])[auto][1]: name for name, auto in HEA
 def kinds(model, attention="heads"):
     """The attention kind of each layer of each stack, as the modules have it."""
     found = {}
-    for stack, layers in find_stacks(model):
-        if attention in stack.attentions(model.config):
-            path = stack.attentions(model.config)[attention].module
-            modules = [layer.get_submodule(path)._modules.get(ATTACHED) for layer in layers]
+    for stack in Anatomy.of(model).stacks:
+        if attention in stack.attentions:
+            path = stack.attentions[attention].module
+            modules = [layer.get_submodule(path)._modules.get(ATTACHED) for layer in stack.layers]
             found[stack.name] = ["full" if module is None else module.config.kind for module in modules]
     return found
 
@@ -333,8 +334,8 @@ def test_bad_requests_are_refused_with_the_way_out():
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_that_ignores_the_interface_is_refused(name, monkeypatch):
     model = make_model(name)
-    stack, layers = next(find_stacks(model))
-    attention = type(layers[0].get_submodule(stack.attention.module))
+    stack = Anatomy.of(model).stacks[0]
+    attention = type(stack.layers[0].get_submodule(stack.entry.attention.module))
 
     outputs = 3 if name == "t5" else 2
 
@@ -360,7 +361,7 @@ def test_the_check_needs_every_converted_layer_reached():
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_a_model_without_values_is_refused_before_any_work(name):
     whole, part = make_model(name).to("meta"), make_model(name)
-    next(layers for _, layers in find_stacks(part))[1].to("meta")
+    Anatomy.of(part).stacks[0].layers[1].to("meta")
     for model in (whole, part):
         with pytest.raises(
             UnsupportedModelError, match=r"have no values \(meta device\), such as '.*Load it whole first"

@@ -5,7 +5,7 @@ import pytest
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention, efficient_config
 from hf_efficient.attention.dispatch import variant_of
 from hf_efficient.conversion.mixing import CROSS, only, read_layers, spread, spread_layers
-from hf_efficient.models.families import find_stacks
+from hf_efficient.models.anatomy import Anatomy
 
 from ..families import make_inputs, make_model
 
@@ -17,10 +17,10 @@ LINEAR = AttentionConfig("linear")
 def kinds(model):
     """{stack: [self-attention kinds], stack.cross_attention: [...]} as the modules have it."""
     found = {}
-    for stack, layers in find_stacks(model):
+    for stack in Anatomy.of(model).stacks:
         names = (stack.name, f"{stack.name}.{CROSS}")
-        for name, attention in zip(names, stack.attentions(model.config).values(), strict=False):
-            variants = [variant_of(layer.get_submodule(attention.module)) for layer in layers]
+        for name, attention in zip(names, stack.attentions.values(), strict=False):
+            variants = [variant_of(layer.get_submodule(attention.module)) for layer in stack.layers]
             found[name] = ["full" if variant is None else variant.config.kind for variant in variants]
     return found
 

@@ -7,9 +7,7 @@ from hf_efficient.distillation import narrow
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import find_stacks
 from hf_efficient.models.rebuild import is_portable
-from hf_efficient.pruning.cut.groups import find_groups
 
 from ..families import make_inputs, make_model
 from .test_trainer import make_trainer
@@ -42,12 +40,11 @@ def test_the_student_is_a_stock_model_of_that_width(name, with_data, tmp_path):
     assert torch.equal(build_student(model, hidden_size=FULL, **settings)(**inputs)[0], model(**inputs)[0])
     student = build_student(model, layers=2, hidden_size=SMALL, **settings)
     assert type(student) is type(model) and is_portable(student)
-    for stack, layers in find_stacks(student):
-        assert (stack.width(student.config), len(layers)) == (SMALL, 2)
-        assert stack.head_width(student.config) == stack.head_width(model.config)
-        assert stack.num_neurons(student.config) == stack.num_neurons(model.config)
-        heads = stack.num_heads(model.config)
-        assert stack.num_heads(student.config) == (heads if stack.head_dim else heads * SMALL // FULL)
+    for stack in Anatomy.of(student).stacks:
+        dense = Anatomy.of(model).stack(stack.name)
+        assert (stack.width, len(stack.layers)) == (SMALL, 2)
+        assert (stack.head_width, stack.num_neurons) == (dense.head_width, dense.num_neurons)
+        assert stack.num_heads == (dense.num_heads if stack.entry.head_dim else dense.num_heads * SMALL // FULL)
     student.save_pretrained(tmp_path)
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -123,7 +120,7 @@ def test_it_learns_through_projections(case, tmp_path):
 def test_heads_and_neurons_are_narrowed_beside_it():
     model = make_model("llama")
     student = build_student(model, layers=2, heads=1, neurons=24, hidden_size=SMALL)
-    sizes = {(group.kind, group.units) for group in find_groups(student)}
+    sizes = {(group.kind, group.units) for group in Anatomy.of(student).groups}
     assert sizes == {("heads", 1), ("neurons", 24)} and is_portable(student)
     assert student.config.head_dim == 4 and student.config.num_attention_heads == 2
 

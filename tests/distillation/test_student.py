@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
-from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.models.anatomy import Anatomy
 
 from .test_trainer import make_trainer
 from .tiny import ARCHITECTURES, collate, examples, make_pair
@@ -110,7 +110,7 @@ def test_other_errors():
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_a_narrower_student_keeps_the_heads_and_neurons_with_the_largest_weights(case, tmp_path):
     _, teacher = make_pair(case)
-    groups = {group.name: group for group in find_groups(teacher)}
+    groups = {group.name: group for group in Anatomy.of(teacher).groups}
     chosen = {}
     with torch.no_grad():
         for name, group in groups.items():
@@ -124,10 +124,10 @@ def test_a_narrower_student_keeps_the_heads_and_neurons_with_the_largest_weights
                         member.output.dim, member.output.rows(torch.tensor([unit]), output), 10.0 + unit
                     )
     student = build_student(teacher, layers=2, heads=1, neurons=8)
-    sizes = {(group.kind, group.units) for group in find_groups(student)}
+    sizes = {(group.kind, group.units) for group in Anatomy.of(student).groups}
     assert {kind for kind, _ in sizes} <= {"heads", "cross_heads", "neurons"}
     assert all(units == (8 if kind == "neurons" else 1) for kind, units in sizes)
-    for new, old in zip(find_groups(student), _groups_of_kept(teacher), strict=True):
+    for new, old in zip(Anatomy.of(student).groups, _groups_of_kept(teacher), strict=True):
         for own, other in zip(new.members, old.members, strict=False):
             got = student.get_parameter(f"{own.prefix}.{own.output.name}")
             whole = teacher.get_parameter(f"{other.prefix}.{other.output.name}")
@@ -144,14 +144,14 @@ def test_a_narrower_student_keeps_the_heads_and_neurons_with_the_largest_weights
 
 def _groups_of_kept(teacher):
     """The first and the last layer's; T5's heads are one group of all layers."""
-    return [group for group in find_groups(teacher) if set(group.layers) & {0, 3}]
+    return [group for group in Anatomy.of(teacher).groups if set(group.layers) & {0, 3}]
 
 
 def test_narrow_in_all_layers_and_wrong_widths():
     _, teacher = make_pair("bert")
     student = build_student(teacher, neurons=8)
     assert student.config.num_hidden_layers == 4
-    assert {group.units for group in find_groups(student) if group.kind == "neurons"} == {8}
+    assert {group.units for group in Anatomy.of(student).groups if group.kind == "neurons"} == {8}
     for settings in ({"heads": 3}, {"heads": 0}, {"neurons": 49}, {"neurons": True}):
         with pytest.raises(ConfigError, match="must be from 1 to"):
             build_student(teacher, layers=2, **settings)

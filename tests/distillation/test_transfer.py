@@ -12,11 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BartForSequenceClassification, OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import (
+    BartForSequenceClassification,
+    LlamaForQuestionAnswering,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention
 from hf_efficient.attention import registry
-from hf_efficient.attention.config import KINDS
+from hf_efficient.attention.config import KINDS, Kind
 from hf_efficient.attention.dispatch import ATTACHED
 from hf_efficient.attention.engines.parts import full_attention
 from hf_efficient.attention.variant import AttentionVariant
@@ -27,7 +33,7 @@ from hf_efficient.distillation.transfer import (
     transfer_attention,
     transferring,
 )
-from hf_efficient.models.families import find_stacks
+from hf_efficient.models.anatomy import Anatomy
 
 from ..families import CASES, TWO_STACKS, make_inputs, make_model, real_logits
 from ..helpers import assert_close
@@ -57,8 +63,7 @@ class Sharpened(AttentionVariant):
 
 @pytest.fixture(autouse=True)
 def _sharpened(monkeypatch):
-    monkeypatch.setitem(KINDS, KIND, ())
-    monkeypatch.setitem(registry.ATTENTIONS, KIND, Sharpened)
+    monkeypatch.setitem(KINDS, KIND, Kind((), Sharpened))
 
 
 def converted(name="bert", config=None, dtype=torch.float64, **fields):
@@ -157,7 +162,7 @@ def test_meanwhile_the_model_computes_what_the_original_does(name):
     model = make_model(name, **fields)
     everything = AttentionConfig(KIND)
     crossed = {"cross_attention": everything} if name in TWO_STACKS else {}
-    asked = {stack.name: everything for stack, _ in find_stacks(model)} | crossed
+    asked = {stack.name: everything for stack in Anatomy.of(model).stacks} | crossed
     made, inputs = convert_attention(model, asked), CASES[name].inputs(CASES[name].paddings[0])
     attentions = find_attentions(made)
     masks = dict.fromkeys((attention.stack for attention in attentions.values()), torch.ones(2, dtype=torch.bool))
@@ -165,6 +170,19 @@ def test_meanwhile_the_model_computes_what_the_original_does(name):
         assert_close(real_logits(made, inputs), real_logits(model, inputs), 1e-5)
     assert errors.keys() == attentions.keys() and all(error > 0 for error, _ in errors.values())
     assert (real_logits(made, inputs) - real_logits(model, inputs)).abs().max() > 1e-4
+
+
+def test_a_cache_that_nobody_asked_for_changes_nothing():
+    model = make_model("llama", LlamaForQuestionAnswering)  # its forward has no `use_cache` to say no with
+    student, inputs = convert_attention(model, AttentionConfig("linear", feature_map="hedgehog")), make_inputs("llama")
+    attentions = find_attentions(student)
+    with torch.no_grad(), transferring(attentions, {"decoder": inputs["attention_mask"].bool()}) as errors:
+        out = student(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    expected = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert_close(out.start_logits, expected.start_logits, 1e-5)
+    assert errors.keys() == attentions.keys()
+    state = student(input_ids=inputs["input_ids"])  # afterwards it decodes from a state again
+    assert (state.start_logits - expected.start_logits).abs().max() > 1e-4
 
 
 def test_cross_attention_has_learned_parts_of_its_own(tmp_path):
@@ -306,7 +324,7 @@ def test_after_the_transfer_the_variants_compute_again(tmp_path):
     exact = convert_attention(model, AttentionConfig())(**inputs)[0]
     after = model(**inputs)[0]
     assert not torch.allclose(after, before) and not torch.allclose(after, exact)
-    assert all(attention.variant.transfer is None for attention in find_attentions(model).values())
+    assert not any("forward" in vars(attention.variant) for attention in find_attentions(model).values())
 
 
 def test_a_failing_forward_leaves_nothing_behind(tmp_path):
@@ -315,7 +333,7 @@ def test_a_failing_forward_leaves_nothing_behind(tmp_path):
     flags = {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()}
     with pytest.raises(IndexError):
         trainer.train()
-    assert all(attention.variant.transfer is None for attention in trainer.attentions.values())
+    assert not any("forward" in vars(attention.variant) for attention in trainer.attentions.values())
     assert {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()} == flags
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_efficient import DistillationTrainer, PruningCallback, PruningConfig, prune
 from hf_efficient.distillation.losses.projections import ATTRIBUTE
-from hf_efficient.models.families import find_stacks
+from hf_efficient.models.anatomy import Anatomy
 
 from ..families import make_model
 from .test_trainer import ALL, make_trainer
@@ -17,9 +17,9 @@ def test_the_student_is_small_at_the_end_and_has_no_projection(tmp_path):
     trainer = make_trainer(
         "bert", tmp_path, callbacks=[PruningCallback(config, start=0.0, end=0.5, every=1)], losses=ALL, max_steps=4
     )
-    before = sum(p.numel() for _, layers in find_stacks(trainer.model) for p in layers.parameters())
+    before = sum(p.numel() for stack in Anatomy.of(trainer.model).stacks for p in stack.layers.parameters())
     trainer.train()
-    after = sum(p.numel() for _, layers in find_stacks(trainer.model) for p in layers.parameters())
+    after = sum(p.numel() for stack in Anatomy.of(trainer.model).stacks for p in stack.layers.parameters())
     assert after <= 0.6 * before
     assert ATTRIBUTE not in dict(trainer.model.named_children())
     logits = trainer.model.eval()(**collate(examples("bert"))).logits

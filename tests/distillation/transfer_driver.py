@@ -10,8 +10,7 @@ import tempfile
 import torch
 from safetensors.torch import save_file
 
-from hf_efficient.attention import registry
-from hf_efficient.attention.config import KINDS
+from hf_efficient.attention.config import KINDS, Kind
 from hf_efficient.training.trainers import leave_processes
 
 from .test_transfer import KIND, Sharpened, converted, learned, make_trainer
@@ -19,7 +18,7 @@ from .test_transfer import KIND, Sharpened, converted, learned, make_trainer
 
 def main(out: str, batch_size: str) -> None:
     torch.set_num_threads(1)
-    KINDS[KIND], registry.ATTENTIONS[KIND] = (), Sharpened
+    KINDS[KIND] = Kind((), Sharpened)
     settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 1e9}
     with tempfile.TemporaryDirectory() as folder:
         batch = {"per_device_train_batch_size": int(batch_size)}

@@ -19,7 +19,7 @@ def test_stacks_are_those_of_the_model(model_type):
     for stack, other in zip(anatomy.stacks, bare.stacks, strict=True):
         assert model.get_submodule(stack.prefix) is stack.layers
         assert stack.depth == len(stack.layers) == other.depth
-        assert stack.width == stack.entry.width(model.config) == other.width
+        assert stack.width == other.width == getattr(stack.entry.own_config(model.config), stack.entry.hidden)
         assert stack.num_heads == stack.group_size * stack.num_kv_heads
         for index, layer in enumerate(stack.layers):
             assert model.get_submodule(stack.layer_prefix(index)) is layer

@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 import hf_efficient.models
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention, efficient_config
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.block import EfficientBlock, StackBlock
 from hf_efficient.models.classes import auto_classes, block_of, efficient_class, with_block
-from hf_efficient.models.families import FAMILIES, family_of
+from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.rebuild import is_portable, rebuild
 from hf_efficient.models.saving import LOADER
 
@@ -34,9 +35,9 @@ def pruned(name):
     """An efficient model with fewer heads and neurons than its stock config says, and a converted attention."""
     model = make_model(name)
     stacks = {}
-    for stack in family_of(model.config).stacks:
+    for stack in Anatomy.of(model).stacks:
         sizes = {"heads": (2, 2, 2), "neurons": (9, 5, 1)}
-        sizes |= {"kv_heads": (1, 1, 1)} if stack.group_size(model.config) > 1 else {}
+        sizes |= {"kv_heads": (1, 1, 1)} if stack.group_size > 1 else {}
         stacks[stack.name] = StackBlock(attention=(LOCAL, AttentionConfig(), LOCAL), sizes=sizes)
     config = with_block(model.config, EfficientBlock(stacks=stacks))
     return efficient_class(CASES[name].head, FAMILIES[name])(config).eval()
@@ -144,9 +145,7 @@ def test_a_trivial_block_is_saved_as_a_stock_checkpoint(name, tmp_path):
     stock = make_model(name)
     stock.config.architectures = [type(stock).__name__]
     full = AttentionConfig(kind="full")
-    efficient = with_block(
-        stock.config, EfficientBlock({family_of(stock.config).stacks[0].name: StackBlock((full,) * 3)})
-    )
+    efficient = with_block(stock.config, EfficientBlock({Anatomy.of(stock).stacks[0].name: StackBlock((full,) * 3)}))
     model = efficient_class(type(stock), FAMILIES[name])(efficient)
     model.load_state_dict(stock.state_dict())
     assert is_portable(model) and not is_portable(convert_attention(stock, LOCAL))

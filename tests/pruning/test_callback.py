@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from hf_efficient import CheckpointError, ConfigError, PruningCallback, PruningConfig, UnsupportedModelError
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.pruning.callback import STATE_FILE
-from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.gradual.schedule import ratio_at
 from hf_efficient.pruning.price.costs import total_cost, unit_cost
 from tests.helpers import assert_close
@@ -41,7 +41,8 @@ def run(request, tmp_path_factory):
 
 
 def removed_share(model, removed) -> float:
-    gone = sum(int(mask.sum()) * unit_cost(model, group, "macs", LENGTH) for group, mask in removed.items())
+    anatomy = Anatomy.of(model)
+    gone = sum(int(mask.sum()) * unit_cost(anatomy, group, "macs", LENGTH) for group, mask in removed.items())
     return gone / total_cost(model, "macs", LENGTH)
 
 
@@ -49,7 +50,8 @@ def test_the_ratio_follows_the_schedule(run):
     case, _, _, watch, _ = run
     dense = make(case)
     step_size = max(
-        unit_cost(dense, group, "macs", LENGTH) * (8 if group.kind == "neurons" else 1) for group in find_groups(dense)
+        unit_cost(Anatomy.of(dense), group, "macs", LENGTH) * (8 if group.kind == "neurons" else 1)
+        for group in Anatomy.of(dense).groups
     ) / total_cost(dense, "macs", LENGTH)
     for step, removed in enumerate(watch.removed, start=1):
         wanted = ratio_at("cubic", step // 2 * 2, 2, 12, 0.5)
@@ -74,7 +76,9 @@ def test_the_final_model_is_small_and_computes_what_the_masked_one_did(run):
     model = trainer.model
     assert count(model) < before.parameters == count(make(case))
     assert removed_share(make(case), callback.removal.removed) >= 0.5
-    assert [g.units for g in find_groups(model)] == [int((~mask).sum()) for mask in callback.removal.removed.values()]
+    assert [g.units for g in Anatomy.of(model).groups] == [
+        int((~mask).sum()) for mask in callback.removal.removed.values()
+    ]
     assert all(units % 8 == 0 for (_, kind, _), units in sizes(model).items() if kind == "neurons")
     assert_close(logits(model.eval(), batch(case)), before.logits, 1e-5)
     assert (logits(make(case), batch(case)) - before.logits).abs().max() > 0.01

@@ -7,10 +7,11 @@ import torch
 import transformers
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.classes import block_of
 from hf_efficient.models.families import FAMILIES, family_of, find_stacks
+from hf_efficient.models.groups import unit_parameters
 from hf_efficient.pipeline.report import structure
-from hf_efficient.pruning.cut.groups import find_groups, unit_parameters
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import total_cost
@@ -28,8 +29,8 @@ def test_removing_units_is_cutting_them(form):
     """Another set of units in every group, chosen here and not by a score."""
     dense, inputs = make_form(form).double(), form_inputs(form)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    plan = {group: tuple(range(i % 2, group.units, 2 + i % 3)) for i, group in enumerate(find_groups(dense))}
-    small = apply_plan(dense, PruningPlan(units={group.name: kept for group, kept in plan.items()}))
+    plan = {group: tuple(range(i % 2, group.units, 2 + i % 3)) for i, group in enumerate(Anatomy.of(dense).groups)}
+    small = apply_plan(Anatomy.of(dense), PruningPlan(units={group.name: kept for group, kept in plan.items()}))
     assert kept_parts(dense, small) == plan
     zero_units(masked := copy.deepcopy(dense), plan)
     assert_close(real_logits(small, inputs), real_logits(masked, inputs), 1e-10)
@@ -43,7 +44,7 @@ def test_removing_units_is_cutting_them(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_units_own_every_weight_of_the_layers_but_norms_scales_and_output_biases(form):
     model = make_form(form)
-    groups = find_groups(model)
+    groups = Anatomy.of(model).groups
     owned = {id(p): part for g in groups for m in g.members for p, part in unit_parameters(model, m)}
     left = [
         (name, parameter)
@@ -91,7 +92,7 @@ def test_dense_macs_are_what_the_flop_counter_sees(form):
 def test_taylor_finds_units_that_do_nothing(form):
     """Half of the units of each group are cut in the dense model; removing them changes nothing."""
     dense = make_form(form)
-    good = {group: tuple(range(0, group.units, 2)) for group in find_groups(dense)}
+    good = {group: tuple(range(0, group.units, 2)) for group in Anatomy.of(dense).groups}
     zero_units(dense, good)
     scores = taylor(dense, list(good), batches=form_batches(form), length=8)
     for group, units in good.items():
@@ -182,8 +183,8 @@ def test_a_first_layer_that_is_unlike_the_others_cannot_leave():
 def test_the_report_counts_what_is_left(form):
     """Query heads and neurons of each layer, in a report's table of the structure."""
     dense = make_form(form)
-    plan = {group: tuple(range(1 + i % group.units)) for i, group in enumerate(find_groups(dense))}
-    small = apply_plan(dense, PruningPlan(units={group.name: kept for group, kept in plan.items()}))
+    plan = {group: tuple(range(1 + i % group.units)) for i, group in enumerate(Anatomy.of(dense).groups)}
+    small = apply_plan(Anatomy.of(dense), PruningPlan(units={group.name: kept for group, kept in plan.items()}))
     group_size = {stack.name: stack.group_size(dense.config) for stack in family_of(dense.config).stacks}
     expected = {}
     for group, kept in plan.items():
@@ -198,15 +199,15 @@ def test_the_report_counts_what_is_left(form):
 def test_each_tower_of_clip_has_its_own_sizes(tmp_path):
     """Neurons of one tower are said by its own config, other numbers in each layer by the block."""
     dense, inputs = make_form("clip"), form_inputs("clip")
-    groups = [group for group in find_groups(dense) if group.kind == "neurons"]
+    groups = [group for group in Anatomy.of(dense).groups if group.kind == "neurons"]
     assert {group.stack for group in groups} == {"text", "vision"}
     text = {group.name: tuple(range(8)) for group in groups if group.stack == "text"}
-    small = apply_plan(dense, PruningPlan(units=text))
+    small = apply_plan(Anatomy.of(dense), PruningPlan(units=text))
     assert type(small) is type(dense)
     assert (small.config.text_config.intermediate_size, small.config.vision_config.intermediate_size) == (8, 32)
     kept = [group for group in groups if group.stack == "vision" and group.layers[0] != 1]
     vision = {group.name: tuple(range(8 + group.layers[0])) for group in kept}
-    small = apply_plan(dense, PruningPlan(units=text | vision, layers={"vision": (0, 2)}))
+    small = apply_plan(Anatomy.of(dense), PruningPlan(units=text | vision, layers={"vision": (0, 2)}))
     assert small.config.efficient["stacks"] == {"vision": {"neurons": [8, 10]}}
     assert (small.config.text_config.num_hidden_layers, small.config.vision_config.num_hidden_layers) == (3, 2)
     with pytest.raises(UnsupportedModelError, match="part of a converted or pruned model"):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_efficient import AttentionConfig, convert_attention, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.rebuild import is_portable
-from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import unit_cost
@@ -109,9 +109,10 @@ def test_parameters_fall_by_what_the_units_cost(kind, form):
     if kind in ("layers", "everything"):
         return
     gone = {
-        group: group.units - other.units for group, other in zip(find_groups(dense), find_groups(small), strict=True)
+        group: group.units - other.units
+        for group, other in zip(Anatomy.of(dense).groups, Anatomy.of(small).groups, strict=True)
     }
-    assert before - after == sum(n * unit_cost(dense, group, "parameters", 1) for group, n in gone.items())
+    assert before - after == sum(n * unit_cost(Anatomy.of(dense), group, "parameters", 1) for group, n in gone.items())
 
 
 @pytest.mark.processes
@@ -128,7 +129,10 @@ def test_bytes_on_disk_fall(folders, form):
 def test_state_dict_shapes_of_a_layer():
     dense = make("llama")
     plan = PruningPlan(units={"decoder.1.heads": (1,), "decoder.1.neurons": tuple(range(16))})
-    shapes = {k.rpartition("layers.1.")[2]: tuple(v.shape) for k, v in apply_plan(dense, plan).state_dict().items()}
+    shapes = {
+        k.rpartition("layers.1.")[2]: tuple(v.shape)
+        for k, v in apply_plan(Anatomy.of(dense), plan).state_dict().items()
+    }
     assert shapes["self_attn.q_proj.weight"] == (2 * WIDTH, HIDDEN)
     assert shapes["self_attn.k_proj.weight"] == shapes["self_attn.v_proj.weight"] == (WIDTH, HIDDEN)
     assert shapes["self_attn.o_proj.weight"] == (HIDDEN, 2 * WIDTH)

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from hf_efficient import ConfigError, DataError, PruningConfig, UnsupportedModelError, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.pruning.choose.reach import check_reachable
 from hf_efficient.pruning.choose.sparsity import choose_masks, keep_n_of_m, lowest, lowest_in_rows, shares
 from hf_efficient.pruning.cut.linears import count_zeros, find_linears, matrix
@@ -33,7 +34,7 @@ def weights(**values) -> PruningConfig:
 
 
 def zeros_of(model) -> dict[str, torch.Tensor]:
-    return {linear.name: matrix(model, linear) == 0 for linear in find_linears(model)}
+    return {linear.name: matrix(model, linear) == 0 for linear in find_linears(Anatomy.of(model))}
 
 
 @pytest.mark.parametrize(("importance", "reconstruct"), WAYS)
@@ -54,7 +55,7 @@ def test_global_allocation_compares_the_whole_network(importance):
     dense, settings = make("llama"), weights(ratio=0.6, importance=importance, allocation="global", reconstruct=False)
     sparse = prune(dense, settings, batches("llama"))
     assert count_zeros(sparse)[0] == round(0.6 * count_zeros(sparse)[1])
-    scores = WEIGHT_IMPORTANCES[importance](dense, find_linears(dense), batches=batches("llama"), seed=0)
+    scores = WEIGHT_IMPORTANCES[importance](dense, find_linears(Anatomy.of(dense)), batches=batches("llama"), seed=0)
     gone = torch.cat([score[zero] for score, zero in zip(scores.values(), zeros_of(sparse).values(), strict=True)])
     kept = torch.cat([score[~zero] for score, zero in zip(scores.values(), zeros_of(sparse).values(), strict=True)])
     assert gone.max() <= kept.min()
@@ -76,7 +77,7 @@ def test_a_pattern_that_does_not_fit_is_refused_before_any_work():
     settings = weights(mask_structure="1:5")
     for attempt in (
         lambda: prune(make("bert"), settings),
-        lambda: check_reachable(make("bert").to("meta"), settings, 128),
+        lambda: check_reachable(Anatomy.of(make("bert").to("meta")), settings, 128),
     ):
         with pytest.raises(ConfigError, match=r"'1:5'.*multiple of 5, but bert.encoder.layer.0.* has 32"):
             attempt()
@@ -91,7 +92,7 @@ def test_every_family(name, tmp_path):
     zeros, total = count_zeros(sparse)
     assert 2 * zeros == total and type(sparse) is type(dense) and sparse.num_parameters() == dense.num_parameters()
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
-    touched = {f"{linear.name}.weight" for linear in find_linears(dense)}
+    touched = {f"{linear.name}.weight" for linear in find_linears(Anatomy.of(dense))}
     for key, value in sparse.state_dict().items():
         assert torch.equal(value, before[key]) == (key not in touched), key
     sparse.save_pretrained(tmp_path)
@@ -106,7 +107,7 @@ def test_linears_are_found_once_and_all_of_them():
     assert len(find_linears(make_model("bert"))) == 3 * 6 and len(find_linears(make_model("gpt2"))) == 3 * 4
     assert len(find_linears(make_model("llama"))) == 3 * 7 and len(find_linears(make_model("t5"))) == 3 * 6 + 3 * 10
     model = make_model("gpt2")
-    shapes = {linear.name.split(".", 3)[-1]: matrix(model, linear).shape for linear in find_linears(model)}
+    shapes = {linear.name.split(".", 3)[-1]: matrix(model, linear).shape for linear in find_linears(Anatomy.of(model))}
     assert shapes["mlp.c_fc"] == (64, 16) and shapes["mlp.c_proj"] == (16, 64), "[out, in], of a Conv1D too"
 
 
@@ -125,7 +126,7 @@ def naive_inputs(model, name: str, data) -> torch.Tensor:
 
 def test_activation_is_the_formula_of_wanda():
     model, data = make("bert").double(), batches("bert")
-    linears = find_linears(model)
+    linears = find_linears(Anatomy.of(model))
     scores = WEIGHT_IMPORTANCES["activation"](model, linears, batches=data)
     for linear in linears[::4]:
         weight, inputs = matrix(model, linear), naive_inputs(model, linear.name, data)
@@ -135,7 +136,7 @@ def test_activation_is_the_formula_of_wanda():
 
 def test_gradient_scores_are_the_formulas():
     model, data = make("llama"), batches("llama", 3)
-    linears, gradients = find_linears(model), []
+    linears, gradients = find_linears(Anatomy.of(model)), []
     for one in data:
         model.zero_grad()
         model_loss(model, one).backward()
@@ -172,7 +173,7 @@ def test_padded_tokens_do_not_count(case, importance):
     unmasked = prune(model, settings, [longer | {"attention_mask": torch.ones_like(longer["attention_mask"])}])
     tolerance = 1e-4 if case == "llama" else 1e-9  # its rotary angles are float32, and the padding moves them
     differs = []
-    for linear in find_linears(model):
+    for linear in find_linears(Anatomy.of(model)):
         assert_close(matrix(padded, linear), matrix(plain, linear), tolerance, linear.name)
         differs.append(not torch.allclose(matrix(unmasked, linear), matrix(plain, linear)))
     assert any(differs)
@@ -294,7 +295,7 @@ def test_steps_go_on_from_the_zeros_that_are_there(importance):
 def test_without_data_magnitude_zeroes_and_changes_nothing_else():
     dense = make("bert")
     sparse = prune(dense, weights(ratio=0.5))
-    for linear in find_linears(dense):
+    for linear in find_linears(Anatomy.of(dense)):
         kept = matrix(sparse, linear) != 0
         assert (
             torch.equal(matrix(sparse, linear)[kept], matrix(dense, linear)[kept]) and 2 * kept.sum() == kept.numel()
@@ -352,7 +353,7 @@ def test_counting():
 def test_the_given_batches_are_not_changed_and_hooks_are_gone():
     model, data = bert().eval(), batches("bert")
     before = copy.deepcopy(data)
-    sparse = prune_weights(model, weights(importance="obs"), data)
+    sparse = prune_weights(Anatomy.of(model), weights(importance="obs"), data)
     assert all(torch.equal(one[key], other[key]) for one, other in zip(data, before, strict=True) for key in one)
     for one in (model, sparse):
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in one.modules())

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from hf_efficient import PruningConfig
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import family_of, find_stacks
-from hf_efficient.pruning.cut.groups import Group, find_groups, output_weight
+from hf_efficient.models.groups import Group, output_weight
 
 HIDDEN, HEADS, WIDTH, NEURONS, VOCABULARY, LABELS = 32, 4, 8, 48, 40, 3
 Batch = dict[str, torch.Tensor]
@@ -199,13 +200,13 @@ def depths(model: PreTrainedModel) -> dict[str, int]:
 
 def sizes(model: PreTrainedModel) -> dict[tuple[str, str, int], int]:
     """Units of every group by (stack, kind, first layer)."""
-    return {(group.stack, group.kind, group.layers[0]): group.units for group in find_groups(model)}
+    return {(group.stack, group.kind, group.layers[0]): group.units for group in Anatomy.of(model).groups}
 
 
 def kept_parts(dense: PreTrainedModel, small: PreTrainedModel) -> dict[Group, tuple[int, ...]]:
     """Which units of `dense` survive in `small`, found by comparing the weights that make them."""
     found = {}
-    for group, other in zip(find_groups(dense), find_groups(small), strict=True):
+    for group, other in zip(Anatomy.of(dense).groups, Anatomy.of(small).groups, strict=True):
         before, after = _first_inputs(dense, group), _first_inputs(small, other)
         found[group] = tuple(unit for unit in range(group.units) if any(torch.equal(before[unit], b) for b in after))
         assert len(found[group]) == other.units

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_efficient import PruningCallback, PruningConfig
 from hf_efficient.models.families import find_stacks
-from hf_efficient.pruning.cut.groups import unit_parameters
+from hf_efficient.models.groups import unit_parameters
 
 from .tiny import batch, logits, make
 

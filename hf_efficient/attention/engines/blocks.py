@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..kinds.linear import without_autocast
 from .flex import flex_block_attention, use_flex
 from .gathered import Rows, Seeing, gathered_attention, positions, take
-from .parts import full_attention, match_heads, sdpa, section, zero_padding
+from .parts import Options, full_attention, match_heads, sdpa, section, zero_padding
 from .pieces import count_blocks, spare_block
+from .sums import without_autocast
 
 
 class Layout(NamedTuple):
@@ -44,18 +44,9 @@ class Layout(NamedTuple):
     slot: Tensor | None = None
 
     @property
-    def own(self) -> Tensor:
+    def own_block(self) -> Tensor:
         """[B or 1, N]: the key block that each query block is."""
         return self.rank[..., 0] // self.block
-
-
-class Options(NamedTuple):
-    """What the caller of an attention function asked for; see `full_attention`."""
-
-    global_tokens: int = 0
-    causal: bool = False
-    scaling: float | None = None
-    dropout: float = 0.0
 
 
 def check_blocks(block_size: int, name: str, count: int, least: int, global_tokens: int) -> None:
@@ -85,13 +76,14 @@ def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> 
     """Blocks of the keys [B,K,S,D] and of the queries [B,H,T,D], which stand at the last T positions."""
     length, seen = query.shape[2], key.shape[2]
     real = key.new_ones(1, seen, dtype=torch.bool) if key_mask is None else key_mask
-    asking = section(real, 1, seen - length, length)
+    is_query = section(real, 1, seen - length, length)
     count = real.sum(-1, keepdim=True)
-    past = count - asking.sum(-1, keepdim=True)
+    past = count - is_query.sum(-1, keepdim=True)
     order = _order(key_mask)
     if length == 1:
         rank = past.unsqueeze(-1)
         return Layout(block, count, rank, rank < count.unsqueeze(-1), order)
+    # Queries that go on from a cache may begin in the middle of a block, and then reach into one block more.
     blocks = count_blocks(length, block) if length == seen else (length + block - 2) // block + 1
     blocks = blocks + spare_block()
     first = past // block * block
@@ -102,7 +94,8 @@ def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> 
         return Layout(block, count, rank, None if is_full else filled, None)
     batch = torch.arange(count.shape[0], device=key.device).unsqueeze(1)
     source = positions(order, batch, count, rank.flatten(1)) - (seen - length)
-    slot = torch.where(asking, past + asking.cumsum(-1) - 1, count) - first
+    # A padded query reads the place after the last real one, which is empty and gives zeros.
+    slot = torch.where(is_query, past + is_query.cumsum(-1) - 1, count) - first
     return Layout(block, count, rank, filled, order, source.clamp(min=0), slot)
 
 
@@ -111,6 +104,7 @@ def _order(key_mask: Tensor | None) -> Tensor | None:
     if key_mask is None or (_may_look(key_mask) and bool((key_mask[:, 1:] <= key_mask[:, :-1]).all())):
         return None
     batch, seen = key_mask.shape
+    # All padding writes to one place behind the others, which is cut off.
     rank = torch.where(key_mask, key_mask.cumsum(-1) - 1, seen)
     position = torch.arange(seen, device=key_mask.device).expand(batch, -1)
     return rank.new_zeros(batch, seen + 1).scatter(1, rank, position)[:, :seen]
@@ -124,7 +118,6 @@ def block_attention(
     layout: Layout,
     chosen: Tensor,
     options: Options,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of every query block over its `chosen` key blocks and the global tokens.
 
@@ -132,39 +125,36 @@ def block_attention(
         layout: `lay_out(query, key, key_mask, block)`.
         chosen: [B or 1, N, H or 1, k] block numbers: a block's own first, none twice, and S for a missing one. If
             causal, the others lie before a block's own, and all heads miss the same places.
-        bias: as in `full_attention`.
 
     Returns:
         [B, H, T, Dv]; zeros for padded queries.
     """
     if use_flex(query, key, value, options.dropout):
-        seen = {"block_size": layout.block, "global_tokens": options.global_tokens, "causal": options.causal}
-        return flex_block_attention(query, key, value, key_mask, chosen, scaling=options.scaling, bias=bias, **seen)
+        return flex_block_attention(query, key, value, key_mask, chosen, layout.block, options)
     globals_see = options.global_tokens > 0 and not options.causal
+    # Indices lead to real keys alone, except in a row that has none; global tokens as queries look at all keys.
     if globals_see or not _every_row_is_real(key_mask):
         key, value = zero_padding(key, value, key_mask)
     query, key, value = _autocast(query, key, value)
     blocks = _query_blocks(query, layout)
-    seeing = Seeing(layout.block, layout.order, key.shape[2], *options)
+    seeing = Seeing(layout.block, layout.order, key.shape[2], options._replace(bias=None))
     with without_autocast(query.device.type):
         rows = _rows(layout, chosen, query.shape[0])
-        out = gathered_attention(blocks, key, value, rows, seeing, bias)  # [B, H, N*s, Dv]
+        out = gathered_attention(blocks, key, value, rows, seeing, options.bias)  # [B, H, N*s, Dv]
         if globals_see:
-            first = _global_rows(blocks, key, value, key_mask, layout, options, bias)
+            first = _global_rows(blocks, key, value, key_mask, layout, options)
             out = _put_first(out, first)
     return section(out, 2, 0, query.shape[2]) if layout.slot is None else take(out, layout.slot)
 
 
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: Options, bias: Tensor | None = None
-) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: Options) -> Tensor:
     """What `block_attention` gives where all blocks are seen."""
-    asked = {"causal": options.causal, "scaling": options.scaling, "dropout": options.dropout, "bias": bias}
-    out = full_attention(query, key, value, key_mask, **asked)
+    causal, scaling, dropout, bias, _ = options
+    out = full_attention(query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout, bias=bias)
     if key_mask is None:
         return out
-    asking = section(key_mask, 1, key.shape[2] - query.shape[2], query.shape[2])
-    return out.masked_fill(~asking[:, None, :, None], 0)
+    is_query = section(key_mask, 1, key.shape[2] - query.shape[2], query.shape[2])
+    return out.masked_fill(~is_query[:, None, :, None], 0)
 
 
 def _every_row_is_real(key_mask: Tensor | None) -> bool:
@@ -205,19 +195,19 @@ def _global_rows(
     key_mask: Tensor | None,
     layout: Layout,
     options: Options,
-    bias: Tensor | None,
 ) -> Tensor:
     """[B,H,g,Dv]: the first g real tokens as queries over all keys; zeros for missing ones."""
     count, seen = options.global_tokens, key.shape[2]
     query = blocks.flatten(2, 3)
+    # Of g ranks, those beyond the last place (only an exported program has so few) stand for the last one.
     rank = torch.arange(count, device=key.device).clamp(max=query.shape[2] - 1)
     query = query.index_select(2, rank)
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    if bias is not None:
+    if options.bias is not None:
         batch = torch.arange(layout.count.shape[0], device=key.device).unsqueeze(1)
         at = positions(layout.order, batch, layout.count, rank.unsqueeze(0))
         offset = torch.arange(seen, device=key.device) - at.unsqueeze(-1) + seen - 1  # [B or 1, g, S]
-        scores = bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B or 1, H, g, S]
+        scores = options.bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B or 1, H, g, S]
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     missing = None
     if layout.filled is not None:

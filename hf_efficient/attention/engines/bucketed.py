@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kinds.linear import without_autocast
+from .parts import Options
+from .sums import without_autocast
 
 KEYS, QUERIES = 64, 32  # in a block: larger blocks see more masked pairs, smaller ones gather more
 GATHERED = 1 << 21  # numbers of keys and values gathered at a time on a CPU, so that they stay in its cache
@@ -71,12 +72,12 @@ class _Settings(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Some of the rows: query [N,M,D], both [N,S,D+Dv] (key and value), bias [N,G*(S+T-1)] or None, own [N,M]."""
+    """Some of the rows: query [N,M,D], both [N,S,D+Dv] (key and value), bias [N,G*(S+T-1)] or None, own_key [N,M]."""
 
     query: Tensor
     both: Tensor
     bias: Tensor | None
-    own: Tensor
+    own_key: Tensor
     plan: _Plan
 
 
@@ -99,25 +100,23 @@ def bucketed_attention(
     key: Tensor,
     value: Tensor,
     order: BucketOrder,
-    own: Tensor,
+    own_key: Tensor,
     reach: int,
-    *,
-    bias: Tensor | None,
-    scaling: float | None,
-    dropout: float,
+    options: Options,
 ) -> Tensor:
     """Attention over the union of all rounds' ranges; shapes as in `full_attention`.
 
     Parameters:
-        own: [N, M] bool, queries that see the key at their own position beside what the ranges hold.
+        own_key: [N, M] bool, queries that see the key at their own position beside what the ranges hold.
         reach: the longest range.
     """
     batch, heads, length, dim = query.shape
+    bias, scaling = options.bias, options.scaling
     if bias is not None:
         bias = by_kv_head(bias.unsqueeze(-1).expand(batch, -1, -1, -1), key).squeeze(-1)
-    settings = _Settings(length, reach, dim**-0.5 if scaling is None else scaling, dropout)
+    settings = _Settings(length, reach, dim**-0.5 if scaling is None else scaling, options.dropout)
     rows = by_kv_head(query, key), key.flatten(0, 1), value.flatten(0, 1)
-    out = _Bucketed.apply(*rows, bias, own, settings, *_make_plan(order))
+    out = _Bucketed.apply(*rows, bias, own_key, settings, *_make_plan(order))
     return out.view(batch, heads, length, value.shape[3])
 
 
@@ -141,11 +140,14 @@ def _make_plan(order: BucketOrder) -> _Plan:
     if in_parts(rank):
         query_blocks = int(end.max())
     begin = end - needed
+    # `line` sorts the queries by `low`: those of one key block are neighbours, and fill its query blocks in turn.
     slot = line + (begin * QUERIES - count.cumsum(-1) + count).gather(-1, block)
+    # A slot that no query fills keeps query 0 and the empty range from 0 to 0.
     unused = rank.new_zeros(rounds, rows, query_blocks * QUERIES)
     query = unused.scatter(2, slot, torch.arange(length, device=device).expand_as(slot))
-    begun = rank.new_zeros(rounds, rows, query_blocks + 1).scatter_add_(2, begin, torch.ones_like(begin))
-    window = (begun.cumsum(-1)[..., :query_blocks] - 1) * KEYS
+    # The key block of a query block is the last that begins there or before; one without queries begins with the next.
+    starts = rank.new_zeros(rounds, rows, query_blocks + 1).scatter_add_(2, begin, torch.ones_like(begin))
+    window = (starts.cumsum(-1)[..., :query_blocks] - 1) * KEYS
     position = torch.empty_like(rank).scatter_(2, rank, torch.arange(seen, device=device).expand_as(rank))
     slot_low, slot_high = unused.scatter(2, slot, low), unused.scatter(2, slot, high)
     return _Plan(rank, low, high, position, slot, query, slot_low, slot_high, window)
@@ -157,30 +159,32 @@ def in_parts(x: Tensor) -> bool:
 
 
 class _Bucketed(torch.autograd.Function):
-    """query [N,M,D], key [N,S,D], value [N,S,Dv], bias and own as in `_Rows`, a `_Plan` -> [N,M,Dv]."""
+    """query [N,M,D], key [N,S,D], value [N,S,Dv], bias and own_key as in `_Rows`, a `_Plan` -> [N,M,Dv]."""
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, own, settings, *plan):
+    def forward(ctx, query, key, value, bias, own_key, settings, *plan):
         parts = []
         with without_autocast(query.device.type):
             for part in _cut(query, query.shape[0], _gathered(plan[-1].shape[2], key, value, settings)):
-                parts.append(_forward(_rows(part, query, key, value, bias, own, _Plan(*plan)), settings))
-        out, log_sum, kept = zip(*parts, strict=True)
+                parts.append(_forward(_rows(part, query, key, value, bias, own_key, _Plan(*plan)), settings))
+        out, log_sum, keeps = zip(*parts, strict=True)
         out, log_sum = torch.cat(out), torch.cat(log_sum)
-        ctx.save_for_backward(query, key, value, bias, own, out, log_sum, *plan, *(x for part in kept for x in part))
+        ctx.save_for_backward(
+            query, key, value, bias, own_key, out, log_sum, *plan, *(x for part in keeps for x in part)
+        )
         ctx.settings = settings
         return out.to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, bias, own, out, log_sum, *others = ctx.saved_tensors
-        plan, kept = _Plan(*others[: len(_Plan._fields)]), iter(others[len(_Plan._fields) :])
+        query, key, value, bias, own_key, out, log_sum, *others = ctx.saved_tensors
+        plan, keeps = _Plan(*others[: len(_Plan._fields)]), iter(others[len(_Plan._fields) :])
         grads = []
         with without_autocast(query.device.type):
             for part in _cut(query, query.shape[0], _gathered(plan.window.shape[2], key, value, ctx.settings)):
-                rows = _rows(part, query, key, value, bias, own, plan)
-                grads.append(_backward(rows, grad[part], out[part], log_sum[part], kept, ctx.settings))
+                rows = _rows(part, query, key, value, bias, own_key, plan)
+                grads.append(_backward(rows, grad[part], out[part], log_sum[part], keeps, ctx.settings))
         grad_query, grad_both, grad_bias = (None if x[0] is None else torch.cat(x) for x in zip(*grads, strict=True))
         grad_key, grad_value = grad_both.to(key.dtype).split([key.shape[2], value.shape[2]], -1)
         if bias is not None:
@@ -202,55 +206,56 @@ def _cut(like: Tensor, total: int, gathered: int) -> list[slice]:
 
 
 def _rows(
-    part: slice, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, own: Tensor, plan: _Plan
+    part: slice, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, own_key: Tensor, plan: _Plan
 ) -> _Rows:
     """Some of the rows, in fp32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     both = torch.cat([key[part], value[part]], -1).to(dtype)
     of_bias = None if bias is None else bias[part].to(dtype) * LOG2_E
-    return _Rows(query[part].to(dtype), both, of_bias, own[part], _Plan(*(x[:, part] for x in plan)))
+    return _Rows(query[part].to(dtype), both, of_bias, own_key[part], _Plan(*(x[:, part] for x in plan)))
 
 
 def _forward(rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The output [N,M,Dv], log2 of the sum of exponentials [N,M,1], and what dropout keeps."""
     top, _, value = _own_scores(rows, settings)
     top = top.clamp(min=FLOOR)
-    total = rows.own.unsqueeze(-1).to(top.dtype)
-    kept = [_draw(total, settings)]
-    out = _drop(total, kept[0], settings) * value
+    total = rows.own_key.unsqueeze(-1).to(top.dtype)
+    keeps = [_draw(total, settings)]
+    out = _drop(total, keeps[0], settings) * value
     dim, sizes = rows.query.shape[2], [value.shape[2], 1, 1]
     for index in range(rows.plan.rank.shape[0]):
-        found = []
+        parts = []
         for scores, _, both, _, _ in _scores(rows, index, rows.query, settings):
             peak = scores.amax(-1, keepdim=True).clamp_(min=FLOOR)
             weights = scores.sub_(peak).exp2_()
-            kept.append(_draw(weights, settings))
-            sums = _drop(weights, kept[-1], settings) @ both[..., dim:]
+            keeps.append(_draw(weights, settings))
+            sums = _drop(weights, keeps[-1], settings) @ both[..., dim:]
             new = torch.cat([sums, weights.sum(-1, keepdim=True), peak], -1)
-            found.append(new.view(top.shape[0], -1, sum(sizes)))
-        sums, weight, peak = _take(torch.cat(found, 1), rows.plan.slot[index]).split(sizes, -1)
+            parts.append(new.view(top.shape[0], -1, sum(sizes)))
+        sums, weight, peak = _take(torch.cat(parts, 1), rows.plan.slot[index]).split(sizes, -1)
+        # Both sums are brought to the higher of their maxima, and only then added.
         higher = torch.maximum(top, peak)
         before, added = (top - higher).exp2_(), (peak - higher).exp2_()
         out = (out * before).addcmul_(sums, added)
         total, top = (total * before).addcmul_(weight, added), higher
     total = torch.where(total == 0, 1, total)
-    return out / total, top + total.log2(), kept
+    return out / total, top + total.log2(), keeps
 
 
 def _backward(
-    rows: _Rows, grad: Tensor, out: Tensor, log_sum: Tensor, kept: Iterator[Tensor | None], settings: _Settings
+    rows: _Rows, grad: Tensor, out: Tensor, log_sum: Tensor, keeps: Iterator[Tensor | None], settings: _Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of query, both and bias. A score's is p (grad . value - grad . out), p = exp2(score - log_sum)."""
     dim, plan = rows.query.shape[2], rows.plan
     grad = grad.to(rows.query.dtype)
     drift = (grad * out).sum(-1, keepdim=True)
-    grad_query, grad_both, grad_bias = _own_backward(rows, grad, log_sum, drift, next(kept), settings)
+    grad_query, grad_both, grad_bias = _own_backward(rows, grad, log_sum, drift, next(keeps), settings)
     of_queries = torch.cat([rows.query, grad, log_sum, drift], -1)
     for index in range(plan.rank.shape[0]):
         to_query, to_both = [], _WindowSum(rows.both, KEYS + settings.reach)
         for scores, queries, both, block, pairs in _scores(rows, index, of_queries, settings):
             query, row_grad, row_sum, row_drift = queries.split([dim, grad.shape[2], 1, 1], -1)
-            weights, keep = scores.sub_(row_sum).exp2_(), next(kept)
+            weights, keep = scores.sub_(row_sum).exp2_(), next(keeps)
             to_value = _drop(weights, keep, settings).transpose(1, 2) @ row_grad
             of_weights = _drop(row_grad @ both[..., dim:].transpose(1, 2), keep, settings)
             of_scores = of_weights.sub_(row_drift).mul_(weights)
@@ -277,6 +282,7 @@ class _WindowSum:
         """x [N*P,W,E], the windows that begin at block [N,P]."""
         first = torch.arange(block.shape[0], device=x.device).unsqueeze(1) * self.blocks
         begin = (block + first).flatten()
+        # Windows begin at whole blocks: piece p of them all goes p blocks on, and no index of single keys is needed.
         for piece in range(self.pieces):
             part = x[:, piece * KEYS : (piece + 1) * KEYS]
             self.sums[:, : part.shape[1]].index_add_(0, begin + piece, part)
@@ -287,26 +293,26 @@ class _WindowSum:
 
 
 def _own_scores(rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """The score [N,M,1] of the key at the query's position, HIDDEN where `own` is not; that key; its value."""
+    """The score [N,M,1] of the key at the query's position, HIDDEN where `own_key` is not; that key; its value."""
     dim, length, seen = rows.query.shape[2], settings.length, rows.both.shape[1]
-    groups = rows.own.shape[1] // length
+    groups = rows.own_key.shape[1] // length
     key, value = rows.both[:, seen - length :].repeat(1, groups, 1).tensor_split([dim], -1)
     score = (rows.query * key).sum(-1, keepdim=True) * (settings.scaling * LOG2_E)
     if rows.bias is not None:
         at_zero = rows.bias.unflatten(1, (groups, -1))[..., seen - 1 : seen]  # [N, G, 1]
         score = score + at_zero.repeat_interleave(length, 1)
-    return score.masked_fill(~rows.own.unsqueeze(-1), HIDDEN), key, value
+    return score.masked_fill(~rows.own_key.unsqueeze(-1), HIDDEN), key, value
 
 
 def _own_backward(
-    rows: _Rows, grad: Tensor, log_sum: Tensor, drift: Tensor, kept: Tensor | None, settings: _Settings
+    rows: _Rows, grad: Tensor, log_sum: Tensor, drift: Tensor, keep: Tensor | None, settings: _Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the own keys give to the gradients of query, both and bias."""
     length, seen = settings.length, rows.both.shape[1]
     score, key, value = _own_scores(rows, settings)
     weight = (score - log_sum).exp2_()
-    to_value = _drop(weight, kept, settings) * grad
-    of_score = (_drop((grad * value).sum(-1, keepdim=True), kept, settings) - drift) * weight
+    to_value = _drop(weight, keep, settings) * grad
+    of_score = (_drop((grad * value).sum(-1, keepdim=True), keep, settings) - drift) * weight
     scaled = of_score * settings.scaling
     to_both = torch.cat([scaled * rows.query, to_value], -1).unflatten(1, (-1, length)).sum(1)
     grad_both = F.pad(to_both, (0, 0, seen - length, 0))
@@ -375,5 +381,5 @@ def _draw(weights: Tensor, settings: _Settings) -> Tensor | None:
     return torch.rand_like(weights) >= settings.dropout if settings.dropout else None
 
 
-def _drop(weights: Tensor, kept: Tensor | None, settings: _Settings) -> Tensor:
-    return weights if kept is None else weights * kept / (1 - settings.dropout)
+def _drop(weights: Tensor, keep: Tensor | None, settings: _Settings) -> Tensor:
+    return weights if keep is None else weights * keep / (1 - settings.dropout)

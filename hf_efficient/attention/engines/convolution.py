@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kinds.linear import without_autocast
 from .parts import toeplitz
 from .pieces import count_blocks, spare_block
+from .sums import without_autocast
 
 BLOCK = 64
 NODES = {torch.float32: 10, torch.float64: 22}  # the error of a weight is below 5e-7, 1e-14 of the largest
@@ -76,6 +76,7 @@ def make_tables(kernel: Kernel, length: int, causal: bool, dtype: torch.dtype, d
     levels, blocks = len(pairs), pairs[-1] if pairs else blocks
     pair = _in_halves(nodes)  # in blocks, around the middle of a pair
     apart = pair[:, None] - (pair - 2)  # [2r, 2r]: from the pair before it
+    # The first block of a pair and the last of the pair before are adjacent: their pairs are weighed one by one.
     second = torch.arange(len(pair), device=device) >= len(nodes)
     adjacent = ~second[:, None] & second
     size = (BLOCK * 2 ** torch.arange(levels, device=device))[:, None, None]
@@ -124,13 +125,13 @@ class _InTurns(torch.autograd.Function):
         grads = [None if x is None else torch.zeros_like(x) for x in inputs]
         for turn in _turns(inputs[2]):
             with torch.enable_grad(), without_autocast(grad.device.type):
-                own = [None if x is None else x.detach().requires_grad_() for x in _take(inputs, turn)]
-                query, key, x, *tables = own
+                leaves = [None if x is None else x.detach().requires_grad_() for x in _take(inputs, turn)]
+                query, key, x, *tables = leaves
                 out = _convolve(query, key, x, Tables(*tables))
-                wanted = [x for x in own if x is not None]
-                found = torch.autograd.grad(out, wanted, grad[turn], allow_unused=True)
+                tensors = [x for x in leaves if x is not None]
+                parts = torch.autograd.grad(out, tensors, grad[turn], allow_unused=True)
             totals = [total for total in _take(grads, turn) if total is not None]
-            for total, part in zip(totals, found, strict=True):
+            for total, part in zip(totals, parts, strict=True):
                 if part is not None:
                     total += part
         return tuple(grads)
@@ -161,6 +162,7 @@ def _convolve(query: Tensor | None, key: Tensor | None, x: Tensor, tables: Table
     grid = _make_grid(x)
     # A pair of blocks of zeros before and after: partners of the first and the last pair.
     x = F.pad(x, (0, 0, 2 * BLOCK, 2 * BLOCK + extra))
+    # A moment for each node and feature: with r nodes and M features a block is r M rows of E numbers.
     moments = x.unflatten(2, (blocks + 4, BLOCK))  # [B, K, 2+N+2, C, E]
     if key is None:
         moments = grid.basis.mT @ moments  # [B, K, 2+N+2, r, E]
@@ -172,9 +174,9 @@ def _convolve(query: Tensor | None, key: Tensor | None, x: Tensor, tables: Table
         query = F.pad(query, (0, 0, 0, extra)).unflatten(3, (blocks, BLOCK))  # [B, K, G, N, C, M]
     out = []
     for group in range(tables.near.shape[1]):
-        own, rows = tables.of_group(group), None if query is None else query[:, :, group]
-        y = _near(rows, key, x, own.near, blocks)  # [B, K, N, C, E]
-        field = _far(moments, own, pairs, grid)
+        of_group, rows = tables.of_group(group), None if query is None else query[:, :, group]
+        y = _near(rows, key, x, of_group.near, blocks)  # [B, K, N, C, E]
+        field = _far(moments, of_group, pairs, grid)
         if rows is None:
             y = _add_product(y, grid.basis, field)
         else:
@@ -193,7 +195,7 @@ def _near(query: Tensor | None, key: Tensor | None, x: Tensor, near: Tensor, blo
 
 def _far(moments: Tensor, tables: Tables, pairs: tuple[int, ...], grid: _Grid) -> Tensor:
     """Moments [B,K,2+N+2,r,F] -> the field [B,K,N,r,F] at the nodes of each block, from all but adjacent blocks."""
-    if not pairs:
+    if not pairs:  # the largest blocks, all with all
         inner = moments[:, :, 2:-2]
         return (tables.top @ inner.flatten(2, 3)).view(inner.shape)
     count, level = pairs[0], tables.left.shape[1] - len(pairs)
@@ -201,6 +203,7 @@ def _far(moments: Tensor, tables: Tables, pairs: tuple[int, ...], grid: _Grid) -
     field = tables.left[:, None, level] @ paired[:, :, :-2]
     if tables.right is not None:
         field = _add_product(field, tables.right[:, None, level], paired[:, :, 2:])
+    # Pairs farther apart are the next level's, where a pair is one block: its nodes collect those of its halves.
     parents = grid.halves.mT @ paired[:, :, 1:-1]
     missing = 2 * pairs[1] - count if len(pairs) > 1 else 0
     coarse = _far(F.pad(parents, (0, 0, 0, 0, 2, 2 + missing)), tables, pairs[1:], grid)
@@ -232,7 +235,7 @@ def _cut(length: int) -> tuple[int, tuple[int, ...]]:
     while count > TOP:
         count = (count + 1) // 2
         pairs.append(count)
-    return 2 * pairs[0] if pairs else blocks, tuple(pairs)
+    return 2 * pairs[0] if pairs else blocks, tuple(pairs)  # filled up, so that every block has its pair
 
 
 def _make_grid(x: Tensor) -> _Grid:

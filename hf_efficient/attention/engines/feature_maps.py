@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ...errors import ConfigError, unknown_name
+from ..config import FEATURE_MAPS as NAMED
 from ..config import AttentionConfig
 from ..variant import AttentionVariant, HeadShape
 from .pieces import pieces
@@ -111,6 +112,7 @@ def draw_projection(features: int, dim: int, seed: int) -> Tensor:
     blocks = []
     for start in range(0, features, dim):
         normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
+        # A random basis, whose vectors then get lengths as independent normal vectors of that dimension have.
         basis, upper = torch.linalg.qr(normal)
         basis = basis * upper.diagonal().sign()  # else its columns are not spread evenly over all directions
         lengths = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu").norm(dim=1)
@@ -197,7 +199,7 @@ def _favor(x: Tensor, projection: Tensor) -> Tensor:
     number, without a maximum over keys, which would look ahead: a feature depends on its own x alone.
     """
     projected, half_square = _project(x, projection)
-    half_square = half_square + math.log(projection.shape[0]) / 2
+    half_square = half_square + math.log(projection.shape[0]) / 2  # the division by sqrt(M), inside of the exponent
     return projected.sub(half_square).clamp(-FAVOR_LIMIT, FAVOR_LIMIT).exp()
 
 
@@ -243,15 +245,14 @@ class _TwoSoftmaxes(torch.autograd.Function):
         for piece in pieces(x.shape[:3], x.shape[3], x):
             halves = zip(grad[piece].chunk(2, -1), out[piece].chunk(2, -1), strict=True)
             positive, negative = (torch.ops.aten._softmax_backward_data(*half, -1, x.dtype) for half in halves)
-            products = positive.sub_(negative)
+            products = positive.sub_(negative)  # of W x [.., T, D], which the second softmax takes with the other sign
             torch.matmul(products, weight[piece[1]], out=grad_x[piece])
             grad_weight[piece[1]].add_((products.mT @ x[piece]).sum(0))
         return grad_x, grad_weight
 
 
-FEATURE_MAPS = {
-    "elu": FeatureMap(_elu, _elu, lambda dim: 1.1605**2 * dim),
-    "relu": FeatureMap(_relu, _relu, lambda dim: 0.3999**2 * dim),
-    "favor": FeatureMap(_favor, _favor_of_query, lambda dim: math.exp(0.5)),
-    "hedgehog": FeatureMap(_hedgehog, _hedgehog, lambda dim: 2 / dim),
-}
+ELU = FeatureMap(_elu, _elu, lambda dim: 1.1605**2 * dim)
+RELU = FeatureMap(_relu, _relu, lambda dim: 0.3999**2 * dim)
+FAVOR = FeatureMap(_favor, _favor_of_query, lambda dim: math.exp(0.5))
+HEDGEHOG = FeatureMap(_hedgehog, _hedgehog, lambda dim: 2 / dim)
+FEATURE_MAPS: dict[str, FeatureMap] = dict(NAMED)  # read once: torch.compile cannot import in the middle of a program

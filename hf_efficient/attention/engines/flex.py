@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .parts import zero_padding
+from .parts import Options, zero_padding
 
 BLOCK = 128  # of the kernel
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,21 +63,17 @@ def flex_local_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mask: Tensor | None = None,
-    *,
+    key_mask: Tensor | None,
     window: int,
-    global_tokens: int = 0,
-    causal: bool = False,
-    scaling: float | None = None,
-    bias: Tensor | None = None,
+    options: Options,
 ) -> Tensor:
     """`local_attention` for T == S without dropout; shapes and parameters as there."""
-    layout = {"window": window, "global_tokens": global_tokens, "causal": causal}
+    layout = {"window": window, "global_tokens": options.global_tokens, "causal": options.causal}
     if key_mask is None:
         mask = _unpadded_local_mask(query.shape[2], device=query.device, **layout)
     else:
         mask = local_block_mask(query.shape[2], key_mask, device=query.device, **layout)
-    return _run(query, key, value, key_mask, mask, scaling, bias)
+    return _run(query, key, value, key_mask, mask, options)
 
 
 def flex_block_attention(
@@ -86,26 +82,21 @@ def flex_block_attention(
     value: Tensor,
     key_mask: Tensor | None,
     chosen: Tensor,
-    *,
     block_size: int,
-    global_tokens: int = 0,
-    causal: bool = False,
-    scaling: float | None = None,
-    bias: Tensor | None = None,
+    options: Options,
 ) -> Tensor:
     """`block_attention` of `blocks.py` for T == S without dropout: each block of queries over chosen key blocks.
 
     Parameters:
         chosen: [B or 1, N, H or 1, k], the key blocks that each of N query blocks sees; a number of N or more: none.
             Blocks count the real tokens of a row.
-        global_tokens: the number of first real tokens that all see and, if not causal, see all.
 
     Returns:
         [B, H, T, Dv]; zeros for padded queries.
     """
-    layout = {"block_size": block_size, "global_tokens": global_tokens, "causal": causal}
+    layout = {"block_size": block_size, "global_tokens": options.global_tokens, "causal": options.causal}
     mask = chosen_block_mask(query.shape[2], key_mask, chosen, **layout)
-    return _run(query, key, value, key_mask, mask, scaling, bias)
+    return _run(query, key, value, key_mask, mask, options)
 
 
 def _run(
@@ -114,20 +105,19 @@ def _run(
     value: Tensor,
     key_mask: Tensor | None,
     mask: BlockMask,
-    scaling: float | None,
-    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     length = query.shape[2]
     extra = _padded_length(length) - length
     key, value = zero_padding(key, value, key_mask)
     query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in (query, key, value))
-    options: dict[str, Any] = {"block_mask": mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if bias is not None:
-        options["score_mod"] = _toeplitz_mod(F.pad(bias[0], (extra, extra)), length + extra)
+    wishes: dict[str, Any] = {"scale": options.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if options.bias is not None:
+        wishes["score_mod"] = _toeplitz_mod(F.pad(options.bias[0], (extra, extra)), length + extra)
     if not query.is_cuda:
-        return flex_attention(query, key, value, **options)[:, :, :length]
+        return flex_attention(query, key, value, block_mask=mask, **wishes)[:, :, :length]
     with torch._dynamo.config.patch(recompile_limit=4 * MAX_PROGRAMS):  # beyond it, flex would make n x n scores
-        return _compiled()(query, key, value, **options)[:, :, :length]
+        return _compiled()(query, key, value, block_mask=mask, **wishes)[:, :, :length]
 
 
 @lru_cache(maxsize=1)
@@ -161,6 +151,7 @@ def local_block_mask(
         return (q - k <= left) & (k - q <= right)
 
     ahead = BLOCK * (tokens.blocks - tokens.blocks[:, None])  # from the first query of a block to the first key
+    # Tokens of two blocks are more than ahead - BLOCK and less than ahead + BLOCK apart: is any of that in reach?
     table = (ahead - BLOCK < right) & (ahead + BLOCK > -left)
     return tokens.block_mask(near, table[None, None])
 
@@ -178,6 +169,7 @@ def chosen_block_mask(
         row = b if padded else 0
         return seen[b if per_row else 0, h if per_head else 0, owner[row, q], owner[row, k]]
 
+    # Which of our blocks a block of the kernel touches, 0 or 1: two products tell which of its blocks see each other.
     within = torch.zeros(*owner.shape[:1], len(tokens.blocks), seen.shape[-1], device=chosen.device)
     within = within.scatter(2, owner.unflatten(1, (-1, BLOCK)), 1.0).unsqueeze(1)  # [B or 1, 1, kernel's blocks, N+1]
     table = within @ seen.to(within.dtype) @ within.transpose(-1, -2) > 0
@@ -226,8 +218,8 @@ class _Tokens:
             table = table | first[:, :, None, :]
         if self.global_tokens and not self.causal:
             table = table | first[..., None]
-        asking = real if self.blind_padding else self.blocks * BLOCK < self.end
-        table = table & real[:, :, None, :] & asking[..., None]
+        queries = real if self.blind_padding else self.blocks * BLOCK < self.end
+        table = table & real[:, :, None, :] & queries[..., None]
         return table.tril() if self.causal else table
 
     def _mask_mod(self, visible: Callable) -> Callable:
@@ -256,5 +248,6 @@ class _Tokens:
 def _block_mask(table: Tensor, mask_mod: Callable) -> BlockMask:
     """[B, H, N, N], True where two blocks have a pair to look at."""
     counts = table.sum(-1, dtype=torch.int32)
+    # The blocks to visit come first, in their order; the kernel reads `counts` of them.
     indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod)

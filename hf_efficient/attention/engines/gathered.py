@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..kinds.linear import without_autocast
-from .parts import match_heads, sdpa
+from .parts import Options, match_heads, sdpa
+from .sums import without_autocast
 
 PIECE = {"cpu": 1 << 21, "cuda": 1 << 28}  # numbers in the keys gathered at a time; on CPU they stay in the cache
 
@@ -43,15 +43,13 @@ class Rows(NamedTuple):
 
 
 class Seeing(NamedTuple):
-    """What holds for all rows: tokens in a block, `order` of the layout, S of the keys; the fields of `Options`."""
+    """What holds for all rows: tokens in a block, `order` of the layout, S of the keys; the options without the bias,
+    which goes its own way for its gradient."""
 
     block: int
     order: Tensor | None
     seen: int
-    global_tokens: int
-    causal: bool
-    scaling: float | None
-    dropout: float
+    options: Options
 
 
 class _Source(NamedTuple):
@@ -98,7 +96,7 @@ def gathered_attention(
 
     `bias` is that of `full_attention`. The output is stored as [B,N*s,H,Dv], which is what the layers reshape to.
     """
-    by_token = is_by_token(value)
+    by_token = is_by_token(value)  # one index serves both, so keys are laid out as values are
     key_rows, *steps = _token_rows(key, by_token)
     source = _Source(key_rows, _token_rows(value, by_token)[0], key.shape[1], *steps)
     table = None if bias is None else bias[0].t().contiguous()  # [S+T-1, H]
@@ -112,7 +110,7 @@ def gathered_attention(
         out = _from_rows(out, blocks.shape[0])
     else:
         step = max(limit // size, 1)
-        out = _ByPieces.apply(blocks, source.key, source.value, table, source[2:], rows, seeing, step)
+        out = _ByPieces.apply(blocks, source.key, source.value, table, _Work(source[2:], rows, seeing, step))
     return out.flatten(1, 2).transpose(1, 2)
 
 
@@ -128,16 +126,17 @@ def _from_rows(x: Tensor, batch: int) -> Tensor:
 
 def _keys_in_row(rows: Rows, source: _Source, seeing: Seeing) -> int:
     heads, blocks = rows.chosen.shape[1:]
-    return max(heads, source.kv_heads) * (seeing.global_tokens + blocks * seeing.block)
+    return max(heads, source.kv_heads) * (seeing.options.global_tokens + blocks * seeing.block)
 
 
 def _find(rows: Rows, source: _Source, seeing: Seeing) -> tuple[Tensor, Tensor]:
     """Which rows of `source` are the L keys of each row, [R, H or K, L], and their ranks [R, H or 1, L]."""
     device = rows.chosen.device
     rank = (rows.chosen.unsqueeze(-1) * seeing.block + torch.arange(seeing.block, device=device)).flatten(2)
-    if seeing.global_tokens:
-        first = torch.arange(seeing.global_tokens, device=device).expand(*rank.shape[:2], -1)
+    if seeing.options.global_tokens:
+        first = torch.arange(seeing.options.global_tokens, device=device).expand(*rank.shape[:2], -1)
         rank = torch.cat([first, rank], -1)
+    # Where query heads choose for themselves, each gathers from its key/value head; else the K heads go once.
     heads = rank.shape[1] if rank.shape[1] > 1 else source.kv_heads
     head = torch.arange(heads, device=device) * source.kv_heads // heads
     position = positions(seeing.order, rows.batch.unsqueeze(-1), rows.count.unsqueeze(-1), rank)
@@ -150,7 +149,7 @@ def _softmax(
 ) -> Tensor:
     """[R,H,s,Dv] of query [R,H,s,D] over gathered key [R,h,L,D] and value [R,h,L,Dv]."""
     mask = None
-    if rows.filled is not None or seeing.causal or seeing.global_tokens:
+    if rows.filled is not None or seeing.options.causal or seeing.options.global_tokens:
         mask = _visible(rank, rows, seeing)
     if table is not None:
         scores = _scores(table, rank, rows, seeing).to(query.dtype)
@@ -159,20 +158,21 @@ def _softmax(
     if empty is not None:
         query = query.masked_fill(empty, 0)
     key, value = match_heads(query, key, value)
-    out = sdpa(query, key, value, mask, scaling=seeing.scaling, dropout=seeing.dropout)
+    out = sdpa(query, key, value, mask, scaling=seeing.options.scaling, dropout=seeing.options.dropout)
     return out if empty is None else out.masked_fill(empty, 0)
 
 
 def _visible(rank: Tensor, rows: Rows, seeing: Seeing) -> Tensor:
     """bool [R, H or 1, s or 1, L]: no key that is missing, lies ahead, or is in front as a global token already."""
-    if seeing.causal:  # the same for all heads: what they chose lies before the own block
+    if seeing.options.causal:  # the same for all heads: what they chose lies before the own block
         visible = rank[:, :1, None, :] <= rows.rank[:, None, :, None]
     else:
         visible = (rank < rows.count.unsqueeze(-1)).unsqueeze(2)
-    if not seeing.global_tokens:
+    if not seeing.options.global_tokens:
         return visible
-    in_front = torch.arange(rank.shape[-1], device=rank.device) < seeing.global_tokens
-    return visible & (in_front | (rank >= seeing.global_tokens)).unsqueeze(2)
+    # The first keys of a row are the global tokens; where a chosen block holds one again, it is hidden there.
+    in_front = torch.arange(rank.shape[-1], device=rank.device) < seeing.options.global_tokens
+    return visible & (in_front | (rank >= seeing.options.global_tokens)).unsqueeze(2)
 
 
 def _scores(table: Tensor, rank: Tensor, rows: Rows, seeing: Seeing) -> Tensor:
@@ -187,12 +187,13 @@ class _ByPieces(torch.autograd.Function):
     """The same, a few query blocks at a time: [B,N,s,H,D] -> [B,N,s,H,Dv]."""
 
     @staticmethod
-    def forward(ctx, blocks, key, value, table, steps, rows, seeing, step):
+    def forward(ctx, blocks, key, value, table, work):
         ctx.save_for_backward(blocks, key, value, table)
-        ctx.given = steps, rows, seeing, step
-        ctx.draws = (torch.get_rng_state(), *get_device_states(blocks)) if seeing.dropout else None
+        ctx.work = work
+        seeing = work.seeing
+        ctx.draws = (torch.get_rng_state(), *get_device_states(blocks)) if seeing.options.dropout else None
         out = blocks.new_empty(*blocks.shape[:4], value.shape[1])
-        for at, piece, _, rank, gathered in _pieces(_Source(key, value, *steps), blocks, rows, seeing, step):
+        for at, piece, _, rank, gathered in _pieces(blocks, key, value, work):
             part = _softmax(_to_rows(blocks[at]), *gathered, table, rank, piece, seeing)
             out[at] = _from_rows(part, out[at].shape[0])
         return out
@@ -201,38 +202,51 @@ class _ByPieces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         blocks, key, value, table = ctx.saved_tensors
-        steps, rows, seeing, step = ctx.given
+        work, seeing = ctx.work, ctx.work.seeing
         sums = torch.promote_types(key.dtype, torch.float32)  # a key may be seen by every block
         grad_key, grad_value = (torch.zeros_like(x, dtype=sums) for x in (key, value))
         grad_blocks, grad_table = torch.empty_like(blocks), None
         if ctx.needs_input_grad[3]:
             grad_table, table = torch.zeros_like(table), table.detach().requires_grad_()
         with without_autocast(blocks.device.type), _same_draws(ctx.draws):
-            for at, piece, index, rank, gathered in _pieces(_Source(key, value, *steps), blocks, rows, seeing, step):
+            for at, piece, index, rank, gathered in _pieces(blocks, key, value, work):
                 leaves = [x.detach().requires_grad_() for x in (_to_rows(blocks[at]), *gathered)]
                 with torch.enable_grad():
                     out = _softmax(*leaves, table, rank, piece, seeing)
-                wanted = leaves if grad_table is None else [*leaves, table]
-                parts = torch.autograd.grad(out, wanted, _to_rows(grad[at]))
+                inputs = leaves if grad_table is None else [*leaves, table]
+                parts = torch.autograd.grad(out, inputs, _to_rows(grad[at]))
                 grad_blocks[at] = _from_rows(parts[0], blocks[at].shape[0])
+                # Tokens in the outer order, heads in the inner one, as `source` has them where projections made it.
                 index = index.transpose(1, 2).flatten()
                 for total, part in zip((grad_key, grad_value), parts[1:], strict=False):
                     total.index_add_(0, index, part.transpose(1, 2).flatten(0, 2).to(sums))
                 if grad_table is not None:
                     grad_table += parts[3]
-        return grad_blocks, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_table, None, None, None, None
+        return grad_blocks, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_table, None
 
 
-def _pieces(source: _Source, blocks: Tensor, rows: Rows, seeing: Seeing, step: int) -> Iterator[tuple]:
+class _Work(NamedTuple):
+    """What `_ByPieces` goes by: the steps of its `_Source`, and `step`, the query blocks to do at a time."""
+
+    steps: tuple[int, ...]
+    rows: Rows
+    seeing: Seeing
+    step: int
+
+
+def _pieces(blocks: Tensor, key: Tensor, value: Tensor, work: _Work) -> Iterator[tuple]:
     """At most `step` query blocks at a time: where they are in [B,N,...], their rows, what `_find` says of them, and
     their keys and values, in memory that the next piece will use again."""
     batch, count = blocks.shape[:2]
+    steps, rows, seeing, step = work
+    source = _Source(key, value, *steps)
     buffers = [x.new_empty(step * _keys_in_row(rows, source, seeing), x.shape[1]) for x in source[:2]]
     several = max(step // count, 1)  # batch rows
     for first in range(0, batch, several):
         end = min(first + several, batch)
         for begin in range(0, count, step):
             stop = min(begin + step, count)
+            # One after the other in `rows`: a part of one batch row, or several whole ones.
             piece = rows.part(first * count + begin, (end - 1) * count + stop)
             index, rank = _find(piece, source, seeing)
             gathered = []

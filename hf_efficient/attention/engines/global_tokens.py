@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..variant import State
-from .parts import match_heads, sdpa, zero_padding
+from .parts import Options, match_heads, sdpa, zero_padding
 
 
 class GlobalTokens(NamedTuple):
@@ -58,8 +58,8 @@ def meet_globals(before: State, key: Tensor, value: Tensor, real: Tensor) -> tup
     new_key, new_value = (_take(x, index.clamp(max=length - 1)) for x in (key, value))
     chosen = comes[:, None, :, None]
     age = torch.where(comes, length - index, torch.where(is_known, age + length, 0))
-    kept = torch.where(chosen, new_key, old_key), torch.where(chosen, new_value, old_value), age
-    return kept, real & (rank > count)
+    state = torch.where(chosen, new_key, old_key), torch.where(chosen, new_value, old_value), age
+    return state, real & (rank > count)
 
 
 def global_rows(
@@ -68,20 +68,18 @@ def global_rows(
     value: Tensor,
     key_mask: Tensor | None,
     tokens: GlobalTokens,
-    scaling: float | None,
-    dropout: float,
-    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """[B,H,g,Dv]: the global tokens as queries over all keys."""
     seen, count = query.shape[2], tokens.index.shape[1]
     key, value = match_heads(query, key, value)
     rows = _take(query, tokens.index)
     mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, -1, count, -1)
-    if bias is not None:
+    if options.bias is not None:
         offset = torch.arange(seen, device=query.device) - tokens.index.unsqueeze(-1) + seen - 1  # [B, g, S]
-        scores = bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B, H, g, S]
+        scores = options.bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B, H, g, S]
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-    out = sdpa(rows, key, value, mask, scaling=scaling, dropout=dropout)
+    out = sdpa(rows, key, value, mask, scaling=options.scaling, dropout=options.dropout)
     return torch.where(tokens.valid[:, None, :, None], out, out.detach())  # a missing token's row is a mere copy
 
 

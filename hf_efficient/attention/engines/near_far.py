@@ -11,20 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds.linear import fill_up, inverse_of, running_sums
 from .pieces import Piece, count_blocks, pieces, spare_block
+from .sums import fill_up, inverse_of, running_sums
 
 
 class Layout(NamedTuple):
     """How queries and keys are cut: `blocks` blocks of queries of `size` positions. A block's span reaches `left`
-    blocks back and `right` blocks ahead; `kept` keys lie before the first query. `far` are the parts of a span with
+    blocks back and `right` blocks ahead; `before` keys lie before the first query. `far` are the parts of a span with
     keys out of the window of some query of the block; `scaling` is that of the scores."""
 
     size: int
     left: int
     right: int
     blocks: int
-    kept: int
+    before: int
     far: tuple[slice, ...]
     scaling: float
 
@@ -41,13 +41,13 @@ def lay_out(length: int, seen: int, window: int, causal: bool, scaling: float) -
         size = size if length >= size else length
     count = count_blocks(length, size) + spare_block()
     reach = window - 1 if causal else window
-    left = (reach + size - 1) // size
+    left = (reach + size - 1) // size  # the first query of a block looks back over so many blocks
     right = 0 if causal else left
     if not torch.compiler.is_compiling():
         left = min(left, count - 1 + (past + size - 1) // size)
         right = min(right, count - 1)
-    kept = min(past, left * size)
-    return Layout(size, left, right, count, kept, _far_parts(size, left, right, reach), scaling)
+    before = min(past, left * size)  # what lies farther back is out of every window, and comes as sums
+    return Layout(size, left, right, count, before, _far_parts(size, left, right, reach), scaling)
 
 
 def _far_parts(size: int, left: int, right: int, reach: int) -> tuple[slice, ...]:
@@ -100,64 +100,68 @@ class NearAndFar(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, phi_query, mix, key, value, phi_key, sums, mask, far, layout):
+    def forward(ctx, layout, mask, far, *inputs):
+        query, phi_query, mix, key, value, phi_key, sums = inputs
         out = query.new_empty(*query.shape[:-1], value.shape[-1] - 1)
         log_total, factors = (query.new_empty(*query.shape[:-1], 1) for _ in range(2))
         for place, blocks in _places(query, layout):
             states = _sum_outside(phi_key[place], value[place], sums[place], layout)
-            for own in blocks:
-                near = _scores(query[own], key, mask, own, layout)
-                linear = _linear_weights(phi_query[own], phi_key, far, own, layout)
-                outside = phi_query[own] @ states[:, :, own[2]]
+            for piece in blocks:
+                near = _scores(query[piece], key, mask, piece, layout)
+                linear = _linear_weights(phi_query[piece], phi_key, far, piece, layout)
+                outside = phi_query[piece] @ states[:, :, piece[2]]
                 mass = sum((x.sum(-1, keepdim=True) for x in linear), outside[..., -1:])
-                top, factor = common_scale(near, mass, mix[own[1]])
+                top, factor = common_scale(near, mass, mix[piece[1]])
                 near.sub_(top).exp2_()
                 for part, weights in zip(layout.far, linear, strict=True):
                     near[..., part].addcmul_(weights, factor)
-                total = (near @ _spans(value, own, layout)).addcmul_(outside, factor)
+                # Near weights are 0 where far ones are not: added up, they take one product with the values.
+                total = (near @ _spans(value, piece, layout)).addcmul_(outside, factor)
                 inverse = inverse_of(total[..., -1:])
-                out[own] = total[..., :-1] * inverse
-                log_total[own] = top - inverse.log2()
-                factors[own] = factor * inverse
-        inputs = query, phi_query, mix, key, value, phi_key, sums, mask, far
-        ctx.save_for_backward(*inputs, out, log_total, factors)
+                out[piece] = total[..., :-1] * inverse
+                # Of base 2, on the scale of the scores: exp2(score - log_total) is a weight with the sum in it.
+                log_total[piece] = top - inverse.log2()
+                factors[piece] = factor * inverse
+        ctx.save_for_backward(*inputs, mask, far, out, log_total, factors)
         ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx, grad):
         layout, saved = ctx.layout, ctx.saved_tensors  # read once: checkpointing unpacks them one time only
-        inputs, (out, log_total, factors) = saved[:9], saved[9:]
-        query, phi_query, mix, key, value, phi_key, sums, mask, far = inputs
-        grads = [torch.zeros_like(x) for x in inputs[:7]]
+        inputs, (mask, far, out, log_total, factors) = saved[:7], saved[7:]
+        query, phi_query, mix, key, value, phi_key, sums = inputs
+        grads = [torch.zeros_like(x) for x in inputs]
         grad_query, grad_phi_query, grad_mix, grad_key, grad_value, grad_phi_key, grad_sums = grads
         for place, blocks in _places(query, layout):
             states = _sum_outside(phi_key[place], value[place], sums[place], layout)
             grad_states = torch.empty_like(states)
-            for own in blocks:
-                features = phi_query[own] * factors[own]
-                linear = _linear_weights(features, phi_key, far, own, layout)
-                near = _scores(query[own], key, mask, own, layout).sub_(log_total[own]).exp2_()
-                upper = torch.cat([grad[own], -(grad[own] * out[own]).sum(-1, keepdim=True)], -1)
-                pairs = upper @ _spans(value, own, layout).mT  # the gradient of all weights
+            for piece in blocks:
+                features = phi_query[piece] * factors[piece]
+                linear = _linear_weights(features, phi_key, far, piece, layout)
+                near = _scores(query[piece], key, mask, piece, layout).sub_(log_total[piece]).exp2_()
+                # The last column of the values is 1, its sum the normaliser: out = a / z, dz = -(grad . out) / z.
+                upper = torch.cat([grad[piece], -(grad[piece] * out[piece]).sum(-1, keepdim=True)], -1)
+                pairs = upper @ _spans(value, piece, layout).mT  # the gradient of all weights
                 grad_scores = (near * pairs).mul_(layout.scaling)
-                grad_query[own] = grad_scores @ _spans(key, own, layout)
-                _add_to_spans(grad_key, own, grad_scores.mT @ query[own], layout)
-                grad_features = upper @ states[:, :, own[2]].mT
+                grad_query[piece] = grad_scores @ _spans(key, piece, layout)
+                _add_to_spans(grad_key, piece, grad_scores.mT @ query[piece], layout)
+                grad_features = upper @ states[:, :, piece[2]].mT
                 for part, weights in zip(layout.far, linear, strict=True):
                     near[..., part].add_(weights)
                     grad_linear = _only_far(pairs[..., part], far[:, part])
-                    grad_features.add_(grad_linear @ _spans(phi_key, own, layout)[..., part, :])
-                    _add_to_spans(grad_phi_key, own, grad_linear.mT @ features, layout, part)
-                grad_phi_query[own] = grad_features * factors[own]
-                grad_mix[own[1]].add_(features.mul(grad_features).sum(-1, keepdim=True).sum((0, 2)).unsqueeze(1))
-                _add_to_spans(grad_value, own, near.mT @ upper, layout)
-                grad_states[:, :, own[2]] = features.mT @ upper
+                    grad_features.add_(grad_linear @ _spans(phi_key, piece, layout)[..., part, :])
+                    _add_to_spans(grad_phi_key, piece, grad_linear.mT @ features, layout, part)
+                grad_phi_query[piece] = grad_features * factors[piece]
+                # `features` hold the factor mix as well; the sum is divided by it at the end.
+                grad_mix[piece[1]].add_(features.mul(grad_features).sum(-1, keepdim=True).sum((0, 2)).unsqueeze(1))
+                _add_to_spans(grad_value, piece, near.mT @ upper, layout)
+                grad_states[:, :, piece[2]] = features.mT @ upper
             grad_sums[place] = _sum_outside_backward(
                 grad_states, phi_key[place], value[place], grad_phi_key[place], grad_value[place], layout
             )
         grad_mix.div_(mix)
-        return *grads, None, None, None
+        return None, None, None, *grads
 
 
 def _places(query: Tensor, layout: Layout) -> Iterator[tuple[Piece, list[Piece]]]:
@@ -167,29 +171,29 @@ def _places(query: Tensor, layout: Layout) -> Iterator[tuple[Piece, list[Piece]]
         yield place, [(*place, *block) for block in pieces(query.shape[2:3], numbers, query)]
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor, own: Piece, layout: Layout) -> Tensor:
+def _scores(query: Tensor, key: Tensor, mask: Tensor, piece: Piece, layout: Layout) -> Tensor:
     """[b,k,n,G*size,span]: log2(e) times the scaled scores of some blocks, -inf out of the window."""
-    scores = (query * (layout.scaling / math.log(2))) @ _spans(key, own, layout).mT
-    rows = own[0] if mask.shape[0] > 1 else slice(None)
-    scores.unflatten(-2, (-1, layout.size)).add_(mask[rows, :, own[2]])
+    scores = (query * (layout.scaling / math.log(2))) @ _spans(key, piece, layout).mT
+    rows = piece[0] if mask.shape[0] > 1 else slice(None)
+    scores.unflatten(-2, (-1, layout.size)).add_(mask[rows, :, piece[2]])
     return scores
 
 
-def _linear_weights(features: Tensor, phi_key: Tensor, far: Tensor, own: Piece, layout: Layout) -> list[Tensor]:
+def _linear_weights(features: Tensor, phi_key: Tensor, far: Tensor, piece: Piece, layout: Layout) -> list[Tensor]:
     """[b,k,n,G*size,keys] for each far part of the span: linear weights, 0 in the window."""
-    spans = _spans(phi_key, own, layout)
+    spans = _spans(phi_key, piece, layout)
     return [_only_far(features @ spans[..., part, :].mT, far[:, part]) for part in layout.far]
 
 
-def _spans(x: Tensor, own: Piece, layout: Layout) -> Tensor:
+def _spans(x: Tensor, piece: Piece, layout: Layout) -> Tensor:
     """[B,K,blocks*size,D] -> [b,k,n,span,D]: what the chosen blocks reach; they overlap, and are no copy."""
-    return x[own[:2]].unfold(2, layout.span, layout.size)[:, :, own[2]].mT
+    return x[piece[:2]].unfold(2, layout.span, layout.size)[:, :, piece[2]].mT
 
 
-def _add_to_spans(grad: Tensor, own: Piece, terms: Tensor, layout: Layout, part: slice = slice(0, None)) -> None:
+def _add_to_spans(grad: Tensor, piece: Piece, terms: Tensor, layout: Layout, part: slice = slice(0, None)) -> None:
     """The gradient of `_spans`: terms [b,k,n,part of the span,D] are added where they overlap."""
-    blocks = grad[own[:2]].unflatten(2, (-1, layout.size))
-    start = (own[2].start or 0) + part.start // layout.size
+    blocks = grad[piece[:2]].unflatten(2, (-1, layout.size))
+    start = (piece[2].start or 0) + part.start // layout.size
     for offset, block in enumerate(terms.unflatten(3, (-1, layout.size)).unbind(3)):
         blocks[:, :, start + offset : start + offset + terms.shape[2]].add_(block)
 
@@ -203,6 +207,8 @@ def _only_far(x: Tensor, far: Tensor) -> Tensor:
 def _sum_outside(phi_key: Tensor, value: Tensor, sums: Tensor, layout: Layout) -> Tensor:
     """[b,k,N,M,Dv+1]: sum_j phi(k_j)^T (v_j, 1) over the keys before and after the span of each block."""
     phi_key, value = (x.unflatten(2, (-1, layout.size)) for x in (phi_key, value))
+    # With `left` blocks in front, block n of the keys is where the span of query block n begins: the running sum
+    # before entry n is all that lies before that span.
     if not layout.right:
         terms = phi_key[:, :, : layout.blocks].mT @ value[:, :, : layout.blocks]
         return running_sums(sums, terms)[:, :, : layout.blocks]

@@ -11,15 +11,25 @@ Shapes everywhere: query [B,H,T,D], key [B,K,S,D], value [B,K,S,Dv] with K divid
 S-T+i. key_mask [B,S] is True at real tokens, on either side; a padded key has no influence whatever it holds.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedModelError
+from ..variant import identity_values
 
-MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
+
+class Options(NamedTuple):
+    """What the caller of an attention function asked for, gathered for the way down; see `full_attention` and
+    `local_attention`."""
+
+    causal: bool = False
+    scaling: float | None = None
+    dropout: float = 0.0
+    bias: Tensor | None = None
+    global_tokens: int = 0
 
 
 def full_attention(
@@ -73,21 +83,6 @@ def full_attention(
 def full_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
     """The weights `[B,H,T,S]` of `full_attention`: its output for an identity matrix as the values."""
     return full_attention(query, key, identity_values(key), key_mask, **options)
-
-
-def identity_values(key: Tensor) -> Tensor:
-    """[B,K,S,S]: values with which attention gives its own weights.
-
-    Raises:
-        UnsupportedModelError: so many keys that a full matrix is out of the question.
-    """
-    batch, kv_heads, seen = key.shape[:3]
-    if seen > MAX_WEIGHTS:
-        raise UnsupportedModelError(
-            f"Attention weights of {seen} tokens would take {seen} x {seen} numbers for each head. Ask for "
-            f"output_attentions with at most {MAX_WEIGHTS} tokens."
-        )
-    return torch.eye(seen, dtype=key.dtype, device=key.device).expand(batch, kv_heads, -1, -1)
 
 
 def sdpa(

@@ -39,7 +39,7 @@ def prefix_means(
     if past is None:
         return totals, _prefix_sums(scores, totals, xs)
     before, *old_means = (part.unsqueeze(dim) for part, dim in zip(past, (-1, *[-2] * len(xs)), strict=True))
-    totals = torch.logaddexp(totals, before)
+    totals = torch.logaddexp(totals, before)  # the past counts as one position more, of score L and value mean
     decay = (before - totals).exp().unsqueeze(-1)
     sums = _prefix_sums(scores, totals, xs)
     return totals, tuple(new.addcmul_(decay, old) for new, old in zip(sums, old_means, strict=True))
@@ -59,6 +59,7 @@ def _chunked_logsumexp(scores: Tensor) -> Tensor:
     """The same in operators that ONNX has."""
     low = torch.finfo(scores.dtype).min
     chunks = F.pad(scores, (_missing(scores), 0), value=low).unflatten(-1, (-1, CHUNK))
+    # [.., N, C] inside each chunk; its last column, running once more, is what lies before the next chunk.
     inside = _logsumexp_so_far(chunks)
     before = F.pad(_logsumexp_so_far(inside[..., -1]), (1, -1), value=low)
     both = torch.stack(torch.broadcast_tensors(inside, before.unsqueeze(-1)), -1)
@@ -88,6 +89,7 @@ def _prefix_sums(scores: Tensor, totals: Tensor, xs: tuple[Tensor, ...]) -> tupl
     each relative to the total at its end, are the same task again.
     """
     length, compiling = scores.shape[-1], torch.compiler.is_compiling()
+    # [.., T] and [.., T, E] become [.., N, C] and [.., N, C, E].
     if not compiling and length <= CHUNK:
         return _prefix_sums_dense(scores, totals, xs)
     extra, low = _missing(scores), torch.finfo(scores.dtype).min
@@ -99,6 +101,7 @@ def _prefix_sums(scores: Tensor, totals: Tensor, xs: tuple[Tensor, ...]) -> tupl
     ends = totals[..., -1]  # [.., N]
     whole = _prefix_sums_dense if compiling else _prefix_sums  # compiled, the number of levels must not depend on T
     earlier = whole(ends, ends, tuple(x[..., -1, :].clone() for x in sums))
+    # What came before a chunk is relative to the total at that chunk's start; every position brings it to its own.
     decay = (F.pad(ends, (1, -1), value=low).unsqueeze(-1) - totals).exp().unsqueeze(-1)
     shifted = (F.pad(x, (0, 0, 1, -1)).unsqueeze(-2) for x in earlier)
     return tuple(

@@ -29,8 +29,8 @@ from ...errors import UnsupportedModelError
 from ..config import AttentionConfig
 from ..engines.parts import check_shapes
 from ..engines.prefix import CHUNK, prefix_means
+from ..engines.sums import drop_keys, without_autocast
 from ..variant import AttentionVariant, HeadShape, State
-from .linear import drop_keys, without_autocast
 
 TOKENS = 8192  # on CPU, of all heads that causal attention works on in one turn
 
@@ -174,7 +174,7 @@ def _bidirectional(inputs: _Inputs) -> Tensor:
     kv_heads = inputs.key.shape[1]
     groups = inputs.query.shape[1] // kv_heads
     parts = (part.unflatten(0, (kv_heads, groups)) for part in inputs.parts)
-    return _Bidirectional.apply(inputs.grouped_query(), inputs.key, inputs.value, *parts, inputs.real).flatten(1, 2)
+    return _Bidirectional.apply(inputs.grouped_query(), inputs.key, inputs.value, inputs.real, *parts).flatten(1, 2)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -185,8 +185,8 @@ class _Bidirectional(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, query_score, key_score, value_map, query_gain, pooled_gain, real):
-        parts = AdditiveParts(query_score, key_score, value_map, query_gain, pooled_gain)
+    def forward(ctx, query, key, value, real, *parts):
+        parts = AdditiveParts(*parts)
         out, *pooled = _pool_and_map(query, key, value, parts, real)
         ctx.save_for_backward(query, key, value, *parts, *pooled)
         return out
@@ -222,12 +222,12 @@ class _Bidirectional(torch.autograd.Function):
             grad_query,
             grad_key,
             grad_value,
+            None,
             (grad_scores.unsqueeze(3) @ query).squeeze(3).sum(0),
             (grad_rows * global_query).sum(0),
             (grad_maps * global_key.unsqueeze(3)).sum(0),
             (grad * query).sum((0, 3)),
             (grad_sum * pooled_value).sum(0),
-            None,
         )
 
 

@@ -25,23 +25,34 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ...errors import unknown_name
+from ..config import KERNELS as NAMED
 from ..config import AttentionConfig
 from ..engines.convolution import Kernel, convolution_macs, convolve, make_tables
 from ..engines.feature_maps import draw_projection
 from ..engines.parts import check_positions, check_shapes, toeplitz, zero_padding
+from ..engines.sums import drop_keys, without_autocast
 from ..variant import AttentionVariant, HeadShape
-from .linear import drop_keys, without_autocast
 
-# c as a function of u = |j - i| / s: largest at 0, falling, and smooth but for u = 0.
-KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gaussian": lambda u: torch.exp(u.square() / -2),
-    "exponential": lambda u: torch.exp(-u),  # ALiBi's bias -|j - i| / s, arXiv 2108.12409
-    "cauchy": lambda u: 1 / (1 + u.square()),
-}
 FEATURES = 16
 START_WIDTH = 512.0  # tokens: wide, and still with a slope to learn from in a text of a hundred
 DENSE = 256  # up to so many queries, all pairs are cheaper
 TINY = 1e-6  # added to |x|^2, for a vector of zeros
+
+
+# c as a function of u = |j - i| / s: largest at 0, falling, and smooth but for u = 0.
+def gaussian(u: Tensor) -> Tensor:
+    return torch.exp(u.square() / -2)
+
+
+def exponential(u: Tensor) -> Tensor:
+    return torch.exp(-u)  # ALiBi's bias -|j - i| / s, arXiv 2108.12409
+
+
+def cauchy(u: Tensor) -> Tensor:
+    return 1 / (1 + u.square())
+
+
+KERNELS: dict[str, Callable[[Tensor], Tensor]] = dict(NAMED)  # read once: torch.compile cannot import in a program
 
 
 class KernelAttention(AttentionVariant):
@@ -132,12 +143,8 @@ def kernel_attention(
             return KERNELS[kernel](distance * rate.view(*rate.shape, *[1] * distance.dim()))
 
         sums = _weighted_sums(phi_query, phi_key, torch.cat([value, ones], -1), weigh, length, causal)
-        total = sums[..., -1:]
-        visible = total != 0
-        if key_mask is not None:
-            visible = visible & key_mask[:, None, None, seen - length :, None]
-        inverse = torch.where(visible, torch.where(visible, total, 1).reciprocal(), 0)
-        return (sums[..., :-1] * inverse).flatten(1, 2).to(query.dtype)
+        is_query = None if key_mask is None else key_mask[:, seen - length :]
+        return _divide(sums, is_query).flatten(1, 2).to(query.dtype)
 
 
 def _features(query: Tensor, key: Tensor, key_mask: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +166,16 @@ def _project(x: Tensor, rows: Tensor) -> Tensor:
 def _column(key_mask: Tensor, value: Tensor) -> Tensor:
     """[B,K,S,1]: 1 at real keys, else 0."""
     return key_mask[:, None, :, None].to(value.dtype).expand(-1, value.shape[1], -1, -1)
+
+
+def _divide(sums: Tensor, is_query: Tensor | None) -> Tensor:
+    """[B,K,G,T,Dv+1] -> [B,K,G,T,Dv], divided by the last column; 0 where that is 0, and at padded queries [B,T]."""
+    total = sums[..., -1:]
+    visible = total != 0
+    if is_query is not None:
+        visible = visible & is_query[:, None, None, :, None]
+    inverse = torch.where(visible, torch.where(visible, total, 1).reciprocal(), 0)  # finite gradients everywhere
+    return sums[..., :-1] * inverse
 
 
 def _weighted_sums(

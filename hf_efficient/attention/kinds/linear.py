@@ -14,9 +14,6 @@ The paper maps q as it is, so q is multiplied by scaling * sqrt(D) first: the us
 formula, and a model that uses another one (T5: 1.0) keeps the ratio to it that softmax saw.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +22,16 @@ from ..engines.feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapAttention
 from ..engines.fla import causal_by_kernels, use_fla
 from ..engines.parts import check_positions, check_shapes, section, zero_padding
 from ..engines.pieces import Piece, pieces
+from ..engines.sums import (
+    add_to_sums,
+    drop_keys,
+    fill_up,
+    group_heads,
+    inverse_of,
+    running_sums,
+    to_sum,
+    without_autocast,
+)
 from ..variant import State
 
 CHUNK = 64  # causal: the scores inside a chunk cost n * CHUNK * M, the states n / CHUNK * M * Dv
@@ -98,6 +105,7 @@ def attend_features(phi_query: Tensor, phi_key: Tensor, value: Tensor, *, causal
     phi_query = group_heads(phi_query, phi_key)
     if causal and length > 1:
         return _causal(phi_query, phi_key, value, None).flatten(1, 2)
+    # Not causal, positions do not matter: the G heads that share keys are G T rows of one product.
     rows = _Bidirectional.apply(phi_query.flatten(2, 3), phi_key, value)
     return rows.unflatten(2, (-1, length)).flatten(1, 2)
 
@@ -137,28 +145,6 @@ def linear_decode(
         return out.flatten(1, 2).to(query.dtype), (after,)
 
 
-def add_to_sums(sums: Tensor | None, phi_key: Tensor, value: Tensor) -> Tensor:
-    """[B,K,M,Dv+1]: sum_j phi(k_j)^T (v_j, 1) over these keys, and those before."""
-    value = F.pad(value, (0, 1), value=1.0)
-    if sums is None:
-        return phi_key.mT @ value
-    if phi_key.shape[2] == 1:
-        return torch.addcmul(sums, phi_key.mT, value)
-    return sums + phi_key.mT @ value
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast would round the sums to half precision. Nothing to leave on devices that have none (meta)."""
-    active = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if active else nullcontext()
-
-
-def to_sum(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype of the sums: fp16 and bf16 are summed in fp32."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
 def features(
     query: Tensor,
     key: Tensor,
@@ -173,17 +159,6 @@ def features(
     if key_mask is not None:
         phi_key = phi_key.masked_fill(~key_mask[:, None, :, None], 0)  # phi(0) is not 0
     return phi_query, phi_key
-
-
-def drop_keys(value: Tensor, dropout: float) -> Tensor:
-    """[B,K,S,Dv] with whole keys at 0, the others scaled up."""
-    return value * F.dropout(torch.ones_like(value[..., :1]), dropout)
-
-
-def group_heads(phi_query: Tensor, phi_key: Tensor) -> Tensor:
-    """[B,H,T,M] -> [B,K,G,T,M]: the G query heads of each key/value head."""
-    kv_heads = phi_key.shape[1]
-    return phi_query.unflatten(1, (kv_heads, phi_query.shape[1] // kv_heads))
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -218,24 +193,17 @@ def _causal(phi_query: Tensor, phi_key: Tensor, value: Tensor, sums: Tensor | No
     length, seen = phi_query.shape[3], phi_key.shape[2]
     past = seen - length
     size = CHUNK if torch.compiler.is_exporting() else min(CHUNK, length)
-    extra = (length + size - 1) // size * size - length
+    extra = (length + size - 1) // size * size - length  # queries and keys of zeros, which give and add nothing
     # Chunks: [B, K, G, N, C, M] for queries, [B, K, N, C, M] for the keys at the same positions.
     rows = fill_up(phi_query, 0, extra).unflatten(3, (-1, size))
     keys = fill_up(phi_key[:, :, past:], 0, extra).unflatten(2, (-1, size))
     values = fill_up(F.pad(value[:, :, past:], (0, 1), value=1.0), 0, extra).unflatten(2, (-1, size))
-    if past:
+    if past:  # keys before the first query are seen by all: no chunks are needed for them
         sums = add_to_sums(sums, phi_key[:, :, :past], value[:, :, :past])
     if sums is None:
         sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
     out = _Causal.apply(rows, keys, values, sums)
     return section(out.flatten(3, 4), 3, 0, length)
-
-
-def fill_up(x: Tensor, first: int, last: int) -> Tensor:
-    """Zeros before and after the positions, the last dimension but one; no copy where there is nothing to add."""
-    if torch.compiler.is_compiling() or first or last:
-        return F.pad(x, (0, 0, first, last))
-    return x
 
 
 class _Causal(torch.autograd.Function):
@@ -288,17 +256,6 @@ class _Causal(torch.autograd.Function):
         return grad_rows, grad_keys, grad_values, state
 
 
-def running_sums(first: Tensor, terms: Tensor) -> Tensor:
-    """[B,K,N+1,...]: `first`, and `first` with one more of the terms [B,K,N,...] each time."""
-    sums = torch.cat([first.unsqueeze(2), terms], 2)
-    if torch.compiler.is_compiling():
-        return sums.cumsum(2)
-    parts = sums.unbind(2)  # several times as fast as cumsum, for a few large terms
-    for before, after in pairwise(parts):
-        after += before
-    return sums
-
-
 def _chunk_pieces(rows: Tensor) -> list[Piece]:
     batch, kv_heads, _, chunks, size, _ = rows.shape
     return list(pieces((batch, kv_heads, chunks), size * size, rows))
@@ -307,8 +264,3 @@ def _chunk_pieces(rows: Tensor) -> list[Piece]:
 def _groups(rows: Tensor, piece: Piece) -> list[tuple]:
     """The piece in [B,K,G,N,...] for each of the query heads that share its keys."""
     return [(*piece[:2], group, piece[2]) for group in range(rows.shape[2])]
-
-
-def inverse_of(total: Tensor) -> Tensor:
-    """1 / total; 1 where no key is visible and the total is 0, for zeros and finite gradients there."""
-    return total.masked_fill(total == 0, 1).reciprocal_()

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..engines.flex import flex_local_attention, use_flex
 from ..engines.global_tokens import GlobalTokens, find_globals, global_rows, meet_globals, no_globals, prepend
 from ..engines.parts import (
+    Options,
     check_positions,
     check_shapes,
     check_window,
@@ -65,6 +66,17 @@ class _Band(NamedTuple):
     left: int
     right: int
     block: int
+
+
+class _Keys(NamedTuple):
+    """What some queries may see: the last m of `seen` tokens, key [B,K,m,D], value [B,K,m,Dv] and which of them are
+    `visible` [B or 1, m]; and the global tokens, which are keys of their own."""
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    tokens: GlobalTokens | None
+    seen: int
 
 
 class _Blocks(NamedTuple):
@@ -110,26 +122,29 @@ def local_attention(
     check_shapes(query, key, value, key_mask, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
+    options = Options(causal, scaling, dropout, bias, global_tokens)
     band = _find_band(window, causal)
     if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
         if window >= seen or (not global_tokens and seen <= sum(band)):
-            dense = {"causal": causal, "window": window, "scaling": scaling, "dropout": dropout, "bias": bias}
-            return full_attention(query, key, value, key_mask, **dense)
+            plain = {"causal": causal, "scaling": scaling, "dropout": dropout, "bias": bias}
+            return full_attention(query, key, value, key_mask, window=window, **plain)
         band = band._replace(block=min(band.block, length))
     if use_flex(query, key, value, dropout):
-        layout = {"window": window, "global_tokens": global_tokens, "causal": causal}
-        return flex_local_attention(query, key, value, key_mask, scaling=scaling, bias=bias, **layout)
+        return flex_local_attention(query, key, value, key_mask, window, options)
     tokens, visible = None, _real(key, key_mask)
     if global_tokens:
         tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
     if length == seen and bias is None and not dropout and torch.compiler.is_exporting():
-        out = _exported(query, key, value, visible, tokens, band, causal, scaling)
+        out = _exported(query, _Keys(key, value, visible, tokens, seen), band, options)
     else:
-        if length == seen:
-            key, value = zero_padding(key, value, key_mask)
-        out = _windowed(query, key, value, key_mask, visible, tokens, band, causal, scaling, dropout, bias)
-    if tokens is not None and not causal:
-        rows = global_rows(query, key, value, key_mask, tokens, scaling, dropout, bias)
+        if length != seen:  # decoding: of a long cache, touch only the keys in a window
+            first = max(seen - length - band.left, 0)
+            key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
+            key_mask = None if key_mask is None else key_mask[:, first:]
+        key, value = zero_padding(key, value, key_mask)
+        out = _windowed(query, _Keys(key, value, visible, tokens, seen), band, options)
+    if tokens is not None and not causal:  # then there are as many keys as queries, and all of them are still there
+        rows = global_rows(query, key, value, key_mask, tokens, options)
         out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
     return out
 
@@ -165,42 +180,45 @@ def local_decode(
     check_shapes(query, key, value, key_mask, None)
     length = query.shape[2]
     visible = _real(key, key_mask).expand(key.shape[0], -1)
-    kept_globals: State = ()
+    global_state: State = ()
     if global_tokens:
         before = state[3:] if state else no_globals(key, value, global_tokens)
-        kept_globals, visible = meet_globals(before, key, value, visible)
+        global_state, visible = meet_globals(before, key, value, visible)
     if state is None:
-        options = {"window": window, "global_tokens": global_tokens, "causal": True, "scaling": scaling, "bias": bias}
-        out = local_attention(query, key, value, key_mask, **options)
+        sees = {"window": window, "global_tokens": global_tokens, "causal": True}
+        out = local_attention(query, key, value, key_mask, **sees, scaling=scaling, bias=bias)
     else:
         old_key, old_value, old_visible = state[:3]
         key, value = zero_padding(key, value, key_mask)
         key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
         visible = torch.cat([old_visible, visible], 1)
-        attend = _decode_one if length == 1 else _decode_chunk
-        out = attend(query, key, value, visible, kept_globals, window, scaling, bias)
+        keys = _Keys(key, value, visible, None, key.shape[2])
+        options = Options(True, scaling, bias=bias)
+        if length == 1:
+            out = _decode_one(query, keys, global_state, options)
+        else:  # some of the kept keys may be out of the window of some new token
+            if global_state:
+                global_key, global_value, age = global_state
+                index = key.shape[2] - age  # of an old one below 0
+                keys = keys._replace(tokens=GlobalTokens(index, age > 0, global_key, global_value))
+            band = _find_band(window, causal=True)
+            out = _windowed(query, keys, band._replace(block=min(band.block, length)), options)
     first = max(key.shape[2] - window + 1, 0)
     key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
     if state is None or length > 1:  # no view that would keep a whole prompt in memory
         key, value = zero_padding(key, value, visible)
         visible = visible.clone()
-    return out, (key, value, visible, *kept_globals)
+    return out, (key, value, visible, *global_state)
 
 
-def _decode_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    kept_globals: State,
-    window: int,
-    scaling: float | None,
-    bias: Tensor | None,
-) -> Tensor:
+def _decode_one(query: Tensor, keys: _Keys, global_state: State, options: Options) -> Tensor:
     """[B,H,1,Dv]: one new token, in whose window all the kept keys are."""
-    scores = None if bias is None else bias[..., -key.shape[2] :].expand(key.shape[0], -1, -1)  # [B, H, m+1]
-    if kept_globals:
-        global_key, global_value, age = kept_globals
+    key, value, visible, _, _ = keys
+    bias, scores = options.bias, None
+    if bias is not None:
+        scores = bias[..., -key.shape[2] :].expand(key.shape[0], -1, -1)  # [B, H, m+1]
+    if global_state:
+        global_key, global_value, age = global_state
         key, value = torch.cat([global_key, key], 2), torch.cat([global_value, value], 2)
         visible = torch.cat([age > 0, visible], 1)
         if bias is not None and scores is not None:
@@ -210,94 +228,50 @@ def _decode_one(
     if scores is not None:
         mask = scores.unsqueeze(2).to(query.dtype).masked_fill(~mask, float("-inf"))
     key, value = match_heads(query, key, value)
-    return sdpa(query, key, value, mask, scaling=scaling)
+    return sdpa(query, key, value, mask, scaling=options.scaling)
 
 
-def _decode_chunk(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    kept_globals: State,
-    window: int,
-    scaling: float | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """[B,H,T,Dv]: new tokens, the last T of the kept and new keys, some of which may be out of their window."""
-    tokens = None
-    if kept_globals:
-        global_key, global_value, age = kept_globals
-        tokens = GlobalTokens(key.shape[2] - age, age > 0, global_key, global_value)  # an old one has an index below 0
-    band = _find_band(window, causal=True)
-    band = band._replace(block=min(band.block, query.shape[2]))
-    return _windowed(query, key, value, None, visible, tokens, band, True, scaling, 0.0, bias)
-
-
-def _windowed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    visible: Tensor,
-    tokens: GlobalTokens | None,
-    band: _Band,
-    causal: bool,
-    scaling: float | None,
-    dropout: float,
-    bias: Tensor | None,
-) -> Tensor:
-    """[B,H,T,Dv]: every query over the `visible` keys [B or 1, S] of its window, and the global ones."""
-    length, seen = query.shape[2], key.shape[2]
-    if length != seen:  # decoding: of a long cache, touch only the keys in a window
-        first = max(seen - length - band.left, 0)
-        key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
-        key_mask = None if key_mask is None else key_mask[:, first:]
-        key, value = zero_padding(key, value, key_mask)
-    key, value = match_heads(query, key, value)
-    blocks = _cut(query, key, value, visible, band, seen)
-    center = seen if bias is None else bias.shape[-1] - length + 1  # the keys that bias spans
-    mask = _mask(blocks, band, tokens, causal, bias, center)
+def _windowed(query: Tensor, keys: _Keys, band: _Band, options: Options) -> Tensor:
+    """[B,H,T,Dv]: every query over the keys of its window, and the global ones."""
+    length, tokens, bias = query.shape[2], keys.tokens, options.bias
+    key, value = match_heads(query, keys.key, keys.value)
+    blocks = _cut(query, keys._replace(key=key, value=value), band)
+    center = keys.seen if bias is None else bias.shape[-1] - length + 1  # the keys that bias spans
+    mask = _mask(blocks, band, tokens, options, center)
     if tokens is not None:
         chosen = match_heads(query, tokens.key, tokens.value)
         blocks = blocks._replace(key=prepend(chosen[0], blocks.key), value=prepend(chosen[1], blocks.value))
-    out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=scaling, dropout=dropout)
+    out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=options.scaling, dropout=options.dropout)
     # [B*N, H, block, Dv] -> [B, H, T, Dv], stored as [B, T, H, Dv], which is what the layers reshape to.
     out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     return section(out, 2, blocks.lead, length)
 
 
-def _exported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    tokens: GlobalTokens | None,
-    band: _Band,
-    causal: bool,
-    scaling: float | None,
-) -> Tensor:
+def _exported(query: Tensor, keys: _Keys, band: _Band, options: Options) -> Tensor:
     """[B,H,T,D]: `_windowed` for a program that leaves Python, without dropout and bias, over as many keys as queries.
 
     Other runtimes have no views: the heads stay outside of the blocks, so that no tensor changes its layout, and the
     windows are joined of whole blocks, in one copy. Masked scores are finite, so that a query without keys, always a
     padded one, gives some mean instead of NaN; then all padded keys are finite too, and need no zeros.
     """
-    length = query.shape[2]
-    key, value = match_heads(query, key, value)
+    length, tokens = query.shape[2], keys.tokens
+    key, value = match_heads(query, keys.key, keys.value)
     band = band._replace(block=32 if max(band.left, band.right) <= 32 else band.block)  # fewer masked pairs
     count = count_blocks(length, band.block) + spare_block()
     rows = F.pad(query, (0, 0, 0, count * band.block - length)).unflatten(2, (count, band.block))
-    keys, values = _joined(key, count, band), _joined(value, count, band)  # lists of [B, H, N, some keys, D]
-    seen = torch.cat(_joined(visible[:, None, :, None], count, band), 3).squeeze(-1).squeeze(1)  # [B or 1, N, span]
+    key_parts, value_parts = _joined(key, count, band), _joined(value, count, band)  # [B, H, N, some keys, D] each
+    visible = torch.cat(_joined(keys.visible[:, None, :, None], count, band), 3)
+    visible = visible.squeeze(-1).squeeze(1)  # [B or 1, N, span]
     position = torch.arange(count * band.block, device=query.device).unflatten(0, (count, band.block))
-    allowed = _allowed(seen, position, band, band.left, tokens, causal, query.shape[0])
+    allowed = _allowed(visible, position, band, band.left, tokens, options.causal, query.shape[0])
     if tokens is not None:
         chosen = match_heads(query, tokens.key, tokens.value)
         first = [x.unsqueeze(2).expand(-1, -1, count, -1, -1) for x in chosen]
-        keys, values = [first[0], *keys], [first[1], *values]
-    scores = rows @ torch.cat(keys, 3).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        key_parts, value_parts = [first[0], *key_parts], [first[1], *value_parts]
+    scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    scores = rows @ torch.cat(key_parts, 3).mT * scaling
     hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
-    out = (scores + hidden.unsqueeze(1)).softmax(-1) @ torch.cat(values, 3)  # [B, H, N, block, D]
+    out = (scores + hidden.unsqueeze(1)).softmax(-1) @ torch.cat(value_parts, 3)  # [B, H, N, block, D]
     return section(out.flatten(2, 3), 2, 0, length)
 
 
@@ -317,22 +291,23 @@ def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
     return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
 
 
-def _cut(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, band: _Band, seen: int) -> _Blocks:
-    """The blocks of queries with the keys that each may see, given the last keys of `seen`."""
-    length, kept = query.shape[2], key.shape[2]
+def _cut(query: Tensor, keys: _Keys, band: _Band) -> _Blocks:
+    """The blocks of queries with the keys that each may see."""
+    key, value, visible, _, seen = keys
+    length, width = query.shape[2], key.shape[2]
     if length == 1 or (not torch.compiler.is_exporting() and length <= band.block):
         position = torch.arange(seen - length, seen, device=query.device).unsqueeze(0)
-        return _Blocks(query, key, value, visible.unsqueeze(1), position, kept - length, 0)
-    count = count_blocks(kept, band.block) + spare_block()
+        return _Blocks(query, key, value, visible.unsqueeze(1), position, width - length, 0)
+    count = count_blocks(width, band.block) + spare_block()
     filled = count * band.block
-    # Queries at every kept position, so that query and key blocks line up; `lead` says how many to cut off.
-    rows = F.pad(query, (0, 0, kept - length, filled - kept))
+    # Queries at the position of every key, so that query and key blocks line up; `lead` says how many to cut off.
+    rows = F.pad(query, (0, 0, width - length, filled - width))
     rows = rows.unflatten(2, (count, band.block)).transpose(1, 2).flatten(0, 1)
     span = band.left + band.block + band.right
-    visible = F.pad(visible, (band.left, filled - kept + band.right)).unfold(1, span, band.block)
-    position = torch.arange(seen - kept, seen - kept + filled, device=query.device).unflatten(0, (count, band.block))
+    visible = F.pad(visible, (band.left, filled - width + band.right)).unfold(1, span, band.block)
+    position = torch.arange(seen - width, seen - width + filled, device=query.device).unflatten(0, (count, band.block))
     key, value = _windows(key, filled, band), _windows(value, filled, band)
-    return _Blocks(rows, key, value, visible, position, band.left, kept - length)
+    return _Blocks(rows, key, value, visible, position, band.left, width - length)
 
 
 def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:
@@ -369,13 +344,11 @@ def _allowed(
     return torch.cat([seen_by.expand(*allowed.shape[:3], -1), allowed], -1)
 
 
-def _mask(
-    blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, causal: bool, bias: Tensor | None, seen: int
-) -> Tensor:
+def _mask(blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, options: Options, seen: int) -> Tensor:
     """What the blocks' queries may see: bool [B*N,1,block,keys], or scores [B*N,H,block,keys] with a bias."""
     batch = blocks.query.shape[0] // blocks.visible.shape[1]
-    block, span = blocks.query.shape[2], blocks.key.shape[2]
-    allowed = _allowed(blocks.visible, blocks.position, band, blocks.before, tokens, causal, batch)
+    block, span, bias = blocks.query.shape[2], blocks.key.shape[2], options.bias
+    allowed = _allowed(blocks.visible, blocks.position, band, blocks.before, tokens, options.causal, batch)
     allowed = allowed.flatten(0, 1).unsqueeze(1)
     if bias is None:
         return allowed

@@ -27,8 +27,9 @@ from ..config import AttentionConfig
 from ..engines.feature_maps import FEATURE_MAPS, FeatureMapAttention, MapWeights, check_map
 from ..engines.near_far import NearAndFar, common_scale, cut_queries, lay_out, make_masks
 from ..engines.parts import check_positions, check_shapes, check_window, full_attention, section, zero_padding
+from ..engines.sums import add_to_sums, drop_keys, fill_up, group_heads, inverse_of, to_sum, without_autocast
 from ..variant import HeadShape, State
-from .linear import add_to_sums, drop_keys, features, fill_up, group_heads, inverse_of, to_sum, without_autocast
+from .linear import features
 
 
 class LocalLinearAttention(FeatureMapAttention):
@@ -60,6 +61,15 @@ class LocalLinearAttention(FeatureMapAttention):
         features, making = self.feature_macs()
         reach = self.config.window if causal else 2 * self.config.window + 1
         return making + 2 * min(length, reach) * self.shape.dim + 2 * features * (self.shape.dim + 1)
+
+
+class _Far(NamedTuple):
+    """What the weights beyond the window are made of, and the scaling of all; see `local_linear_attention`."""
+
+    feature_map: str
+    map_weights: MapWeights | None
+    log_mix: Tensor | None
+    scaling: float | None
 
 
 class _Inputs(NamedTuple):
@@ -108,7 +118,8 @@ def local_linear_attention(
         ConfigError: an unknown feature map, weights or a mix that do not fit, or a window below 1.
         UnsupportedModelError: bidirectional with T != S (cross attention), or shapes that do not fit together.
     """
-    _check(query, key, value, key_mask, window, log_mix, feature_map, map_weights)
+    far = _Far(feature_map, map_weights, log_mix, scaling)
+    _check(query, key, value, key_mask, window, far)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
     # With gradients, learned parts must take part, be it with gradients of 0.
@@ -116,7 +127,7 @@ def local_linear_attention(
         return full_attention(query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout)
     key, value = zero_padding(key, value, key_mask)
     with without_autocast(query.device.type):
-        inputs = _prepare(query, key, value, key_mask, feature_map, map_weights, log_mix, scaling, seen)
+        inputs = _prepare(query, key, value, key_mask, far, seen)
         if dropout:
             inputs = inputs._replace(value=drop_keys(inputs.value, dropout))
         if not torch.compiler.is_exporting():  # an exported program keeps one window for all lengths
@@ -145,22 +156,22 @@ def local_linear_decode(
     Returns:
         [B, H, T, Dv] in the dtype of query, and the state after the new tokens.
     """
-    _check(query, key, value, key_mask, window, log_mix, feature_map, map_weights)
+    far = _Far(feature_map, map_weights, log_mix, scaling)
+    _check(query, key, value, key_mask, window, far)
     mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
     key, value = zero_padding(key, value, key_mask)
     sums = None
     if state is not None:
-        sums, *kept = state
-        key, value = torch.cat([kept[0], key], 2), torch.cat([kept[1], value], 2)
-        mask = torch.cat([kept[2], mask], 1)
+        sums, old_key, old_value, old_mask = state
+        key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+        mask = torch.cat([old_mask, mask], 1)
     leaving = max(key.shape[2] - (window - 1), 0)  # keys that the next token does not see
-    options = feature_map, map_weights, log_mix, scaling
     with without_autocast(query.device.type):
         if sums is not None and query.shape[2] == 1:
-            inputs = _prepare(query, key, value, mask, *options, mapped=leaving)
+            inputs = _prepare(query, key, value, mask, far, leaving)
             out = _one_token(inputs, sums)
         else:
-            inputs = _prepare(query, key, value, mask, *options, mapped=key.shape[2])
+            inputs = _prepare(query, key, value, mask, far, key.shape[2])
             out = _near_and_far(inputs, min(window, key.shape[2]), True, sums)
         if leaving or sums is None:
             sums = add_to_sums(sums, inputs.phi_key[:, :, :leaving], inputs.value[:, :, :leaving])
@@ -181,43 +192,24 @@ def _one_token(inputs: _Inputs, sums: Tensor) -> Tensor:
     return out.flatten(1, 2).unsqueeze(2)
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    window: int,
-    log_mix: Tensor | None,
-    feature_map: str,
-    map_weights: MapWeights | None,
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, window: int, far: _Far) -> None:
     check_window(window)
-    check_map(feature_map, map_weights, query, key)
+    check_map(far.feature_map, far.map_weights, query, key)
     check_shapes(query, key, value, key_mask, None)
-    if log_mix is not None and tuple(log_mix.shape) != (query.shape[1],):
-        raise ConfigError(f"log_mix must be [heads = {query.shape[1]}], got {tuple(log_mix.shape)}.")
+    if far.log_mix is not None and tuple(far.log_mix.shape) != (query.shape[1],):
+        raise ConfigError(f"log_mix must be [heads = {query.shape[1]}], got {tuple(far.log_mix.shape)}.")
 
 
-def _prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    feature_map: str,
-    map_weights: MapWeights | None,
-    log_mix: Tensor | None,
-    scaling: float | None,
-    mapped: int,
-) -> _Inputs:
+def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, far: _Far, mapped: int) -> _Inputs:
     """phi is made of the first `mapped` keys alone."""
     query, key, value = to_sum(query, key, value)
-    phi = FEATURE_MAPS[feature_map]
+    phi = FEATURE_MAPS[far.feature_map]
     absolute = phi._replace(of_query=phi.phi)  # beside exp(q . k) it is not only ratios that count
     mapped_mask = None if key_mask is None else key_mask[:, :mapped]
-    phi_query, phi_key = features(query, key[:, :, :mapped], mapped_mask, absolute, map_weights, scaling)
-    mix = query.new_ones(query.shape[1]) if log_mix is None else log_mix.to(query.dtype).exp()
+    phi_query, phi_key = features(query, key[:, :, :mapped], mapped_mask, absolute, far.map_weights, far.scaling)
+    mix = query.new_ones(query.shape[1]) if far.log_mix is None else far.log_mix.to(query.dtype).exp()
     real = key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if far.scaling is None else far.scaling
     return _Inputs(query, key, value, phi_query, phi_key, mix, real, scaling)
 
 
@@ -226,18 +218,18 @@ def _near_and_far(inputs: _Inputs, window: int, causal: bool, sums: Tensor | Non
     length, seen = inputs.query.shape[2], inputs.key.shape[2]
     kv_heads, groups = inputs.key.shape[1], inputs.query.shape[1] // inputs.key.shape[1]
     layout = lay_out(length, seen, window, causal, inputs.scaling)
-    first = seen - length - layout.kept  # the keys before it are out of every window
+    first = seen - length - layout.before  # the keys before it are out of every window
     if first:
         sums = add_to_sums(sums, inputs.phi_key[:, :, :first], inputs.value[:, :, :first])
     values = F.pad(inputs.value, (0, 1), value=1.0)
     if sums is None:
         sums = values.new_zeros(*values.shape[:2], inputs.phi_key.shape[-1], values.shape[-1])
-    lead, fill = layout.left * layout.size - layout.kept, layout.blocks * layout.size - length
+    lead, fill = layout.left * layout.size - layout.before, layout.blocks * layout.size - length
     trail = fill + layout.right * layout.size
     query, phi_query = (cut_queries(x, fill, layout, kv_heads) for x in (inputs.query, inputs.phi_query))
     key, value, phi_key = (fill_up(x[:, :, first:], lead, trail) for x in (inputs.key, values, inputs.phi_key))
     mix = inputs.mix.view(kv_heads, 1, groups, 1).expand(-1, -1, -1, layout.size).flatten(2).unsqueeze(-1)
     masks = make_masks(F.pad(inputs.real[:, first:], (lead, trail)), layout, window, causal, query.dtype)
-    out = NearAndFar.apply(query, phi_query, mix, key, value, phi_key, sums, *masks, layout)  # [B, K, N, G * size, Dv]
+    out = NearAndFar.apply(layout, *masks, query, phi_query, mix, key, value, phi_key, sums)  # [B, K, N, G * size, Dv]
     out = out.unflatten(3, (groups, layout.size)).transpose(2, 3)
     return section(out.flatten(3, 4).flatten(1, 2), 2, 0, length)

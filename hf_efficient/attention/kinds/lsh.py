@@ -27,9 +27,18 @@ from transformers import initialization as init
 from ...errors import ConfigError, UnsupportedModelError
 from ..config import AttentionConfig
 from ..engines.bucketed import BucketOrder, bucketed_attention, by_kv_head, excess, in_parts
-from ..engines.parts import check_positions, check_shapes, full_attention, match_heads, sdpa, toeplitz, zero_padding
+from ..engines.parts import (
+    Options,
+    check_positions,
+    check_shapes,
+    full_attention,
+    match_heads,
+    sdpa,
+    toeplitz,
+    zero_padding,
+)
+from ..engines.sums import without_autocast
 from ..variant import AttentionVariant, HeadShape
-from .linear import without_autocast
 
 DENSE = 512 * 512  # up to so many pairs of a head, a dense mask is faster than blocks
 PROJECTIONS = 1 << 18  # at a time on a CPU, so that they stay in its cache
@@ -96,6 +105,7 @@ def lsh_attention(
     if block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {block_size!r}.")
     check_shapes(query, key, value, key_mask, bias)
+    options = Options(causal, scaling, dropout, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
     if rotations.dim() != 3 or rotations.shape[1] != query.shape[-1]:
@@ -111,11 +121,11 @@ def lsh_attention(
             )
         key, value = zero_padding(key, value, key_mask)
         order = _bucket_order(query.detach(), key.detach(), key_mask, rotations, block_size, causal)
-        own = _own_key(order, query, key, key_mask)
+        own_key = _own_key(order, query, key, key_mask)
         if length == 1 or (not exporting and length * seen <= DENSE):
-            return _dense(query, key, value, order, own, bias, scaling, dropout)
+            return _dense(query, key, value, order, own_key, options)
         reach = block_size if causal else 2 * block_size
-        return bucketed_attention(query, key, value, order, own, reach, bias=bias, scaling=scaling, dropout=dropout)
+        return bucketed_attention(query, key, value, order, own_key, reach, options)
 
 
 def hash_buckets(x: Tensor, rotations: Tensor) -> Tensor:
@@ -174,10 +184,10 @@ def _own_key(order: BucketOrder, query: Tensor, key: Tensor, key_mask: Tensor | 
     length, seen = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     rank = order.rank[..., seen - length :].repeat(1, 1, groups)
-    own = ~((order.low <= rank) & (rank < order.high)).any(0)
+    own_key = ~((order.low <= rank) & (rank < order.high)).any(0)
     if key_mask is None:
-        return own
-    return own & key_mask[:, None, seen - length :].expand(-1, key.shape[1], -1).flatten(0, 1).repeat(1, groups)
+        return own_key
+    return own_key & key_mask[:, None, seen - length :].expand(-1, key.shape[1], -1).flatten(0, 1).repeat(1, groups)
 
 
 def _dense(
@@ -185,20 +195,18 @@ def _dense(
     key: Tensor,
     value: Tensor,
     order: BucketOrder,
-    own: Tensor,
-    bias: Tensor | None,
-    scaling: float | None,
-    dropout: float,
+    own_key: Tensor,
+    options: Options,
 ) -> Tensor:
     """[B,H,T,Dv] by a mask over all pairs: for short sequences, and for one new token."""
     length, seen = query.shape[2], key.shape[2]
     allowed = excess(order.rank, order.low, order.high, torch.float32).amin(0) <= 0  # [N, M, S]
     allowed = allowed.view(*query.shape[:3], seen)
     diagonal = torch.eye(length, dtype=torch.bool, device=query.device)
-    own = own.view(*query.shape[:3], 1) & diagonal
-    allowed = allowed | F.pad(own, (seen - length, 0))
+    own_key = own_key.view(*query.shape[:3], 1) & diagonal
+    allowed = allowed | F.pad(own_key, (seen - length, 0))
     key, value = match_heads(query, key, value)
-    if bias is not None:
-        scores = toeplitz(bias, length, seen).to(query.dtype)
+    if options.bias is not None:
+        scores = toeplitz(options.bias, length, seen).to(query.dtype)
         allowed = scores.masked_fill(~allowed, float("-inf"))
-    return sdpa(query, key, value, allowed, scaling=scaling, dropout=dropout)
+    return sdpa(query, key, value, allowed, scaling=options.scaling, dropout=options.dropout)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..engines.blocks import (
     Layout,
-    Options,
     block_attention,
     check_blocks,
     dense_attention,
@@ -30,7 +29,7 @@ from ..engines.blocks import (
     lay_out,
     sees_all,
 )
-from ..engines.parts import check_positions, check_shapes
+from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
 from ..variant import AttentionVariant
 
@@ -83,23 +82,23 @@ def strided_attention(
     seen = key.shape[2]
     check_positions(query.shape[2], seen, causal)
     key_mask = known_mask(key_mask)
-    options = Options(global_tokens, causal, scaling, dropout)
+    options = Options(causal, scaling, dropout, bias, global_tokens)
     if sees_all(seen, block_size, num_blocks + 1, global_tokens):
-        return dense_attention(query, key, value, key_mask, options, bias)
+        return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)
     chosen = _spread(layout, num_blocks, causal, seen)
-    return block_attention(query, key, value, key_mask, layout, chosen, options, bias)
+    return block_attention(query, key, value, key_mask, layout, chosen, options)
 
 
 def _spread(layout: Layout, num_blocks: int, causal: bool, missing: int) -> Tensor:
     """[B or 1, N, 1, 1 + num_blocks]: the blocks that each query block sees, its own first; `missing` where it has
     fewer."""
-    own = layout.own.unsqueeze(-1)  # [B or 1, N, 1]
+    own_block = layout.own_block.unsqueeze(-1)  # [B or 1, N, 1]
     total = count_blocks(layout.count.unsqueeze(-1), layout.block)
-    others = own if causal else (total - 1).clamp(min=0)
+    others = own_block if causal else (total - 1).clamp(min=0)
     used = others.clamp(max=num_blocks)
-    number = torch.arange(num_blocks, device=own.device)
+    number = torch.arange(num_blocks, device=own_block.device)
     back = 1 + number * (others - 1) // (used - 1).clamp(min=1)
-    block = own - back if causal else (own - back) % total.clamp(min=1)
+    block = own_block - back if causal else (own_block - back) % total.clamp(min=1)
     block = torch.where(number < used, block, missing)
-    return torch.cat([own, block.expand(*own.shape[:2], -1)], -1).unsqueeze(2)
+    return torch.cat([own_block, block.expand(*own_block.shape[:2], -1)], -1).unsqueeze(2)

@@ -24,7 +24,6 @@ from torch import Tensor
 from ...errors import UnsupportedModelError
 from ..engines.blocks import (
     Layout,
-    Options,
     block_attention,
     check_blocks,
     dense_attention,
@@ -33,10 +32,10 @@ from ..engines.blocks import (
     sees_all,
 )
 from ..engines.gathered import is_by_token, take
-from ..engines.parts import check_positions, check_shapes
+from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
+from ..engines.sums import without_autocast
 from ..variant import AttentionVariant, State
-from .linear import without_autocast
 
 
 class TopkAttention(AttentionVariant):
@@ -105,15 +104,15 @@ def topk_attention(
     seen = key.shape[2]
     _check_whole(query.shape[2], seen, causal)
     key_mask = known_mask(key_mask)
-    options = Options(global_tokens, causal, scaling, dropout)
+    options = Options(causal, scaling, dropout, global_tokens=global_tokens)
     if sees_all(seen, block_size, top_k, global_tokens):
         return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)
     with torch.no_grad(), without_autocast(query.device.type):
         blocks, owner = layout.rank.shape[1], _owners(key, key_mask, block_size)
         sums = _sums(key, owner, blocks)
-        asking = _first_queries(query, layout) if causal else _sums(query, owner, blocks)
-    chosen = _choose(asking, sums, layout, top_k, causal, seen)
+        probes = _first_queries(query, layout) if causal else _sums(query, owner, blocks)
+    chosen = _choose(probes, sums, layout, top_k, causal, seen)
     return block_attention(query, key, value, key_mask, layout, chosen, options)
 
 
@@ -151,7 +150,7 @@ def topk_decode(
     mask = torch.cat([before.mask, real], 1)
     whole_key, whole_value = torch.cat([before.key, key], 2), torch.cat([before.value, value], 2)
     seen, known = mask.shape[1], known_mask(mask)
-    layout, options = lay_out(query, whole_key, known, block_size), Options(global_tokens, True, scaling)
+    layout, options = lay_out(query, whole_key, known, block_size), Options(True, scaling, global_tokens=global_tokens)
     with torch.no_grad(), without_autocast(query.device.type):
         owner = _owners(key, real, block_size, before.mask.sum(-1, keepdim=True))
         blocks = count_blocks(seen, block_size)
@@ -162,7 +161,7 @@ def topk_decode(
     else:
         chosen = _choose(first, sums, layout, top_k, True, seen)
         out = block_attention(query, whole_key, whole_value, known, layout, chosen, options)
-    last = ((layout.count - 1) // block_size - layout.own[:, :1]).clamp(min=0)[:, None, :, None]
+    last = ((layout.count - 1) // block_size - layout.own_block[:, :1]).clamp(min=0)[:, None, :, None]
     first = first.gather(2, last.expand(*first.shape[:2], -1, first.shape[-1])).squeeze(2)
     return out, (whole_key, whole_value, mask, sums, first)
 
@@ -192,46 +191,46 @@ def _sums(x: Tensor, owner: Tensor, blocks: int) -> Tensor:
     return sums.unflatten(0, (batch, heads, blocks + 1))[:, :, 1:]
 
 
-def _first_queries(query: Tensor, layout: Layout, begun: Tensor | None = None) -> Tensor:
-    """[B,H,N,D]: the first query of each block; `begun` [B,H,D] that of a block which began before these queries."""
+def _first_queries(query: Tensor, layout: Layout, before: Tensor | None = None) -> Tensor:
+    """[B,H,N,D]: the first query of each block; `before` [B,H,D] that of a block which began earlier."""
     blocks, size = layout.rank.shape[1:]
     if layout.source is None:
         index = (torch.arange(blocks, device=query.device) * size).clamp(max=query.shape[2] - 1).unsqueeze(0)
     else:
         index = layout.source.unflatten(1, (blocks, size))[..., 0]
     first = take(query, index)
-    if begun is None:
+    if before is None:
         return first
     is_new = layout.rank[..., 0] % layout.block == 0
     if layout.filled is not None:
         is_new = is_new & layout.filled[..., 0]
-    return torch.where(is_new[:, None, :, None], first, begun.unsqueeze(2))
+    return torch.where(is_new[:, None, :, None], first, before.unsqueeze(2))
 
 
-def _choose(asking: Tensor, sums: Tensor, layout: Layout, top_k: int, causal: bool, missing: int) -> Tensor:
+def _choose(probes: Tensor, sums: Tensor, layout: Layout, top_k: int, causal: bool, missing: int) -> Tensor:
     """[B,N,H,top_k]: each block's own number, then the best others; `missing` where there are fewer.
 
-    asking [B,H,N,D], at any scale; sums [B,K,M,D].
+    probes [B,H,N,D]: what the blocks choose by, at any scale; sums [B,K,M,D].
     """
     with torch.no_grad(), without_autocast(sums.device.type):
-        ranked = _rank(asking, sums, layout, causal)
+        ranked = _rank(probes, sums, layout, causal)
     if torch.compiler.is_exporting():  # an exported program may meet fewer blocks
         ranked = F.pad(ranked, (0, top_k - 1), value=float("-inf"))
     best = ranked.topk(top_k - 1)
     others = torch.where(best.values == float("-inf"), missing, best.indices)
-    own = layout.own[:, None, :, None].expand(*others.shape[:3], -1)
-    return torch.cat([own, others], -1).transpose(1, 2)
+    own_block = layout.own_block[:, None, :, None].expand(*others.shape[:3], -1)
+    return torch.cat([own_block, others], -1).transpose(1, 2)
 
 
-def _rank(asking: Tensor, sums: Tensor, layout: Layout, causal: bool) -> Tensor:
+def _rank(probes: Tensor, sums: Tensor, layout: Layout, causal: bool) -> Tensor:
     """[B,H,N,M]: how well key block M fits; -inf where it is the own one, has no tokens or, causal, is a later one."""
-    block, own = layout.block, layout.own.unsqueeze(-1)  # [B or 1, N, 1]
+    block, own_block = layout.block, layout.own_block.unsqueeze(-1)  # [B or 1, N, 1]
     number = torch.arange(sums.shape[2], device=sums.device)
     tokens = (layout.count - number * block).clamp(1, block)  # [B or 1, M]
     means = sums / tokens[:, None, :, None]
-    grouped = asking.to(sums.dtype).unflatten(1, (sums.shape[1], -1))  # [B, K, H/K, N, D]
+    grouped = probes.to(sums.dtype).unflatten(1, (sums.shape[1], -1))  # [B, K, H/K, N, D]
     scores = (grouped @ means.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
-    candidate = number < own if causal else (number * block < layout.count.unsqueeze(-1)) & (number != own)
+    candidate = number < own_block if causal else (number * block < layout.count.unsqueeze(-1)) & (number != own_block)
     return _distinct(scores).masked_fill_(~candidate.unsqueeze(1), float("-inf"))
 
 

@@ -25,7 +25,6 @@ from ...io.text import show
 from ...measurement.quality import evaluate_quality
 from ...models.loading import load_model, load_processor
 from ...pruning.config import PruningConfig
-from ...pruning.cut.groups import find_groups
 from ...pruning.price.forecast import plan_table
 from ...pruning.prune import described, search
 from ...pruning.search import Search
@@ -109,10 +108,10 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     first = search(model, script.config(script.ratios[0]), _batches(script, data))
     searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
     rows = [_row(script, 0.0, 0.0, model, data)]
-    for ratio, own in zip(script.ratios, searches, strict=True):
-        found = described(model, own.plan(), own.config, own.length, own.costs)
-        small = own.cutter.cut(found)
-        rows.append(_row(script, ratio, found.forecast.removed_macs, small, data))
+    for ratio, one in zip(script.ratios, searches, strict=True):
+        plan = described(one)
+        small = one.cutter.cut(plan).model
+        rows.append(_row(script, ratio, plan.forecast.removed_macs, small, data))
         show(f"ratio {ratio}: {rows[-1]['metric']} {rows[-1]['score']:.4f}, dense {rows[0]['score']:.4f}")
     with new_folder(folder) as target:
         if script.ratio is None:
@@ -120,18 +119,18 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
             plot_sweep(rows, target / PICTURE)
             _plot_importance(first, target / IMPORTANCE)
         else:
-            show(plan_table(found))
+            show(plan_table(plan))
             small.save_pretrained(target)
-            found.save(target / PLAN)
+            plan.save(target / PLAN)
             if processor is not None:
                 processor.save_pretrained(target)
     return rows
 
 
-def _plot_importance(found: Search, path: Path) -> None:
-    groups = [group for group in find_groups(found.model) if group.kind in found.config.unit_kinds]
+def _plot_importance(search: Search, path: Path) -> None:
+    groups = [group for group in search.dense.groups if group.kind in search.config.unit_kinds]
     if groups:
-        plot_importance(found.scores(found.model, groups)[0], path)
+        plot_importance(search.scores(search.dense.model, groups)[0], path)
 
 
 def _data(script: ScriptArguments, processor: Any) -> PreparedData:

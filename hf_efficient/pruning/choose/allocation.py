@@ -10,12 +10,11 @@ from itertools import pairwise
 from math import inf
 
 import torch
-from transformers import PreTrainedModel
 
 from ...errors import ConfigError
-from ...models.families import family_of
+from ...models.anatomy import Anatomy
+from ...models.groups import Group
 from ..config import PruningConfig
-from ..cut.groups import Group
 from ..methods import UNIT_KINDS
 from ..score.units import Scores
 
@@ -28,16 +27,16 @@ TINY = 1e-9  # what a chunk saves at least, so that a price can be divided by it
 
 
 def allocate(
-    model: PreTrainedModel, scores: Scores, config: PruningConfig, cost: Cost, remove: float
+    anatomy: Anatomy, scores: Scores, config: PruningConfig, cost: Cost, remove: float
 ) -> dict[Group, tuple[int, ...]]:
     """Spend the budget over the scored groups, globally or uniformly."""
     if config.allocation == "global":
         return allocate_global(scores, cost, remove, config.round_to)
-    return allocate_uniform(scores, cost, remove, config.round_to, heads_divide=_divided_by_heads(model))
+    return allocate_uniform(scores, cost, remove, config.round_to, heads_divide=_divided_by_heads(anatomy))
 
 
 def allocate_alike(
-    model: PreTrainedModel, groups: Iterable[Group], config: PruningConfig, cost: Cost, remove: float
+    anatomy: Anatomy, groups: Iterable[Group], config: PruningConfig, cost: Cost, remove: float
 ) -> dict[Group, tuple[int, ...]]:
     """As many units from every layer, where there are no scores: what a uniform allocation gives, and about as much of
     the model as a global one.
@@ -46,7 +45,7 @@ def allocate_alike(
         ConfigError: what `config` allows is not enough.
     """
     equal = {group: torch.ones(group.units) * cost(group, 1) for group in groups}
-    divide = _divided_by_heads(model) if config.allocation == "uniform" else None
+    divide = _divided_by_heads(anatomy) if config.allocation == "uniform" else None
     try:
         return allocate_uniform(equal, cost, remove, config.round_to, heads_divide=divide)
     except ConfigError:
@@ -55,11 +54,10 @@ def allocate_alike(
         return allocate_global(equal, cost, remove, config.round_to)  # layers of sizes that no number fits
 
 
-def _divided_by_heads(model: PreTrainedModel) -> int | None:
+def _divided_by_heads(anatomy: Anatomy) -> int | None:
     """What the number of heads must divide, if anything, for a stock config to say it."""
-    family = family_of(model.config)
-    stack = family.stacks[0]
-    return stack.width(model.config) // stack.group_size(model.config) if family.heads_divide_hidden else None
+    stack = anatomy.stacks[0]
+    return stack.width // stack.group_size if anatomy.family.heads_divide_hidden else None
 
 
 def allocate_global(scores: Scores, cost: Cost, remove: float, round_to: int) -> dict[Group, tuple]:

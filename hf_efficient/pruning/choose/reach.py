@@ -1,11 +1,8 @@
 """Can this ratio be reached at all? Answered from shapes alone, before any data is read or any weight is touched."""
 
-from transformers import PreTrainedModel
-
 from ...errors import ConfigError
-from ...models.families import family_of
+from ...models.anatomy import Anatomy
 from ..config import PruningConfig
-from ..cut.groups import find_groups
 from ..plan import PruningPlan
 from ..price.costs import Costs
 from .allocation import allocate_alike, choose_layers, fewest
@@ -14,38 +11,37 @@ from .sparsity import check_structure
 NEAR = 0.9  # of what prices say can be reached: from there on it is measured
 
 
-def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs) -> None:
+def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> None:
     """Compare the budget with the least that must stay: one head in each attention, `round_to` neurons in each FFN.
 
-    Any fraction of the weights can become zero, but their pattern has to fit. `model` may be on the meta device.
+    Any fraction of the weights can become zero, but their pattern has to fit. The model may be on the meta device.
 
     Raises:
         ConfigError: the ratio is too high (the message names the highest that can be reached), or a pattern of zeros
             does not fit.
     """
     if "weight" in config.granularity:
-        check_structure(model, config)
+        check_structure(anatomy, config)
         rest = config.without_weights()
         if rest is not None:
-            check_reachable(model, rest, costs)
+            check_reachable(anatomy, rest, costs)
         return
-    groups = find_groups(model)
+    groups = [group for group in anatomy.groups if group.kind in config.unit_kinds]
     whole = costs.layers
     least: dict[tuple[str, int], float] = dict(whole)
     for group in groups:
-        if group.kind in config.unit_kinds:
-            removable = costs.of(group, group.units) - costs.of(group, fewest(group, config))
-            for layer in group.layers:
-                least[group.stack, layer] -= removable / len(group.layers)
+        removable = costs.of(group, group.units) - costs.of(group, fewest(group, config))
+        for layer in group.layers:
+            least[group.stack, layer] -= removable / len(group.layers)
     kept: dict[str, tuple[int, ...]] = {}
     if "layer" in config.granularity:
-        share, family = config.layer_share if config.unit_kinds else 1.0, family_of(model.config)
+        share, family = config.layer_share if config.unit_kinds else 1.0, anatomy.family
         kept = choose_layers(whole, whole, share * costs.total, False, family.deepest, family.first_stays)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
     outside = costs.total - sum(whole.values())  # of a measured latency: embeddings and head
     highest = 1 - (sum(least.values()) + outside) / costs.total
     if costs.measure is not None and config.ratio > NEAR * highest:
-        units = {g.name: tuple(range(fewest(g, config))) for g in groups if g.kind in config.unit_kinds}
+        units = {g.name: tuple(range(fewest(g, config))) for g in groups}
         highest = 1 - costs.measure(PruningPlan(layers=kept, units=units)) / costs.total
     if config.ratio > highest and costs.measure is not None:
         raise ConfigError(
@@ -63,9 +59,8 @@ def check_reachable(model: PreTrainedModel, config: PruningConfig, costs: Costs)
             "`round_to`, or add to `granularity`."
         )
     if config.allocation == "uniform" and config.unit_kinds and costs.measure is None and not kept:
-        units_of = [group for group in groups if group.kind in config.unit_kinds]
         try:
-            allocate_alike(model, units_of, config, costs.of, config.ratio * costs.total)
+            allocate_alike(anatomy, groups, config, costs.of, config.ratio * costs.total)
         except ConfigError as error:
             raise ConfigError(
                 f"ratio={config.ratio} cannot be reached with allocation='uniform', granularity="

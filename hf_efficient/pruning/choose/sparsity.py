@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ...errors import ConfigError
+from ...models.anatomy import Anatomy
 from ..config import PruningConfig
 from ..cut.linears import Linear, find_linears, matrix
 
@@ -51,14 +51,14 @@ def choose_masks(
     return masks
 
 
-def check_structure(model: PreTrainedModel, config: PruningConfig) -> None:
-    """Every matrix must consist of whole groups of m inputs; `model` may be on the meta device.
+def check_structure(anatomy: Anatomy, config: PruningConfig) -> None:
+    """Every matrix must consist of whole groups of m inputs; the model may be on the meta device.
 
     Raises:
         ConfigError: one does not.
     """
-    for linear in find_linears(model) if config.structure else ():
-        inputs = matrix(model, linear).shape[1]
+    for linear in find_linears(anatomy) if config.structure else ():
+        inputs = matrix(anatomy.model, linear).shape[1]
         if inputs % config.structure[1]:
             raise ConfigError(
                 f"mask_structure={config.mask_structure!r} needs matrices whose inputs are a multiple of "

@@ -1,6 +1,6 @@
 """The weights that can become zero: the linears of the attentions and FFNs of all layers, in every family we know.
 
-    for linear in find_linears(model):
+    for linear in find_linears(Anatomy.of(model)):
         print(linear.name, matrix(model, linear).shape)     # [out, in], for GPT-2's Conv1D too
     zeros, total = count_zeros(model)
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...models.families import Attention, family_of, find_stacks, layers_prefix
+from ...models.anatomy import Anatomy
 
 # What a linear reads: tokens of one of these, or of nothing that can be padded.
 MAIN, DECODER, ENCODER_STATES, UNPADDED = "main", "decoder", "encoder states", "unpadded"
@@ -29,29 +29,22 @@ class Linear:
     reads: str
 
 
-def find_linears(model: PreTrainedModel) -> list[Linear]:
-    """All linears, stack by stack and layer by layer; a fused one once.
-
-    Raises:
-        UnsupportedModelError: the family is not in the table.
-    """
-    family, found = family_of(model.config), []
-    two_stacks = model.config.is_encoder_decoder
-    for stack, layers in find_stacks(model, family):
+def find_linears(anatomy: Anatomy) -> list[Linear]:
+    """All linears, stack by stack and layer by layer; a fused one once."""
+    linears: list[Linear] = []
+    two_stacks = anatomy.config.is_encoder_decoder
+    for stack in anatomy.stacks:
         own = DECODER if two_stacks and stack.name == "decoder" else UNPADDED if stack.name == "vision" else MAIN
         other = MAIN if two_stacks else ENCODER_STATES
         reads: dict[str, str] = {}
-        for kind, attention in stack.attentions(model.config).items():
-            reads |= _attention_reads(attention, own, other if kind == "cross_heads" else own)
-        reads |= dict.fromkeys((*family.up(stack, model.config), family.down(stack, model.config)), own)
-        prefix = layers_prefix(model, layers)
-        for place in (f"{prefix}.{index}" for index in range(len(layers))):
-            found += [Linear(f"{place}.{path}", place, whose) for path, whose in reads.items()]
-    return found
-
-
-def _attention_reads(attention: Attention, own: str, other: str) -> dict[str, str]:
-    return {attention.query: own, attention.key: other, attention.value: other, attention.output: own}
+        for kind, attention in stack.attentions.items():
+            # Cross attention makes its keys and values of what the encoder gives.
+            read = other if kind == "cross_heads" else own
+            reads |= {attention.query: own, attention.key: read, attention.value: read, attention.output: own}
+        reads |= dict.fromkeys((*stack.up, stack.down), own)
+        for place in map(stack.layer_prefix, range(len(stack.layers))):
+            linears += [Linear(f"{place}.{path}", place, whose) for path, whose in reads.items()]
+    return linears
 
 
 def module_of(model: PreTrainedModel, linear: Linear) -> nn.Module:
@@ -74,5 +67,5 @@ def matrix(model: PreTrainedModel, linear: Linear) -> Tensor:
 
 def count_zeros(model: PreTrainedModel) -> tuple[int, int]:
     """(zeros, all) of the weights of the linears."""
-    weights = [matrix(model, linear) for linear in find_linears(model)]
+    weights = [matrix(model, linear) for linear in find_linears(Anatomy.of(model))]
     return sum(w.numel() - int(torch.count_nonzero(w)) for w in weights), sum(w.numel() for w in weights)

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ...errors import ConfigError, DataError, UnsupportedModelError
-from ...models.classes import block_of, with_block
+from ...models.anatomy import Anatomy
+from ...models.classes import with_block
 from ...models.families import Family, family_of
 from ...models.rebuild import check_model, rebuild
 from .tokenizer import attempts, check_tokenizer, complete, read_spec, trim_tokenizer
@@ -145,7 +146,8 @@ def trim_embeddings(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedMo
         ConfigError: an id that the model does not have, or one missing that its config names.
         UnsupportedModelError: a model without a vocabulary, or with one for each side.
     """
-    rows, family = _rows(check_model(model)), family_of(model.config)
+    anatomy = Anatomy.of(check_model(model))
+    rows, family = _rows(model), anatomy.family
     axes = _vocabulary_axes(model)
     ids = _check_ids(kept, rows, "kept")
     number = {old: new for new, old in enumerate(ids)}
@@ -161,7 +163,7 @@ def trim_embeddings(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedMo
         state[key] = state[key].index_select(axis, torch.tensor(ids, device=state[key].device))
     own = _own_fields(model.config)
     fields = _renumbered(own, number, rows) | {name: len(ids) for name in _SIZES if name in own}
-    if _reads_highest_id(model.config):
+    if _reads_highest_id(family, own):
         del fields["eos_token_id"]
     elif family.model_type.startswith("clip") and fields["eos_token_id"] == 2:
         raise ConfigError(
@@ -172,7 +174,7 @@ def trim_embeddings(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedMo
         fields |= _move_positions(state, model, family, own["pad_token_id"] - fields["pad_token_id"])
     if own.keys() != model.config.to_dict().keys():
         fields = {"text_config": own | fields}
-    small = rebuild(model, with_block(model.config, block_of(model.config), **fields), state)
+    small = rebuild(model, with_block(model.config, anatomy.block, **fields), state)
     if model.can_generate():
         for name, value in _renumbered(model.generation_config.to_dict(), number, rows).items():
             setattr(small.generation_config, name, value)
@@ -182,9 +184,10 @@ def trim_embeddings(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedMo
 def named_tokens(model: PreTrainedModel) -> dict[int, str]:
     """The ids that config and generation config name, each with a field that does: none of them can go."""
     rows, named = _rows(model), {}
+    reads_highest = _reads_highest_id(family_of(model.config), _own_fields(model.config))
     for fields in (_own_fields(model.config), model.generation_config.to_dict() if model.can_generate() else {}):
         for name, value in fields.items():
-            if name != "eos_token_id" or not _reads_highest_id(model.config):
+            if name != "eos_token_id" or not reads_highest:
                 named |= dict.fromkeys(_ids_in(name, value), name)
         first = fields.get("no_timestamps_token_id")
         if first is not None:  # Whisper counts its timestamps from here to the end
@@ -280,9 +283,9 @@ def _vocabulary_axes(model: PreTrainedModel) -> dict[str, int]:
     return axes
 
 
-def _reads_highest_id(config: PreTrainedConfig) -> bool:
+def _reads_highest_id(family: Family, fields: dict[str, Any]) -> bool:
     """True for CLIP models whose config says 2: they take the token with the highest id for the end of the text."""
-    return family_of(config).model_type.startswith("clip") and _own_fields(config)["eos_token_id"] == 2
+    return family.model_type.startswith("clip") and fields["eos_token_id"] == 2
 
 
 def _move_positions(state: dict, model: PreTrainedModel, family: Family, shift: int) -> dict[str, int]:

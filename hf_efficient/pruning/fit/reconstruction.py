@@ -1,7 +1,7 @@
 """Least squares after surgery: each pruned attention and FFN learns to give the dense output again. No labels.
 
-    small = apply_plan(dense, plan)
-    reconstruct(small, dense, batches, token_weights(dense, batches, loss))
+    small = Anatomy.of(apply_plan(dense, plan))        # dense: the anatomy of the dense model
+    reconstruct_blocks(small, dense, batches, token_weights(dense, batches, loss), plan.layers)
 
 Layer by layer, what the output linear of a pruned block reads (x, from the stream that is already pruned and
 reconstructed) is fitted to what makes the stream dense again (y), with its weights W:
@@ -11,11 +11,12 @@ reconstructed) is fitted to what makes the stream dense again (y), with its weig
 y is what the block of the dense model gave, and also what the stream is short of by then: y = (r + block)_dense -
 r_pruned, for r the residual that the block is added to. So each block makes up for the errors of those before it too.
 
-so lambda pulls to the weights as they are and not to zero; a bias is one more column, not pulled. c_t is how much the
-model's answer depends on the block's output at token t: nothing for padding, nothing for tokens that a classification
-head never reads. lambda is chosen for each linear on rows that were held out of the fit; where none of the choices
-improves the error there, the weights stay as they are. The fit is that of FASP (2025) and, without its search, ZipLM
-(2023); that x comes from the pruned stream is from Kwon 2022, section 4.4, which fits one scale for each unit.
+D is a change, so lambda pulls to the weights as they are and not to zero; a bias is one more column, not pulled. c_t
+is how much the model's answer depends on the block's output at token t: nothing for padding, nothing for tokens that a
+classification head never reads. lambda is chosen for each linear on rows that were held out of the fit; where none of
+the choices improves the error there, the weights stay as they are. The fit is that of FASP (2025) and, without its
+search, ZipLM (2023); that x comes from the pruned stream is from Kwon 2022, section 4.4, which fits one scale for each
+unit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +26,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...models.families import Stack, family_of, find_stacks, layers_prefix
+from ...models.anatomy import Anatomy
 from ...models.linears import input_dim
 from ...models.modes import eval_mode
+from ...models.stacks import ConfigStack
 from ..score.finite import check_finite
 from ..score.stream import Batch, Block, Stream
 
@@ -38,55 +40,56 @@ FLOOR = 0.1  # of the mean weight: what a token counts at least that counts at a
 TokenWeights = dict[str, list[torch.Tensor]]  # path of an output linear -> for each batch [B, T]
 
 
-def reconstruct(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
+def reconstruct_blocks(
+    small: Anatomy,
+    dense: Anatomy,
     batches: Sequence[Batch],
     weights: TokenWeights,
     kept_layers: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
-    """Fit the output linears of `model`, in place, to `dense`, of which it is a pruned copy.
+    """Fit the output linears of the small model, in place, to the dense one, of which it is a pruned copy.
 
     Parameters:
         batches: model inputs.
         weights: c_t above: `token_weights(dense, batches, loss)`.
-        kept_layers: which layers of `dense` those of `model` were, stack by stack; by default all.
+        kept_layers: which layers of the dense model those of the small one were, stack by stack; by default all.
     """
-    with eval_mode(model, dense), torch.no_grad():
-        for stack, layers in find_stacks(model):
-            origin = (kept_layers or {}).get(stack.name, range(len(layers)))
-            small, large = Stream(model, stack.name, batches), Stream(dense, stack.name, batches)
-            prefix = layers_prefix(dense, large.layers)
-            blocks = find_blocks(model, stack)
+    with eval_mode(small.model, dense.model), torch.no_grad():
+        for stack in small.stacks:
+            origin = list((kept_layers or {}).get(stack.name, range(len(stack.layers))))
+            name, blocks = stack.name, find_blocks(stack)
+            pruned, whole = Stream(small, name, batches), Stream(dense, name, batches)
+            # The dense stream goes through all its layers, the pruned one with it where it has the layer.
             for theirs in range(max(origin) + 1):
-                sums = large.advance(theirs, blocks)
+                sums = whole.advance(theirs, blocks)
                 if theirs not in origin:
                     continue
-                mine = list(origin).index(theirs)
+                mine = origin.index(theirs)
                 for _, path in blocks:
-                    named = f"{prefix}.{theirs}.{path}"
-                    fit = _Fit(layers[mine].get_submodule(path), named)
-                    read = small.inputs(mine, blocks, path)
-                    for (x, residual), total, c in zip(read, sums[path], weights[named], strict=True):
+                    place = f"{dense.stack(name).layer_prefix(theirs)}.{path}"
+                    fit = _Fit(stack.layers[mine].get_submodule(path), place)
+                    read = pruned.inputs(mine, blocks, path)
+                    for (x, residual), total, c in zip(read, sums[path], weights[place], strict=True):
                         fit.add(x, total - residual, c)
-                    fit.solve()
-                small.advance(mine)
+                    fit.solve()  # before the next block is read, which is to see what this one gives now
+                pruned.advance(mine)
 
 
 def token_weights(
-    model: PreTrainedModel, batches: Sequence[Batch], loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
+    anatomy: Anatomy, batches: Sequence[Batch], loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
 ) -> TokenWeights:
     """How much the answer depends on what each block gives at each token: || d loss / d y_t ||^2, its mean made 1.
 
     `loss(model, batch)` is a scalar summed over the rows of a batch.
     """
+    model = anatomy.model
     paths = [
-        f"{layers_prefix(model, layers)}.{index}.{path}"
-        for stack, layers in find_stacks(model)
-        for _, path in find_blocks(model, stack)
-        for index in range(len(layers))
+        f"{stack.layer_prefix(index)}.{path}"
+        for stack in anatomy.stacks
+        for _, path in find_blocks(stack)
+        for index in range(len(stack.layers))
     ]
-    found: TokenWeights = {path: [] for path in paths}
+    weights: TokenWeights = {path: [] for path in paths}
     with eval_mode(model):
         for batch in batches:
             offsets: dict[str, torch.Tensor] = {}
@@ -97,11 +100,11 @@ def token_weights(
             gradients = torch.autograd.grad(scalar, list(offsets.values()), allow_unused=True)
             for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
                 gradient = torch.zeros_like(offset) if gradient is None else gradient
-                found[path].append(gradient.float().square().sum(-1))
-    for path, own in found.items():
+                weights[path].append(gradient.float().square().sum(-1))
+    for path, own in weights.items():
         for weight in own:
             check_finite(weight, f"How much the answer depends on {path}")
-    return {path: _with_floor(own) for path, own in found.items()}
+    return {path: _with_floor(own) for path, own in weights.items()}
 
 
 def _offset(path: str, offsets: dict[str, torch.Tensor]) -> Callable:
@@ -120,11 +123,10 @@ def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.where(own > 0, (1 - FLOOR) * own / mean + FLOOR, 0.0) for own in weights]
 
 
-def find_blocks(model: PreTrainedModel, stack: Stack) -> list[Block]:
+def find_blocks(stack: ConfigStack) -> list[Block]:
     """The blocks of a layer, in the order in which they run."""
-    config, family = model.config, family_of(model.config)
-    attentions = [Block(attention.query, attention.output) for attention in stack.attentions(config).values()]
-    return [*attentions, Block(family.up(stack, config)[0], family.down(stack, config))]
+    attentions = [Block(attention.query, attention.output) for attention in stack.attentions.values()]
+    return [*attentions, Block(stack.up[0], stack.down)]
 
 
 class _Fit:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from ..choose.sparsity import Masks, keep_n_of_m, lowest, shares
 from ..cut.linears import Linear, matrix
 from ..score.finite import check_finite
-from ..score.linear_inputs import Batch, collect
+from ..score.linear_inputs import collect
+from ..score.stream import Batch
 
 BLOCK = 128
 DAMPING = 0.01  # lambda, as a part of the mean of the diagonal
@@ -30,7 +31,7 @@ Choose = Callable[[Tensor, int, int], Tensor]
 
 
 @torch.no_grad()
-def reconstruct(model: PreTrainedModel, linears: Sequence[Linear], batches: Sequence[Batch], masks: Masks) -> None:
+def update_kept(model: PreTrainedModel, linears: Sequence[Linear], batches: Sequence[Batch], masks: Masks) -> None:
     """Zero what the masks name, in place, and update what stays."""
     for linear, gram in _layer_by_layer(model, linears, batches):
         mask = masks[linear].to(gram.device)

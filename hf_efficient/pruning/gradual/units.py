@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...models.anatomy import Anatomy
+from ...models.groups import Group, output_weight, unit_parameters
 from ..choose.allocation import allocate
 from ..choose.reach import check_reachable
-from ..cut.groups import Group, find_groups, output_weight, unit_parameters
 from ..cut.surgery import apply_plan
 from ..methods import IMPORTANCES
 from ..plan import PruningPlan
@@ -24,12 +25,13 @@ class UnitRemoval(Removal[Group]):
         ConfigError: a ratio that cannot be reached.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Gradual):
-        groups = [group for group in find_groups(model) if group.kind in settings.config.unit_kinds]
+    def __init__(self, anatomy: Anatomy, settings: Gradual):
+        groups = [group for group in anatomy.groups if group.kind in settings.config.unit_kinds]
         super().__init__(settings, {group: torch.zeros(group.units) for group in groups})
-        self.length = self.config.sequence_length or average_length([], model)
-        self.costs = make_costs(model, self.config.metric, self.length)
-        check_reachable(model, self.config, self.costs)
+        self.anatomy = anatomy  # masks change no structure, so it holds until the end
+        self.length = self.config.sequence_length or average_length([], anatomy.model)
+        self.costs = make_costs(anatomy, self.config.metric, self.length)
+        check_reachable(anatomy, self.config, self.costs)
 
     def effect(self, model: PreTrainedModel, part: Group) -> Tensor:
         return unit_effect(model, part)
@@ -44,8 +46,8 @@ class UnitRemoval(Removal[Group]):
             lowest = min(float(score.min()) for score in self.scores.values())
             scores = {group: score - lowest for group, score in scores.items()}
         if self.config.importance == "taylor":
-            scores = by_kind(model, scores, self.length)
-        kept = allocate(model, scores, self.config, self.costs.of, ratio * self.costs.total)
+            scores = by_kind(self.anatomy, scores, self.length)
+        kept = allocate(self.anatomy, scores, self.config, self.costs.of, ratio * self.costs.total)
         for group, units in kept.items():
             gone = torch.ones(group.units, dtype=torch.bool)
             gone[list(units)] = False
@@ -69,7 +71,7 @@ class UnitRemoval(Removal[Group]):
         for group, removed in self.removed.items():
             gone = removed & _zero_units(model, group)  # fewer, if the Trainer went back to its best checkpoint
             kept[group.name] = tuple((~gone).nonzero().flatten().tolist())
-        become(model, apply_plan(model, PruningPlan(units=kept)))
+        become(model, apply_plan(Anatomy.of(model), PruningPlan(units=kept)))
         return 1 - total_cost(model, self.config.metric, self.length) / self.costs.total
 
 

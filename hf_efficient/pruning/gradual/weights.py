@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...models.anatomy import Anatomy
 from ..choose.sparsity import check_structure, choose_masks, keep_n_of_m
 from ..cut.linears import Linear, as_matrix, find_linears, matrix, parameter_of
 from ..methods import WEIGHT_IMPORTANCES
@@ -23,9 +24,9 @@ class WeightRemoval(Removal[Linear]):
         ConfigError: a matrix does not consist of whole groups of m inputs.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Gradual):
-        check_structure(model, settings.config)
-        matrices = {linear: matrix(model, linear) for linear in find_linears(model)}
+    def __init__(self, anatomy: Anatomy, settings: Gradual):
+        check_structure(anatomy, settings.config)
+        matrices = {linear: matrix(anatomy.model, linear) for linear in find_linears(anatomy)}
         blank = {linear: torch.zeros(w.shape, device=w.device) for linear, w in matrices.items()}
         super().__init__(settings, blank)
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import UnsupportedModelError
+from ...models.anatomy import Anatomy
 from ..cut.linears import count_zeros, find_linears, parameter_of
 
 NOTICED = 0.01  # below this fraction zeros are chance, such as an underflow
@@ -94,7 +95,7 @@ class KeepZeros(TrainerCallback):
     ) -> None:
         check_sharding(args, "KeepZeros")
         self._release()
-        weights = {f"{linear.name}.weight": parameter_of(model, linear) for linear in find_linears(model)}
+        weights = {f"{linear.name}.weight": parameter_of(model, linear) for linear in find_linears(Anatomy.of(model))}
         self.held = HeldZeros(model)
         self.held.hold({name: weight.detach() == 0 for name, weight in weights.items()})
 

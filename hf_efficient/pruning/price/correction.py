@@ -9,7 +9,7 @@ from collections.abc import Callable
 from transformers.utils import logging
 
 from ...errors import ConfigError
-from ..cut.groups import Group
+from ...models.groups import Group
 
 Kept = dict[Group, tuple[int, ...]]
 

@@ -1,10 +1,10 @@
 """What units, groups and layers cost: the side of the budget.
 
-    costs = make_costs(model, "macs", length=128)
+    costs = make_costs(Anatomy.of(model), "macs", length=128)
     costs.of(group, 1024), costs.total
 
-`Costs` says what each group of one dense model costs with some of its units; where a price comes from (counting
-parameters or multiply-accumulates, or a clock: `latency.py`) is not known to those who spend.
+`Costs` says what each group of one dense model costs with some of its units. Where a price comes from (counting
+parameters or multiply-accumulates, or a clock) says `methods.METRICS`; those who spend do not know it.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.dispatch import variant_of
-from ...models.families import Stack, family_of, find_stacks
-from ..cut.groups import Group, Member, find_groups, unit_parameters
+from ...models.anatomy import Anatomy
+from ...models.groups import Group, unit_parameters
 from ..methods import METRICS
 from ..plan import PruningPlan
 
@@ -36,47 +36,49 @@ class Costs:
     measure: Callable[[PruningPlan], float] | None = None
 
 
-def make_costs(model: PreTrainedModel, metric: str, length: int, batch_size: int = 8) -> Costs:
+def make_costs(anatomy: Anatomy, metric: str, length: int, batch_size: int = 8) -> Costs:
     """Parameters, multiply-accumulates (`"macs"`) on one sequence of `length` tokens, or measured nanoseconds
     (`"latency"`) of `batch_size` such sequences."""
-    return METRICS[metric](model, batch_size, length)
+    return METRICS[metric](anatomy, batch_size, length)
 
 
-def mac_costs(model: PreTrainedModel, batch_size: int, length: int) -> Costs:
+def mac_costs(anatomy: Anatomy, batch_size: int, length: int) -> Costs:
     """Of one sequence, however many there are."""
-    return _counted(model, "macs", length)
+    return _counted(anatomy, "macs", length)
 
 
-def parameter_costs(model: PreTrainedModel, batch_size: int, length: int) -> Costs:
+def parameter_costs(anatomy: Anatomy, batch_size: int, length: int) -> Costs:
     """Whatever the inputs are."""
-    return _counted(model, "parameters", length)
+    return _counted(anatomy, "parameters", length)
 
 
-def _counted(model: PreTrainedModel, metric: str, length: int) -> Costs:
-    groups = find_groups(model)
-    unit = {group: unit_cost(model, group, metric, length) for group in groups}
-    layers = layer_costs(model, groups, metric, length)
+def _counted(anatomy: Anatomy, metric: str, length: int) -> Costs:
+    unit = {group: unit_cost(anatomy, group, metric, length) for group in anatomy.groups}
+    layers = layer_costs(anatomy, metric, length)
     return Costs(lambda group, units: unit[group] * units, layers, sum(layers.values()))
 
 
-def unit_cost(model: PreTrainedModel, group: Group, metric: str, length: int) -> int:
+def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
     """What one unit of the group costs: parameters, or multiply-accumulates on one sequence of `length` tokens.
 
     A linear costs rows x columns for each token. A head of width D under full attention costs 2 length D more for each
     token (scores and weighted sum), with fewer keys under local attention, and 2 D (D + 1) under linear attention
     (Kwon 2022, section 4.1). `length` is that of the text where a model sees an image too, whose own is known (CLIP).
     """
+    model, stack = anatomy.model, anatomy.stack(group.stack)
     if metric == "parameters":
         return sum(p.numel() // group.units for member in group.members for p, _ in unit_parameters(model, member))
-    stack = next(stack for stack in family_of(model.config).stacks if stack.name == group.stack)
-    if stack.sees_patches:
-        length = num_patches(stack.own_config(model.config))
+    if stack.entry.sees_patches:
+        length = num_patches(stack.entry.own_config(anatomy.config))
     total = 0
     for member in group.members:
         weights = [model.get_parameter(f"{member.prefix}.{part.name}") for part in (*member.inputs, member.output)]
         total += length * sum(weight.numel() // group.units for weight in weights)
         if group.kind != "neurons":
-            total += length * _attention_macs(model, member, stack, group.kind, length)
+            module = model.get_submodule(f"{member.prefix}.{stack.attentions[group.kind].module}")
+            variant = variant_of(module)
+            macs = 2 * length * stack.head_width if variant is None else variant.macs(length, module.is_causal)
+            total += length * macs * stack.group_size  # a unit is a key/value head with its query heads
     return total
 
 
@@ -88,31 +90,23 @@ def num_patches(config: PreTrainedConfig) -> int:
     return (height // rows) * (width // columns) + 1
 
 
-def _attention_macs(model: PreTrainedModel, member: Member, stack: Stack, kind: str, length: int) -> int:
-    """Multiply-accumulates of scores and weighted sum, for one token and one unit."""
-    module = model.get_submodule(f"{member.prefix}.{stack.attentions(model.config)[kind].module}")
-    variant, width = variant_of(module), stack.head_width(model.config)
-    macs = 2 * length * width if variant is None else variant.macs(length, module.is_causal)
-    return macs * stack.group_size(model.config)
-
-
-def layer_costs(model: PreTrainedModel, groups: list[Group], metric: str, length: int) -> dict[tuple[str, int], int]:
+def layer_costs(anatomy: Anatomy, metric: str, length: int) -> dict[tuple[str, int], int]:
     """What each whole layer costs: all its parameters, or the MACs of all its units."""
     if metric == "parameters":
         return {
             (stack.name, index): sum(p.numel() for p in layer.parameters())
-            for stack, layers in find_stacks(model)
-            for index, layer in enumerate(layers)
+            for stack in anatomy.stacks
+            for index, layer in enumerate(stack.layers)
         }
     costs: dict[tuple[str, int], int] = {}
-    for group in groups:
+    for group in anatomy.groups:
+        # T5's heads are one group in all layers, of which each has an equal part.
+        share = group.units * unit_cost(anatomy, group, metric, length) // len(group.layers)
         for layer in group.layers:
-            key = (group.stack, layer)
-            share = group.units * unit_cost(model, group, metric, length) // len(group.layers)
-            costs[key] = costs.get(key, 0) + share
+            costs[group.stack, layer] = costs.get((group.stack, layer), 0) + share
     return costs
 
 
 def total_cost(model: PreTrainedModel, metric: str, length: int) -> int:
     """The cost of all layers: what `ratio` is a fraction of."""
-    return sum(layer_costs(model, find_groups(model), metric, length).values())
+    return sum(layer_costs(Anatomy.of(model), metric, length).values())

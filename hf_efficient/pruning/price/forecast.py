@@ -1,6 +1,6 @@
 """What a plan will give, from shapes alone: nothing is allocated, so a model may have any size.
 
-forecast(model, plan, length=2048)          # `model` may be on the meta device
+forecast(Anatomy.of(model), plan, length=2048)          # the model may be on the meta device
 """
 
 import copy
@@ -10,13 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...io.text import for_terminal
 from ...measurement.size import count_macs
+from ...models.anatomy import Anatomy
 from ...models.classes import block_of, stock_config
-from ...models.families import find_stacks
 from ...models.inputs import dummy_inputs
 from ...models.rebuild import class_for
 from ...reporting.tables import align, format_bytes, format_count
-from ..cut.groups import find_groups
-from ..cut.surgery import check_plan, planned_config
+from ..cut.surgery import check_plan, kept_layers, planned_config
 from ..plan import Forecast, LayerForecast, PruningPlan
 from .costs import Costs, layer_costs
 
@@ -28,44 +27,39 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
         return class_for(model, config)(config).eval()
 
 
-def forecast(model: PreTrainedModel, plan: PruningPlan, length: int, costs: Costs | None = None) -> Forecast:
+def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | None = None) -> Forecast:
     """Parameters, MACs at `length` tokens, bytes, and a table of the layers, before and after; milliseconds too if
     `costs` are measured.
 
     Raises:
         ConfigError: the plan does not fit the model.
     """
-    check_plan(model, plan)
-    before = skeleton(model, model.config)
-    config = planned_config(model, plan)
-    after = skeleton(model, config)
-    size = torch.empty((), dtype=model.dtype).element_size()
-    rows = _layers(before, after, plan, length)
+    check_plan(anatomy, plan)
+    model, config = anatomy.model, planned_config(anatomy, plan)
+    before, after = (skeleton(model, one) for one in (model.config, config))
+    small = Anatomy.of(after)
+    rows = _layers(anatomy, small, plan, length)
     parameters = before.num_parameters(), after.num_parameters()
-    caches = _cache_numbers(before) * length * size, _cache_numbers(after) * length * size
+    size = torch.empty((), dtype=model.dtype).element_size()
     measured = None if costs is None or costs.measure is None else costs.measure(plan)
     return Forecast(
         length=length,
         dtype=str(model.dtype).removeprefix("torch."),
-        loads_with="portable" if block_of(config).is_trivial() else "plugin",
+        loads_with="portable" if small.block.is_trivial() else "plugin",
         parameters=parameters[1],
         parameters_before=parameters[0],
         macs=_macs(after, length),
         macs_before=_macs(before, length),
         weight_bytes=parameters[1] * size,
         weight_bytes_before=parameters[0] * size,
-        cache_bytes=caches[1],
-        cache_bytes_before=caches[0],
-        removed_macs=_removed(sum(row.macs for row in rows), sum(row.macs_before for row in rows)),
-        removed_parameters=_removed(sum(row.parameters for row in rows), sum(row.parameters_before for row in rows)),
+        cache_bytes=_cache_numbers(small) * length * size,
+        cache_bytes_before=_cache_numbers(anatomy) * length * size,
+        removed_macs=1 - sum(row.macs for row in rows) / sum(row.macs_before for row in rows),
+        removed_parameters=1 - sum(row.parameters for row in rows) / sum(row.parameters_before for row in rows),
         layers=tuple(rows),
         latency_ms=None if measured is None else measured / 1e6,
         latency_ms_before=None if costs is None or measured is None else costs.total / 1e6,
     )
-
-
-def _removed(after: int, before: int) -> float:
-    return 1 - after / before
 
 
 def _macs(model: PreTrainedModel, length: int) -> int:
@@ -78,12 +72,12 @@ def _macs(model: PreTrainedModel, length: int) -> int:
     return count_macs(model, inputs)
 
 
-def _layers(before: PreTrainedModel, after: PreTrainedModel, plan: PruningPlan, length: int) -> list[LayerForecast]:
-    old, new = (_by_layer(model, length) for model in (before, after))
+def _layers(dense: Anatomy, small: Anatomy, plan: PruningPlan, length: int) -> list[LayerForecast]:
+    old, new = (_by_layer(anatomy, length) for anatomy in (dense, small))
     rows = []
-    for stack, layers in find_stacks(before):
-        kept = plan.layers.get(stack.name, tuple(range(len(layers))))
-        for index in range(len(layers)):
+    for stack in dense.stacks:
+        kept = kept_layers(stack, plan)
+        for index in range(len(stack.layers)):
             was = old[stack.name, index]
             now = new[stack.name, kept.index(index)] if index in kept else dict.fromkeys(was, 0)
             sizes = {key: value for name in was for key, value in ((name, now[name]), (f"{name}_before", was[name]))}
@@ -91,48 +85,46 @@ def _layers(before: PreTrainedModel, after: PreTrainedModel, plan: PruningPlan, 
     return rows
 
 
-def _by_layer(model: PreTrainedModel, length: int) -> dict[tuple[str, int], dict[str, int]]:
-    groups = find_groups(model)
-    macs, parameters = (layer_costs(model, groups, metric, length) for metric in ("macs", "parameters"))
-    found = {key: {"parameters": parameters[key], "macs": macs[key], "heads": 0, "neurons": 0} for key in macs}
-    sizes = {stack.name: stack.group_size(model.config) for stack, _ in find_stacks(model)}
-    for group in groups:
+def _by_layer(anatomy: Anatomy, length: int) -> dict[tuple[str, int], dict[str, int]]:
+    macs, parameters = (layer_costs(anatomy, metric, length) for metric in ("macs", "parameters"))
+    sizes = {key: {"parameters": parameters[key], "macs": macs[key], "heads": 0, "neurons": 0} for key in macs}
+    for group in anatomy.groups:
         for layer in group.layers:
             if group.kind == "neurons":
-                found[group.stack, layer]["neurons"] = group.units
+                sizes[group.stack, layer]["neurons"] = group.units
             elif group.kind == "heads":
-                found[group.stack, layer]["heads"] = group.units * sizes[group.stack]
-    return found
+                sizes[group.stack, layer]["heads"] = group.units * anatomy.stack(group.stack).group_size
+    return sizes
 
 
-def _cache_numbers(model: PreTrainedModel) -> int:
+def _cache_numbers(anatomy: Anatomy) -> int:
     """Keys and values for one token, in all layers that generate with a cache."""
-    if not model.can_generate():
+    if not anatomy.model.can_generate():
         return 0
-    total = 0
-    for stack, _ in find_stacks(model):
-        if stack.name == "decoder":
-            width = stack.head_width(model.config)
-            total += sum(2 * g.units * width * len(g.layers) for g in find_groups(model) if g.kind == "heads")
-    return total
+    heads = [group for group in anatomy.groups if (group.stack, group.kind) == ("decoder", "heads")]
+    return sum(2 * g.units * anatomy.stack("decoder").head_width * len(g.layers) for g in heads)
 
 
 def plan_table(plan: PruningPlan) -> str:
     """The forecast of a plan for a terminal: the whole model, then its layers."""
-    told = plan.forecast
-    if told is None:
+    after = plan.forecast
+    if after is None:
         return "This plan has no forecast: make it with hf_efficient.plan."
     whole = [
-        ("parameters", format_count(told.parameters_before), format_count(told.parameters)),
-        (f"MACs, {told.length} tokens", format_count(told.macs_before), format_count(told.macs)),
-        (f"weights, {told.dtype}", format_bytes(told.weight_bytes_before), format_bytes(told.weight_bytes)),
+        ("parameters", format_count(after.parameters_before), format_count(after.parameters)),
+        (f"MACs, {after.length} tokens", format_count(after.macs_before), format_count(after.macs)),
+        (
+            f"weights, {after.dtype}",
+            format_bytes(after.weight_bytes_before),
+            format_bytes(after.weight_bytes),
+        ),
     ]
-    if told.cache_bytes_before:
-        cache = format_bytes(told.cache_bytes_before), format_bytes(told.cache_bytes)
-        whole.append((f"cache, {told.length} tokens", *cache))
-    if told.latency_ms is not None and told.latency_ms_before is not None:
-        whole.append(("latency", f"{told.latency_ms_before:.1f} ms", f"{told.latency_ms:.1f} ms"))
-    rows = [
+    if after.cache_bytes_before:
+        cache = format_bytes(after.cache_bytes_before), format_bytes(after.cache_bytes)
+        whole.append((f"cache, {after.length} tokens", *cache))
+    if after.latency_ms is not None and after.latency_ms_before is not None:
+        whole.append(("latency", f"{after.latency_ms_before:.1f} ms", f"{after.latency_ms:.1f} ms"))
+    layers = [
         (
             f"{row.stack} {row.layer}",
             f"{row.heads} of {row.heads_before}",
@@ -140,14 +132,14 @@ def plan_table(plan: PruningPlan) -> str:
             f"{format_count(row.parameters)} of {format_count(row.parameters_before)}",
             f"{format_count(row.macs)} of {format_count(row.macs_before)}",
         )
-        for row in told.layers
+        for row in after.layers
     ]
     sure = "" if plan.chosen else "Sizes only, every layer alike: which units stay is chosen when there are weights.\n"
     return for_terminal(
         f"{align(('', 'before', 'after'), whole)}\n\n"
-        f"{align(('layer', 'heads', 'neurons', 'parameters', 'MACs'), rows)}\n\n"
-        f"Of what the layers cost, {told.removed_macs:.1%} of the MACs and {told.removed_parameters:.1%} of the "
-        f"parameters go.\n{sure}Loads as: {_LOADS[told.loads_with]}"
+        f"{align(('layer', 'heads', 'neurons', 'parameters', 'MACs'), layers)}\n\n"
+        f"Of what the layers cost, {after.removed_macs:.1%} of the MACs and {after.removed_parameters:.1%} of the "
+        f"parameters go.\n{sure}Loads as: {_LOADS[after.loads_with]}"
     )
 
 

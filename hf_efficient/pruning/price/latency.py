@@ -11,7 +11,7 @@ layers that are built alike, and with fewer layers. Between the measured sizes p
 section 4.1, whose latency tables are linear above a threshold). Savings are taken to add up; what that misses,
 `correction.py` finds by timing the planned model itself.
 
-A table is measured once for a model's sizes, its inputs and this machine, and kept (`latency_cache.py`).
+A table is measured once for a model's sizes, its inputs and this machine, and kept (`latency_table.py`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,17 +23,15 @@ from transformers.utils import logging
 
 from ...errors import ConfigError, UnsupportedModelError
 from ...measurement.latency import compare_latency
-from ...models.classes import block_of
-from ...models.families import family_of, find_stacks
+from ...models.anatomy import Anatomy
+from ...models.groups import Group
 from ...models.inputs import dummy_inputs
 from ...models.modes import using_threads
 from ...models.rebuild import check_model
-from ..cut.groups import Group, find_groups
 from ..cut.surgery import apply_plan
 from ..plan import PruningPlan
-from . import latency_cache
 from .costs import Costs
-from .latency_table import Curve, LatencyTable
+from .latency_table import Curve, LatencyTable, load, make_key, save
 
 FRACTIONS = (0.75, 0.5, 0.25, 0.0)  # of the units that stay; of none the fewest that can
 FEWEST = {"heads": 1, "cross_heads": 1, "neurons": 8}
@@ -60,33 +58,12 @@ def latency_table(
         ConfigError: the model is on the meta device, or takes no inputs that long.
         UnsupportedModelError: not a model of the table, or one whose inputs cannot be made up.
     """
-    check_model(model)
-    if model.device.type == "meta":
-        raise ConfigError("Time is measured on weights, and this model is on the meta device. Load it with weights.")
-    stacks = [stack for stack, _ in find_stacks(model)]
-    if model.main_input_name == "input_features" or (len(stacks) > 1 and any(stack.sees_patches for stack in stacks)):
-        raise UnsupportedModelError(
-            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or text and image "
-            "together. Prune it with metric='macs', or its towers one by one."
-        )
-    with using_threads(threads) as used:
-        key = latency_cache.make_key(model, batch_size, sequence_length, used)
-        table = latency_cache.load(key)
-        if table is None:
-            table = _measure_table(Stopwatch(model, batch_size, sequence_length), used)
-            if table.rest_ms > 0:
-                latency_cache.save(key, table)
-            else:
-                logger.warning(
-                    "By these times the layers take longer than the whole model: the machine is too busy to measure. "
-                    "The table is used and not kept."
-                )
-    return table
+    return _table_of(Anatomy.of(check_model(model)), batch_size, sequence_length, threads)
 
 
-def latency_costs(model: PreTrainedModel, batch_size: int, sequence_length: int) -> Costs:
+def latency_costs(anatomy: Anatomy, batch_size: int, sequence_length: int) -> Costs:
     """Nanoseconds of one forward; `total` is the whole model, embeddings and head included."""
-    table = latency_table(model, batch_size, sequence_length)
+    table = _table_of(anatomy, batch_size, sequence_length)
     total = table.total_ms * NANOSECONDS
     places = {name: (curve, share) for curve in table.curves for name, share in curve.groups.items()}
 
@@ -99,8 +76,33 @@ def latency_costs(model: PreTrainedModel, batch_size: int, sequence_length: int)
         for stack, shares in table.layers.items()
         for index, share in enumerate(shares)
     }
-    watch = Stopwatch(model, batch_size, sequence_length, 2 * SECONDS)
+    watch = Stopwatch(anatomy, batch_size, sequence_length, 2 * SECONDS)
     return Costs(price, layers, total, lambda plan: total * watch.time(plan))
+
+
+def _table_of(anatomy: Anatomy, batch_size: int, sequence_length: int, threads: int | None = None) -> LatencyTable:
+    model = anatomy.model
+    if model.device.type == "meta":
+        raise ConfigError("Time is measured on weights, and this model is on the meta device. Load it with weights.")
+    two_towers = len(anatomy.stacks) > 1 and any(stack.entry.sees_patches for stack in anatomy.stacks)
+    if model.main_input_name == "input_features" or two_towers:
+        raise UnsupportedModelError(
+            f"Time is measured on made-up tokens or pixels; {type(model).__name__} takes sound, or text and image "
+            "together. Prune it with metric='macs', or its towers one by one."
+        )
+    with using_threads(threads) as used:
+        key = make_key(model, batch_size, sequence_length, used)
+        table = load(key)
+        if table is None:
+            table = _measure_table(Stopwatch(anatomy, batch_size, sequence_length), used)
+            if table.rest_ms > 0:
+                save(key, table)
+            else:
+                logger.warning(
+                    "By these times the layers take longer than the whole model: the machine is too busy to measure. "
+                    "The table is used and not kept."
+                )
+    return table
 
 
 class Stopwatch:
@@ -109,8 +111,8 @@ class Stopwatch:
     Sizes alone decide, so each set of sizes is timed once.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, sequence_length: int, seconds: float = SECONDS):
-        self.model, self.batch_size, self.length, self.seconds = model, batch_size, sequence_length, seconds
+    def __init__(self, anatomy: Anatomy, batch_size: int, sequence_length: int, seconds: float = SECONDS):
+        self.anatomy, self.batch_size, self.length, self.seconds = anatomy, batch_size, sequence_length, seconds
         self.dense_ms: list[float] = []
         self._known: dict[tuple, float] = {}
 
@@ -121,7 +123,7 @@ class Stopwatch:
         """
         sizes = tuple(sorted(plan.layers.items())), tuple((name, len(kept)) for name, kept in plan.units.items())
         if sizes not in self._known:
-            self._known[sizes] = self._time({"dense": self.model, "small": apply_plan(self.model, plan)})
+            self._known[sizes] = self._time({"dense": self.anatomy.model, "small": apply_plan(self.anatomy, plan)})
         return self._known[sizes]
 
     def _time(self, models: Mapping[str, PreTrainedModel]) -> float:
@@ -137,33 +139,31 @@ class Stopwatch:
 
 
 def _measure_table(watch: Stopwatch, threads: int) -> LatencyTable:
-    model = watch.model
-    curves = tuple(_curve(watch, groups) for groups in _alike(model))
+    curves = tuple(_curve(watch, groups) for groups in _alike(watch.anatomy))
     layers = _layer_shares(watch, curves)
     return LatencyTable(
         batch_size=watch.batch_size,
         sequence_length=watch.length,
         threads=threads,
-        device=str(model.device),
+        device=str(watch.anatomy.model.device),
         total_ms=median(watch.dense_ms),
         curves=curves,
         layers=layers,
     )
 
 
-def _alike(model: PreTrainedModel) -> Iterable[list[Group]]:
+def _alike(anatomy: Anatomy) -> Iterable[list[Group]]:
     """Groups of one stack and kind whose layers compute alike; an attention of another kind has another price."""
-    family, block = family_of(model.config), block_of(model.config)
-    stacks = {stack.name: stack for stack, _ in find_stacks(model, family)}
-    found: dict[tuple, list[Group]] = {}
-    for group in find_groups(model):
-        entry, own = block.stack(group.stack), stacks[group.stack].own_config(model.config)
+    alike: dict[tuple, list[Group]] = {}
+    for group in anatomy.groups:
+        entry = anatomy.block.stack(group.stack)
+        own = anatomy.stack(group.stack).entry.own_config(anatomy.config)
         first = group.layers[0]
         attention = {"heads": entry.attention, "cross_heads": entry.cross_attention}.get(group.kind)
         kind = attention[first] if attention else None
-        types = [getattr(own, name)[first] for name in family.per_layer] if group.kind == "heads" else []
-        found.setdefault((group.stack, group.kind, repr(kind), repr(types)), []).append(group)
-    return found.values()
+        types = [getattr(own, name)[first] for name in anatomy.family.per_layer] if group.kind == "heads" else []
+        alike.setdefault((group.stack, group.kind, repr(kind), repr(types)), []).append(group)
+    return alike.values()
 
 
 def _curve(watch: Stopwatch, groups: list[Group]) -> Curve:
@@ -171,10 +171,10 @@ def _curve(watch: Stopwatch, groups: list[Group]) -> Curve:
     points = {1.0: 0.0}
     for fraction in FRACTIONS:
         kept = {group.name: tuple(range(_count(group, fraction))) for group in groups}
-        left = sum(map(len, kept.values())) / whole
-        if left < 1 and left not in points:
+        part = sum(map(len, kept.values())) / whole
+        if part < 1 and part not in points:
             saved = 1 - watch.time(PruningPlan(units=kept))
-            points[left] = max(saved, *points.values())  # fewer units never cost more: the rest is noise
+            points[part] = max(saved, *points.values())  # fewer units never cost more: the rest is noise
     return Curve(
         stack=groups[0].stack,
         kind=groups[0].kind,
@@ -194,16 +194,16 @@ def _count(group: Group, fraction: float) -> int:
 def _layer_shares(watch: Stopwatch, curves: tuple[Curve, ...]) -> dict[str, tuple[float, ...]]:
     """For each stack what each of its layers takes of the whole time: its units, and an equal part of what they leave
     of the time of a layer (norms, and what no unit owns)."""
-    model, family = watch.model, family_of(watch.model.config)
+    anatomy, deepest = watch.anatomy, watch.anatomy.family.deepest
     prices = {name: share * curve.price(1.0) for curve in curves for name, share in curve.groups.items()}
-    depths = {stack.name: len(layers) for stack, layers in find_stacks(model, family)}
+    depths = {stack.name: len(stack.layers) for stack in anatomy.stacks}
     units = {name: [0.0] * depth for name, depth in depths.items()}
-    for group in find_groups(model):
+    for group in anatomy.groups:
         for layer in group.layers:
             units[group.stack][layer] += prices[group.name] / len(group.layers)
     shares: dict[str, tuple[float, ...]] = {}
-    for name in sorted(depths, key=lambda name: name == family.deepest):  # it becomes shorter only with the others
-        several = depths if name == family.deepest else [name]
+    for name in sorted(depths, key=lambda name: name == deepest):  # it becomes shorter only with the others
+        several = depths if name == deepest else [name]
         kept = {stack: tuple(range(0, depths[stack], 2)) for stack in several if depths[stack] > 1}
         rest = 0.0
         if name in kept:

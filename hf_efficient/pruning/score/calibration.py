@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
+from ...models.anatomy import Anatomy
 from ...models.families import token_limit
 from ...models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
 from ..price.costs import num_patches
@@ -29,7 +30,7 @@ ANSWERS = ("logits", "logits_per_image", "start_logits", "last_hidden_state")
 DEFAULT_LENGTH = 128
 
 
-def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> list[Batch]:
+def check_calibration(anatomy: Anatomy, calibration: Iterable[Batch] | None) -> list[Batch]:
     """The batches as a list.
 
     Raises:
@@ -39,7 +40,7 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
         raise DataError("calibration must give batches, got one batch. Put it in a list: [batch].")
     if calibration is not None and (isinstance(calibration, str) or not isinstance(calibration, Iterable)):
         raise DataError(f"calibration must give batches (a list of dicts of tensors), got {shown(calibration)}.")
-    batches = list(calibration) if calibration is not None else []
+    batches, model = list(calibration) if calibration is not None else [], anatomy.model
     for batch in batches:
         fields = {key: type(value).__name__ for key, value in batch.items()} if isinstance(batch, Mapping) else {}
         if model.main_input_name not in fields or not all(isinstance(value, torch.Tensor) for value in batch.values()):
@@ -47,7 +48,7 @@ def check_calibration(model: PreTrainedModel, calibration: Iterable[Batch] | Non
                 f"calibration must give dicts of tensors with {model.main_input_name!r}, got "
                 f"{fields or type(batch).__name__}. A DataLoader with the collator of your Trainer does."
             )
-    check_batches(model, batches)
+    check_batches(anatomy, batches)
     # Tensors made in inference mode cannot take part in gradients; copies can.
     return [{name: v.clone() if v.is_inference() else v for name, v in batch.items()} for batch in batches]
 

@@ -1,6 +1,6 @@
 """Calibration batches that a model cannot read are told before any long work: which batch, what it holds, what may be.
 
-check_batches(model, batches)
+check_batches(Anatomy.of(model), batches)
 """
 
 import inspect
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
-from ...models.families import family_of, token_limit
+from ...models.anatomy import Anatomy
+from ...models.families import token_limit
 from .stream import Batch
 
 IDS = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
@@ -20,13 +21,13 @@ NUMBERS = ("pixel_values", "input_features", "input_values", "inputs_embeds")
 IGNORED = -100
 
 
-def check_batches(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+def check_batches(anatomy: Anatomy, batches: Sequence[Batch]) -> None:
     """Every batch must be one that the model can read: its names, types, sizes, and the range of its ids and labels.
 
     Raises:
         DataError: one is not; it names the batch, what it holds and what is allowed.
     """
-    rows = _table_rows(model)
+    model, rows = anatomy.model, _table_rows(anatomy)
     for number, batch in enumerate(batches):
         where = f"Calibration batch {number}"
         _check_names(model, batch, where)
@@ -107,13 +108,13 @@ def _check_range(values: Tensor, count: int, what: str, kind: str, of: str) -> N
         )
 
 
-def _table_rows(model: PreTrainedModel) -> dict[str, int]:
+def _table_rows(anatomy: Anatomy) -> dict[str, int]:
     """How many ids each input may hold; without an entry: any."""
-    config, family = model.config, family_of(model.config)
+    config, family = anatomy.config, anatomy.family
     text = config.get_text_config().to_dict()
     rows = {"input_ids": text.get("vocab_size"), "token_type_ids": text.get("type_vocab_size")}
     rows["decoder_input_ids"] = text.get("decoder_vocab_size") or text.get("vocab_size")
-    longest = token_limit(model.config, rotary=False)
+    longest = token_limit(config, rotary=False)
     first = family.first_position(config) if family.positions_after_pad else 0
     rows["position_ids"] = None if longest is None else longest + first
     return {name: count for name, count in rows.items() if isinstance(count, int) and count > 0}

@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ...models.families import find_stacks
+from ...models.anatomy import Anatomy
 from ...models.modes import evaluating
 from ..config import PruningConfig
-from ..cut.groups import find_groups
 from ..methods import IMPORTANCES, LAYER_IMPORTANCES
 from .calibration import answer_of, is_distribution, real_entries, token_mask
 from .finite import not_finite
@@ -31,12 +30,13 @@ ROWS = 32  # on which `loss` compares models: for k of L layers k (2 L - k + 1) 
 NOWHERE = ""  # the place of None among the arguments
 
 
-def block_influence(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:
+def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
     """1 - cos for each (stack, layer)."""
+    model = anatomy.model
     sums: dict[tuple[str, int], list[float]] = {}
     with evaluating(model), ExitStack() as hooks:
         caught: list[tuple[tuple[str, int], torch.Tensor]] = []
-        for key, layer in _layers(model):
+        for key, layer in _layers(anatomy):
             hooks.callback(layer.register_forward_hook(_watch(key, caught), with_kwargs=True).remove)
         for batch in batches:
             forward(model, batch)
@@ -61,19 +61,19 @@ def _watch(key: tuple[str, int], caught: list) -> Callable:
     return hook
 
 
-def loss(model: PreTrainedModel, batches: Sequence[Batch]) -> LayerScores:
+def loss(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
     """The place of each layer in `loss_order`: 0 for the first that leaves."""
-    return {key: float(place) for place, key in enumerate(loss_order(model, batches))}
+    return {key: float(place) for place, key in enumerate(loss_order(anatomy, batches))}
 
 
-def loss_order(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[tuple[str, int]]:
+def loss_order(anatomy: Anatomy, batches: Sequence[Batch]) -> Iterator[tuple[str, int]]:
     """The order in which layers leave, one by one: L forwards find the first of L, L - 1 more the second, and so on.
 
     Raises:
         DataError: an answer, or its change, is not finite; it names the layer.
     """
-    batches = list(_first_rows(batches, ROWS))
-    left = dict(_layers(model))
+    batches, model = list(_first_rows(batches, ROWS)), anatomy.model
+    left = dict(_layers(anatomy))
     handed: Handed = {}
     with evaluating(model), _watching(left, handed) as broken:
         expected = [answer_of(model, batch) for batch in batches]
@@ -179,9 +179,9 @@ def _states(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _layers(model: PreTrainedModel) -> Iterator[tuple[tuple[str, int], nn.Module]]:
-    for stack, layers in find_stacks(model):
-        for index, layer in enumerate(layers):
+def _layers(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], nn.Module]]:
+    for stack in anatomy.stacks:
+        for index, layer in enumerate(stack.layers):
             yield (stack.name, index), layer
 
 
@@ -197,14 +197,14 @@ def _first_rows(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
         rows -= max(len(value) for value in batch.values() if value.ndim)
 
 
-def layer_scores(model: PreTrainedModel, config: PruningConfig, batches: Sequence[Batch], length: int) -> LayerScores:
+def layer_scores(anatomy: Anatomy, config: PruningConfig, batches: Sequence[Batch], length: int) -> LayerScores:
     """By `config.layer_importance`, larger is more important."""
     if config.layer_importance in LAYER_IMPORTANCES:
-        return LAYER_IMPORTANCES[config.layer_importance](model, batches)
-    score = IMPORTANCES[config.layer_importance]
-    found = score(model, find_groups(model), batches=batches, length=length, seed=config.seed)
-    sums = {key: 0.0 for key, _ in _layers(model)}
-    for group, values in found.items():
+        return LAYER_IMPORTANCES[config.layer_importance](anatomy, batches)
+    importance = IMPORTANCES[config.layer_importance]
+    scores = importance(anatomy.model, list(anatomy.groups), batches=batches, length=length, seed=config.seed)
+    sums = {key: 0.0 for key, _ in _layers(anatomy)}
+    for group, values in scores.items():
         check_scores(group, values, config.layer_importance)
         for layer in group.layers:
             sums[group.stack, layer] += float(values.sum()) / len(group.layers)

@@ -3,7 +3,7 @@
 norms = collect(model, linears, batches, lambda rows: rows.square().sum(0))      # [in] for each linear
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from ...models.modes import eval_mode
 from ...models.token_masks import masks_of, real_inputs
 from ..cut.linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
-
-Batch = Mapping[str, Tensor]
+from .stream import Batch
 
 
 class _Enough(Exception):

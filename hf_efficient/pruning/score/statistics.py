@@ -12,8 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...models.groups import Group, output_module
 from ...models.modes import eval_mode, evaluating
-from ..cut.groups import Group, output_module
 from .calibration import Loss, token_mask, wide
 from .stream import Batch, forward
 

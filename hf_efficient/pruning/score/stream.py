@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import DataError, HfEfficientError, shown
-from ...models.families import family_of, find_stacks
+from ...models.anatomy import Anatomy
 from ...models.token_masks import real_inputs
 
 Batch = Mapping[str, torch.Tensor]
@@ -37,9 +37,8 @@ class _Reached(Exception):
 class Stream:
     """The stream of one stack; `states` are those that the next layer reads."""
 
-    def __init__(self, model: PreTrainedModel, stack: str, batches: Sequence[Batch]):
-        self.layers = next(layers for found, layers in find_stacks(model) if found.name == stack)
-        self.norm = family_of(model.config).norm
+    def __init__(self, anatomy: Anatomy, stack: str, batches: Sequence[Batch]):
+        self.layers, self.norm = anatomy.stack(stack).layers, anatomy.family.norm
         self._calls: list[list[tuple[tuple, dict]]] = [[] for _ in self.layers]
         self.states: list[torch.Tensor] = []
         hooks = [
@@ -48,7 +47,7 @@ class Stream:
         ]
         try:
             for batch in batches:
-                forward(model, batch)
+                forward(anatomy.model, batch)
         finally:
             for hook in hooks:
                 hook.remove()

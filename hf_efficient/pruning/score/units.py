@@ -20,8 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, DataError
+from ...models.anatomy import Anatomy
+from ...models.groups import Group, output_weight, unit_parameters
 from ..config import PruningConfig
-from ..cut.groups import Group, output_weight, unit_parameters
 from ..methods import IMPORTANCES, TRAINED_IMPORTANCES, Importance
 from ..price.costs import unit_cost
 from .calibration import answer_loss, model_loss
@@ -40,10 +41,10 @@ def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Bat
 def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], length: int, **unused) -> Scores:
     """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
     gradients = mask_gradients(model, groups, batches, model_loss)
-    return by_kind(model, {group: own.abs().sum(0) for group, own in gradients.items()}, length)
+    return by_kind(Anatomy.of(model), {group: own.abs().sum(0) for group, own in gradients.items()}, length)
 
 
-def by_kind(model: PreTrainedModel, scores: Scores, length: int) -> Scores:
+def by_kind(anatomy: Anatomy, scores: Scores, length: int) -> Scores:
     """The scores times one factor for each kind of unit, so that the units of a kind (but those that are gone, -inf)
     sum to the MACs they cost."""
     sums: dict[str, float] = {}
@@ -51,7 +52,7 @@ def by_kind(model: PreTrainedModel, scores: Scores, length: int) -> Scores:
     for group, values in scores.items():
         present = values[values.isfinite()]
         sums[group.kind] = sums.get(group.kind, 0) + float(present.sum())
-        costs[group.kind] = costs.get(group.kind, 0) + len(present) * unit_cost(model, group, "macs", length)
+        costs[group.kind] = costs.get(group.kind, 0) + len(present) * unit_cost(anatomy, group, "macs", length)
     return {group: values * (costs[group.kind] / (sums[group.kind] or 1)) for group, values in scores.items()}
 
 
@@ -85,9 +86,9 @@ def magnitude_l1(model: PreTrainedModel, groups: list[Group], **unused) -> Score
 
 def random(model: PreTrainedModel, groups: list[Group], *, length: int, seed: int, **unused) -> Scores:
     """`[units]` noise for each group."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, anatomy = torch.Generator().manual_seed(seed), Anatomy.of(model)
     return {
-        group: torch.rand(group.units, generator=generator) * unit_cost(model, group, "macs", length)
+        group: torch.rand(group.units, generator=generator) * unit_cost(anatomy, group, "macs", length)
         for group in groups
     }
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from ...models.modes import eval_mode
 from ..cut.linears import Linear, as_matrix, matrix, parameter_of
 from .calibration import model_loss
-from .linear_inputs import Batch, collect
+from .linear_inputs import collect
+from .stream import Batch
 
 WeightScores = dict[Linear, Tensor]  # [out, in], on the CPU
 

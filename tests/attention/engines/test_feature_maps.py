@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from hf_efficient.attention import config
 from hf_efficient.attention.config import AttentionConfig
 from hf_efficient.attention.engines.feature_maps import FAVOR_LIMIT, FEATURE_MAPS, RELU_FLOOR, draw_projection
 from hf_efficient.attention.kinds.linear import LinearAttention, linear_attention, linear_decode
@@ -20,10 +19,6 @@ from ..maps import draw_weights
 
 def make_variant(**options) -> LinearAttention:
     return LinearAttention(AttentionConfig("linear", **options), HeadShape(heads=4, kv_heads=2, dim=8))
-
-
-def test_the_config_knows_every_feature_map():
-    assert set(config.FEATURE_MAPS) == set(FEATURE_MAPS)
 
 
 @pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from hf_efficient.attention.engines import blocks, flex
 from hf_efficient.attention.engines.flex import BLOCK, flex_block_attention, flex_local_attention, use_flex
+from hf_efficient.attention.engines.parts import Options
 from hf_efficient.attention.kinds import local as local_module
 from hf_efficient.attention.kinds.local import local_attention
 from hf_efficient.attention.kinds.strided import strided_attention
@@ -155,7 +156,7 @@ def test_eager_flex_equals_chosen_blocks(causal):
     query, key, value = make_inputs(seen)
     options = {"block_size": 50, "global_tokens": 2, "causal": causal}
     chosen = make_chosen(6, 4, missing=seen)
-    out = flex_block_attention(query, key, value, mask, chosen, **options)
+    out = flex_block_attention(query, key, value, mask, chosen, 50, Options(causal, global_tokens=2))
     pairs = chosen_pairs(chosen, mask, **options)
     shared = (x.repeat_interleave(2, 1) for x in (key, value))
     assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, *shared, attn_mask=pairs), 1e-5)
@@ -168,10 +169,10 @@ def test_eager_flex_equals_chosen_blocks(causal):
 def test_padding_is_inert(junk):
     mask = padding_mask("left", 2, 150)
     query, key, value = make_inputs(150)
-    options = {"window": 9, "global_tokens": 1}
-    out = flex_local_attention(query, key, value, mask, **options)
+    options = Options(global_tokens=1)
+    out = flex_local_attention(query, key, value, mask, 9, options)
     poisoned = (x.masked_fill(~mask[:, None, :, None], junk) for x in (key, value))
-    assert torch.equal(flex_local_attention(query, *poisoned, mask, **options), out)
+    assert torch.equal(flex_local_attention(query, *poisoned, mask, 9, options), out)
 
 
 def test_masks_without_padding_are_made_once():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_efficient import AttentionConfig
-from hf_efficient.attention import config
 from hf_efficient.attention.engines.convolution import BLOCK, TOP, convolve, make_tables
 from hf_efficient.attention.engines.feature_maps import draw_projection
 from hf_efficient.attention.kinds.kernel import DENSE, KERNELS, KernelAttention, kernel_attention
@@ -288,10 +287,6 @@ def test_exports_with_any_length(causal, features):
     for batch, seen in ((1, 20), (3, 301), (2, 256), (1, 1500)):
         inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
         assert_close(program.module()(*inputs), module(*inputs), 1e-12)
-
-
-def test_the_config_knows_every_kernel():
-    assert set(config.KERNELS) == set(KERNELS)
 
 
 @pytest.mark.parametrize("feature_dim", [None, 0, 5])

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_efficient import ConfigError
+from hf_efficient.models.groups import Group
 from hf_efficient.pruning.choose.allocation import allocate_global, allocate_uniform, choose_layers
-from hf_efficient.pruning.cut.groups import Group
 
 LAYERS = 3
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from hf_efficient import ConfigError, prune
-from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.pruning.price.costs import layer_costs, total_cost, unit_cost
 from hf_efficient.pruning.score.calibration import DEFAULT_LENGTH, average_length
 
@@ -28,8 +28,8 @@ def test_global_reaches_the_ratio_and_passes_it_by_one_step_at_most(case, metric
         small = prune(dense, settings, batches(case))
         gone, wanted = removed(dense, small, metric, length), ratio * total_cost(dense, metric, length)
         largest = max(
-            unit_cost(dense, group, metric, length) * (ROUND_TO if group.kind == "neurons" else 1)
-            for group in find_groups(dense)
+            unit_cost(Anatomy.of(dense), group, metric, length) * (ROUND_TO if group.kind == "neurons" else 1)
+            for group in Anatomy.of(dense).groups
         )
         assert wanted - 1 <= gone < wanted + largest
         check_sizes(small)
@@ -45,9 +45,9 @@ def test_uniform_reaches_the_ratio_and_passes_it_by_one_step_at_most(case, metri
         settings = config(ratio=ratio, metric=metric, steps=steps, allocation="uniform", round_to=ROUND_TO)
         small = prune(dense, settings, batches(case))
         gone, wanted = removed(dense, small, metric, length), ratio * total_cost(dense, metric, length)
-        groups = find_groups(dense)
-        chunk = sum(unit_cost(dense, g, metric, length) * ROUND_TO for g in groups if g.kind == "neurons")
-        head = sum(unit_cost(dense, g, metric, length) for g in groups if g.kind != "neurons")
+        groups = Anatomy.of(dense).groups
+        chunk = sum(unit_cost(Anatomy.of(dense), g, metric, length) * ROUND_TO for g in groups if g.kind == "neurons")
+        head = sum(unit_cost(Anatomy.of(dense), g, metric, length) for g in groups if g.kind != "neurons")
         assert wanted - 1 <= gone < wanted + max(chunk, head)
         check_sizes(small)
         assert len({units for (_, kind, _), units in sizes(small).items() if kind == "neurons"}) == 1
@@ -75,7 +75,7 @@ def test_layers_alone_reach_the_ratio(case):
     dense = make(case)
     for ratio in (0.2, 0.4):
         small = prune(dense, config(ratio=ratio, granularity="layer", importance="random"))
-        costs = layer_costs(dense, find_groups(dense), "macs", DEFAULT_LENGTH)
+        costs = layer_costs(Anatomy.of(dense), "macs", DEFAULT_LENGTH)
         gone, wanted = removed(dense, small, "macs", DEFAULT_LENGTH), ratio * sum(costs.values())
         assert wanted - 1 <= gone < wanted + max(costs.values())
         assert min(depths(small).values()) >= 1

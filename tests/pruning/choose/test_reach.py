@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efficient import ConfigError, PruningConfig, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.pruning.choose.reach import check_reachable as check
 from hf_efficient.pruning.price.costs import make_costs, total_cost
 
@@ -20,7 +21,8 @@ SIZES = {
 
 
 def check_reachable(model, config: PruningConfig, length: int) -> None:
-    check(model, config, make_costs(model, config.metric, length))
+    anatomy = Anatomy.of(model)
+    check(anatomy, config, make_costs(anatomy, config.metric, length))
 
 
 def _config(ratio: float, granularity: tuple[str, ...], metric: str) -> PruningConfig:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_efficient import AttentionConfig, convert_attention
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import find_stacks
-from hf_efficient.pruning.cut.groups import Slice, expand, find_groups
+from hf_efficient.models.groups import Slice, expand
 from hf_efficient.pruning.price.costs import total_cost, unit_cost
 
 from ..tiny import CASES, HEADS, HIDDEN, NEURONS, WIDTH, make, measured_macs, vit
@@ -47,20 +48,19 @@ BY_HAND["gated-t5"] = BY_HAND["t5"] | {
 
 @pytest.mark.parametrize("case", CASES)
 def test_groups_by_hand(case):
-    model = make(case)
-    groups = find_groups(model)
+    anatomy = Anatomy.of(make(case))
     found = {}
-    for group in groups:
-        parameters, macs = unit_cost(model, group, "parameters", LENGTH), unit_cost(model, group, "macs", LENGTH)
+    for group in anatomy.groups:
+        parameters, macs = (unit_cost(anatomy, group, metric, LENGTH) for metric in ("parameters", "macs"))
         assert macs % LENGTH == 0
         found.setdefault((group.stack, group.kind), set()).add(
             (len(group.layers), group.units, parameters, macs // LENGTH)
         )
     assert found == {key: {value} for key, value in BY_HAND[case].items()}
-    for stack, layers in find_stacks(model):
-        for kind in {group.kind for group in groups if group.stack == stack.name}:
-            covered = [i for g in groups if (g.stack, g.kind) == (stack.name, kind) for i in g.layers]
-            assert covered == list(range(len(layers)))
+    for stack in anatomy.stacks:
+        for kind in {group.kind for group in anatomy.groups if group.stack == stack.name}:
+            covered = [i for g in anatomy.groups if (g.stack, g.kind) == (stack.name, kind) for i in g.layers]
+            assert covered == list(range(len(stack.layers)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,17 +100,18 @@ def test_cost_of_efficient_attention(case, attention, seen):
     """Every query of a head costs 2 x width for each key that it sees, or for each of width + 1 state columns."""
     dense = make(case)
     model = convert_attention(dense, attention)
-    heads = [(g, o) for g, o in zip(find_groups(model), find_groups(dense), strict=True) if g.kind == "heads"]
+    anatomy, before = Anatomy.of(model), Anatomy.of(dense)
+    heads = [(g, o) for g, o in zip(anatomy.groups, before.groups, strict=True) if g.kind == "heads"]
     per_unit = HEADS // heads[0][0].units
     for group, other in heads:
-        saved = unit_cost(dense, other, "macs", LENGTH) - unit_cost(model, group, "macs", LENGTH)
+        saved = unit_cost(before, other, "macs", LENGTH) - unit_cost(anatomy, group, "macs", LENGTH)
         assert saved == LENGTH * 2 * WIDTH * per_unit * (LENGTH - seen)
-        assert unit_cost(dense, other, "parameters", LENGTH) == unit_cost(model, group, "parameters", LENGTH)
+        assert unit_cost(before, other, "parameters", LENGTH) == unit_cost(anatomy, group, "parameters", LENGTH)
 
 
 def test_t5_decoder_sees_back_and_encoder_sees_both_sides():
-    model = convert_attention(make("t5"), AttentionConfig("local", window=2, global_tokens=0))
-    cost = {(g.stack, g.kind): unit_cost(model, g, "macs", LENGTH) // LENGTH for g in find_groups(model)}
+    t5 = Anatomy.of(convert_attention(make("t5"), AttentionConfig("local", window=2, global_tokens=0)))
+    cost = {(g.stack, g.kind): unit_cost(t5, g, "macs", LENGTH) // LENGTH for g in t5.groups}
     assert cost["encoder", "heads"] == 3 * (4 * ROW + 2 * 5 * WIDTH)
     assert cost["decoder", "heads"] == 2 * (4 * ROW + 2 * 2 * WIDTH)
     assert cost["decoder", "cross_heads"] == 2 * (4 * ROW + 2 * LENGTH * WIDTH)  # cross attention stays full

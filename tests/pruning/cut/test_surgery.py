@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_efficient import AttentionConfig, convert_attention, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import find_stacks
-from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.methods import UNIT_KINDS as KINDS
 from hf_efficient.pruning.plan import PruningPlan
@@ -44,8 +44,8 @@ def test_surgery_equals_masking(case, granularity, allocation, dtype):
 def test_unequal_layers_keep_exactly_what_the_plan_says(case):
     """Another set of units in every group, chosen here and not by a score."""
     dense, inputs = make(case).double(), batch(case)
-    plan = {g: tuple(range(i % 2, g.units, 2 + i % 3)) for i, g in enumerate(find_groups(dense))}
-    small = apply_plan(dense, PruningPlan(units={group.name: kept for group, kept in plan.items()}))
+    plan = {g: tuple(range(i % 2, g.units, 2 + i % 3)) for i, g in enumerate(Anatomy.of(dense).groups)}
+    small = apply_plan(Anatomy.of(dense), PruningPlan(units={group.name: kept for group, kept in plan.items()}))
     assert kept_parts(dense, small) == plan
     masked = copy.deepcopy(dense)
     zero_units(masked, plan)
@@ -101,7 +101,7 @@ LAYER_PLANS = {
 @pytest.mark.parametrize("case", CASES)
 def test_dropped_layers_equal_an_edited_stock_model(case):
     dense, inputs, kept = make(case), batch(case), LAYER_PLANS[case]
-    small = apply_plan(dense, PruningPlan(layers=kept))
+    small = apply_plan(Anatomy.of(dense), PruningPlan(layers=kept))
     expected = logits(keep_by_hand(dense, kept), inputs)
     assert type(small) is type(dense)
     assert depths(small) == {name: len(layers) for name, layers in kept.items()}
@@ -112,7 +112,7 @@ def test_dropped_layers_equal_an_edited_stock_model(case):
 @pytest.mark.parametrize("case", ["t5", "gated-t5"])
 def test_t5_without_block_0_keeps_the_shared_bias(case):
     dense, inputs = make(case), batch(case)
-    small = apply_plan(dense, PruningPlan(layers={"encoder": (1, 2), "decoder": (1,)}))
+    small = apply_plan(Anatomy.of(dense), PruningPlan(layers={"encoder": (1, 2), "decoder": (1,)}))
     edited = keep_by_hand(dense, {"encoder": (1, 2), "decoder": (1,)})
     for stack in ("encoder", "decoder"):
         bias = getattr(dense, stack).block[0].layer[0].SelfAttention.relative_attention_bias
@@ -174,9 +174,9 @@ def test_attention_configs_follow_their_layer(case):
     for name in stacks:
         expected = [chosen.get(i, AttentionConfig()).to_dict() for i in kept[name]]
         assert entries[name]["attention"] == expected
-    by_hand = convert_attention(apply_plan(dense, PruningPlan(layers=kept)), {0: windows[0]})
+    by_hand = convert_attention(apply_plan(Anatomy.of(dense), PruningPlan(layers=kept)), {0: windows[0]})
     assert torch.equal(logits(small, batch(case)), logits(by_hand, batch(case)))
-    wrong = convert_attention(apply_plan(dense, PruningPlan(layers=kept)), {0: two})
+    wrong = convert_attention(apply_plan(Anatomy.of(dense), PruningPlan(layers=kept)), {0: two})
     assert not torch.equal(logits(small, batch(case)), logits(wrong, batch(case)))
 
 
@@ -184,7 +184,7 @@ def test_attention_configs_follow_their_layer(case):
 def test_kept_layers_compose(case):
     dense = make(case, 4, 4) if case == "t5" else make(case, 4)
     stacks = list(depths(dense))
-    once = apply_plan(dense, PruningPlan(layers=dict.fromkeys(stacks, (0, 2, 3))))
+    once = apply_plan(Anatomy.of(dense), PruningPlan(layers=dict.fromkeys(stacks, (0, 2, 3))))
     narrow = prune(once, config(ratio=0.3))
     twice = apply_plan(narrow, PruningPlan(layers=dict.fromkeys(stacks, (1, 2))))
     assert once.config.efficient["kept_layers"] == {name: [0, 2, 3] for name in stacks}

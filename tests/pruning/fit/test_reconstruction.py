@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from hf_efficient import PruningConfig, prune
-from hf_efficient.models.families import family_of, find_stacks
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.rebuild import rebuild
-from hf_efficient.pruning.cut.groups import find_groups
 from hf_efficient.pruning.cut.surgery import apply_plan
-from hf_efficient.pruning.fit.reconstruction import HELD_OUT, LAMBDAS, _Fit, find_blocks, reconstruct, token_weights
+from hf_efficient.pruning.fit.reconstruction import (
+    HELD_OUT,
+    LAMBDAS,
+    _Fit,
+    find_blocks,
+    reconstruct_blocks,
+    token_weights,
+)
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.score.calibration import answer_loss, answer_of
 from hf_efficient.pruning.score.stream import Stream
@@ -80,7 +86,7 @@ def test_copies_of_units_can_leave_without_a_trace(case):
     dense, inputs = make(case).double(), doubled(case) * 4
     plan = {}
     with torch.no_grad():
-        for group in find_groups(dense):
+        for group in Anatomy.of(dense).groups:
             if group.kind != "neurons":
                 continue
             half = group.units // 2
@@ -90,9 +96,10 @@ def test_copies_of_units_can_leave_without_a_trace(case):
                     parameter = dense.get_parameter(f"{member.prefix}.{part.name}")
                     first = parameter.index_select(part.dim, part.rows(torch.arange(half), parameter))
                     parameter.index_copy_(part.dim, part.rows(torch.arange(half, 2 * half), parameter), first)
-    cut = apply_plan(dense, PruningPlan(units=plan))
+    cut = apply_plan(Anatomy.of(dense), PruningPlan(units=plan))
     fitted = rebuild(cut, cut.config)
-    reconstruct(fitted, dense, inputs, token_weights(dense, inputs, answer_loss()))
+    whole = Anatomy.of(dense)
+    reconstruct_blocks(Anatomy.of(fitted), whole, inputs, token_weights(whole, inputs, answer_loss()))
     expected = answer_of(dense, inputs[0]).detach()
     lost, left = ((answer_of(model, inputs[0]) - expected).abs().max() for model in (cut, fitted))
     assert left < 0.25 * lost  # lambda is not zero, and what follows a layer sees what is left of its error
@@ -117,8 +124,8 @@ def test_every_family_comes_closer_to_the_dense_answer(name):
 def test_token_weights(case):
     """Nothing for padding, something for all that is read."""
     model, inputs = make(case).double(), doubled(case)[:1]
-    weights = token_weights(model, inputs, answer_loss())
-    assert len(weights) == sum(len(layers) * len(find_blocks(model, stack)) for stack, layers in find_stacks(model))
+    weights = token_weights(Anatomy.of(model), inputs, answer_loss())
+    assert len(weights) == sum(len(stack.layers) * len(find_blocks(stack)) for stack in Anatomy.of(model).stacks)
     mask = inputs[0]["attention_mask"].bool()
     for path, (own,) in weights.items():
         assert (own >= 0).all() and own.max() > 0
@@ -133,11 +140,11 @@ def test_token_weights(case):
 def test_a_stream_is_the_forward_of_the_model():
     model, inputs = make("bert"), batches("bert")
     with torch.no_grad():
-        stream = Stream(model, "encoder", inputs)
+        stream = Stream(Anatomy.of(model), "encoder", inputs)
         states = model(**inputs[0], output_hidden_states=True).hidden_states
         for index in range(3):
             assert torch.equal(stream.states[0], states[index])
-            blocks = find_blocks(model, next(find_stacks(model))[0])
+            blocks = find_blocks(Anatomy.of(model).stacks[0])
             read, residual = next(stream.inputs(index, blocks, "output.dense"))
             sums = stream.advance(index, blocks)
             linear = model.bert.encoder.layer[index].output.dense
@@ -149,13 +156,14 @@ def test_a_stream_is_the_forward_of_the_model():
 def test_what_a_block_is_added_to(name):
     """Each sum is what a norm of the layer reads next, or what the layer gives."""
     model, batch = make_model(name).eval(), make_inputs(name)
-    if family_of(model.config).norm is None:
+    anatomy = Anatomy.of(model)
+    if anatomy.family.norm is None:
         assert name.startswith(("dinov2", "gemma3"))
         return
     with torch.no_grad():
-        for stack, layers in find_stacks(model):
-            stream, blocks = Stream(model, stack.name, [batch]), find_blocks(model, stack)
-            for index, layer in enumerate(layers):
+        for stack in anatomy.stacks:
+            stream, blocks = Stream(anatomy, stack.name, [batch]), find_blocks(stack)
+            for index, layer in enumerate(stack.layers):
                 read: list[torch.Tensor] = []
                 note = partial(lambda seen, module, args: seen.append(args[0]), read)
                 norms = [module for module in layer.modules() if "Norm" in type(module).__name__]

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from hf_efficient import CheckpointError, ConfigError, PruningCallback, PruningConfig, prune
+from hf_efficient.models.anatomy import Anatomy
+from hf_efficient.models.groups import output_weight
 from hf_efficient.pruning.callback import STATE_FILE
-from hf_efficient.pruning.cut.groups import find_groups, output_weight
 from hf_efficient.pruning.cut.linears import as_matrix, count_zeros, find_linears, matrix, parameter_of
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.gradual.zeros import KeepZeros
@@ -38,11 +39,11 @@ class Naive(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         found = {}
         if "weight" in self.callback.config.granularity:
-            for linear in find_linears(model):
+            for linear in find_linears(Anatomy.of(model)):
                 weight = parameter_of(model, linear)
                 found[linear.name] = as_matrix(model, linear, weight.detach() * weight.grad)
         else:
-            for group in find_groups(model):
+            for group in Anatomy.of(model).groups:
                 weight = output_weight(model, group.members[0])
                 columns = (weight.detach() * weight.grad).sum(1 - group.members[0].output.dim)
                 found[group.name] = columns.view(group.units, -1).sum(1)
@@ -136,7 +137,7 @@ def _compact_norm(model, removed) -> float:
     if not any(mask.any() for mask in removed.values()):
         return _norm(copy.deepcopy(model))
     kept = {group.name: tuple((~mask).nonzero().flatten().tolist()) for group, mask in removed.items()}
-    return _norm(apply_plan(model, PruningPlan(units=kept)).train())
+    return _norm(apply_plan(Anatomy.of(model), PruningPlan(units=kept)).train())
 
 
 def _masked_norm(model, removed) -> float:
@@ -238,7 +239,7 @@ def test_the_zeros_are_those_with_the_lowest_scores(tmp_path):
     trainer = make_trainer("bert", tmp_path, [callback], learning_rate=1e-6, weight_decay=0.0)
     dense = make("bert")
     trainer.train()
-    for linear in find_linears(dense):
+    for linear in find_linears(Anatomy.of(dense)):
         size, zero = matrix(dense, linear).abs(), matrix(trainer.model, linear) == 0
         assert size[zero].max() <= size[~zero].min() + 1e-4
 

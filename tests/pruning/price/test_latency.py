@@ -9,9 +9,10 @@ import torch
 from hf_efficient import AttentionConfig, ConfigError, PruningCallback, PruningConfig, convert_attention, prune
 from hf_efficient.attention.dispatch import variant_of
 from hf_efficient.errors import UnsupportedModelError
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import family_of, find_stacks
-from hf_efficient.pruning.cut.groups import find_groups
-from hf_efficient.pruning.price import correction, latency, latency_cache
+from hf_efficient.pruning.price import correction, latency
+from hf_efficient.pruning.price import latency_table as tables
 from hf_efficient.pruning.price.latency import latency_costs, latency_table
 from hf_efficient.pruning.prune import plan
 
@@ -29,7 +30,7 @@ def seconds_of(model, bend: float = 0.0) -> float:
     stacks = {stack.name: (stack, layers) for stack, layers in find_stacks(model, family)}
     layers = sum(len(modules) for _, modules in stacks.values())
     units = 0.0
-    for group in find_groups(model):
+    for group in Anatomy.of(model).groups:
         stack, _ = stacks[group.stack]
         for member in group.members:
             dear = 1.0
@@ -78,9 +79,9 @@ def short(case: str, *sizes: int):
 @pytest.mark.parametrize("case", ["bert", "vit", "llama", "gpt2", "t5"])
 def test_prices_are_those_of_the_clock(case):
     model = short(case)
-    costs = latency_costs(model, 2, 16)
+    costs = latency_costs(Anatomy.of(model), 2, 16)
     assert costs.total == pytest.approx(1e9 * seconds_of(model))
-    for group in find_groups(model):
+    for group in Anatomy.of(model).groups:
         for units in {1, group.units // 2, group.units} - {0}:
             wanted = 1e9 * EACH[group.kind] * units * len(group.members)
             assert costs.of(group, units) == pytest.approx(wanted, rel=1e-6)
@@ -110,8 +111,8 @@ def test_noise_never_makes_fewer_units_dearer(clock, monkeypatch):
 
 def test_converted_layers_have_prices_of_their_own():
     model = convert_attention(short("bert"), AttentionConfig(kind="local", window=4), layers=[1])
-    costs = latency_costs(model, 2, 16)
-    heads = [costs.of(group, 2) for group in find_groups(model) if group.kind == "heads"]
+    costs = latency_costs(Anatomy.of(model), 2, 16)
+    heads = [costs.of(group, 2) for group in Anatomy.of(model).groups if group.kind == "heads"]
     assert heads[0] == pytest.approx(heads[2]) and heads[1] == pytest.approx(LOCAL * heads[0])
     assert costs.layers["encoder", 1] > costs.layers["encoder", 0] == pytest.approx(costs.layers["encoder", 2])
 
@@ -144,7 +145,7 @@ def test_allocations_and_steps(allocation, steps):
     small = prune(model, config(0.4, allocation=allocation, steps=steps, round_to=4))
     assert seconds_of(small) / seconds_of(model) == pytest.approx(0.6, rel=0.07)
     if allocation == "uniform":
-        assert len({(group.kind, group.units) for group in find_groups(small)}) == 2
+        assert len({(group.kind, group.units) for group in Anatomy.of(small).groups}) == 2
 
 
 def test_layers_alone_and_with_units():
@@ -184,7 +185,7 @@ def test_a_table_is_measured_once(clock):
 def test_a_table_that_cannot_be_true_is_not_kept(clock, monkeypatch):
     monkeypatch.setattr(f"{__name__}.REST", -1e-3)
     assert latency_table(short("bert"), 2, 16).rest_ms < 0
-    assert not latency_cache.folder().exists()
+    assert not tables.folder().exists()
 
 
 @pytest.mark.parametrize("what", ["batch", "length", "sizes", "dtype", "attention", "threads", "machine"])
@@ -204,9 +205,9 @@ def test_another_table_is_another_file(what, clock, monkeypatch):
     elif what == "threads":
         threads = 2
     else:
-        other = latency_cache.Environment.collect()
+        other = tables.Environment.collect()
         object.__setattr__(other, "cpu", "another")
-        monkeypatch.setattr(latency_cache.Environment, "collect", lambda: other)
+        monkeypatch.setattr(tables.Environment, "collect", lambda: other)
     latency_table(model, batch, length, threads=threads)
     assert clock.count > measured
 
@@ -215,7 +216,7 @@ def test_another_table_is_another_file(what, clock, monkeypatch):
 def test_a_damaged_file_is_measured_again(text, clock):
     model = short("bert")
     table = latency_table(model, 2, 16)
-    (file,) = latency_cache.folder().iterdir()
+    (file,) = tables.folder().iterdir()
     file.write_text(text)
     measured = clock.count
     assert latency_table(model, 2, 16) == table and clock.count > measured

@@ -8,6 +8,7 @@ import torch
 
 from hf_efficient import CheckpointError, ConfigError, DataError, PruningConfig, measure, plan, prune
 from hf_efficient.errors import UnsupportedModelError
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.block import EfficientBlock
 from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning.callback import STATE_FILE
@@ -69,7 +70,7 @@ def test_a_layer_whose_states_overflow_is_named(score):
     model = make("llama")
     overflow(model, 1)
     with pytest.raises(DataError, match=r"layer 1 of the decoder"):
-        score(model, batches("llama"))
+        score(Anatomy.of(model), batches("llama"))
 
 
 def test_reconstruction_names_the_linear():
@@ -79,7 +80,7 @@ def test_reconstruction_names_the_linear():
     with pytest.raises(DataError, match="The answer of the model"):
         prune(model, plan=asked, calibration=data)
     model = make("llama")
-    cutter = Cutter(model, PruningConfig(), data)
+    cutter = Cutter(Anatomy.of(model), PruningConfig(), data)
     assert cutter.weights
     overflow(model, 1)
     with pytest.raises(DataError, match=r"What model\.layers\.1\.self_attn\.o_proj reads"):
@@ -120,7 +121,7 @@ def test_batches_that_the_model_cannot_read(fault):
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(DataError, match=f"(?s)Calibration batch 1.*({words})"):
         prune(model, PruningConfig(ratio=0.4, round_to=4), [good[0], wrong, good[2]])
-    assert len(calibration.check_calibration(model, good)) == 3
+    assert len(calibration.check_calibration(Anatomy.of(model), good)) == 3
 
 
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "activation"])
@@ -135,27 +136,28 @@ def test_labels_beyond_the_classes_reach_no_importance(importance):
 
 
 def test_labels_that_nobody_gave_are_allowed():
-    given = batch("llama")
-    check_batches(make("llama"), [given | {"labels": given["labels"].index_fill(1, torch.tensor([4]), -100)}])
-    check_batches(make("bert"), [batch("bert") | {"labels": torch.tensor([0, -100, 1])}])
+    given, bert = batch("llama"), Anatomy.of(make("bert"))
+    labels = given["labels"].index_fill(1, torch.tensor([4]), -100)
+    check_batches(Anatomy.of(make("llama")), [given | {"labels": labels}])
+    check_batches(bert, [batch("bert") | {"labels": torch.tensor([0, -100, 1])}])
     with pytest.raises(DataError, match="from -101"):
-        check_batches(make("bert"), [batch("bert") | {"labels": torch.tensor([0, -101, 1])}])
+        check_batches(bert, [batch("bert") | {"labels": torch.tensor([0, -101, 1])}])
 
 
 def test_numbers_where_numbers_are_learned():
     torch.manual_seed(0)
     model = CASES["bert"].make(num_labels=1)
-    check_batches(model, [batch("bert") | {"labels": torch.tensor([0.5, 2.0, -9.0])}])
+    check_batches(Anatomy.of(model), [batch("bert") | {"labels": torch.tensor([0.5, 2.0, -9.0])}])
     with pytest.raises(DataError, match=r"regression.*float"):
-        check_batches(model, [batch("bert")])
+        check_batches(Anatomy.of(model), [batch("bert")])
 
 
 def test_ids_without_a_mask_are_no_padding_if_one_is_real():
     model, ids = make("llama"), torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(DataError, match="padding only, by its input_ids"):
-        check_batches(model, [{"input_ids": ids}])
+        check_batches(Anatomy.of(model), [{"input_ids": ids}])
     ids[1, 3] = 7
-    check_batches(model, [{"input_ids": ids}])
+    check_batches(Anatomy.of(model), [{"input_ids": ids}])
 
 
 @pytest.mark.parametrize("wrong", [5, "rows.csv", 3.5])
@@ -167,10 +169,10 @@ def test_what_gives_no_batches(wrong):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_inputs_of_every_family_are_read(name):
     inputs = make_inputs(name)
-    check_batches(make_model(name), [inputs])
+    check_batches(Anatomy.of(make_model(name)), [inputs])
     key = next(key for key in inputs if key in ("input_ids", "decoder_input_ids", "pixel_values", "input_features"))
     with pytest.raises(DataError, match=f"Calibration batch 1.*{key}"):
-        check_batches(make_model(name), [inputs, inputs | {key: inputs[key].to(torch.uint8)}])
+        check_batches(Anatomy.of(make_model(name)), [inputs, inputs | {key: inputs[key].to(torch.uint8)}])
 
 
 @pytest.mark.parametrize("kept", [[5000, 70000], [0, 0], [2, 1], [-1, 0], [0, 10**400], [0.5, 1], list(range(1025))])
@@ -194,7 +196,7 @@ def test_a_state_of_pruning_that_cannot_be_read(content, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_of_a_training_run_are_finite(value):
     settings = Gradual(PruningConfig(ratio=0.2, importance="movement", round_to=4))
-    removal, model = UnitRemoval(make("bert"), settings), make("bert")
+    removal, model = UnitRemoval(Anatomy.of(make("bert")), settings), make("bert")
     removal.raise_to(model, 0.1)
     group = list(removal.scores)[2]
     removal.scores[group][1] = value

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_efficient import ConfigError, DataError, PruningConfig, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan
@@ -35,7 +36,7 @@ def make_idle(model, index: int) -> None:
 def test_an_idle_layer_is_the_first_to_leave(case, idle, score):
     model = make(case)
     make_idle(model, idle)
-    scores = score(model, batches(case))
+    scores = score(Anatomy.of(model), batches(case))
     for stack, layers in find_stacks(model):
         own = {layer: value for (name, layer), value in scores.items() if name == stack.name}
         assert min(own, key=own.__getitem__) == idle and len(own) == len(layers)
@@ -50,7 +51,7 @@ def test_the_first_to_leave_is_the_one_without_which_the_answer_changes_least(ca
     with torch.no_grad():
         for gone in range(len(layers)):
             kept = tuple(i for i in range(len(layers)) if i != gone)
-            small = apply_plan(model, PruningPlan(layers={stack.name: kept}))
+            small = apply_plan(Anatomy.of(model), PruningPlan(layers={stack.name: kept}))
             changes[gone] = 0.0
             for batch in data:
                 p, q = answer_of(model, batch).log_softmax(-1), answer_of(small, batch).log_softmax(-1)
@@ -59,7 +60,7 @@ def test_the_first_to_leave_is_the_one_without_which_the_answer_changes_least(ca
                     mask = batch["attention_mask"]
                     apart = (apart * mask).sum() / mask.sum() * len(apart)
                 changes[gone] += float(apart.sum())
-    order = {layer: rank for (_, layer), rank in loss(model, data).items()}
+    order = {layer: rank for (_, layer), rank in loss(Anatomy.of(model), data).items()}
     assert sorted(order.values()) == list(range(len(layers)))
     assert min(order, key=order.get) == min(changes, key=changes.get)
 
@@ -71,7 +72,9 @@ def test_block_influence_is_its_formula():
     mask = batch["attention_mask"].bool()
     for layer, (before, after) in enumerate(pairwise(states)):
         expected = 1 - F.cosine_similarity(before[mask], after[mask], dim=-1).mean()
-        assert block_influence(model, [batch])["encoder", layer] == pytest.approx(float(expected), abs=1e-5)
+        assert block_influence(Anatomy.of(model), [batch])["encoder", layer] == pytest.approx(
+            float(expected), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("importance", ["loss", "block_influence", "fisher", "activation", "random"])

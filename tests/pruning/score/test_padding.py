@@ -14,7 +14,7 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
-from hf_efficient.pruning.cut.groups import find_groups
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.pruning.cut.linears import find_linears
 from hf_efficient.pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, WEIGHT_IMPORTANCES
 from hf_efficient.pruning.score.calibration import model_loss, token_mask
@@ -123,7 +123,7 @@ def all_equal(found: list[dict], other: dict, rtol: float = 1e-9) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_unit_scores_do_not_depend_on_padding(name, importance):
     model = make(name)
-    groups = find_groups(model)
+    groups = Anatomy.of(model).groups
 
     def scores(rows, *padding):
         batches = batches_of(rows, *padding)
@@ -149,11 +149,11 @@ def test_pseudo_labels_are_of_real_tokens(name):
 @pytest.mark.parametrize("importance", LAYER_IMPORTANCES)
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_scores_do_not_depend_on_padding(name, importance):
-    model = make(name)
+    anatomy = Anatomy.of(make(name))
     found = [
         {key: torch.tensor(value) for key, value in scores.items()}
         for scores in (
-            LAYER_IMPORTANCES[importance](model, batches_of(rows_of(name), *padding)) for padding in paddings(name)
+            LAYER_IMPORTANCES[importance](anatomy, batches_of(rows_of(name), *padding)) for padding in paddings(name)
         )
     ]
     for scores in found[1:]:
@@ -166,7 +166,7 @@ def test_layer_scores_do_not_depend_on_padding(name, importance):
 def test_what_linears_read_does_not_depend_on_padding(name):
     """The sums that `activation` and `obs` of single weights are made of."""
     model = make(name)
-    linears = find_linears(model)
+    linears = find_linears(Anatomy.of(model))
 
     def grams(rows, *padding):
         return collect(model, linears, batches_of(rows, *padding), lambda read: read.T @ read)
@@ -180,7 +180,7 @@ def test_what_linears_read_does_not_depend_on_padding(name):
 def test_weight_scores_do_not_depend_on_padding(name, importance):
     """In the same batches: they are sums over batches by definition."""
     model = make(name)
-    linears = find_linears(model)
+    linears = find_linears(Anatomy.of(model))
 
     def scores(rows, side, width):
         batches = batches_of(rows, side, width, 3)

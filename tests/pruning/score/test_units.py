@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from hf_efficient import ConfigError, DataError, PruningConfig, prune, register_importance
-from hf_efficient.pruning.cut.groups import (
+from hf_efficient.models.anatomy import Anatomy
+from hf_efficient.models.groups import (
     Group,
     Member,
     Slice,
-    find_groups,
     output_module,
     output_weight,
     unit_parameters,
@@ -55,13 +55,13 @@ def test_taylor_is_the_gradient_of_gates(case, with_labels):
     if not with_labels:
         start = {"decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)} if case.endswith("t5") else {}
         inputs = [{k: v for k, v in one.items() if k != "labels"} | start for one in inputs]
-    groups = find_groups(model)
+    groups = Anatomy.of(model).groups
     scores = taylor(model, groups, batches=inputs, length=9)
     for kind in {group.kind for group in groups}:
         own = [group for group in groups if group.kind == kind]
         expected = [torch.cat([gate_gradients(model, one, group) for one in inputs]).abs().sum(0) for group in own]
         assert all(values.max() > 0 for values in expected)
-        paid = sum(unit_cost(model, group, "macs", 9) * group.units for group in own)
+        paid = sum(unit_cost(Anatomy.of(model), group, "macs", 9) * group.units for group in own)
         scale = paid / sum(values.sum() for values in expected)
         for group, values in zip(own, expected, strict=True):
             assert torch.allclose(scores[group].double(), scale * values, rtol=1e-5, atol=1e-7 * float(scale))
@@ -99,7 +99,7 @@ def test_formulas_by_hand():
 @pytest.mark.parametrize("case", CASES)
 def test_magnitude_is_the_sum_of_squares(case):
     model = make(case)
-    for group, score in magnitude(model, find_groups(model)).items():
+    for group, score in magnitude(model, Anatomy.of(model).groups).items():
         for unit in (0, group.units - 1):
             expected = 0.0
             for member in group.members:
@@ -113,19 +113,19 @@ def test_random_depends_on_the_seed_only():
     model, other = make("bert", seed=0), make("bert", seed=1)
     options = {"length": 16}
     first, second, third = (
-        random(m, find_groups(m), seed=seed, **options) for m, seed in ((model, 0), (other, 0), (model, 1))
+        random(m, Anatomy.of(m).groups, seed=seed, **options) for m, seed in ((model, 0), (other, 0), (model, 1))
     )
     for group, score in first.items():
         assert torch.equal(score, second[group])
         assert not torch.equal(score, third[group])
-        assert score.min() >= 0 and score.max() < unit_cost(model, group, "macs", 16)
+        assert score.min() >= 0 and score.max() < unit_cost(Anatomy.of(model), group, "macs", 16)
 
 
 @torch.no_grad()
 def plant(model, unimportant: str) -> dict[Group, tuple[int, ...]]:
     """Every second unit is useless ("silent": large weights, no effect) or tiny; returns the good ones."""
     good = {}
-    for group in find_groups(model):
+    for group in Anatomy.of(model).groups:
         bad = torch.arange(1, group.units, 2)
         good[group] = tuple(range(0, group.units, 2))
         for member in group.members:
@@ -169,7 +169,7 @@ def test_planted_units_leave_first(case, importance, unimportant, finds, granula
 def test_frozen_models_are_scored_like_others():
     """A teacher is often frozen; its weights must not look useless, and must stay frozen."""
     model = make("bert")
-    groups = find_groups(model)
+    groups = Anatomy.of(model).groups
     expected = taylor(model, groups, batches=batches("bert"), length=9)
     model.requires_grad_(False)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_a_single_output_is_a_regression():
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
     loss = model_loss(regression, inputs)
     assert loss.item() == pytest.approx(3 * regression(**inputs).logits.square().mean().item())
-    scores = taylor(regression, find_groups(regression), batches=[inputs], length=9)
+    scores = taylor(regression, Anatomy.of(regression).groups, batches=[inputs], length=9)
     assert all(score.sum() > 0 for score in scores.values())
 
 
@@ -249,7 +249,7 @@ def test_fisher_is_the_squared_change_of_the_answer(case):
     """Against gates, row by row; labels are not looked at, and batches may be cut anywhere."""
     model = make(case).double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(case).items()}
-    for group, score in fisher(model, find_groups(model), batches=[inputs], seed=3).items():
+    for group, score in fisher(model, Anatomy.of(model).groups, batches=[inputs], seed=3).items():
         gradients = gate_gradients(model, inputs, group, of_answer=True)
         assert gradients.abs().max() > 0
         assert torch.allclose(score.double(), gradients.square().sum(0), rtol=1e-4, atol=1e-9)
@@ -258,17 +258,17 @@ def test_fisher_is_the_squared_change_of_the_answer(case):
 def test_two_classes_have_one_direction():
     """Only the difference of two logits matters, so nothing is left to chance."""
     model = bert(num_labels=2).eval()
-    groups, inputs = find_groups(model), [{k: v for k, v in batch("bert").items() if k != "labels"}]
+    groups, inputs = Anatomy.of(model).groups, [{k: v for k, v in batch("bert").items() if k != "labels"}]
     one, other = (fisher(model, groups, batches=inputs, seed=seed) for seed in (0, 1))
     assert all(torch.allclose(one[group], other[group], rtol=1e-4) for group in groups)
     three = make("bert")
-    one, other = (fisher(three, find_groups(three), batches=inputs, seed=seed) for seed in (0, 1))
-    assert not all(torch.allclose(one[group], other[group], rtol=1e-4) for group in find_groups(three))
+    one, other = (fisher(three, Anatomy.of(three).groups, batches=inputs, seed=seed) for seed in (0, 1))
+    assert not all(torch.allclose(one[group], other[group], rtol=1e-4) for group in Anatomy.of(three).groups)
 
 
 def test_activation_is_weights_times_inputs_without_padding():
     model, (inputs, *_) = make("bert"), batches("bert")
-    groups = [group for group in find_groups(model) if group.kind == "neurons"]
+    groups = [group for group in Anatomy.of(model).groups if group.kind == "neurons"]
     scores = activation(model, groups, batches=[inputs])
     caught = []
     handle = model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
