@@ -24,7 +24,7 @@ MOVED = {
     "pruning.zeros": "pruning.gradual.zeros",
     "quantization": "runtimes.quantization",
     "recipe": "recipes.recipe",
-    "runners": "pipeline.runners",
+    "runners": "stages.table",
     "verify": "pipeline.verify",
 }
 

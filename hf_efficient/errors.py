@@ -60,6 +60,16 @@ def unknown_name(what: str, given: object, known: Iterable[str]) -> ConfigError:
     Example: `raise unknown_name("attention kind", "locla", KINDS)`.
     """
     names = sorted(map(str, known))
-    near = difflib.get_close_matches(given[:80], names, n=1) if isinstance(given, str) else []
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"Unknown {what} {shown(given)}.{hint} Known: {', '.join(names)}.")
+    return ConfigError(f"Unknown {what} {shown(given)}.{did_you_mean(given, names)} Known: {', '.join(names)}.")
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: ` Did you mean 'local'?`, or nothing."""
+    near = nearest(given, known)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
+def nearest(given: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that was most likely meant, if one is like it."""
+    near = difflib.get_close_matches(given[:80], list(known), 1, cutoff) if isinstance(given, str) else []
+    return near[0] if near else None

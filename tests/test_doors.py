@@ -87,7 +87,7 @@ RULES = {
         {
             "models/rebuild.py": "no file is read: the weights are those of a model in memory",
             "pruning/cut/tokenizer.py": "a folder that was written a line before",
-            "runtimes/runtime.py": "an export that was just made, read by transformers.exporters",
+            "runtimes/formats.py": "an export that was just made, read by transformers.exporters",
         },
     ),
     "other programs are started by io/process": Rule(

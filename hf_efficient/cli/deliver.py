@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..runtimes.formats import FORMATS, check_format, check_runtime, folder_name
 from .base import app, load, print_json, print_text, quiet_libraries
-
-FORMATS = ("onnx", "openvino", "executorch", "torch")
 
 
 @app.command()
@@ -62,7 +61,6 @@ def export(
     What it computes there is compared with PyTorch.
     """
     from ..io.disk import check_empty
-    from ..runtimes.export import check_format, check_runtime, folder_name
     from ..runtimes.export import export as run
 
     check_format(format, quantize)

@@ -3,10 +3,9 @@
 parse_overrides(["--prune.ratio", "0.5", "--seed=1"])    # {"prune.ratio": "0.5", "seed": "1"}
 """
 
-import difflib
 from collections.abc import Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 
 
 def parse_overrides(arguments: Sequence[str], options: Sequence[str] = ()) -> dict[str, str]:
@@ -22,9 +21,9 @@ def parse_overrides(arguments: Sequence[str], options: Sequence[str] = ()) -> di
         if not word.startswith("--"):
             raise ConfigError(f"{word!r} is not an option. Override recipe keys as `--prune.ratio 0.5`.")
         key, equals, value = word[2:].partition("=")
-        near = [] if "." in key else difflib.get_close_matches(key.replace("_", "-"), options, n=1, cutoff=0.75)
-        if near:
-            raise ConfigError(f"No such option --{key}. Did you mean --{near[0]}?")
+        near = None if "." in key else nearest(key.replace("_", "-"), options, cutoff=0.75)
+        if near is not None:
+            raise ConfigError(f"No such option --{key}. Did you mean --{near}?")
         if not equals:
             if not rest:
                 raise ConfigError(f"--{key} needs a value: `--{key} VALUE`.")

@@ -167,9 +167,9 @@ def _names() -> dict[str, list[str]]:
     from ..models.families import FAMILIES
     from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
     from ..recipes.recipe import shipped_recipes
-    from ..recipes.stages import STAGES
-    from ..runtimes.export import FORMATS
+    from ..runtimes.formats import FORMATS
     from ..runtimes.quantization import METHODS
+    from ..stages.table import STAGES
 
     importances = dict.fromkeys([*IMPORTANCES, *LAYER_IMPORTANCES, *WEIGHT_IMPORTANCES, *TRAINED_IMPORTANCES])
     tables: tuple[Any, ...] = (

@@ -12,7 +12,6 @@ BART) stay. Rotary positions have no table: `rope` changes the config's `rope_pa
 `yarn` (Peng 2023, arXiv 2309.00071). Without it only the length in the config is raised.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ..models.anatomy import Anatomy
 from ..models.classes import with_block
 from ..models.families import Family, family_of, token_limit
 from ..models.rebuild import check_model, rebuild
+from .methods import METHODS, ROPE
 
 
 def extend_positions(
@@ -105,12 +105,12 @@ def _scaled(config: PreTrainedConfig, family: Family, factor: float, rope: str |
     return now | {"rope_type": rope, "factor": factor} | original
 
 
-def _tile(table: Tensor, length: int) -> Tensor:
+def tile(table: Tensor, length: int) -> Tensor:
     """[n, width] -> [length, width]: the table again and again."""
     return table.repeat(-(-length // len(table)), 1)[:length]
 
 
-def _interpolate(table: Tensor, length: int) -> Tensor:
+def interpolate(table: Tensor, length: int) -> Tensor:
     """[n, width] -> [length, width]: straight lines between the rows, the first and the last row kept."""
     place = torch.linspace(0, len(table) - 1, length, dtype=torch.float64, device=table.device)
     lower = place.long().clamp(max=max(len(table) - 2, 0))
@@ -124,7 +124,3 @@ def _sinusoids(table: Tensor, length: int) -> Tensor:
     rates = 10000 ** (torch.arange(0, width, 2, dtype=torch.float64) / -width)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()[:, : width // 2]], 1).to(table)
-
-
-METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"tile": _tile, "interpolate": _interpolate}
-ROPE = ("linear", "dynamic", "yarn")

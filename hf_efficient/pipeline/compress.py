@@ -7,7 +7,6 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 (and a stage that trains, after its last epoch); the result is that of an uninterrupted run.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..io.disk import clear_disk_errors, copy_folder, inside
 from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
-from .checking import check, check_attention
+from ..stages.base import Stage, check_length
 from .report import check_losses, measured
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 MODEL = "model"
-
-# A stage's folder, its settings, and what runs it: (run, settings, source folder, target folder) -> facts.
-Step = tuple[str, Any, Callable[["Run", Any, Path, Path], dict[str, Any]]]
 
 
 def compress(
@@ -100,56 +96,79 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
         ConfigError: there is no such stage; a second stage's ratio that cannot be reached.
         ConfigError, DataError, UnsupportedModelError, CheckpointError: whatever `compress` refuses before it begins.
     """
-    from ..models.anatomy import Anatomy
-    from ..models.families import token_limit
-    from ..pruning.cut.surgery import planned_config
-    from ..pruning.prune import plan
-    from ..pruning.score.calibration import DEFAULT_LENGTH
-    from ..recipes.stages import AttentionStage, PruneStage
     from .run import Run
 
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)).allowed(trust_remote_code)
     run = Run(recipe, Path())
     check(run)
     config, plans = run.config, []
-    for stage in recipe.stages:
-        if isinstance(stage.settings, AttentionStage):
-            config = check_attention(run, config, stage.settings)
-        elif isinstance(stage.settings, PruneStage):
-            asked = stage.settings.config
-            length = asked.sequence_length or recipe.data.max_length or DEFAULT_LENGTH
-            length = min(length, token_limit(config, rotary=False) or length)
-            model = run.skeleton(config)
-            plans.append(plan(model, dataclasses.replace(asked, sequence_length=length)))
-            config = planned_config(Anatomy.of(model), plans[-1])
+    for step in recipe.stages:
+        config, sizes = step.settings.plan(run, config)
+        plans += [] if sizes is None else [sizes]
     if not plans:
         raise ConfigError(f"The recipe {recipe.name!r} has no prune stage, so there is nothing to plan.")
     return plans
+
+
+def check(run: "Run") -> None:
+    """Everything that can be wrong with data and model, before any long work.
+
+    Raises:
+        ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
+    """
+    from ..measurement.energy import check_energy
+    from ..models.families import family_of, token_limit
+    from .fresh import check_fresh
+
+    recipe = run.recipe
+    if recipe.measure.energy:
+        check_energy(recipe.measure.country)
+    run.data()
+    config, stages = run.config, recipe.paths
+    if recipe.model.config is not None:
+        check_fresh(partial(run.skeleton, config))
+    family_of(config)
+    if config.is_encoder_decoder and not run.task.trains:
+        raise UnsupportedModelError(
+            f"task {recipe.task!r} needs a model with one stack; {config.model_type} has an encoder and a "
+            "decoder. Distil its encoder with DistillationTrainer (T5EncoderModel)."
+        )
+    if (limit := token_limit(config, rotary=False)) is not None:
+        _check_lengths(run, limit)
+    before: list[Stage] = []
+    for path, stage in stages.items():
+        config = stage.check(path, run, config, before)
+        before.append(stage)
+
+
+def _check_lengths(run: "Run", limit: int) -> None:
+    """`data.max_length` is that of the final model: what comes before it was extended reads the beginning."""
+    recipe = run.recipe
+    for path, stage in recipe.paths.items():
+        limit = stage.check_lengths(path, run, limit)
+    check_length("data.max_length", recipe.data.max_length, limit)
+    check_length("measure.sequence_length", recipe.measure.sequence_length, limit)
+    check_length("measure.lengths", max(recipe.measure.lengths or [0]), limit)
 
 
 def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:
     from transformers import set_seed
 
     from ..measurement.energy import with_energy
-    from .run import TEACHER
-    from .runners import RUNNERS, run_teacher
     from .verify import check_reload, output_digest
 
     recipe = run.recipe
-    steps: list[Step] = [(TEACHER, recipe.teacher, run_teacher)]
-    steps += [(f"{i}-{stage.name}", stage.settings, RUNNERS[stage.name]) for i, stage in enumerate(recipe.stages, 1)]
     source, records, exports = run.folder, [], []
-    for name, settings, runner in steps:
+    for name, stage in recipe.folders.items():
         announce(f"{name} ...")
         set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
-        tracked = with_energy(runner, recipe.measure.country) if recipe.measure.energy else runner
-        work = partial(tracked, run, settings, source)
-        made, record = space.stage(name, settings.to_dict() if settings else {}, work)
+        tracked = with_energy(stage.run, recipe.measure.country) if recipe.measure.energy else stage.run
+        folder, record = space.stage(name, stage.to_dict(), partial(tracked, run, source))
         records.append(record)
-        if record.name == "export":
-            exports.append((made / settings.folder, record.facts))
+        if stage.beside is None:
+            source = folder
         else:
-            source = made
+            exports.append((folder / stage.beside, record.facts))
         announce(f"{name} done in {record.seconds:.0f} s")
     announce("measure ...")
     report = measured(run, source, records, exports)

@@ -22,7 +22,7 @@ from ..data.tokenizer import token_fields
 from ..errors import ConfigError, HfEfficientError, shown, unknown_name
 from ..models.block import MAX_LAYERS, MAX_ROWS, check_stock_sizes
 from ..models.families import FAMILIES
-from ..recipes.settings import check_keys
+from ..stages.settings import check_keys
 
 MAX_MODULES = 100_000  # 1,024 layers have about 20,000
 MAX_REAL = 1e12

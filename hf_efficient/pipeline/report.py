@@ -4,13 +4,11 @@ report = measured(run, folder / "3-distill", records, exports)
 """
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError
 from ..reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord
-from ..reporting.tables import format_export_change, is_fraction
-from ..runtimes.export import NEAR, folder_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,42 +29,38 @@ def measured(
     from ..measurement.measure import measure
     from ..models.families import family_of
     from ..models.rebuild import is_portable
-    from ..runtimes.runtime import measure_export
-    from .run import TEACHER
+    from ..runtimes.runtime import Reader, Work, measure_export
 
-    recipe, own = run.recipe, run.read_as(student_folder)
-    teacher, student = run.load(run.folder / TEACHER), run.load(student_folder)
-    prepared, original = own.data(), run.data(config=teacher.config)
-    length = recipe.measure.sequence_length or recipe.data.max_length or 512
+    recipe, reader, threads = run.recipe, run.read_as(student_folder), torch.get_num_threads()
+    teacher, student = run.load(run.teacher_folder), run.load(student_folder)
+    prepared, original = reader.data(), run.data(config=teacher.config)
+    length, settings = recipe.measure.sequence_length or recipe.data.max_length or 512, recipe.measure
     baseline, warnings = _comparable(run, teacher, length)
-    work: dict[str, Any] = {
-        "dataset": prepared.test,
-        "collator": prepared.collator,
-        "task": recipe.task,
-        "batch_size": recipe.measure.batch_size,
-        "sequence_length": length,
-        "repeats": recipe.measure.repeats,
-        "pooling": recipe.pooling,
-    }
-    found = measure(
+    work = Work(recipe.task, settings.batch_size, length, settings.repeats, recipe.pooling)
+    both = measure(
         student,
-        **work,
-        energy=recipe.measure.energy,
-        threads=torch.get_num_threads(),
+        dataset=prepared.test,
+        collator=prepared.collator,
+        **asdict(work),
+        energy=settings.energy,
+        threads=threads,
         baseline=baseline,
         folder=student_folder,
-        baseline_folder=run.folder / TEACHER,
+        baseline_folder=run.teacher_folder,
         baseline_dataset=original.test,
         baseline_collator=original.collator,
     )
-    others = {"teacher_dataset": original.test, "teacher_collator": original.collator}
-    exported = [measure_export(facts, folder, student, baseline, **work, **others) for folder, facts in exports]
+    readers = (
+        Reader(student, prepared.test, prepared.collator),
+        Reader(baseline, original.test, original.collator),
+    )
     name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
     base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
+    stages = zip(recipe.folders.values(), records, strict=True)
     return Report(
-        student=found.alone(),
-        teacher=found.baseline,
-        comparison=found.comparison,
+        student=both.alone(),
+        teacher=both.baseline,
+        comparison=both.comparison,
         base_model=base_model,
         licence=licence,
         auto_class=TASKS[recipe.task].auto_class,
@@ -77,22 +71,19 @@ def measured(
         structure=structure(teacher, student),
         warnings=(
             *warnings,
-            *_about_zeros(found.size),
-            *_about_tokens(records),
-            *_about_bits(records),
-            *_about_memory(records),
-            *_about_exports([facts for _, facts in exports]),
+            *_about_zeros(both.size),
+            *(note for stage, record in stages for note in stage.note(record)),
         ),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
-        exports=tuple(exported),
+        exports=tuple(measure_export(facts, folder, *readers, work) for folder, facts in exports),
         lengths=measure_lengths(
             student,
             baseline,
-            recipe.measure.lengths or usual_lengths(length),
-            batch_size=recipe.measure.batch_size,
-            rounds=min(recipe.measure.repeats, 10),
-            threads=torch.get_num_threads(),
+            settings.lengths or usual_lengths(length),
+            batch_size=settings.batch_size,
+            rounds=min(settings.repeats, 10),
+            threads=threads,
         ),
     )
 
@@ -140,70 +131,14 @@ def _about_zeros(size: Size) -> tuple[str, ...]:
     )
 
 
-def _about_tokens(records: list[StageRecord]) -> tuple[str, ...]:
-    trimmed = next((record for record in records if record.name == "vocabulary"), None)
-    if trimmed is None:
-        return ()
-    before, after = (trimmed.facts[f"tokens_{when}"] for when in ("before", "after"))
-    which = "the most frequent" if trimmed.settings.get("max_tokens") else "those"
-    return (
-        f"The tokenizer has {after:,} of {before:,} tokens, {which} of the training texts: use the one that lies "
-        "beside the model. Other texts are spelled in more pieces.",
-    )
-
-
-def _about_bits(records: list[StageRecord]) -> tuple[str, ...]:
-    if not any(record.name == "quantize" for record in records):
-        return ()
-    return (
-        "Weights of 8 or 4 bits by torchao: loading needs `pip install torchao`. On a CPU they save bytes, rarely "
-        "time; an export to ONNX with quantize int8 saves both.",
-    )
-
-
-def _about_memory(records: list[StageRecord]) -> tuple[str, ...]:
-    return tuple(
-        f"Memory did not hold the batches of stage {record.name}: it was trained with "
-        f"{record.facts['gradient_accumulation_steps']} accumulated batches of {record.facts['batch_size_used']} for "
-        "each step, which gives the same gradient."
-        for record in records
-        if "batch_size_used" in record.facts
-    )
-
-
-def _about_exports(exports: list[dict[str, Any]]) -> tuple[str, ...]:
-    """An export that predicts something else is no silent success."""
-    return tuple(
-        f"The export {folder_name(facts['format'], facts['quantize'])} predicts the same as the model itself in only "
-        f"{facts['same_prediction']:.0%} of the outputs that were compared: see its own quality before you use it."
-        for facts in exports
-        if facts.get("same_prediction", 1.0) < NEAR
-    )
-
-
 def check_losses(recipe: "Recipe", report: Report) -> Report:
-    """The report, if no export lost more to the teacher than its stage allows.
+    """The report, if what the stages made is as good as they were asked for.
 
     Raises:
-        UnsupportedModelError: one did.
+        UnsupportedModelError: an export lost more to the teacher than its `max_loss`.
     """
-    from ..recipes.stages import ExportStage
-
-    allowed = {
-        stage.settings.folder: stage.settings.max_loss
-        for stage in recipe.stages
-        if isinstance(stage.settings, ExportStage) and stage.settings.max_loss is not None
-    }
-    for export in report.exports:
-        main, most = export.quality.main, allowed.get(export.folder)
-        lost = (
-            export.quality_difference * (-1 if main.higher_is_better else 1) * (100 if is_fraction(main.name) else 1)
-        )
-        if most is not None and not lost <= most:
-            raise UnsupportedModelError(
-                f"The export {export.folder} changes {main.name} by {format_export_change(export)}, and max_loss is "
-                f"{most:g}. The result is there all the same, with its report. Allow more, or prune and quantise less."
-            )
+    for step in recipe.stages:
+        step.settings.check_report(report)
     return report
 
 

@@ -5,17 +5,14 @@ run.data(128).train, run.load(folder / "0-teacher")
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.bundled import resolve_model
 from ..data.datasets import load_dataset_any, rows_digest
@@ -61,11 +58,11 @@ class Run:
             return load_processor(name, images=images, trust_remote_code=model.trust_remote_code)
         if images:
             return None
-        made = self.folder / TEACHER  # of a run that goes on
-        if (made / "tokenizer.json").is_file():
-            return load_processor(str(made), images=False)
-        texts = column_texts(self, self.task.roles)
-        return train_tokenizer(texts, model.tokenizer_size, close=self.recipe.task != "causal-lm")
+        if (self.teacher_folder / "tokenizer.json").is_file():  # of a run that goes on
+            return load_processor(str(self.teacher_folder), images=False)
+        return train_tokenizer(
+            self.texts(*self.task.roles), model.tokenizer_size, close=self.recipe.task != "causal-lm"
+        )
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -73,13 +70,21 @@ class Run:
         model = self.recipe.model
         if model.name_or_path is not None:
             return load_config(model.name_or_path, trust_remote_code=model.trust_remote_code)
-        return fresh_config(model.config, self.processor)
+        return self.fresh_config({})
+
+    def fresh_config(self, labels: dict[str, Any]) -> PreTrainedConfig:
+        """Of a model that is trained from nothing, with these fields for its head."""
+        return fresh_config(self.recipe.model.config | labels, self.processor)
 
     def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of the config without memory for its weights."""
         with torch.device("meta"):
             trust = {"trust_remote_code": self.recipe.model.trust_remote_code}  # not given, transformers would ask
             return getattr(transformers, self.auto_class).from_config(config, **trust)
+
+    @property
+    def teacher_folder(self) -> Path:
+        return self.folder / TEACHER
 
     @property
     def processor_class(self) -> str | None:
@@ -114,6 +119,13 @@ class Run:
         options = {"image_size": data.image_size} if self.task.is_of_images else {"max_length": max_length}
         names = {f"{role}_column": getattr(data, f"{role}_column") for role in self.task.roles}
         return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
+
+    def texts(self, *roles: str) -> Iterator[str]:
+        """The training texts in the columns of these roles; text pairs only where they are named."""
+        data, rows = self.recipe.data, self.rows["train"]
+        readable = [role for role in roles if role in TEXTS and (role != "text_pair" or data.text_pair_column)]
+        columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in readable]
+        return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])
 
     def load(self, folder: Path) -> PreTrainedModel:
         try:
@@ -153,15 +165,15 @@ class Run:
 
     def read_as(self, folder: Path) -> "Run":
         """The run with the tokenizer that lies beside a checkpoint, if a stage made it another one."""
-        if not any(stage.name == "vocabulary" for stage in self.recipe.stages):
+        if not any(step.settings.new_tokenizer for step in self.recipe.stages):
             return self
         return self.reading(load_processor(str(folder), images=False))
 
     def inputs(self) -> dict[str, Any]:
         """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""
-        asked = self.recipe.model.name_or_path
-        folder = Path(resolve_model(asked)) if asked else Path()
-        files = sorted(folder.iterdir()) if asked and folder.is_dir() else []
+        name = self.recipe.model.name_or_path
+        folder = Path(resolve_model(name)) if name else Path()
+        files = sorted(folder.iterdir()) if name and folder.is_dir() else []
         return {
             "rows": {name: rows_digest(split) for name, split in self.rows.items()},
             "model": [
@@ -170,11 +182,3 @@ class Run:
                 if file.is_file()
             ],
         }
-
-
-def column_texts(run: Run, roles: Sequence[str]) -> Iterator[str]:
-    """The training texts in the columns of these roles; text pairs only where they are named."""
-    data, rows = run.recipe.data, run.rows["train"]
-    wanted = [role for role in roles if role in TEXTS and (role != "text_pair" or data.text_pair_column)]
-    columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in wanted]
-    return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])

@@ -70,7 +70,7 @@ def _run_all(folder: Path, combinations: dict[str, Recipe], announce: Callable[[
     for label, one in combinations.items():
         announce(f"== {label}")
         target = inside(folder, label)
-        _share(done, target, one)
+        _copy_stages(done, target, one)
         trust = one.model.trust_remote_code  # was allowed above
         reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
         done.append((target, one))
@@ -92,20 +92,19 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _share(done: list[tuple[Path, Recipe]], target: Path, recipe: Recipe) -> None:
+def _copy_stages(done: list[tuple[Path, Recipe]], target: Path, recipe: Recipe) -> None:
     """Give a new run the finished stages that an earlier one began with in common; the longest such beginning."""
     if target.exists() or not done:
         return
     source, common = max(((folder, _common(other, recipe)) for folder, other in done), key=lambda pair: pair[1])
     if common < 0:
         return
-    names = ["0-teacher", *(f"{i}-{stage.name}" for i, stage in enumerate(recipe.stages[:common], 1))]
-    with new_folder(target) as made:
-        for name in names:
+    with new_folder(target) as partial:
+        for name in list(recipe.folders)[: common + 1]:
             if (inside(source, name) / MANIFEST).is_file():
-                copy_folder(source / name, made / name)
-        write_atomic(made / INPUTS, inside(source, INPUTS).read_bytes())
-        write_atomic(made / RECIPE, recipe.to_yaml())
+                copy_folder(source / name, partial / name)
+        write_atomic(partial / INPUTS, inside(source, INPUTS).read_bytes())
+        write_atomic(partial / RECIPE, recipe.to_yaml())
 
 
 def _common(one: Recipe, other: Recipe) -> int:

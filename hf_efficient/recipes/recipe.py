@@ -9,7 +9,6 @@ recipe is made; a fault is a ConfigError that starts with its path: `stages[1].p
 Relative paths are relative to the working directory.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -18,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,15 @@ import yaml
 
 from ..data.tables import files_in
 from ..data.tasks import TASKS
-from ..errors import ConfigError, unknown_name
-from ..io.yaml import MAX_CHARACTERS, parse, plain, shown
-from .settings import (
-    DataSettings,
-    DistillSettings,
-    MeasureSettings,
-    ModelSettings,
-    Settings,
-    TrainingSettings,
-    check_keys,
-    read,
-    recipe_name,
-)
-from .stages import STAGES, AnyStage, check_order
+from ..errors import ConfigError, did_you_mean, shown, unknown_name
+from ..io.yaml import MAX_CHARACTERS, parse, plain
+from ..stages.base import Stage
+from ..stages.settings import Settings, TrainingSettings, check_keys, read
+from ..stages.table import STAGES
+from ..stages.teacher import TeacherStage
+from .settings import DataSettings, MeasureSettings, ModelSettings, recipe_name
 
-__all__ = ["STAGES", "Recipe", "Stage", "shipped_recipes"]
+__all__ = ["STAGES", "Recipe", "Step", "shipped_recipes"]
 
 TRUST = "model.trust_remote_code"
 MAX_STAGES = 100
@@ -49,11 +42,11 @@ KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure",
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step: a name of `STAGES` and its checked settings."""
+class Step:
+    """One step: a name of `STAGES` and the stage itself, which is its checked settings."""
 
     name: str
-    settings: AnyStage
+    settings: Stage
 
     def to_dict(self) -> dict[str, Any]:
         return {self.name: self.settings.to_dict()}
@@ -72,7 +65,7 @@ class Recipe:
         stages: what is done, in this order; may be empty (the model is then only measured).
         measure: how latency is measured.
         seed: of everything that is drawn: split, initial weights, order of the batches.
-        sweep: dotted key -> the values it shall take; `sweeping.sweep` runs all combinations.
+        sweep: dotted key -> the values that it takes; `sweep` runs all combinations.
     """
 
     name: str
@@ -80,7 +73,7 @@ class Recipe:
     model: ModelSettings
     data: DataSettings
     teacher: TrainingSettings | None = None
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Step, ...] = ()
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     seed: int = 0
     sweep: dict[str, list[Any]] = field(default_factory=dict)
@@ -93,14 +86,15 @@ class Recipe:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         _check_columns(self.task, self.data)
         _check_tokenizer(self.task, self.model)
-        _check_training(self)
+        for path, stage in self.paths.items():
+            stage.check_task(path, self.task)
         try:
             self.measure.check_input(self.data.max_length)
         except ConfigError as error:
             raise ConfigError(f"measure.{error}") from None
-        check_order([(stage.name, stage.settings) for stage in self.stages], self.task)
+        _check_order(self.stages)
         _check_sweep(self.sweep)
-        self.combinations()
+        self.combinations()  # each of them must be a recipe; they are made once
 
     @classmethod
     def from_yaml(cls, path_or_name: str | Path) -> "Recipe":
@@ -114,12 +108,15 @@ class Recipe:
             raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
         except OSError as error:
             raise ConfigError(f"Cannot read {path}: {error}") from error
-        return cls.from_dict(parse(text, str(path)))
+        return cls._from_plain(parse(text, str(path)))
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Recipe":
         """Read the content of a YAML file; nothing but ConfigError comes out of a faulty one."""
-        data = plain(given, "recipe")
+        return cls._from_plain(plain(given, "recipe"))
+
+    @classmethod
+    def _from_plain(cls, data: Any) -> "Recipe":
         check_keys(data, KEYS, "recipe")
         missing = [key for key in ("name", "task", "model", "data") if key not in data]
         if missing:
@@ -157,28 +154,43 @@ class Recipe:
         Raises:
             ConfigError: a combination that is no recipe; the message starts with its label.
         """
+        return dict(self._combinations)
+
+    @cached_property
+    def _combinations(self) -> dict[str, "Recipe"]:
         if not self.sweep:
             return {}
-        plain = replace(self, sweep={})
+        fixed = replace(self, sweep={})
         ends = [key.rsplit(".", 1)[-1] for key in self.sweep]
         names = [end if ends.count(end) == 1 else key for end, key in zip(ends, self.sweep, strict=True)]
-        found: dict[str, Recipe] = {}
+        recipes: dict[str, Recipe] = {}
         for values in itertools.product(*self.sweep.values()):
             pairs = (f"{name}={_short(value)}" for name, value in zip(names, values, strict=True))
             label = re.sub(r"[^\w.=,+-]+", "_", ",".join(pairs))[:100]
-            if label in found:
+            if label in recipes:
                 raise ConfigError(f"sweep: two combinations are called {label!r}: is a value there twice?")
             try:
-                found[label] = plain.with_overrides(dict(zip(self.sweep, values, strict=True)))
+                recipes[label] = fixed.with_overrides(dict(zip(self.sweep, values, strict=True)))
             except ConfigError as error:
                 raise ConfigError(f"sweep, {label}: {error}") from None
-        return found
+        return recipes
 
     @property
     def pooling(self) -> str:
         """How the tokens of a text become its vector: as the last stage that says so distilled it."""
-        said = [stage.settings.pooling for stage in self.stages if isinstance(stage.settings, DistillSettings)]
-        return next((pooling for pooling in reversed(said) if pooling is not None), "mean")
+        return next((each.settings.pooling for each in self.stages[::-1] if each.settings.pooling), "mean")
+
+    @property
+    def paths(self) -> dict[str, Stage]:
+        """Every stage with the teacher, in order, by what messages call it: `teacher`, `stages[0].prune`, ..."""
+        stages = {f"stages[{i}].{step.name}": step.settings for i, step in enumerate(self.stages)}
+        return {"teacher": TeacherStage(self.teacher), **stages}
+
+    @property
+    def folders(self) -> dict[str, Stage]:
+        """The same by its folder in a run: `0-teacher`, `1-prune`, ..."""
+        names = ["teacher", *(step.name for step in self.stages)]
+        return {f"{i}-{name}": stage for (i, name), stage in zip(enumerate(names), self.paths.values(), strict=True)}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -209,9 +221,9 @@ class Recipe:
         Raises:
             ConfigError: the recipe wants it, and you did not say so.
         """
-        own = dict(overrides or {}) | ({TRUST: True} if trust_remote_code else {})
-        recipe = self.with_overrides(own) if own else self
-        if recipe.model.trust_remote_code and not {"model", TRUST} & own.keys():
+        words = dict(overrides or {}) | ({TRUST: True} if trust_remote_code else {})
+        recipe = self.with_overrides(words) if words else self
+        if recipe.model.trust_remote_code and not {"model", TRUST} & words.keys():
             named = recipe.model.name_or_path or recipe.model.tokenizer
             raise ConfigError(
                 f"The recipe {recipe.name!r} wants to run code of the model {shown(named)} ({TRUST}: true). It "
@@ -219,6 +231,18 @@ class Recipe:
                 "--trust-remote-code, or trust_remote_code=True in Python. Else take that line out of the recipe."
             )
         return recipe
+
+
+def _check_order(steps: tuple[Step, ...]) -> None:
+    """Refuse a stage that is not the last where it must be, and the same export twice."""
+    names = [step.name for step in steps]
+    for number, step in enumerate(steps):
+        path, stage = f"stages[{number}].{step.name}", step.settings
+        allowed = names if stage.followers is None else stage.followers
+        if wrong := [name for name in names[number + 1 :] if name not in allowed]:
+            raise ConfigError(f"{path} must come after {', '.join(wrong)}, not before: {stage.reason}.")
+        if stage.beside is not None and step in steps[:number]:
+            raise ConfigError(f"{path} is asked for twice: {shown(stage.to_dict())}.")
 
 
 def _check_sweep(sweep: Any) -> None:
@@ -257,23 +281,19 @@ def _find(path_or_name: str | Path) -> Path:
     if os.path.isfile(path):
         return Path(path)
     beside = [name for name in files_in(os.path.dirname(path) or ".") if name.endswith((".yaml", ".yml"))]
-    near = difflib.get_close_matches(os.path.basename(path), [*beside, *shipped], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(os.path.basename(path), [*beside, *shipped])
     raise ConfigError(f"No such recipe {shown(str(path_or_name))}.{hint} Give a file, or one of {', '.join(shipped)}.")
 
 
-def _read_stages(given: Any, task: str) -> tuple[Stage, ...]:
+def _read_stages(given: Any, task: str) -> tuple[Step, ...]:
     if not isinstance(given, list) or len(given) > MAX_STAGES:
         raise ConfigError(f"stages must be a list of at most {MAX_STAGES} stages, got {shown(given)}.")
-    stages = []
+    steps = []
     for index, entry in enumerate(given):
         name = _stage_name(entry, f"stages[{index}]")
-        given_settings = {} if entry[name] is None else entry[name]
-        losses = TASKS[task].losses if task in TASKS else None
-        if name == "distill" and isinstance(given_settings, dict) and losses is not None:
-            given_settings = {"losses": dict(losses)} | given_settings
-        stages.append(Stage(name, STAGES[name](given_settings, f"stages[{index}].{name}")))
-    return tuple(stages)
+        settings = {} if entry[name] is None else entry[name]
+        steps.append(Step(name, STAGES[name].read(settings, f"stages[{index}].{name}", task)))
+    return tuple(steps)
 
 
 def _stage_name(entry: Any, path: str) -> str:
@@ -307,24 +327,6 @@ def _check_tokenizer(task: str, model: ModelSettings) -> None:
             "model.tokenizer or model.tokenizer_size must be given, as a fresh model has no tokenizer: a Hub id, a "
             "folder or bundled:NAME; or how many tokens shall be learned from the training texts, such as 4096."
         )
-
-
-def _check_training(recipe: Recipe) -> None:
-    """Whether the task has what teacher and losses need."""
-    if recipe.teacher is not None and not TASKS[recipe.task].trains:
-        raise ConfigError(
-            f"teacher: task {recipe.task!r} has no labels to fine-tune a teacher on; the model is taken as it is. "
-            "Leave teacher out."
-        )
-    for number, stage in enumerate(recipe.stages):
-        if isinstance(stage.settings, DistillSettings):
-            from ..distillation.terms import check_losses
-
-            active = [name for name, weight in stage.settings.losses.items() if weight]
-            try:
-                check_losses(active, headless=not TASKS[recipe.task].trains)
-            except ConfigError as error:
-                raise ConfigError(f"stages[{number}].distill.{error}") from None
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:

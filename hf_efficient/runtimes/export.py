@@ -12,19 +12,17 @@ Batch and length stay free. A causal model is exported as one forward over a tex
 
 import contextlib
 import inspect
-import io
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UnsupportedModelError, unknown_name
+from ..errors import ConfigError, HfEfficientError, UnsupportedModelError
 from ..io.disk import check_empty, new_folder
 from ..models.checks import check_floats
+from .formats import FORMATS, NEAR, check_format, check_runtime, program_bytes, runtime_version
 
 if TYPE_CHECKING:
     import torch
@@ -32,29 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-QUANTIZE = ("int8",)
 SAME = 1e-3  # of the largest output: other runtimes, computing in float32 too, are 1e-7 to 1e-4 away from PyTorch
 EXAMPLES = ((2, 16), (1, 7), (3, 33))  # batch and tokens of made-up inputs; the first one is traced
 OTHERS = ((1, 3), (5, 21))  # and of those that must run too where inputs are given
-NEAR = 0.95  # of the predictions: fewer that agree are told in a warning
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a format is called by transformers, which package runs it, and what this asks pip for."""
-
-    backend: str
-    runtime: str
-    packages: tuple[str, ...]
-    quantizes: bool = False
-
-
-FORMATS: dict[str, Format] = {
-    "onnx": Format("onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), quantizes=True),
-    "openvino": Format("openvino", "openvino", ("openvino",)),
-    "executorch": Format("executorch", "executorch", ("executorch",)),
-    "torch": Format("dynamo", "torch", ("torch",)),
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +82,7 @@ def export(
             output, takes no other shapes, or agrees less than `min_agreement`.
         CheckpointError: `output_dir` is not empty.
     """
-    chosen = check_format(format, quantize)
+    check_format(format, quantize)
     check_runtime(format)
     if min_agreement is not None and not (isinstance(min_agreement, (int, float)) and 0 <= min_agreement <= 1):
         raise ConfigError(f"min_agreement must be a number from 0 to 1, got {min_agreement!r}.")
@@ -115,9 +93,9 @@ def export(
 
     batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
     # Made before the work, so that what cannot be written is not found out after it.
-    with new_folder(folder) as made, _without_cache(model), _as_it_was(model):
-        _write(model, chosen, _several(batches[0]), quantize, made)
-        runtime = Runtime(model, format, made, exact=True)
+    with new_folder(folder) as partial, _without_cache(model), _on_cpu(model):
+        _write(model, format, _several(batches[0]), quantize, partial)
+        runtime = Runtime(model, format, partial, exact=True)
         with evaluating(model, runtime):
             difference, same = _compared(model, runtime, batches)
             others = _compared(model, runtime, _others(model, batches[0])) if inputs else (0.0, 1.0)
@@ -128,94 +106,17 @@ def export(
     return Exported(format, runtime_version(format), quantize, folder, program_bytes(folder), difference, same, shapes)
 
 
-def check_format(format: str, quantize: str | None = None) -> Format:
-    """The format of that name.
-
-    Raises:
-        ConfigError: an unknown name, or one that does not quantise.
-    """
-    if format not in FORMATS:
-        raise unknown_name("format", format, FORMATS)
-    if quantize is not None and quantize not in QUANTIZE:
-        raise unknown_name("quantize", quantize, QUANTIZE)
-    if quantize is not None and not FORMATS[format].quantizes:
-        able = ", ".join(name for name, other in FORMATS.items() if other.quantizes)
-        raise ConfigError(
-            f"format {format!r} is not quantised here, only {able}. Leave quantize out, or change format."
-        )
-    return FORMATS[format]
-
-
-def check_runtime(format: str) -> None:
-    """Before any long work: is what makes and runs this format installed?
-
-    Raises:
-        ConfigError: it is not; the message has the pip command.
-    """
-    if missing := [name for name in FORMATS[format].packages if find_spec(name) is None]:
-        extra = "export" if format == "onnx" else format
-        raise ConfigError(f'format {format!r} needs {", ".join(missing)}. Run `pip install "hf-efficient[{extra}]"`.')
-    if find_spec("transformers.exporters") is None:
-        raise ConfigError(f"format {format!r} needs a transformers with exporters: pip install -U transformers.")
-
-
-def runtime_version(format: str) -> str:
-    """`onnxruntime 1.32.0`."""
-    name = FORMATS[format].runtime
-    return f"{name} {version(name)}"
-
-
-def folder_name(format: str, quantize: str | None) -> str:
-    """Where a recipe puts it, beside the model: `onnx`, `onnx-int8`."""
-    return format if quantize is None else f"{format}-{quantize}"
-
-
-def program_bytes(folder: Path) -> int:
-    """Bytes of the exported program and its weights: all files but texts."""
-    skipped = (".json", ".py", ".txt", ".md")
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.suffix not in skipped)
-
-
-def _write(model: Any, chosen: Format, example: dict[str, Any], quantize: str | None, folder: Path) -> None:
-    import torch
-    from transformers.exporters.auto import EXPORT_BACKENDS, get_exporter_class
-
-    options: dict[str, Any] = {"dynamic_shapes": {name: _free(value) for name, value in example.items()}}
-    if quantize is not None:
-        try:
-            from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-        except ImportError as error:
-            raise ConfigError(f"quantize needs a newer transformers ({error}): pip install -U transformers.") from None
-        # Sums of 8 by 8 bits do not fit into 16 on processors without VNNI: there the numbers would be others.
-        options["quantizer"] = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=True))
-    config = EXPORT_BACKENDS[chosen.backend].config(**options)
+def _write(model: Any, format: str, example: dict[str, Any], quantize: str | None, folder: Path) -> None:
+    shapes = {name: _free(value) for name, value in example.items()}
     try:
-        with hushed(), torch.no_grad():
-            exported = get_exporter_class(chosen.backend)().export(model, example, config=config)
-            if chosen.backend == "onnx":
-                _keep_norms(exported.program)
-            exported.save_pretrained(folder)
-    except OSError:
+        FORMATS[format].write(model, example, shapes, quantize, folder)
+    except (OSError, HfEfficientError):
         raise
     except Exception as error:  # the exporters raise whatever the compilers below them raise
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be exported as {chosen.backend}: {type(error).__name__}: "
+            f"{type(model).__name__} cannot be exported as {format}: {type(error).__name__}: "
             f"{str(error).strip()[:500]} Try another format: {', '.join(FORMATS)}."
         ) from error
-
-
-def _keep_norms(program: Any) -> None:
-    """Write the residual additions before layer norms as `Sum`, which is the same.
-
-    ONNX Runtime fuses `Add` and `LayerNormalization` to SkipLayerNormalization, whose CPU kernel adds up number by
-    number: 1.0 ms for 512 x 384 on one thread, where the two by themselves take 0.2 (onnxruntime 1.32). What
-    the fusion would bring on CUDA was not measured.
-    """
-    for node in program.graph:
-        if node.op_type == "LayerNormalization":
-            addition = node.inputs[0].producer()
-            if addition is not None and addition.op_type == "Add":
-                addition.op_type = "Sum"
 
 
 def _free(value: Any) -> dict[int, Any]:
@@ -241,10 +142,10 @@ def _tensors(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made_up(model: Any) -> list[dict[str, Any]]:
-    made = [_made_up_one(model, batch, length, seed) for seed, (batch, length) in enumerate(EXAMPLES)]
-    for one in made:
-        one.pop("decoder_attention_mask", None)
-    return made
+    examples = [_made_up_one(model, batch, length, seed) for seed, (batch, length) in enumerate(EXAMPLES)]
+    for example in examples:
+        example.pop("decoder_attention_mask", None)
+    return examples
 
 
 def _made_up_one(model: Any, batch: int, length: int, seed: int) -> dict[str, Any]:
@@ -281,13 +182,13 @@ def _others(model: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
     """Inputs of other shapes with the names of the example: made up, or, where that cannot be, its first row alone and
     again."""
     try:
-        made = [_made_up_one(model, batch, length, seed) for seed, (batch, length) in enumerate(OTHERS)]
+        others = [_made_up_one(model, batch, length, seed) for seed, (batch, length) in enumerate(OTHERS)]
     except (ConfigError, UnsupportedModelError):
-        made = [{}]
-    if not all(example.keys() <= one.keys() for one in made):
+        others = [{}]
+    if not all(example.keys() <= other.keys() for other in others):
         first = {name: value[:1] for name, value in example.items()}
         return [{name: row.repeat(rows, *[1] * (row.dim() - 1)) for name, row in first.items()} for rows in (1, 5)]
-    return [{name: one[name] for name in example} for one in made]
+    return [{name: other[name] for name in example} for other in others]
 
 
 def _compared(model: Any, runtime: Any, batches: list[dict[str, Any]]) -> tuple[float, float]:
@@ -303,17 +204,17 @@ def _compared(model: Any, runtime: Any, batches: list[dict[str, Any]]) -> tuple[
     for batch in batches:
         expected = model(**batch)
         try:
-            found = runtime(**batch)
+            computed = runtime(**batch)
         except Exception as error:  # each runtime has its own
             shapes = {name: tuple(value.shape) for name, value in batch.items()}
             raise UnsupportedModelError(
                 f"The export of {type(model).__name__} does not take {shapes}, which the model takes: "
                 f"{type(error).__name__}: {str(error).strip()[:300]} Try another format: {', '.join(FORMATS)}."
             ) from error
-        ours, theirs = expected[0], torch.as_tensor(found[0])
+        ours, theirs = expected[0], torch.as_tensor(computed[0])
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         if mask is not None and ours.dim() == 3 and mask.shape == ours.shape[:2]:
-            ours, theirs = ours[mask.bool()], theirs[mask.bool()]  # what stands at padding is nobody's business
+            ours, theirs = ours[mask.bool()], theirs[mask.bool()]  # outputs at padding mean nothing
         if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
             return float("nan"), 0.0
         difference = max(difference, (ours - theirs).abs().max().item())
@@ -325,7 +226,7 @@ def _compared(model: Any, runtime: Any, batches: list[dict[str, Any]]) -> tuple[
 
 
 def _fault(
-    what: str, difference: float, same: float, others: tuple[float, float], quantize: str | None, asked: float | None
+    what: str, difference: float, same: float, others: tuple[float, float], quantize: str | None, needed: float | None
 ) -> str | None:
     """Why what was made is not good enough, if so; of 8 bits that are far off by themselves, a warning."""
     formats = f"Try another format: {', '.join(FORMATS)}."
@@ -338,9 +239,9 @@ def _fault(
         )
     if math.isnan(difference) or math.isnan(others[0]):
         return f"{what} gives numbers that are not finite. {formats}"
-    if same < (asked or 0):
-        return f"{what} gives the same prediction in {same:.1%}, less than min_agreement={asked:g}. {formats}"
-    if asked is None and same < NEAR:
+    if same < (needed or 0):
+        return f"{what} gives the same prediction in {same:.1%}, less than min_agreement={needed:g}. {formats}"
+    if needed is None and same < NEAR:
         logger.warning("%s gives the same prediction in only %.1f %% of the cases.", what, 100 * same)
     return None
 
@@ -349,18 +250,18 @@ def _fault(
 def _without_cache(model: Any) -> Iterator[None]:
     """One forward gives outputs, not keys and values for a next one."""
     config = model.config
-    kept = getattr(config, "use_cache", None)
-    if kept:
+    before = getattr(config, "use_cache", None)
+    if before:
         config.use_cache = False
     try:
         yield
     finally:
-        if kept:
-            config.use_cache = kept
+        if before:
+            config.use_cache = before
 
 
 @contextlib.contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
+def _on_cpu(model: Any) -> Iterator[None]:
     """In eval mode and on the CPU while it is traced."""
     from ..models.modes import eval_mode
 
@@ -371,22 +272,3 @@ def _as_it_was(model: Any) -> Iterator[None]:
             yield
     finally:
         model.to(device)
-
-
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """The exporters tell their progress on stdout, and by warnings that ask for other versions of their packages."""
-    import warnings
-
-    names = ["torch.onnx", "torch.export", "transformers.exporters", "root"]
-    loggers = [logging.getLogger(name if name != "root" else None) for name in names]
-    levels = [each.level for each in loggers]
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)

@@ -86,12 +86,9 @@ def test_list_and_env_are_readable_by_machines():
 
 
 def test_the_listed_names_are_those_there_are():
-    from hf_efficient.cli.deliver import FORMATS
     from hf_efficient.distillation.terms import LOSSES
-    from hf_efficient.runtimes.export import FORMATS as KNOWN
 
     assert json.loads(cli("list", "losses", "--json").stdout)["losses"] == list(LOSSES)
-    assert list(KNOWN) == list(FORMATS)
 
 
 MISTAKES = [
@@ -204,7 +201,7 @@ def test_what_the_system_refuses_is_told(error, words, monkeypatch):
 
 def test_missing_extras_name_the_pip_command(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("hf_efficient.runtimes.export.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_efficient.runtimes.formats.find_spec", lambda name: None)
     assert 'pip install "hf-efficient[export]"' in cli("export", "tiny").stderr
     monkeypatch.setattr(importlib.import_module("hf_efficient.measurement.energy"), "find_spec", lambda name: None)
     assert 'pip install "hf-efficient[energy]"' in cli("measure", "tiny", "--energy").stderr

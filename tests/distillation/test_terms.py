@@ -70,9 +70,9 @@ def test_options_of_losses_are_checked_without_torch():
         "import sys\n"
         "from hf_efficient.distillation.options import DistillationOptions\n"
         "from hf_efficient.distillation.terms import check_losses\n"
-        "from hf_efficient.recipes.settings import DistillSettings\n"
+        "from hf_efficient.stages.distill import DistillStage\n"
         "DistillationOptions(losses={'kd': 1.0}, divergence='jsd', hidden_loss='cosine', pooling='cls')\n"
-        "DistillSettings(losses={'kd': 1.0}, divergence='reverse', layer_map='last')\n"
+        "DistillStage(losses={'kd': 1.0}, divergence='reverse', layer_map='last')\n"
         "check_losses(['kd', 'hidden'], headless=False)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )

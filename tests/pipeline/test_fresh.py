@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from hf_efficient import ConfigError, Recipe
-from hf_efficient.pipeline.checking import check
+from hf_efficient.pipeline.compress import check
 from hf_efficient.pipeline.fresh import MAX_MODULES, fresh_config
 from hf_efficient.pipeline.run import Run
 

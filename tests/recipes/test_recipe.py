@@ -15,7 +15,8 @@ from hf_efficient.attention.config import AttentionConfig
 from hf_efficient.errors import ConfigError
 from hf_efficient.io.yaml import MAX_CHARACTERS, parse, plain
 from hf_efficient.recipes.recipe import STAGES, Recipe, shipped_recipes
-from hf_efficient.recipes.settings import LongerSettings, TrainingSettings, TransferSettings
+from hf_efficient.stages.attention import LongerSettings, TransferSettings
+from hf_efficient.stages.settings import TrainingSettings
 
 BASE = {
     "name": "demo",
@@ -485,10 +486,9 @@ def test_fuzz_overrides(key, value):
 
 
 def test_every_stage_reads_its_defaults():
-    for name, build in STAGES.items():
-        least = {"kind": "local"} if name == "attention" else {}
-        settings_of = build(least, f"stages[0].{name}")
-        assert build(settings_of.to_dict(), name) == settings_of
+    for name, kind in STAGES.items():
+        stage = kind.read({"kind": "local"} if name == "attention" else {}, f"stages[0].{name}")
+        assert isinstance(stage, kind) and kind.read(stage.to_dict(), name) == stage
 
 
 def test_import_is_light():

@@ -200,6 +200,6 @@ def test_an_export_that_was_stopped_leaves_nothing_behind(tmp_path, monkeypatch)
         (folder / "model.onnx").touch()
         return Exported(kind, "onnxruntime", None, folder, 1, 0.0, 1.0, ())
 
-    monkeypatch.setattr("hf_efficient.pipeline.runners.export", export)
+    monkeypatch.setattr("hf_efficient.runtimes.export.export", export)
     run_stage(recipe(stages=[{"export": {}}]), "export", tmp_path, "1-export.partial")
     assert not left.exists() and (left.parent / "model.onnx").exists()

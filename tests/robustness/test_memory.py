@@ -10,7 +10,6 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from hf_efficient import TrainingError, compress
 from hf_efficient.pipeline.run import Run
-from hf_efficient.pipeline.runners import distilled
 from hf_efficient.training.trainers import in_smaller_batches
 
 from .tiny import TRAINING, recipe, run_stage
@@ -108,8 +107,8 @@ def test_distillation_in_smaller_batches_gives_the_same_student(teacher, tmp_pat
     asked = recipe()
     whole = run_stage(asked, "distill", teacher, "whole")
     assert "batch_size_used" not in whole
-    settings, split = asked.stages[1].settings, teacher / "split"
-    trainer, _ = distilled(Run(asked, teacher), settings, teacher / "0-teacher", split, 4)
+    stage, split = asked.stages[1].settings, teacher / "split"
+    trainer, _ = stage.distilled(Run(asked, teacher), teacher / "0-teacher", split, 4)
     trainer.model.save_pretrained(split)
     tried = little_memory(4)
     with caplog.at_level(logging.WARNING):

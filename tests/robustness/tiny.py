@@ -1,14 +1,14 @@
 """A recipe that runs in seconds, and a run of it in this process."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from hf_efficient import Recipe
-from hf_efficient.pipeline.run import TEACHER, Run
-from hf_efficient.pipeline.runners import RUNNERS, run_teacher
+from hf_efficient.pipeline.run import Run
 from hf_efficient.pipeline.workspace import Workspace
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
@@ -46,23 +46,19 @@ def run_stage(asked: Recipe, name: str, folder: Path, target: str) -> dict[str, 
     target_folder, run = folder / target, Run(asked, folder)
     target_folder.mkdir(parents=True, exist_ok=True)
     set_seed(asked.seed)
-    if name == "teacher":
-        return run_teacher(run, asked.teacher, folder, target_folder)
-    settings = next(stage.settings for stage in asked.stages if stage.name == name)
-    return RUNNERS[name](run, settings, folder / TEACHER, target_folder)
+    stage = next(stage for place, stage in asked.folders.items() if place.endswith(f"-{name}"))
+    return stage.run(run, run.teacher_folder, target_folder)
 
 
 def run_stages(asked: Recipe, folder: Path) -> Path:
     """All stages in a workspace, so that each has its manifest; the folder of the last."""
     space, run = Workspace(folder, asked), Run(asked, folder)
     space.open(run.inputs())
-    steps = [(TEACHER, asked.teacher, run_teacher)]
-    steps += [(f"{i}-{s.name}", s.settings, RUNNERS[s.name]) for i, s in enumerate(asked.stages, 1)]
     source = folder
     try:
-        for name, settings, runner in steps:
+        for name, stage in asked.folders.items():
             set_seed(asked.seed)
-            source, _ = space.stage(name, {}, lambda t, r=runner, s=settings, f=source: r(run, s, f, t))
+            source, _ = space.stage(name, {}, partial(stage.run, run, source))
     finally:
         space.close()
     return source

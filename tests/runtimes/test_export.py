@@ -14,7 +14,7 @@ from hf_efficient import (
     export,
     prune,
 )
-from hf_efficient.runtimes import export as module
+from hf_efficient.runtimes import formats
 
 from ..attention.tiny import TINY
 from ..families import VOCABULARY, make_model
@@ -24,7 +24,7 @@ FORMATS = ["onnx", "openvino", "executorch", "torch"]
 
 
 def available(format: str) -> str:
-    for package in module.FORMATS[format].packages:
+    for package in formats.FORMATS[format].packages:
         pytest.importorskip(package)
     return format
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_said_before_any_work(format, options, error, words, t
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs openvino. Run `pip install \"hf-efficient\[openvino\]\"`"):
         export(None, "openvino", tmp_path / "out")
 

@@ -11,22 +11,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.preparation import PreparedData
 from ..io.disk import remove_own
-from ..models.families import token_limit
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
-from ..recipes.recipe import Recipe
-from ..recipes.settings import DistillSettings, TrainingSettings
 from ..training.trainers import MarkComplete, in_smaller_batches, last_checkpoint
-from .run import Run
+from .base import Run
+from .settings import TrainingSettings
 
 
 def trained(run: Run, settings: TrainingSettings, work: Callable[[int], Any]) -> tuple[Any, dict[str, Any]]:
@@ -63,11 +55,11 @@ def training_arguments(
     )
 
 
-def teacher_cut(recipe: Recipe, settings: DistillSettings, teacher: PreTrainedConfig) -> int | None:
-    """Where the teacher's inputs must be cut, since it takes fewer tokens than the student gets; None: nowhere."""
-    length, limit = settings.max_length or recipe.data.max_length, token_limit(teacher, rotary=False)
-    needed = any(weight for name, weight in settings.losses.items() if name != "ce")
-    return limit if needed and limit is not None and length is not None and length > limit else None
+def first_batches(prepared: PreparedData, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """The first training rows, in batches; the rows were shuffled when they were split."""
+    rows = prepared.train.select(range(min(samples, len(prepared.train))))
+    loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=prepared.collator)
+    return [dict(batch) for batch in loader]
 
 
 def make_trainer(

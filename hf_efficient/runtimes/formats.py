@@ -1,0 +1,223 @@
+"""The one table of export formats. Light: what writes and runs a program is imported when it is used.
+
+FORMATS["onnx"].packages                       # what must be installed
+check_format("onnx", "int8"), check_runtime("onnx")
+
+class Pickled(Format):                         # another format: how it is written, and how it is loaded
+    def write(self, model, example, shapes, quantize, folder): ...
+    def load(self, folder, threads, exact): ...
+
+FORMATS["pickle"] = Pickled("torch", ("torch",), "torch")
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+QUANTIZE = ("int8",)
+NEAR = 0.95  # of the predictions: fewer that agree are told in a warning
+TEXTS = (".json", ".py", ".txt", ".md")  # beside a program and its weights
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of program.
+
+    Parameters:
+        runtime: the package that runs it, whose version reports name.
+        packages: what must be installed to write and to run it.
+        install: what pip is asked for.
+        quantizes: whether `write` can store weights of 8 bits.
+    """
+
+    runtime: str
+    packages: tuple[str, ...]
+    install: str
+    quantizes: bool = False
+
+    def write(
+        self,
+        model: "PreTrainedModel",
+        example: dict[str, "Tensor"],
+        shapes: Mapping[str, dict[int, Any]],
+        quantize: str | None,
+        folder: Path,
+    ) -> None:
+        """Write a program that takes inputs as the example; `shapes`: which of their sizes are free, for torch.export.
+
+        What it raises becomes an UnsupportedModelError, but for an OSError.
+        """
+        raise NotImplementedError
+
+    def load(self, folder: Path, threads: int, exact: bool) -> tuple[Callable[..., Any], Collection[str]]:
+        """The program, called as the model is, and the names of its inputs.
+
+        `exact`: in float32 also where the runtime would choose bfloat16.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Exporter(Format):
+    """What `transformers.exporters` writes; `backend` is its name there."""
+
+    backend: str = ""
+
+    def write(
+        self,
+        model: "PreTrainedModel",
+        example: dict[str, "Tensor"],
+        shapes: Mapping[str, dict[int, Any]],
+        quantize: str | None,
+        folder: Path,
+    ) -> None:
+        import torch
+        from transformers.exporters.auto import EXPORT_BACKENDS, get_exporter_class
+
+        options = {"dynamic_shapes": shapes} | ({} if quantize is None else {"quantizer": self.quantizer()})
+        config = EXPORT_BACKENDS[self.backend].config(**options)
+        with hushed(), torch.no_grad():
+            exported = get_exporter_class(self.backend)().export(model, dict(example), config=config)
+            self.improve(exported.program)
+            exported.save_pretrained(folder)
+
+    def load(self, folder: Path, threads: int, exact: bool) -> tuple[Callable[..., Any], Collection[str]]:
+        from transformers.exporters import ExportedModel
+
+        with hushed():
+            program = ExportedModel.from_pretrained(folder, **self.options(threads, exact))
+        [component] = program.components.values()
+        return program, component.metadata.kwargs
+
+    def options(self, threads: int, exact: bool) -> dict[str, Any]:
+        """For the runtime: as many threads as PyTorch has, where it would take all cores by itself."""
+        return {}
+
+    def quantizer(self) -> Any:
+        raise NotImplementedError
+
+    def improve(self, program: Any) -> None:
+        """Change the program before it is written."""
+
+
+class Onnx(Exporter):
+    def options(self, threads: int, exact: bool) -> dict[str, Any]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        return {"session_options": options}
+
+    def quantizer(self) -> Any:
+        try:
+            from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+        except ImportError as error:
+            raise ConfigError(f"quantize needs a newer transformers ({error}): pip install -U transformers.") from None
+        # Sums of 8 by 8 bits do not fit into 16 on processors without VNNI: there the numbers would be others.
+        return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=True))
+
+    def improve(self, program: Any) -> None:
+        """Write the residual additions before layer norms as `Sum`, which is the same.
+
+        ONNX Runtime fuses `Add` and `LayerNormalization` to SkipLayerNormalization, whose CPU kernel adds up number by
+        number: 1.0 ms for 512 x 384 on one thread, where the two by themselves take 0.2 (onnxruntime 1.32). What
+        the fusion would bring on CUDA was not measured.
+        """
+        for node in program.graph:
+            if node.op_type == "LayerNormalization":
+                addition = node.inputs[0].producer()
+                if addition is not None and addition.op_type == "Add":
+                    addition.op_type = "Sum"
+
+
+class OpenVino(Exporter):
+    def options(self, threads: int, exact: bool) -> dict[str, Any]:
+        return {"config": {"INFERENCE_NUM_THREADS": threads} | ({"INFERENCE_PRECISION_HINT": "f32"} if exact else {})}
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Onnx(
+        "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "hf-efficient[export]", quantizes=True, backend="onnx"
+    ),
+    "openvino": OpenVino("openvino", ("openvino",), "hf-efficient[openvino]", backend="openvino"),
+    "executorch": Exporter("executorch", ("executorch",), "hf-efficient[executorch]", backend="executorch"),
+    "torch": Exporter("torch", ("torch",), "hf-efficient[torch]", backend="dynamo"),
+}
+
+
+def check_format(format: str, quantize: str | None = None) -> Format:
+    """The format of that name.
+
+    Raises:
+        ConfigError: an unknown name, or one that does not quantise.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    if quantize is not None and quantize not in QUANTIZE:
+        raise unknown_name("quantize", quantize, QUANTIZE)
+    if quantize is not None and not FORMATS[format].quantizes:
+        able = ", ".join(name for name, other in FORMATS.items() if other.quantizes)
+        raise ConfigError(
+            f"format {format!r} is not quantised here, only {able}. Leave quantize out, or change format."
+        )
+    return FORMATS[format]
+
+
+def check_runtime(format: str) -> None:
+    """Before any long work: is what makes and runs this format installed?
+
+    Raises:
+        ConfigError: it is not; the message has the pip command.
+    """
+    chosen = FORMATS[format]
+    if missing := [name for name in chosen.packages if find_spec(name) is None]:
+        raise ConfigError(f'format {format!r} needs {", ".join(missing)}. Run `pip install "{chosen.install}"`.')
+    if isinstance(chosen, Exporter) and find_spec("transformers.exporters") is None:
+        raise ConfigError(f"format {format!r} needs a transformers with exporters: pip install -U transformers.")
+
+
+def runtime_version(format: str) -> str:
+    """`onnxruntime 1.32.0`."""
+    name = FORMATS[format].runtime
+    return f"{name} {version(name)}"
+
+
+def folder_name(format: str, quantize: str | None) -> str:
+    """Where a recipe puts it, beside the model: `onnx`, `onnx-int8`."""
+    return format if quantize is None else f"{format}-{quantize}"
+
+
+def program_bytes(folder: Path) -> int:
+    """Bytes of the exported program and its weights: all files but texts."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.suffix not in TEXTS)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """The exporters tell their progress on stdout, and by warnings that ask for other versions of their packages."""
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "transformers.exporters", None)]
+    levels = [each.level for each in loggers]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)

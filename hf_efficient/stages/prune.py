@@ -1,0 +1,123 @@
+"""The stage that prunes in one go, with rows to look at.
+
+- prune: {ratio: 0.5}
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..models.families import token_limit
+from ..pruning.config import PruningConfig
+from .base import Run, Stage
+from .settings import MAX_BATCH, MAX_STEPS, Settings, check_keys, integer, keys_of, make, part, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..pruning.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class CalibrationSettings(Settings):
+    """The rows that pruning looks at."""
+
+    calibration_samples: int = integer(256, 1, MAX_STEPS)
+    batch_size: int = integer(16, 1, MAX_BATCH)
+
+
+@dataclass(frozen=True)
+class PruneStage(Stage):
+    """`prune(model, stage.config, calibration)` with `calibration_samples` rows in batches of `batch_size`.
+
+    Weights that a stage made zero stay zero in all that is trained after it:
+
+        - prune: {granularity: [weight], mask_structure: "2:4", importance: obs}
+        - distill: {epochs: 1}
+    """
+
+    config: PruningConfig
+    calibration: CalibrationSettings
+
+    @property
+    def pruning(self) -> PruningConfig:
+        return self.config
+
+    @classmethod
+    def read(cls, given: Any, path: str, task: str | None = None) -> "PruneStage":
+        names, rows = keys_of(PruningConfig), keys_of(CalibrationSettings)
+        check_keys(given, [*names, *rows], path)
+        calibration = read(CalibrationSettings, part(given, rows), path)
+        config = make(PruningConfig, part(given, names), path)
+        if config.importance == "movement":
+            raise ConfigError(
+                f"{path}.importance: 'movement' is learned while training. Put it in a distill stage: "
+                "distill: {prune: {importance: movement}}."
+            )
+        return cls(config, calibration)
+
+    def to_dict(self) -> dict[str, Any]:
+        config = dataclasses.asdict(self.config)
+        if self.config.structure and self.config.without_weights() is None:
+            del config["ratio"]  # mask_structure says it, also where that is overridden
+        return config | {"granularity": list(config["granularity"])} | self.calibration.to_dict()
+
+    def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
+        check_pruning(run, config, self.config, before)
+        return config
+
+    def plan(self, run: Run, config: Any) -> "tuple[Any, PruningPlan]":
+        from ..models.anatomy import Anatomy
+        from ..pruning.cut.surgery import planned_config
+        from ..pruning.prune import plan
+
+        model = run.skeleton(config)
+        sizes = plan(model, dataclasses.replace(self.config, sequence_length=counted_length(run, config, self.config)))
+        return planned_config(Anatomy.of(model), sizes), sizes
+
+    def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
+        from ..pruning.prune import prune
+        from .fit import first_batches
+
+        model, rows = run.load(source), self.calibration
+        batches = first_batches(run.data(config=model.config), rows.calibration_samples, rows.batch_size)
+        small = prune(model, self.config, batches)
+        return pruned(self.config, model.num_parameters(), small) | run.save(small, target)
+
+
+def counted_length(run: Run, config: Any, pruning: PruningConfig) -> int:
+    """The tokens at which MACs are counted."""
+    from ..pruning.score.calibration import DEFAULT_LENGTH
+
+    length = pruning.sequence_length or run.recipe.data.max_length or DEFAULT_LENGTH
+    return min(length, token_limit(config, rotary=False) or length)
+
+
+def check_pruning(run: Run, config: Any, pruning: PruningConfig, before: Sequence[Stage]) -> None:
+    """Raises ConfigError if the ratio cannot be reached; a second pruning starts from sizes that are not known yet."""
+    from ..models.anatomy import Anatomy
+    from ..pruning.choose.reach import check_reachable
+    from ..pruning.price.costs import make_costs
+
+    if any(stage.pruning is not None for stage in before):
+        return
+    anatomy = Anatomy.of(run.skeleton(config))
+    # What can be reached in measured time is not known before it is measured: MACs stand in for it.
+    metric = "macs" if pruning.metric == "latency" else pruning.metric
+    length = pruning.sequence_length or counted_length(run, config, pruning)
+    check_reachable(anatomy, pruning, make_costs(anatomy, metric, length))
+
+
+def pruned(config: PruningConfig, parameters: int, small: "PreTrainedModel") -> dict[str, Any]:
+    """What the report says of a model that had so many `parameters` before."""
+    from ..models.rebuild import is_portable
+    from ..pruning.cut.linears import count_zeros
+
+    counts: dict[str, Any] = {"parameters_before": parameters, "parameters_after": small.num_parameters()}
+    if "weight" in config.granularity:
+        zeros, total = count_zeros(small)
+        counts |= {"zeros": zeros, "sparsity": round(zeros / total, 4)}
+    return counts | {"loads_with": "portable" if is_portable(small) else "plugin"}
