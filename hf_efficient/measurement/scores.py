@@ -48,12 +48,12 @@ def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
     """
     if names and "label" not in TASKS[task].columns:
         known = ", ".join(name for name, entry in TASKS.items() if "label" in entry.columns)
-        raise ConfigError(f"metrics are computed from classes, which {task} has not. Leave them out, or use: {known}.")
+        raise ConfigError(f"metrics are computed from classes, which {task} has not. Tasks that have: {known}.")
     for name in names:
         if name not in METRICS and not trusted:
             raise ConfigError(
-                f"{unknown_name('metric', name, METRICS)} Any other metric of `evaluate`, by its name on the Hub or "
-                "by a path, is a program: it needs trust_remote_code."
+                f"metrics: {unknown_name('metric', name, METRICS)} Any other metric of `evaluate`, by its name on the "
+                "Hub or by a path, is a program: it needs trust_remote_code."
             )
 
 

@@ -117,12 +117,14 @@ def check(run: "Run") -> None:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
     """
     from ..measurement.energy import check_energy
+    from ..measurement.scores import load_metrics
     from ..models.families import family_of, token_limit
     from .fresh import check_fresh
 
     recipe = run.recipe
     if recipe.measure.energy:
         check_energy(recipe.measure.country)
+    load_metrics(recipe.measure.metrics or [], trusted=recipe.model.trust_remote_code)
     run.data()
     config, stages = run.config, recipe.paths
     if recipe.model.config is not None:

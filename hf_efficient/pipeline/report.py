@@ -27,6 +27,7 @@ def measured(
     from ..data.tasks import TASKS
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
+    from ..measurement.scores import load_metrics
     from ..models.families import family_of
     from ..models.rebuild import is_portable
     from ..runtimes.runtime import Reader, Work, measure_export
@@ -43,6 +44,7 @@ def measured(
         collator=prepared.collator,
         **asdict(work),
         energy=settings.energy,
+        metrics=load_metrics(settings.metrics or [], trusted=recipe.model.trust_remote_code),
         threads=threads,
         baseline=baseline,
         folder=student_folder,

@@ -27,6 +27,7 @@ from ..data.tables import files_in
 from ..data.tasks import TASKS
 from ..errors import ConfigError, did_you_mean, shown, unknown_name
 from ..io.yaml import MAX_CHARACTERS, parse, plain
+from ..measurement.scores import METRICS, check_metrics
 from ..stages.base import Stage
 from ..stages.settings import Settings, TrainingSettings, check_keys, read
 from ..stages.table import STAGES
@@ -90,6 +91,7 @@ class Recipe:
             stage.check_task(path, self.task)
         try:
             self.measure.check_input(self.data.max_length)
+            check_metrics(self.measure.metrics or [], self.task, trusted=self.model.trust_remote_code)
         except ConfigError as error:
             raise ConfigError(f"measure.{error}") from None
         _check_order(self.stages)
@@ -225,9 +227,11 @@ class Recipe:
         recipe = self.with_overrides(words) if words else self
         if recipe.model.trust_remote_code and not {"model", TRUST} & words.keys():
             named = recipe.model.name_or_path or recipe.model.tokenizer
+            foreign = [name for name in recipe.measure.metrics or [] if name not in METRICS]
+            metrics = f" and of the metrics {', '.join(foreign)}" if foreign else ""
             raise ConfigError(
-                f"The recipe {recipe.name!r} wants to run code of the model {shown(named)} ({TRUST}: true). It "
-                " may do anything on this machine. If you know that code and want it, say so yourself: "
+                f"The recipe {recipe.name!r} wants to run code of the model {shown(named)}{metrics} ({TRUST}: true). "
+                "It may do anything on this machine. If you know that code and want it, say so yourself: "
                 "--trust-remote-code, or trust_remote_code=True in Python. Else take that line out of the recipe."
             )
         return recipe

@@ -6,10 +6,11 @@ read(DataSettings, {"name_or_path": "bundled:digits", "limti": 100}, "data")    
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 from ..data.bundled import DATASETS, MODELS, PREFIX
+from ..data.tasks import ROLES, column_name
 from ..errors import ConfigError, shown, unknown_name
 from ..io.yaml import plain
 from ..stages.settings import MAX_BATCH, MAX_STEPS, MAX_TOKENS, Settings, flag, integer, number, ruled, text
@@ -63,22 +64,22 @@ class ModelSettings(Settings):
 
 
 @dataclass(frozen=True)
-class DataSettings(Settings):
+class _Source(Settings):
+    name_or_path: str = text(None, optional=False)
+
+
+_Columns: Any = make_dataclass(  # a field for each role that a column can have
+    "_Columns", [(column_name(role), str | None, text()) for role in ROLES], bases=(_Source,), frozen=True
+)
+
+
+@dataclass(frozen=True)
+class DataSettings(_Columns):
     """The data set, and how it is read: the arguments of `load_dataset_any` and `prepare`.
 
     A file is looked for when a run begins, not before: a recipe may be read where its data is not.
     """
 
-    name_or_path: str = text(None, optional=False)
-    text_column: str | None = text()
-    text_pair_column: str | None = text()
-    label_column: str | None = text()
-    target_column: str | None = text()
-    image_column: str | None = text()
-    tokens_column: str | None = text()
-    question_column: str | None = text()
-    context_column: str | None = text()
-    answers_column: str | None = text()
     max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens
     image_size: int | None = integer(None, 1, 4096, optional=True)  # pixels
     test_fraction: float = number(0.2, 0.001, 0.999)
@@ -90,7 +91,7 @@ class DataSettings(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """The columns of words and of questions only where they are given."""
-        rare = ("tokens_column", "question_column", "context_column", "answers_column")
+        rare = [column_name(name) for name, role in ROLES.items() if role.is_rare]
         return {name: value for name, value in super().to_dict().items() if name not in rare or value is not None}
 
 
@@ -112,6 +113,16 @@ class MeasureSettings(Settings):
     repeats: int = integer(20, 2, 100_000)
     lengths: Any = ruled(  # tokens, for latency against length; null: an eighth, a quarter, a half and all
         None, "a rising list of up to 20 lengths in tokens, such as [128, 512]", _are_lengths, optional=True
+    )
+    metrics: list[str] | None = ruled(  # further scores of classes: names of `measurement.scores.METRICS`
+        None,
+        "a list of up to 20 different names such as [f1, matthews_correlation]",
+        lambda value: (
+            isinstance(value, list)
+            and all(isinstance(name, str) for name in value)
+            and len(set(value)) == len(value) <= 20
+        ),
+        optional=True,
     )
     energy: bool = flag(False)  # of every stage and of 1,000 inputs, by codecarbon
     country: str | None = ruled(  # where the power comes from, for CO2; null: only energy is told
@@ -141,7 +152,7 @@ class MeasureSettings(Settings):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """`lengths`, `energy` and `country` only where they are given."""
+        """`lengths`, `metrics`, `energy` and `country` only where they are given."""
         plain = ("batch_size", "sequence_length", "repeats")
         return {name: value for name, value in super().to_dict().items() if name in plain or value}
 

@@ -365,6 +365,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, t
     assert (finished / name).read_bytes() != (tmp_path / "out" / name).read_bytes()
 
 
+def test_further_metrics_are_scores_of_teacher_and_student(tmp_path):
+    measured = {"repeats": 2, "metrics": ["f1", "matthews_correlation"]}
+    report = compress(
+        Recipe.from_dict(TINY | {"teacher": {"max_steps": 2}, "stages": [], "measure": measured}), output_dir=tmp_path
+    )
+    for side in (report.teacher, report.student):
+        names = [score.name for score in side.quality.scores]
+        assert names == ["accuracy", "loss", "f1", "matthews_correlation"]
+        assert all(score.standard_error >= 0 for score in side.quality.scores)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "matthews correlation" in card and "metrics: [f1" not in card.split("---")[1]
+
+
 def test_quantised_or_exported_the_result_says_how_it_does(tmp_path, rows):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("torchao")

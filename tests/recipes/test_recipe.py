@@ -157,6 +157,9 @@ REFUSED = [
     (["data", "test_fraction"], 1, ["data.test_fraction", "got 1"]),
     (["data", "limit"], 0, ["data.limit", "from 1", "got 0"]),
     (["measure"], None, ["measure must be a mapping"]),
+    (["measure"], {"metrics": "f1"}, ["measure.metrics must be a list", "'f1'"]),
+    (["measure"], {"metrics": ["f1", "f1"]}, ["measure.metrics must be a list of up to 20 different names"]),
+    (["measure"], {"metrics": ["recal"]}, ["measure.metrics", "Did you mean 'recall'", "needs trust_remote_code"]),
 ]
 
 
@@ -299,6 +302,19 @@ def test_overrides_beat_yaml_and_leave_the_original_alone():
     assert other.data.limit == 100 and other.teacher.learning_rate == 1e-4
     assert recipe.to_dict() == before and other.fingerprint() != recipe.fingerprint()
     assert recipe.with_overrides({}) == recipe
+
+
+def test_metrics_of_others_are_a_wish_that_your_own_word_allows():
+    ours = Recipe.from_dict(changed(["measure"], {"metrics": ["f1", "mae"]}))
+    assert ours.allowed(False) == ours and ours.to_dict()["measure"]["metrics"] == ["f1", "mae"]
+    assert "metrics" not in Recipe.from_dict(BASE).to_dict()["measure"]
+    theirs = changed(["measure"], {"metrics": ["f1", "someone/metric"]})
+    theirs["model"] = theirs["model"] | {"trust_remote_code": True}
+    with pytest.raises(ConfigError, match=r"of the metrics someone/metric .*may do anything on this machine"):
+        Recipe.from_dict(theirs).allowed(False)
+    assert Recipe.from_dict(theirs).allowed(True).measure.metrics == ["f1", "someone/metric"]
+    with pytest.raises(ConfigError, match=r"measure\.metrics are computed from classes, which causal-lm has not"):
+        Recipe.from_dict(changed(["task"], "causal-lm") | {"measure": {"metrics": ["f1"]}, "stages": []})
 
 
 def test_overrides_can_set_false_zero_and_null():

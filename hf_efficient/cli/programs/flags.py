@@ -22,9 +22,7 @@ from ...models.loading import load_model, load_processor
 
 
 @dataclass
-class SourceArguments:
-    """The teacher, and where the data is that it is asked about."""
-
+class _Source:
     dataset: str = field(
         metadata={
             "help": "bundled:NAME, Hub id (user/name or user/name:config), save_to_disk folder, or a .csv, .tsv, "
@@ -37,15 +35,15 @@ class SourceArguments:
     )
 
 
-ColumnArguments: Any = make_dataclass(
-    "ColumnArguments",
-    [(column_name(role), str | None, field(default=None, metadata={"help": of.help})) for role, of in ROLES.items()],
-    bases=(SourceArguments,),
+_Columns: Any = make_dataclass(  # a flag for each role that a column can have
+    "_Columns",
+    [(column_name(role), str | None, field(default=None, metadata={"help": ROLES[role].help})) for role in ROLES],
+    bases=(_Source,),
 )
 
 
 @dataclass
-class DataArguments(ColumnArguments):
+class DataArguments(_Columns):
     """The teacher, and the data that it is asked about; the help of each field says what it means."""
 
     max_length: int | None = field(
