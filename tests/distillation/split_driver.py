@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_efficient.distillation.trainer import DistillationTrainer
+from hf_efficient.training.trainers import leave_processes
 
 from ..helpers import covering
 from .tiny import CASES, LABELS, VOCABULARY, arguments, collate, examples, losses_of, make_pair, with_adapters
@@ -130,9 +132,7 @@ def main(out: str, which: str, *splits: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         Path(f"{out}.json").write_text(json.dumps(reports))
         save_file(tensors, f"{out}.safetensors")
-    if torch.distributed.is_initialized():  # else its threads may abort the interpreter when it ends
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave_processes(PartialState())
 
 
 if __name__ == "__main__":

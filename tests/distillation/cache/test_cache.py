@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from hf_efficient.distillation.cache.cache import TeacherCache
 from hf_efficient.distillation.cache.write import cache_teacher
-from hf_efficient.distillation.losses.divergences import DIVERGENCES, log_probabilities
+from hf_efficient.distillation.losses.divergences import log_probabilities
 from hf_efficient.distillation.losses.losses import kd_loss
+from hf_efficient.distillation.losses.tables import DIVERGENCES
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 
@@ -266,7 +267,8 @@ def test_two_processes_write_one_cache(tmp_path):
         "import sys, torch; from accelerate import PartialState; state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
         "from tests.distillation.caching import make_cache; from tests.distillation.tiny import make_pair\n"
-        "make_cache('bert', sys.argv[1], make_pair('bert')[1]); state.destroy_process_group()\n"
+        "make_cache('bert', sys.argv[1], make_pair('bert')[1])\n"
+        "from hf_efficient.training.trainers import leave_processes; leave_processes(state)\n"
     )
     script = tmp_path / "driver.py"
     script.write_text(code)

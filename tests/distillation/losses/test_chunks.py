@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_efficient.distillation.losses import chunks
 from hf_efficient.distillation.losses.chunks import sum_together
-from hf_efficient.distillation.losses.divergences import DIVERGENCES
 from hf_efficient.distillation.losses.losses import ce_loss, ce_rows, kd_loss, kd_rows
+from hf_efficient.distillation.losses.tables import DIVERGENCES
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.models.heads import MULTI_LABEL
 
@@ -193,7 +193,7 @@ def test_training_with_one_gradient_is_training_with_two(case, more, monkeypatch
         together.append(logits.numel() > chunks.CHUNK)
         return sum_together(sums, logits, shares)
 
-    monkeypatch.setattr("hf_efficient.distillation.terms.sum_together", spy)
+    monkeypatch.setattr("hf_efficient.distillation.sums.sum_together", spy)
     results = []
     for chunk in (1 << 30, 100):
         monkeypatch.setattr(chunks, "CHUNK", chunk)
