@@ -29,11 +29,11 @@ lint: $(VENV)/ready
 	$(BIN)/python scripts/make_docs.py --check
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
 
 # All combinations of families and kinds, every benchmark and every kill: far longer.
 test-thorough: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --thorough
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --thorough
 
 # Five minutes for each of what reads files of strangers; needs CPython 3.11 to 3.13 on Linux.
 fuzz: $(VENV)/ready

@@ -1,6 +1,8 @@
 """One thread, no network, fixed seeds: what every test may rely on."""
 
 import os
+from collections import Counter
+from collections.abc import Hashable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from .helpers import THOROUGH, covering
+from .processes import run_module
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -16,13 +21,54 @@ def _seeded():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _forked(request, monkeypatch):
+    """That a model loads in another process is checked in a fork; marked `cold`, in a new interpreter as for users."""
+    if "cold" not in request.keywords:
+        monkeypatch.setattr("hf_efficient.pipeline.verify.run_module", run_module)
+
+
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="all combinations of families and kinds, not a selection")
+
+
+def pytest_configure(config):
+    if config.getoption("--thorough"):
+        os.environ[THOROUGH] = "1"
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--thorough"):
         return
-    left_out = [item for item in items if "thorough" in item.keywords]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if "thorough" not in item.keywords]
+    items_of = {}
+    for item in items:
+        mark = item.get_closest_marker("cover")
+        if mark and "thorough" not in item.keywords:
+            items_of.setdefault((item.path, item.originalname, *mark.args), []).append(item)
+    left_out = {item for item in items if "thorough" in item.keywords}
+    for (_, _, *strength), rows in items_of.items():
+        item_of = {tuple(map(_hashable, item.callspec.params.values())): item for item in rows}
+        left_out |= set(rows) - {item_of[values] for values in covering(list(item_of), *strength)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _hashable(value):
+    return value if isinstance(value, Hashable) else id(value)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `--durations`: the seconds of every folder, summed over the workers."""
+    if config.option.durations is None:
+        return
+    seconds, tests = Counter(), Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                folder = report.nodeid.partition("::")[0].rpartition("/")[0]
+                seconds[folder] += report.duration
+                tests[folder] += report.when == "call"
+    terminalreporter.section("seconds by folder")
+    for folder, total in seconds.most_common():
+        terminalreporter.write_line(f"{total:7.1f} s {tests[folder]:6d} tests  {folder}")
+    terminalreporter.write_line(f"{seconds.total():7.1f} s {tests.total():6d} tests")

@@ -220,6 +220,8 @@ CASES = {
 PADDED_CASES = [(name, side) for name, case in CASES.items() for side in case.paddings]
 HEADS = [(name, auto) for name in CASES for auto in auto_classes(FAMILIES[name])]
 
+# One family of every build: split and joined projections, grouped keys, images, rotary, relative, two stacks, nested.
+BUILDS = ("bert", "modernbert", "vit", "llama", "gpt2", "t5", "bart", "clip")
 TWO_STACKS = [name for name, case in CASES.items() if len(case.hidden) == 2]
 CAUSAL = [name for name, case in CASES.items() if case.auto == "AutoModelForCausalLM"]
 TEXTS = [name for name, case in CASES.items() if case.inputs is _text]

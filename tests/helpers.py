@@ -1,16 +1,43 @@
 """What several tests share."""
 
+import os
 from collections.abc import Callable, Iterable
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+THOROUGH = "HF_EFFICIENT_THOROUGH"  # set in the environment before a test is imported
+
+
+def random_examples(count: int, **options: Any) -> settings:
+    """So many random examples with `--thorough`, else a third of them, but 10 at least."""
+    return settings(max_examples=count if THOROUGH in os.environ else max(count // 3, 10), deadline=None, **options)
 
 
 def selected(jobs: Iterable[tuple], is_selected: Callable[..., bool]) -> list[Any]:
     """All jobs as parameters of a test; those that are not selected run with `--thorough` only."""
     return [job if is_selected(*job) else pytest.param(*job, marks=pytest.mark.thorough) for job in jobs]
+
+
+def covering(rows: list[tuple], strength: int = 1) -> list[tuple]:
+    """So many of the rows that every value of every column occurs.
+
+    With strength 2 every two values of two columns occur together that do so in any row. Greedy: the row that adds
+    most is next, the first of equals.
+    """
+    missing = {row: set(combinations(enumerate(row), min(strength, len(row)))) for row in rows}
+    chosen = []
+    while any(missing.values()):
+        best = max(missing, key=lambda row: len(missing[row]))
+        chosen.append(best)
+        added = missing.pop(best)
+        for others in missing.values():
+            others -= added
+    return chosen
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "output") -> None:

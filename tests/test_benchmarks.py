@@ -24,6 +24,7 @@ from benchmarks.pruning_peers import (
 from hf_efficient.pruning.price.costs import total_cost
 
 from .helpers import assert_close
+from .processes import python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,9 +236,8 @@ def test_pruning_benchmark_runs_and_resumes(tmp_path):
 )
 def test_benchmarks_of_pruned_speed_run(program, few, measured, tmp_path):
     output = tmp_path / "speed.json"
-    command = [sys.executable, str(ROOT / f"benchmarks/{program}.py"), *few, "--rounds", "2", "--output", str(output)]
-    environment = os.environ | {"HF_EFFICIENT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [str(ROOT / f"benchmarks/{program}.py"), *few, "--rounds", "2", "--output", str(output)]
+    done = python(*command, env=os.environ | {"HF_EFFICIENT_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["results"]
     assert rows and all(row[measured] > 0 and row["heads"] and row["neurons"] for row in rows)

@@ -7,7 +7,8 @@ import pytest
 
 import hf_efficient
 
-from .pages import PAGES, ROOT, blocks, run_code, text
+from .pages import PAGES, ROOT, blocks, text
+from .processes import python
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
@@ -15,14 +16,14 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 @pytest.mark.processes
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, tmp_path):
-    code, errors = run_code("\n".join(blocks(page, "python")), tmp_path)
-    assert code == 0, errors[-3000:]
+    done = python("-c", "\n".join(blocks(page, "python")), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.processes
 def test_code_that_fails_is_noticed(tmp_path):
-    code, errors = run_code("import hf_efficient\nhf_efficient.prune_everything\n", tmp_path)
-    assert code == 1 and "no attribute 'prune_everything'" in errors
+    done = python("-c", "import hf_efficient\nhf_efficient.prune_everything\n", cwd=tmp_path)
+    assert done.returncode == 1 and "no attribute 'prune_everything'" in done.stderr
 
 
 def test_links_between_pages_lead_somewhere():

@@ -1,7 +1,6 @@
 """The committed results are what the README and the cards promise; each comes from a program that anyone can run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,12 +57,6 @@ def test_every_shipped_recipe_has_a_card_of_its_present_settings(recipe):
 
     report = load_report(ROOT / "model_cards" / recipe)
     assert report.recipe == Recipe.from_yaml(recipe).to_dict()
-
-
-def test_cards_and_readme_say_what_the_reports_say():
-    command = [sys.executable, str(ROOT / "scripts" / "make_model_cards.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 # Targets of benchmarks/attention_summary.py that the committed run does not reach, with what was measured: the number

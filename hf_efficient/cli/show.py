@@ -163,6 +163,7 @@ def load_result(folder: Path) -> Any:
 def _names() -> dict[str, list[str]]:
     from ..attention.config import KINDS
     from ..data.tasks import TASKS
+    from ..distillation.terms import LOSSES
     from ..models.families import FAMILIES
     from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
     from ..recipes.recipe import shipped_recipes
@@ -175,7 +176,3 @@ def _names() -> dict[str, list[str]]:
         *(KINDS, importances, LOSSES, STAGES, FORMATS, METHODS, FAMILIES, TASKS, shipped_recipes()),
     )
     return {name: list(table) for name, table in zip(LISTS, tables, strict=True)}
-
-
-# The names of `distillation.terms.LOSSES`, whose import would cost seconds; a test holds them together.
-LOSSES = ("ce", "kd", "hidden", "attention", "relation", "attention_output", "embedding")

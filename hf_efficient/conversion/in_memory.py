@@ -21,6 +21,7 @@ from ..attention.dispatch import ATTACHED, NAME, attach, decodes_from_state
 from ..attention.registry import ATTENTIONS
 from ..errors import UnsupportedModelError, unknown_name
 from ..models.checks import check_floats, check_has_weights
+from ..models.classes import refuse_switching
 from ..models.families import FAMILIES
 from .mixing import Mixing, spread_layers
 from .probe import Inputs, check_reached
@@ -158,14 +159,14 @@ def _seal(model: PreTrainedModel) -> None:
     """What would lose the conversion without a word is an error."""
     kind = type(model).__name__
     refusals: dict[str, Callable[..., None]] = {
-        "save_pretrained": _refuse_saving,
-        "push_to_hub": _refuse_saving,
-        "set_attn_implementation": _refuse_switching,
+        "save_pretrained": partial(_refuse_saving, kind),
+        "push_to_hub": partial(_refuse_saving, kind),
+        "set_attn_implementation": partial(refuse_switching, advice="The original model still has its own."),
     }
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             for method, refuse in refusals.items():
-                setattr(part, method, partial(refuse, kind))
+                setattr(part, method, refuse)
     if decodes_from_state(model):
         model._valid_auto_compile_criteria = _never  # as in `EfficientMixin`
 
@@ -180,11 +181,3 @@ def _refuse_saving(kind: str, *args: Any, **kwargs: Any) -> None:
         "and convert it after loading as `model.config.efficient_in_memory` says; the weights are the same names. "
         f"Families whose converted models can be saved: {', '.join(sorted(FAMILIES))}."
     )
-
-
-def _refuse_switching(kind: str, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-    if attn_implementation != NAME:
-        raise UnsupportedModelError(
-            f"The attention of this {kind} was converted, so attn_implementation={attn_implementation!r} cannot be "
-            "set. The original model still has its own."
-        )

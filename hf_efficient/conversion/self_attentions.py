@@ -8,7 +8,6 @@ which write down who calls them with what, and its output must be the stock one.
 """
 
 import inspect
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,11 +20,11 @@ from ..attention.dispatch import NAME, efficient_attention_forward
 from ..attention.masks import key_mask
 from ..attention.variant import HeadShape
 from ..errors import UnsupportedModelError
+from ..models.interface import changed_interface
 from .probe import Inputs, forward_names, run, run_steps, tiny_inputs
 
 PROBE = f"{NAME}_probe"
 TOLERANCE = 1e-3  # of the largest output; half precision: 50 times that
-_PROBING = threading.Lock()  # the registers are global: one probe at a time
 
 
 class SelfAttention(NamedTuple):
@@ -104,7 +103,7 @@ def find_self_attentions(
     """
     recorder, name = _Recorder(), type(model).__name__
     try:
-        with _PROBING:
+        with changed_interface():
             AttentionInterface.register(PROBE, recorder.attend)
             AttentionMaskInterface.register(PROBE, recorder.mask)
             use_attention(model, PROBE)

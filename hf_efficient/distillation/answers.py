@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.heads import MULTI_LABEL, REGRESSION
 from ..training.batch import Batch
 from .losses.draws import DrawnTokens
 from .losses.relations import Projected
@@ -31,6 +32,33 @@ class Answer:
     pooled: Tensor | None = None
     encoded: Tensor | None = None
     attentions: Mapping[Place, Projected] = field(default_factory=dict)
+
+
+def comparable(
+    student: Tensor, teacher: Tensor | TopLogits | DrawnTokens, vocabulary: int | None
+) -> tuple[Tensor, Tensor | TopLogits | DrawnTokens]:
+    """The logits of the entries that both vocabularies have."""
+    if vocabulary is None or not isinstance(teacher, Tensor):
+        return student, teacher
+    return student[..., :vocabulary], teacher[..., :vocabulary]
+
+
+def agreement(
+    batch: Batch, student: Tensor | None, answer: Answer | None, vocabulary: int | None
+) -> tuple[Tensor | float, Tensor | float]:
+    """(positions with the same prediction, positions). Regression and embeddings have no predictions to agree on."""
+    teacher: Any = None if answer is None else answer.logits
+    if student is None or teacher is None or batch.problem == REGRESSION:
+        return 0.0, 0.0
+    mask = batch.soft_mask()
+    if not isinstance(teacher, Tensor):  # what a cache keeps of a vocabulary: the most likely token is its first
+        same = student.argmax(dim=-1) == teacher.ids[..., 0]
+    elif batch.problem == MULTI_LABEL:
+        same = (student > 0) == (teacher > 0)
+    else:
+        own, other = comparable(student, teacher, vocabulary)
+        same = own.argmax(dim=-1) == other.argmax(dim=-1)
+    return (same & mask).sum(), mask.sum()
 
 
 def read_answer(batch: Batch, outputs: Any, attentions: Mapping[Place, Projected]) -> Answer:

@@ -9,12 +9,10 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..models.heads import shifts_labels
+from ..models.heads import PREPARE, shifts_labels
 from ..training.batch import Task, base_of, task_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
-
-NEEDS_DECODER_INPUTS = "prepare_decoder_input_ids_from_labels"
 
 
 def check_models(
@@ -46,7 +44,7 @@ def check_models(
 def _check_student(student: nn.Module, task: Task) -> None:
     if task.kind == "tokens" and len(task.stacks) == 2 and not shifts_labels(base_of(student)):
         raise UnsupportedModelError(
-            f"{type(base_of(student)).__name__} has no {NEEDS_DECODER_INPUTS}, and its config no "
+            f"{type(base_of(student)).__name__} has no {PREPARE}, and its config no "
             "decoder_start_token_id and pad_token_id, so student and teacher cannot be given the same decoder inputs. "
             "Set both in the config."
         )
@@ -97,10 +95,10 @@ def check_shared_encoder(task: Task, student: nn.Module, teacher: nn.Module, los
     """
     if len(task.stacks) < 2 or task.kind != "tokens":
         raise ConfigError("share_encoder=True is for encoder-decoders that generate, such as T5, BART and Whisper.")
-    looking = [name for name in losses if LOSSES[name].maps_layers]
-    if looking:
+    by_layer = [name for name in losses if LOSSES[name].maps_layers]
+    if by_layer:
         raise ConfigError(
-            f"share_encoder=True runs the encoder once, so {' and '.join(f'`{name}`' for name in looking)} would "
+            f"share_encoder=True runs the encoder once, so {' and '.join(f'`{name}`' for name in by_layer)} would "
             "compare it with itself. Leave them out of losses, or share_encoder."
         )
     own, other = (base_of(model).get_encoder().state_dict() for model in (student, teacher))
@@ -139,7 +137,7 @@ def check_sharded(args: Any, *, teaches_itself: bool) -> None:
         ConfigError: a student that generates, or that is its own teacher.
     """
     if args.on_policy:
-        raise ConfigError("on_policy cannot be had under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
+        raise ConfigError("on_policy does not work under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
     if teaches_itself:
         raise ConfigError("Under FSDP a PEFT student cannot be its own teacher. Give a teacher, which is sharded too.")
 

@@ -41,7 +41,9 @@ class CheckedCollator(Collator):
     def __init__(self, collate: Callable[[list], Any], *models: nn.Module):
         super().__init__(collate)
         bases = [base_of(model) for model in models]
-        tables = [base.get_input_embeddings() for base in bases if _reads_ids(base)]
+        ids = ("input_ids", "input_features")  # of speech the decoder reads ids
+        reading = [base for base in bases if base.main_input_name in ids or base.config.is_encoder_decoder]
+        tables = [base.get_input_embeddings() for base in reading]
         sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
         self.ids = min(sizes, default=None)
         self.labels = _label_count(task_of(models[0]), bases[0])
@@ -51,7 +53,7 @@ class CheckedCollator(Collator):
             batch = self.collate(rows)
         except (ValueError, RuntimeError) as error:
             lengths = {name: {len(row[name]) for row in rows} for name in IDS if all(name in row for row in rows)}
-            ragged = [name for name, found in lengths.items() if len(found) > 1]
+            ragged = [name for name, sizes in lengths.items() if len(sizes) > 1]
             if not ragged:
                 raise
             raise DataError(
@@ -67,10 +69,6 @@ class CheckedCollator(Collator):
             count, what = self.labels
             _check(labels[labels != IGNORED], count, "labels of a batch", f"{what}, and {IGNORED} where there is none")
         return batch
-
-
-def _reads_ids(model: Any) -> bool:
-    return model.main_input_name in ("input_ids", "input_features") or model.config.is_encoder_decoder
 
 
 def _label_count(task: Task, model: Any) -> tuple[int, str] | None:

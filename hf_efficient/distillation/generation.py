@@ -56,8 +56,8 @@ def write(
         raise DataError("Generation needs input_ids; this batch has none.")
     own = base.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    known = (own.pad_token_id, base.config.get_text_config().pad_token_id, *stops)
-    padding = next((token for token in known if token is not None), 0)
+    paddings = (own.pad_token_id, base.config.get_text_config().pad_token_id, *stops)
+    padding = next((token for token in paddings if token is not None), 0)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling is not None,
@@ -75,12 +75,12 @@ def write(
             written = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
             return _continued(prompts, [_until(row, stops) for row in written], padding)
         names = forward_names(base)
-        given = {n: v for n, v in batch.model_inputs(names, base).items() if not n.startswith("decoder_")}
-        given.pop("use_cache", None)
-        written = base.generate(**given, generation_config=config)[:, 1:]  # without the start of the decoder
+        inputs = {n: v for n, v in batch.model_inputs(names, base).items() if not n.startswith("decoder_")}
+        inputs.pop("use_cache", None)
+        written = base.generate(**inputs, generation_config=config)[:, 1:]  # without the start of the decoder
         labels, counts = _padded([_until(row, stops) for row in written], padding)
-        kept = {n: v for n, v in batch.inputs.items() if n not in ("labels", "decoder_input_ids")}
-        return kept | {"labels": labels.masked_fill(counts == 0, IGNORED)}
+        others = {n: v for n, v in batch.inputs.items() if n not in ("labels", "decoder_input_ids")}
+        return others | {"labels": labels.masked_fill(counts == 0, IGNORED)}
 
 
 def teacher_texts(
@@ -98,7 +98,7 @@ def teacher_texts(
     of the paper.
 
     Parameters:
-        teacher: a loaded model that writes, on the device where it shall run.
+        teacher: a loaded model that writes, on the device where it is to run.
         dataset: tokenised examples; labels are not needed.
 
     Raises:
@@ -115,15 +115,15 @@ def teacher_texts(
     task, names = task_of(teacher), forward_names(teacher)
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in names])
     collate = CheckedCollator(data_collator, teacher)
-    found: list[dict[str, list]] = []
+    texts: list[dict[str, list]] = []
     for start in range(0, len(rows), batch_size):
         inputs = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in dict(inputs).items()}
         written = write(
             teacher, Batch(placed, task), max_new_tokens=max_new_tokens, sampling=None, num_beams=num_beams
         )
-        found += _unpadded(written, task)
-    return datasets.Dataset.from_list(found)
+        texts += _unpadded(written, task)
+    return datasets.Dataset.from_list(texts)
 
 
 def _prompts(batch: Batch) -> list[Tensor]:

@@ -1,20 +1,17 @@
 """Which hidden states a model is asked for: the mapped ones alone, where transformers can give them so."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from transformers import BertConfig, BertModel
 
-from .layer_map import Pairs
 
-
-def wanted_states(pairs: dict[str, Pairs], side: int) -> dict[str, Any]:
-    """The keyword of a forward; side 0 is the student, 1 the teacher. None where nothing is mapped."""
-    positions = sorted({pair[side] for own in pairs.values() for pair in own})
-    if not positions:
-        return {}
-    return {"output_hidden_states": positions if selects_positions() else True}
+def wanted_states(positions: Iterable[int]) -> dict[str, Any]:
+    """The keyword of a forward for these positions of `hidden_states`; none where there are none."""
+    chosen = sorted(set(positions))
+    return {"output_hidden_states": chosen if selects_positions() else True} if chosen else {}
 
 
 @cache

@@ -24,11 +24,10 @@ from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..training.batch import base_of
+from .options import MAPS
 
 Pairs = list[tuple[int, int]]
 LayerMap = str | Sequence[Sequence[int]] | dict[str, Any]
-
-MAPS = ("auto", "uniform", "last", "linspace")
 
 
 def chosen_layers(name: str, student_layers: int, teacher_layers: int) -> list[int]:
@@ -106,8 +105,8 @@ def map_attentions(
     if layer_map is None:
         ends = depths(student, stacks), depths(teacher, stacks)
         return {stack: [(ends[0][stack], ends[1][stack])] for stack in stacks}
-    found = map_layers(student, teacher, layer_map, stacks)
-    pairs = {stack: [pair for pair in own if min(pair) > 0] for stack, own in found.items()}
+    whole = map_layers(student, teacher, layer_map, stacks)
+    pairs = {stack: [pair for pair in own if min(pair) > 0] for stack, own in whole.items()}
     for stack, own in pairs.items():
         if not own:
             raise ConfigError(

@@ -47,11 +47,13 @@ def narrow(model: PreTrainedModel, hidden_size: int, batches: Sequence[Batch] = 
     axes = _stream_axes(model, config, full, hidden_size)
     norms = _norms(model, axes)
     scores = _by_activations(model, norms, batches) if batches else _by_weights(model, axes)
-    kept = scores.topk(hidden_size).indices.sort().values
+    kept = scores.topk(hidden_size).indices.sort().values  # in the teacher's order
     state = dict(model.state_dict())
     for key, along in axes.items():
         for axis in along:
             state[key] = state[key].index_select(axis, kept.to(state[key].device))
+    # A norm divides by the spread of what it reads. Over fewer dimensions that spread is another, and all that follows
+    # would be scaled by it: the weight of the norm takes the mean ratio.
     if batches and anatomy.family.norm is not None:  # else a norm's weight is no plain factor (Gemma)
         for name, ratio in _ratios(model, norms, kept, batches).items():
             state[f"{name}.weight"] = state[f"{name}.weight"] * ratio
@@ -86,7 +88,7 @@ def heads_for(anatomy: Anatomy, hidden_size: int, heads: int | None) -> int | No
                 f"hidden_size / {dim} or left out."
             )
         return hidden_size // dim
-    count = stack.num_heads if heads is None else heads * stack.group_size
+    count = stack.num_heads if heads is None else heads * stack.group_size  # of queries
     if family.heads_divide_hidden and hidden_size % count:
         raise ConfigError(
             f"hidden_size={hidden_size} must be a multiple of the number of query heads, {count}, as the stock config "
@@ -116,7 +118,7 @@ def _narrow_config(anatomy: Anatomy, hidden_size: int) -> PreTrainedConfig:
 
 def _stream_axes(model: PreTrainedModel, config: PreTrainedConfig, full: int, hidden_size: int) -> Axes:
     """The tensors of the state dict that have an entry for each dimension of the stream, and on which axes."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone: no memory, no time
         smaller = class_for(model, config)(config).state_dict()
     axes: Axes = {}
     for key, tensor in model.state_dict().items():
@@ -124,6 +126,7 @@ def _stream_axes(model: PreTrainedModel, config: PreTrainedConfig, full: int, hi
         changed = tuple(
             axis for axis, sizes in enumerate(zip(tensor.shape, shape, strict=False)) if len(set(sizes)) > 1
         )
+        # Only an axis that goes from the full width to the new one has an entry for each dimension.
         sizes = {(tensor.shape[axis], shape[axis]) for axis in changed}
         if len(shape) != tensor.dim() or sizes - {(full, hidden_size)}:
             raise UnsupportedModelError(
@@ -155,21 +158,21 @@ def _by_weights(model: PreTrainedModel, axes: Axes) -> Tensor:
 
 def _by_activations(model: PreTrainedModel, norms: Norms, batches: Sequence[Batch]) -> Tensor:
     """`[width]`: the sum of squares, over norms and real tokens, of what the norms give."""
-    found: list[Tensor] = []
-    _watch(model, norms, batches, lambda name, read, given: found.append(given.square().sum(0).cpu()))
-    return torch.stack(found).sum(0)
+    squares: list[Tensor] = []
+    _watch(model, norms, batches, lambda name, read, output: squares.append(output.square().sum(0).cpu()))
+    return torch.stack(squares).sum(0)
 
 
 def _ratios(model: PreTrainedModel, norms: Norms, kept: Tensor, batches: Sequence[Batch]) -> dict[str, float]:
     """For each norm: by how much more the kept dimensions of what it reads spread than all do, on average."""
-    found: dict[str, list[Tensor]] = {}
+    ratios_of: dict[str, list[Tensor]] = {}
 
-    def note(name: str, read: Tensor, given: Tensor) -> None:
+    def note(name: str, read: Tensor, output: Tensor) -> None:
         own, whole = (_spread(part, norms[name]) for part in (read[:, kept.to(read.device)], read))
-        found.setdefault(name, []).append(own / whole.clamp_min(torch.finfo(whole.dtype).tiny))
+        ratios_of.setdefault(name, []).append(own / whole.clamp_min(torch.finfo(whole.dtype).tiny))
 
     _watch(model, norms, batches, note)
-    return {name: torch.cat(ratios).mean().item() for name, ratios in found.items()}
+    return {name: torch.cat(ratios).mean().item() for name, ratios in ratios_of.items()}
 
 
 def _spread(states: Tensor, norm: nn.Module) -> Tensor:
@@ -184,11 +187,11 @@ def _watch(
     """`note(name, what it read, what it gave)`, [real tokens, width] both, for each call of each norm."""
 
     def hook(name: str, batch: Batch, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        read, given = (states if states.dim() == 3 else states.flatten(0, -2)[:, None] for states in (args[0], output))
+        read, gives = (states if states.dim() == 3 else states.flatten(0, -2)[:, None] for states in (args[0], output))
         stack = "encoder" if "encoder" in name.split(".") else None
         real = token_mask(batch, model, stack, read[..., 0]).bool()
         wide = torch.promote_types(read.dtype, torch.float32)
-        note(name, read[real].to(wide), given[real].to(wide))
+        note(name, read[real].to(wide), gives[real].to(wide))
 
     with evaluating(model):
         for batch in batches:

@@ -20,7 +20,8 @@ from .hidden_states import wanted_states
 from .layer_map import Pairs, map_attentions, map_layers, width
 from .losses.projections import make_projections
 from .recorded import Modules, output_widths, self_attentions
-from .terms import LOSSES, Loss, LossSettings, place_name
+from .sums import LossSettings, place_name
+from .terms import LOSSES, Loss
 
 SIDES = ("student", "teacher")
 
@@ -53,27 +54,17 @@ class Pairing:
 
     def settings(self, args: DistillationArguments, progress: float) -> LossSettings:
         """The numbers of the losses when a fraction `progress` of the steps is done."""
-        return LossSettings(
-            temperature=args.temperature_at(progress),
-            temperature_squared=args.temperature_squared,
-            divergence=args.divergence,
-            beta=args.jsd_beta,
-            hidden_loss=args.hidden_loss,
-            attention_loss=args.attention_loss,
-            relation_heads=args.relation_heads,
-            embedding_loss=args.embedding_loss,
-            pooling=args.pooling,
-            pairs=self.pairs,
-            projections=self.projections,
-            vocabulary=self.vocabulary,
-        )
+        temperature = args.temperature_at(progress)
+        return LossSettings(args, temperature, self.pairs, self.projections, self.vocabulary)
 
     def inputs(self, side: str, batch: Batch, student: PreTrainedModel) -> dict[str, Any]:
         """What the forward of one side is given; the student makes the decoder inputs of both."""
-        given = batch.model_inputs(self.names[side], student)
+        inputs = batch.model_inputs(self.names[side], student)
         if self.counts_columns[side]:
-            given |= first_positions(batch.inputs)
-        return given | wanted_states(self.pairs.get("hidden", {}), SIDES.index(side))
+            inputs |= first_positions(batch.inputs)
+        stacks = (own for name, own in self.pairs.items() if self.losses[name].needs_states)
+        pairs = (pair for own in stacks for each in own.values() for pair in each)
+        return inputs | wanted_states(pair[SIDES.index(side)] for pair in pairs)
 
 
 def pair(
@@ -114,12 +105,6 @@ def pair(
     )
 
 
-def share_encoder(student: nn.Module) -> None:
-    """Freeze what is not run again for the student."""
-    encoder: Any = base_of(student).get_encoder()
-    encoder.requires_grad_(False)
-
-
 def _pairs(
     student: nn.Module, teacher: nn.Module, args: DistillationArguments, losses: Mapping[str, Loss], task: Task
 ) -> dict[str, dict[str, Pairs]]:
@@ -140,9 +125,10 @@ def _projections(
     """For what has a width of its own; queries, keys and values are compared without."""
     places = {loss: [(s, pair) for s, own in pairs.get(loss, {}).items() for pair in own] for loss in pairs}
     widths = {}
-    if "hidden" in pairs or "embedding" in losses:
+    of_states = [name for name in pairs if losses[name].needs_states]
+    if of_states or "embedding" in losses:
         both = width(student), width(teacher)
-        widths = {place_name("hidden", *place): both for place in places.get("hidden", [])}
+        widths = {place_name(name, *place): both for name in of_states for place in places[name]}
         widths |= {"embedding": both} if "embedding" in losses else {}
     if "attention_output" in pairs:
         stacks = tuple(pairs["attention_output"])
@@ -161,13 +147,13 @@ def _to_record(
     task: Task,
 ) -> Modules:
     """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
-    wanted = {
+    places = {
         (stack, place[side] - 1)
         for name, stacks in pairs.items()
         if losses[name].needs_attentions
         for stack, own in stacks.items()
         for place in own
     }
-    if not wanted:
+    if not places:
         return {}
-    return {place: module for place, module in self_attentions(model, task.stacks).items() if place in wanted}
+    return {place: module for place, module in self_attentions(model, task.stacks).items() if place in places}

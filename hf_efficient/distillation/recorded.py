@@ -11,7 +11,7 @@ that eager attention gives while training have gone through dropout.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..models.families import is_known
+from ..models.interface import changed_interface
 from ..models.linears import num_inputs, output_dim
 from ..training.batch import base_of
 from .losses.relations import Projected
@@ -41,7 +42,7 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
     if not is_known(base.config):
         raise UnsupportedModelError(
             "The losses `attention`, `relation` and `attention_output` need a family of the table; "
-            f"{base.config.model_type!r} is none. Leave them out of losses."
+            f"{base.config.model_type!r} is not one. Leave them out of losses."
         )
     modules = {
         (name, index): layer.get_submodule(stack.entry.attention.module)
@@ -83,6 +84,9 @@ def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projec
         ConfigError: from the forward, where a layer runs without gradients that were on before: nothing would be
             learned from what is noted there.
     """
+    if not modules:
+        yield {}
+        return
     with_gradients = torch.is_grad_enabled()
     places = {module: place for place, module in modules.items()}
     seen: dict[Place, Projected] = {}
@@ -109,18 +113,12 @@ def recording(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Projec
         if place in seen:
             seen[place] = replace(seen[place], output=output if torch.is_tensor(output) else output[0])
 
-    hooks = [module.register_forward_hook(note_output) for module in places]
-    own = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before = dict(own)
-    for name in {_implementation(module) for module in modules.values()}:
-        ALL_ATTENTION_FUNCTIONS[name] = noting(ALL_ATTENTION_FUNCTIONS[name])
-    try:
+    with ExitStack() as hooks, changed_interface() as functions:
+        for module in places:
+            hooks.callback(module.register_forward_hook(note_output).remove)
+        for name in {_implementation(module) for module in places}:
+            functions[name] = noting(functions[name])
         yield seen
-    finally:
-        own.clear()
-        own.update(before)
-        for hook in hooks:
-            hook.remove()
 
 
 def _implementation(module: nn.Module) -> str:

@@ -30,7 +30,10 @@ def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrai
     policy, names = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     if isinstance(policy, functools.partial):  # the student's, already filled in
         plugin.auto_wrap_policy = policy.func
-    plugin.transformer_cls_names_to_wrap = _layer_classes(teacher)
+    layers = (
+        [layer for stack in Anatomy.of(teacher).stacks for layer in stack.layers] if is_known(teacher.config) else []
+    )
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers}) or None
     try:
         return fsdp2_prepare_model(accelerator, teacher.requires_grad_(False))
     finally:
@@ -46,9 +49,3 @@ def resharded(teacher: PreTrainedModel) -> Iterator[PreTrainedModel]:
         for module in teacher.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def _layer_classes(model: PreTrainedModel) -> list[str] | None:
-    if not is_known(model.config):
-        return None  # what the model says itself
-    return sorted({type(layer).__name__ for stack in Anatomy.of(model).stacks for layer in stack.layers})

@@ -23,8 +23,9 @@ from ..pruning.plan import PruningPlan
 from ..pruning.score.calibration import check_calibration
 from ..pruning.score.stream import Batch
 from ..pruning.score.units import activation, magnitude
-from .layer_map import MAPS, chosen_layers
+from .layer_map import chosen_layers
 from .narrow import heads_for, narrow
+from .options import MAPS
 
 Layers = int | Sequence[int]
 
@@ -71,11 +72,11 @@ def build_student(
     depths = {stack.name: len(stack.layers) for stack in anatomy.stacks}
     if layer_map not in MAPS or layer_map == "auto":
         raise unknown_name("layer_map", layer_map, [name for name in MAPS if name != "auto"])
-    wanted = dict.fromkeys(depths, layers) if not isinstance(layers, Mapping | None) else layers or {}
-    for stack in wanted:
+    chosen = dict.fromkeys(depths, layers) if not isinstance(layers, Mapping | None) else layers or {}
+    for stack in chosen:
         if stack not in depths:
             raise unknown_name("stack of this model", stack, depths)
-    kept = {stack: _kept(wanted[stack], depths[stack], layer_map) for stack in depths if stack in wanted}
+    kept = {stack: _kept(chosen[stack], depths[stack], layer_map) for stack in depths if stack in chosen}
     batches = check_calibration(anatomy, calibration)
     if hidden_size is not None:
         heads = heads_for(anatomy, hidden_size, heads)

@@ -1,84 +1,157 @@
-"""The table of losses: which outputs of both models each name compares, where, and what it is divided by.
+"""The table of losses: what each name compares of both models, where, and what must be there for it.
 
-LOSSES["kd"].masks(batch)                              # {"kd": where it counts}
-LOSSES["kd"].sums(batch, student, teacher, settings)   # {"kd": the sum there}
+    LOSSES["kd"].masks(batch)                              # {"kd": where it counts}
+    LOSSES["kd"].sums(batch, student, teacher, settings)   # {"kd": the sum there}
+
+    register_loss(OutputLoss("margin", mask=Batch.soft_mask, total=margin))     # now losses={"margin": 1} trains on it
+
+The functions of the table are named by their paths and imported when they are called, so that names are listed, and
+the losses of a recipe checked, without torch. A mask is both what a loss sums over and what it is divided by: the
+`mask.sum()` of a whole optimizer step.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from ..errors import ConfigError
+from ..io.lazy import load
 
-from ..errors import ConfigError, UnsupportedModelError
-from ..models.heads import SINGLE_LABEL
-from ..models.pooling import pool
-from ..training.batch import Batch
-from .answers import Answer
-from .layer_map import Pairs
-from .losses.chunks import sum_together
-from .losses.draws import DrawnTokens
-from .losses.losses import ce_loss, ce_rows, hidden_loss, kd_loss, kd_rows
-from .losses.projections import project
-from .losses.relations import Projected, attention_loss, relation_loss
-from .losses.top_k import TopLogits
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from ..training.batch import Batch
+    from .answers import Answer
 
-@dataclass(frozen=True)
-class LossSettings:
-    """What the losses need beside the batch: the numbers of `DistillationArguments`, and the layers that are compared.
-
-    pairs: by loss and stack the (student, teacher) layers that it compares; 0 is the embeddings.
-    projections: by `place_name`, and `embedding`, where the widths differ.
-    vocabulary: how many entries both vocabularies share, where one of them is padded.
-    shares: by part, where that is known, the factor with which its mean will reach the loss, and what the sum is
-        divided by.
-    """
-
-    temperature: float
-    temperature_squared: bool = True
-    divergence: str = "forward"
-    beta: float = 0.5
-    hidden_loss: str = "mse"
-    attention_loss: str = "kl"
-    relation_heads: int | None = None
-    embedding_loss: str = "cosine"
-    pooling: str = "mean"
-    pairs: Mapping[str, Mapping[str, Pairs]] = field(default_factory=dict)
-    projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    vocabulary: int | None = None
-    shares: Mapping[str, tuple[float, Tensor]] = field(default_factory=dict)
-
-    def of_kd(self) -> dict[str, Any]:
-        names = ("temperature", "temperature_squared", "divergence", "beta")
-        return {name: getattr(self, name) for name in names}
+STACKS = ("encoder", "decoder")
+COMPARED = ("logits", "embeddings", "states", "attentions")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One name of the table.
+    """One name of the table; see `OutputLoss` and `LayerLoss`.
 
-    parts: the names of what is summed apart, each with its own denominator; most losses have one.
-    masks: what counts in a batch, by part.
-    sums: the sum of each part, from (batch, student, teacher, settings).
-    needs_teacher, needs_head, needs_attentions, maps_layers: what must be there for it.
+    compares: `logits` (of models with a head), `embeddings` (of models without one), `states` (hidden states of mapped
+        layers) or `attentions` (queries, keys, values and outputs of mapped layers).
     """
 
-    parts: tuple[str, ...]
-    masks: Callable[[Batch], dict[str, Tensor]]
-    sums: Callable[[Batch, Answer, Any, LossSettings], dict[str, Tensor]]
+    name: str
+    _: KW_ONLY
+    compares: str
     needs_teacher: bool = True
-    needs_head: bool = False
-    needs_attentions: bool = False
-    maps_layers: bool = False
+
+    @property
+    def needs_head(self) -> bool:
+        return self.compares == "logits"
+
+    @property
+    def needs_attentions(self) -> bool:
+        return self.compares == "attentions"
+
+    @property
+    def needs_states(self) -> bool:
+        return self.compares == "states"
+
+    @property
+    def maps_layers(self) -> bool:
+        return self.needs_states or self.needs_attentions
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what is summed apart, each with its own denominator."""
+        raise NotImplementedError
+
+    def masks(self, batch: "Batch") -> "dict[str, Tensor]":
+        """What counts in a batch, by part."""
+        raise NotImplementedError
+
+    def sums(self, batch: "Batch", student: "Answer", teacher: "Answer | None", settings: Any) -> "dict[str, Tensor]":
+        """The sum of each part."""
+        raise NotImplementedError
 
 
-def place_name(loss: str, stack: str, pair: tuple[int, int]) -> str:
-    """The name of the projection of one compared pair of layers."""
-    prefix = "" if loss == "hidden" else f"{loss}_"
-    return f"{prefix}{stack}_{pair[0]}_{pair[1]}"
+@dataclass(frozen=True, kw_only=True)
+class OutputLoss(Loss):
+    """What compares the outputs of the models, in one part.
+
+    mask: where it counts, of a batch: `[batch, ...]`, bool.
+    total: the sum there, of (batch, student's answer, teacher's answer, settings): `[]`, connected to the graph.
+    Both are functions, or the paths of functions.
+    """
+
+    compares: str = "logits"
+    mask: Callable[..., Any] | str
+    total: Callable[..., Any] | str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def masks(self, batch: "Batch") -> "dict[str, Tensor]":
+        return {self.name: _function(self.mask)(batch)}
+
+    def sums(self, batch: "Batch", student: "Answer", teacher: "Answer | None", settings: Any) -> "dict[str, Tensor]":
+        return {self.name: _function(self.total)(batch, student, teacher, settings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoss(Loss):
+    """What compares mapped layers, pair by pair: one part for each stack, over its real tokens.
+
+    compare: the sum over one pair of layers, of a `sums.Compared`; a function, or the path of one.
+    """
+
+    compares: str = "states"
+    compare: Callable[..., Any] | str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(f"{self.name}_{stack}" for stack in STACKS)
+
+    def masks(self, batch: "Batch") -> "dict[str, Tensor]":
+        return {f"{self.name}_{stack}": mask for stack, mask in batch.token_masks().items()}
+
+    def sums(self, batch: "Batch", student: "Answer", teacher: "Answer | None", settings: Any) -> "dict[str, Tensor]":
+        return load("distillation.sums:sums_of_layers")(
+            self.name, _function(self.compare), batch, student, teacher, settings
+        )
+
+
+def _function(entry: Callable[..., Any] | str) -> Callable[..., Any]:
+    return load(entry) if isinstance(entry, str) else entry
+
+
+_BATCH = "training.batch:Batch"
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        OutputLoss("ce", mask=f"{_BATCH}.label_mask", total="distillation.sums:ce", needs_teacher=False),
+        OutputLoss("kd", mask=f"{_BATCH}.soft_mask", total="distillation.sums:kd"),
+        LayerLoss("hidden", compare="distillation.sums:hidden"),
+        LayerLoss("attention", compares="attentions", compare="distillation.sums:attention"),
+        LayerLoss("relation", compares="attentions", compare="distillation.sums:relation"),
+        LayerLoss("attention_output", compares="attentions", compare="distillation.sums:attention_output"),
+        OutputLoss(
+            "embedding", compares="embeddings", mask=f"{_BATCH}.example_mask", total="distillation.sums:embedding"
+        ),
+    )
+}
+
+
+def register_loss(loss: Loss) -> None:
+    """Add a loss of one's own to the table: from then on `DistillationArguments(losses={name: weight})` and recipes
+    know it, and it is logged as `loss_<name>`.
+
+    Raises:
+        ConfigError: a name that is taken or not an identifier, or something to compare that there is not.
+    """
+    if loss.compares not in COMPARED:
+        raise ConfigError(f"compares must be one of {', '.join(COMPARED)}, got {loss.compares!r}.")
+    parts = {part for other in LOSSES.values() for part in other.parts}
+    if not loss.name.isidentifier() or loss.name in LOSSES or parts & {loss.name, *loss.parts}:
+        raise ConfigError(f"{loss.name!r} cannot name a loss: it must be an identifier that no other loss uses.")
+    LOSSES[loss.name] = loss
 
 
 def check_losses(losses: Collection[str], *, headless: bool) -> None:
@@ -87,171 +160,14 @@ def check_losses(losses: Collection[str], *, headless: bool) -> None:
     Raises:
         ConfigError: a loss of logits without a head, or of embeddings with one.
     """
-    wrong = [name for name in losses if (LOSSES[name].needs_head if headless else name == "embedding")]
+    refused = "logits" if headless else "embeddings"
+    wrong = [name for name in losses if LOSSES[name].compares == refused]
     if not wrong:
         return
+    others = [f"`{name}`" for name, loss in LOSSES.items() if not loss.needs_head]
     reason = (
-        "these models have no head, so there are no logits; use `embedding`, `hidden`, `attention`, `relation` or "
-        "`attention_output`"
+        f"these models have no head, so there are no logits; use {', '.join(others[:-1])} or {others[-1]}"
         if headless
         else "it is for models without a head: load both with AutoModel"
     )
     raise ConfigError(f"losses has {' and '.join(f'`{name}`' for name in wrong)}, but {reason}.")
-
-
-def comparable(
-    student: Tensor, teacher: Tensor | TopLogits | DrawnTokens, vocabulary: int | None
-) -> tuple[Tensor, Tensor | TopLogits | DrawnTokens]:
-    """The logits of the entries that both vocabularies have."""
-    if vocabulary is None or not isinstance(teacher, Tensor):
-        return student, teacher
-    return student[..., :vocabulary], teacher[..., :vocabulary]
-
-
-def _ce_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
-    labels, mask = batch.label_targets()
-    assert isinstance(student.logits, Tensor)  # `check_losses`
-    return {"ce": ce_loss(student.logits, labels, mask, problem=batch.problem)[0]}
-
-
-def _kd_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
-    assert isinstance(student.logits, Tensor) and teacher.logits is not None
-    total, _ = kd_loss(
-        *comparable(student.logits, teacher.logits, settings.vocabulary),
-        batch.soft_mask(),
-        problem=batch.problem,
-        **settings.of_kd(),
-    )
-    return {"kd": total}
-
-
-def sums_of(
-    losses: Mapping[str, Loss], batch: Batch, student: Answer, teacher: Answer | None, settings: LossSettings
-) -> dict[str, dict[str, Tensor]]:
-    """The sums of all parts, by loss. `ce` and `kd` write one gradient of the logits, where their shares are known."""
-    together: dict[str, dict[str, Tensor]] = {}
-    if {"ce", "kd"} <= settings.shares.keys() and batch.problem == SINGLE_LABEL and settings.vocabulary is None:
-        assert teacher is not None and teacher.logits is not None and isinstance(student.logits, Tensor)
-        sums = [ce_rows(*batch.label_targets()), kd_rows(teacher.logits, batch.soft_mask(), **settings.of_kd())]
-        wide = torch.promote_types(student.logits.dtype, torch.float32)
-        shares = [factor / count.to(wide) for factor, count in (settings.shares["ce"], settings.shares["kd"])]
-        found = sum_together(sums, student.logits, shares)
-        together = {"ce": {"ce": found[0]}, "kd": {"kd": found[1]}}
-    return {
-        name: together[name] if name in together else loss.sums(batch, student, teacher, settings)
-        for name, loss in losses.items()
-    }
-
-
-def _embedding_sums(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> dict[str, Tensor]:
-    mask = batch.token_masks()["encoder"]
-    own, other = (_embedding(side, mask, settings.pooling)[:, None] for side in (student, teacher))
-    own = project(settings.projections, "embedding", own)
-    return {"embedding": hidden_loss(own, other, batch.example_mask(), kind=settings.embedding_loss)[0]}
-
-
-def _embedding(answer: Answer, mask: Tensor, pooling: str) -> Tensor:
-    if answer.pooled is not None:
-        return answer.pooled
-    assert answer.last is not None
-    return pool(answer.last, mask, pooling)
-
-
-def _masks_of_stacks(name: str, batch: Batch) -> dict[str, Tensor]:
-    return {f"{name}_{stack}": mask for stack, mask in batch.token_masks().items()}
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One pair of layers, in one batch."""
-
-    batch: Batch
-    stack: str
-    pair: tuple[int, int]
-    mask: Tensor
-    student: Answer
-    teacher: Answer
-    settings: LossSettings
-
-    @property
-    def is_causal(self) -> bool:
-        return self.stack == "decoder" or self.batch.task.is_causal
-
-    def attentions(self) -> tuple[Projected, Projected]:
-        found = []
-        for side, layer in zip((self.student, self.teacher), self.pair, strict=True):
-            seen = side.attentions.get((self.stack, layer - 1))
-            if seen is None:
-                raise UnsupportedModelError(
-                    f"Layer {layer} of the {self.stack} called no attention that could be recorded, so the losses "
-                    "`attention`, `relation` and `attention_output` cannot be had of this model. Leave them out of "
-                    "losses."
-                )
-            found.append(seen)
-        return found[0], found[1]
-
-    def project(self, loss: str, state: Tensor) -> Tensor:
-        return project(self.settings.projections, place_name(loss, self.stack, self.pair), state)
-
-
-def _hidden(at: Compared) -> Tensor:
-    own, other = at.student.states[at.stack, at.pair[0]], at.teacher.states[at.stack, at.pair[1]]
-    return hidden_loss(at.project("hidden", own), other, at.mask, kind=at.settings.hidden_loss)[0]
-
-
-def _attention(at: Compared) -> Tensor:
-    return attention_loss(*at.attentions(), at.mask, causal=at.is_causal, kind=at.settings.attention_loss)[0]
-
-
-def _relation(at: Compared) -> Tensor:
-    return relation_loss(*at.attentions(), at.mask, causal=at.is_causal, heads=at.settings.relation_heads)[0]
-
-
-def _attention_output(at: Compared) -> Tensor:
-    own, other = at.attentions()
-    return hidden_loss(at.project("attention_output", own.output), other.output, at.mask)[0]
-
-
-def _sums_of_layers(
-    name: str,
-    compare: Callable[[Compared], Tensor],
-    batch: Batch,
-    student: Answer,
-    teacher: Answer,
-    settings: LossSettings,
-) -> dict[str, Tensor]:
-    """The mean over all compared layers of both stacks: each pair's sum is divided by the number of pairs."""
-    pairs = settings.pairs[name]
-    count = sum(map(len, pairs.values()))
-    sums = {}
-    for stack, mask in batch.token_masks().items():
-        values = [compare(Compared(batch, stack, pair, mask, student, teacher, settings)) for pair in pairs[stack]]
-        sums[f"{name}_{stack}"] = torch.stack(values).sum() / count
-    return sums
-
-
-def _of_layers(name: str, compare: Callable[[Compared], Tensor], **needs: bool) -> Loss:
-    return Loss(
-        (f"{name}_encoder", f"{name}_decoder"),
-        masks=partial(_masks_of_stacks, name),
-        sums=partial(_sums_of_layers, name, compare),
-        maps_layers=True,
-        **needs,
-    )
-
-
-LOSSES: dict[str, Loss] = {
-    "ce": Loss(
-        ("ce",),
-        masks=lambda batch: {"ce": batch.label_targets()[1]},
-        sums=_ce_sums,
-        needs_teacher=False,
-        needs_head=True,
-    ),
-    "kd": Loss(("kd",), masks=lambda batch: {"kd": batch.soft_mask()}, sums=_kd_sums, needs_head=True),
-    "hidden": _of_layers("hidden", _hidden),
-    "attention": _of_layers("attention", _attention, needs_attentions=True),
-    "relation": _of_layers("relation", _relation, needs_attentions=True),
-    "attention_output": _of_layers("attention_output", _attention_output, needs_attentions=True),
-    "embedding": Loss(("embedding",), masks=lambda batch: {"embedding": batch.example_mask()}, sums=_embedding_sums),
-}

@@ -22,33 +22,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_pt_utils import nested_detach
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import ConfigError
 from ..models.checks import take_floats
-from ..models.heads import MULTI_LABEL, REGRESSION
 from ..models.modes import eval_mode
 from ..training.batch import Batch, Task, base_of, first_tokens
 from ..training.forward import call_inside
-from ..training.trainers import Counts, StepTrainer
+from ..training.trainers import Counts
 from .adapters import own_base, without_adapters
-from .answers import Answer, read_answer
+from .answers import Answer, agreement, read_answer
 from .arguments import DistillationArguments
 from .cache.cache import TeacherCache
 from .checks import check_alone, check_separate, check_sharded
 from .collating import CheckedCollator
 from .generation import write
 from .layer_map import Pairs
-from .losses.projections import ATTRIBUTE, attach, detach, load_projections, own_tensors, save_projections
-from .pairing import pair, share_encoder
+from .pairing import pair
+from .projection_trainer import ProjectionTrainer
 from .recorded import recording
 from .sharding import resharded, shard_teacher
-from .terms import LOSSES, comparable, sums_of
+from .sums import sums_of
+from .terms import LOSSES
 
 AGREEMENT = "teacher_agreement"
 
 
-class DistillationTrainer(StepTrainer):
+class DistillationTrainer(ProjectionTrainer):
     """Train `model` on hard labels, on a teacher's soft labels and on its hidden states.
 
     Parameters:
@@ -112,9 +112,10 @@ class DistillationTrainer(StepTrainer):
         else:
             check_alone(args)
         self.pairing = pair(model, teacher, args, self.cache)
-        self._kept_forward: Callable | None = None
-        if args.share_encoder:
-            share_encoder(model)
+        self._compiled_forward: Callable | None = None
+        if args.share_encoder:  # which is not run again for the student
+            encoder: Any = base_of(model).get_encoder()
+            encoder.requires_grad_(False)
 
     @property
     def task(self) -> Task:
@@ -136,8 +137,6 @@ class DistillationTrainer(StepTrainer):
             return shard_teacher(self.accelerator, teacher)
         is_placed = getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False)
         return teacher if is_placed else teacher.to(self.args.device)
-
-    # ---- data -------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what either model reads: a BERT teacher needs the token_type_ids that a DistilBERT student ignores."""
@@ -174,8 +173,6 @@ class DistillationTrainer(StepTrainer):
         masks = [mask for loss in self.pairing.losses.values() for mask in loss.masks(batch).items()]
         return {part: mask.sum() for part, mask in masks}
 
-    # ---- loss -------------------------------------------------------------------------------------------------------
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -210,9 +207,11 @@ class DistillationTrainer(StepTrainer):
     ) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
         """The sums of all parts of all losses, and the logits, from inside the wrapped student's forward."""
         inputs = self._model_inputs("student", batch)
-        settings = replace(self.pairing.settings(self.args, self._progress()), shares=shares or {})
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        settings = replace(self.pairing.settings(self.args, progress), shares=shares or {})
         if self.args.share_encoder and teacher is not None:
-            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=_as(model, teacher.encoded))
+            dtype = next(model.parameters()).dtype
+            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=teacher.encoded.to(dtype))
 
         def body(forward: Any) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
             with recording(self.pairing.recorded["student"]) as attentions:
@@ -227,12 +226,9 @@ class DistillationTrainer(StepTrainer):
         """The student's forward, compiled once for the whole run where that was asked for."""
         if self.args.compile_student is None:
             return forward
-        if self._kept_forward is None:
-            self._kept_forward = torch.compile(forward, backend=self.args.compile_student)
-        return self._kept_forward
-
-    def _progress(self) -> float:
-        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        if self._compiled_forward is None:
+            self._compiled_forward = torch.compile(forward, backend=self.args.compile_student)
+        return self._compiled_forward
 
     @torch.no_grad()
     def _run_teacher(self, batch: Batch) -> Answer | None:
@@ -260,8 +256,6 @@ class DistillationTrainer(StepTrainer):
     def _model_inputs(self, side: str, batch: Batch) -> dict[str, Any]:
         return self.pairing.inputs(side, batch, base_of(self.accelerator.unwrap_model(self.model)))
 
-    # ---- evaluation -------------------------------------------------------------------------------------------------
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -282,7 +276,7 @@ class DistillationTrainer(StepTrainer):
         counts = self._counts(batch)
         for part, total in (item for parts in sums.values() for item in parts.items()):
             self.eval_meter.add(part, total, counts[part])
-        self.eval_meter.add(AGREEMENT, *_agreement(batch, logits, teacher, self.pairing.vocabulary))
+        self.eval_meter.add(AGREEMENT, *agreement(batch, logits, teacher, self.pairing.vocabulary))
         loss = self._weighted({name: _mean(parts, counts) for name, parts in sums.items()})
         if prediction_loss_only:
             return loss, None, None
@@ -318,47 +312,6 @@ class DistillationTrainer(StepTrainer):
             logs.update({f"loss_{name}": value for name, value in self.train_meter.drain(self.accelerator).items()})
         super().log(logs, start_time)
 
-    # ---- training and checkpoints -----------------------------------------------------------------------------------
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer.train`. The projections are part of the student only while it trains."""
-        if not self.projections:
-            return super().train(*args, **kwargs)
-        if not hasattr(self.model, ATTRIBUTE):
-            attach(self.model, self.projections)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                self.remove_projections()
-
-    def remove_projections(self) -> None:
-        """Take the projections off the student; `train` does it, except under FSDP and DeepSpeed, which own them."""
-        if hasattr(self.model, ATTRIBUTE):
-            detach(self.model, self.projections)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """No weight decay on the projections: decay towards 0 would pull the student's states with it."""
-        return [name for name in super().get_decay_parameter_names(model) if ATTRIBUTE not in name.split(".")]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        tensors = None
-        if hasattr(self.model, ATTRIBUTE):
-            tensors = own_tensors(state_dict, self.projections)
-        super()._save(output_dir, state_dict)
-        if tensors and self.args.should_save:
-            save_projections(output_dir or self.args.output_dir, tensors)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.projections and not self.is_fsdp_enabled:  # an FSDP checkpoint holds them with the model
-            load_projections(resume_from_checkpoint, self.projections)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.projections and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_projections(self.state.best_model_checkpoint, self.projections)
-
     def parts_of(self, name: str) -> tuple[str, ...]:
         """The parts of one loss, as they are counted and summed."""
         return self.pairing.losses[name].parts
@@ -367,29 +320,6 @@ class DistillationTrainer(StepTrainer):
         return sum(self.args.losses[name] * value for name, value in terms.items())
 
 
-def _as(model: nn.Module, states: Any) -> Tensor:
-    """In the precision of the student, where the teacher has another."""
-    return states.to(next(model.parameters()).dtype)
-
-
 def _mean(parts: dict[str, Tensor], counts: Counts) -> Tensor:
     """The mean of a term: each part over its own count; 0, connected to the graph, where nothing counts."""
     return torch.stack([total / counts[part].clamp_min(1) for part, total in parts.items()]).sum()
-
-
-def _agreement(
-    batch: Batch, student: Tensor | None, answer: Answer | None, vocabulary: int | None
-) -> tuple[Tensor | float, Tensor | float]:
-    """(positions with the same prediction, positions). Regression and embeddings have no predictions to agree on."""
-    teacher: Any = None if answer is None else answer.logits
-    if student is None or teacher is None or batch.problem == REGRESSION:
-        return 0.0, 0.0
-    mask = batch.soft_mask()
-    if not isinstance(teacher, Tensor):  # what a cache keeps of a vocabulary: the most likely token is its first
-        same = student.argmax(dim=-1) == teacher.ids[..., 0]
-    elif batch.problem == MULTI_LABEL:
-        same = (student > 0) == (teacher > 0)
-    else:
-        own, other = comparable(student, teacher, vocabulary)
-        same = own.argmax(dim=-1) == other.argmax(dim=-1)
-    return (same & mask).sum(), mask.sum()

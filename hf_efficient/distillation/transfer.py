@@ -30,13 +30,12 @@ from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..models.families import is_known
-from ..models.heads import SINGLE_LABEL
+from ..models.heads import PREPARE, SINGLE_LABEL
 from ..models.modes import eval_mode
 from ..models.token_masks import counts_columns, first_positions
 from ..training.batch import Batch, Task, forward_names
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
-from .checks import NEEDS_DECODER_INPUTS
 from .losses.losses import hidden_loss
 
 LEARNING_RATE = 1e-2
@@ -69,17 +68,12 @@ def transfer_attention(
         ConfigError: an option that cannot be honoured.
     """
     with TemporaryDirectory() as folder, eval_mode(model):  # the trainer changes it, and it comes back
-        trainer = TransferTrainer(
-            model, args or _short(folder), train_dataset=train_dataset, data_collator=data_collator, **kwargs
+        args = args or TrainingArguments(
+            folder, num_train_epochs=1, learning_rate=LEARNING_RATE, save_strategy="no", report_to="none"
         )
+        trainer = TransferTrainer(model, args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return model
-
-
-def _short(folder: str) -> TrainingArguments:
-    return TrainingArguments(
-        folder, num_train_epochs=1, learning_rate=LEARNING_RATE, save_strategy="no", report_to="none"
-    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class TransferTrainer(StepTrainer):
         super().__init__(model, args, **kwargs)
         self._names = forward_names(model)
         self._stacks = list(dict.fromkeys(attention.stack for attention in self.attentions.values()))
-        self._shift = getattr(model, NEEDS_DECODER_INPUTS, None)  # where labels make the decoder's inputs
+        self._shift = getattr(model, PREPARE, None)  # where labels make the decoder's inputs
         two = "decoder_input_ids" in self._names
         self.task = Task("tokens" if two else "examples", SINGLE_LABEL, 0, ("encoder", "decoder")[: 1 + two])
 
@@ -151,7 +145,7 @@ class TransferTrainer(StepTrainer):
         return {stack: mask.sum() for stack, mask in self._masks(inputs).items()}
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        for name in self._learned():
+        for name in (name for name, attention in self.attentions.items() if attention.is_learned):
             self.train_meter.add(_loss_name(name), 0.0, 1.0)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -178,23 +172,23 @@ class TransferTrainer(StepTrainer):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """For each learned attention the squared error, and the squared softmax output, summed over real queries."""
         model.eval()
-        masks, given = self._masks(inputs, rows), self._model_inputs(inputs)
+        masks, kwargs = self._masks(inputs, rows), self._model_inputs(inputs)
 
         def body(forward: Callable) -> dict[str, tuple[Tensor, Tensor]]:
             with transferring(self.attentions, masks) as errors:
-                forward(**given)
+                forward(**kwargs)
             return errors
 
         return call_inside(model, self.accelerator.unwrap_model(model, keep_torch_compile=False), body)
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the forward takes, never labels: no loss of the model's own, and no more logits than it must make."""
-        given = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
+        kwargs = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
         if self._shift is not None and inputs.get("labels") is not None and inputs.get("decoder_input_ids") is None:
-            given["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.task).labels)
+            kwargs["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.task).labels)
         if counts_columns(self.model, self._names):
-            given |= first_positions(inputs)
-        return given | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
+            kwargs |= first_positions(inputs)
+        return kwargs | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
 
     def _masks(self, inputs: dict[str, Any], rows: int | None = None) -> dict[str, Tensor]:
         """The real queries of each stack, `[B, T]`; `[B]` for images."""
@@ -205,9 +199,6 @@ class TransferTrainer(StepTrainer):
             images = {"pixel_values": inputs["pixel_values"]}
             masks["vision"] = Batch(images, self.task, rows=rows).token_masks()["encoder"]
         return {stack: masks.get(stack, masks["encoder"]) for stack in self._stacks}
-
-    def _learned(self) -> list[str]:
-        return [name for name, attention in self.attentions.items() if attention.is_learned]
 
     def prediction_step(
         self,
@@ -265,17 +256,17 @@ def find_attentions(model: PreTrainedModel) -> dict[str, _Attention]:
     """
     if not is_known(model.config):
         paths = {name.removesuffix(f".{ATTACHED}"): module for name, module in model.named_modules()}
-        found = {name: module for name, module in paths.items() if isinstance(module, AttentionVariant)}
-        return {name: _Attention(variant, _stack_of(name)) for name, variant in found.items()}
-    found = {}
+        attentions = {name: module for name, module in paths.items() if isinstance(module, AttentionVariant)}
+        return {name: _Attention(variant, _stack_of(name)) for name, variant in attentions.items()}
+    attentions = {}
     for stack in Anatomy.of(model).stacks:
         for key, attention in stack.attentions.items():
             ending = ".cross" if key == "cross_heads" else ""
             for index, layer in enumerate(stack.layers):
                 variant = variant_of(layer.get_submodule(attention.module))
                 if variant is not None:
-                    found[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)
-    return found
+                    attentions[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)
+    return attentions
 
 
 def _stack_of(path: str) -> str:
@@ -293,27 +284,27 @@ def check_learned(attentions: dict[str, _Attention]) -> None:
     if any(attention.is_learned for attention in attentions.values()):
         return
     kinds = sorted({attention.variant.config.kind for attention in attentions.values()})
-    given = (
+    reason = (
         f"The attention of this model ({', '.join(kinds)}) has no learned parts"
         if kinds
         else ("The attention of this model is not converted")
     )
     raise UnsupportedModelError(
-        f"{given}, so there is nothing to transfer. Kinds that have: {', '.join(learned_kinds())}; others need no "
+        f"{reason}, so there is nothing to transfer. Kinds that have: {', '.join(learned_kinds())}; others need no "
         "transfer, or are trained with the whole model (DistillationTrainer)."
     )
 
 
 def learned_kinds() -> list[str]:
     """The kinds with learned parts; of a kind that has them for some feature maps only, those."""
-    found = []
+    learned = []
     for kind in ATTENTIONS:
         if "feature_map" not in KINDS[kind].fields:
-            found += [kind] * _is_learned(AttentionConfig(kind))
+            learned += [kind] * _is_learned(AttentionConfig(kind))
             continue
         maps = [name for name in FEATURE_MAPS if _is_learned(AttentionConfig(kind, feature_map=name))]
-        found += [kind] if len(maps) == len(FEATURE_MAPS) else [f"{kind} with feature_map={name!r}" for name in maps]
-    return found
+        learned += [kind] if len(maps) == len(FEATURE_MAPS) else [f"{kind} with feature_map={name!r}" for name in maps]
+    return learned
 
 
 def _is_learned(config: AttentionConfig) -> bool:

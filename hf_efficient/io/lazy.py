@@ -8,6 +8,7 @@ LOSSES["own"] = my_loss                                           # an object of
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ def load(path: str) -> Any:
     module, _, name = path.partition(":")
     loaded = import_module(f"{PACKAGE}.{module}")
     try:
-        return getattr(loaded, name)
+        return attrgetter(name)(loaded)
     except AttributeError as error:
         raise ImportError(f"{path!r}: {loaded.__name__} has no {name!r}.") from error
 

@@ -140,7 +140,7 @@ class EfficientMixin:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
         if self.config.block().is_converted():
-            _refuse_switching(attn_implementation)
+            refuse_switching(attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def initialize_weights(self) -> None:
@@ -169,16 +169,22 @@ def _seal_parts(model: PreTrainedModel, block: EfficientBlock) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model:
             if block.is_converted():
-                part.set_attn_implementation = _refuse_switching
+                part.set_attn_implementation = refuse_switching
             if not isinstance(part.config, EfficientConfigMixin):
                 part.save_pretrained = part.push_to_hub = partial(_refuse_saving_part, type(part).__name__)
 
 
-def _refuse_switching(attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+def refuse_switching(
+    attn_implementation: Any,
+    *args: Any,
+    advice: str = 'To undo the conversion: convert_attention(model, AttentionConfig(kind="full")).',
+    **kwargs: Any,
+) -> None:
+    """The `set_attn_implementation` of a converted model."""
     if attn_implementation != NAME:
         raise UnsupportedModelError(
-            f"This model's attention was converted, so attn_implementation={attn_implementation!r} cannot be "
-            'set. To undo the conversion: convert_attention(model, AttentionConfig(kind="full")).'
+            f"This model's attention was converted, so attn_implementation={attn_implementation!r} cannot be set. "
+            f"{advice}"
         )
 
 

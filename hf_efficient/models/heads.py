@@ -27,7 +27,7 @@ _FIRST = (
 )
 _LAST = ("AutoModelForTextEncoding", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
 _EFFICIENT = "Efficient"
-_PREPARE = "prepare_decoder_input_ids_from_labels"
+PREPARE = "prepare_decoder_input_ids_from_labels"
 
 # All that `problem_type` of a config may be.
 SINGLE_LABEL = "single_label_classification"
@@ -47,7 +47,7 @@ def auto_class_of_architecture(name: str) -> str | None:
 
 def shifts_labels(model: PreTrainedModel) -> bool:
     """Whether `decoder_inputs` works for this model."""
-    return hasattr(model, _PREPARE) or None not in _start_and_padding(model)
+    return hasattr(model, PREPARE) or None not in _start_and_padding(model)
 
 
 def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
 
     Whisper and other models of speech have no `prepare_decoder_input_ids_from_labels`; they all do this.
     """
-    if hasattr(model, _PREPARE):
-        prepare: Any = getattr(model, _PREPARE)
+    if hasattr(model, PREPARE):
+        prepare: Any = getattr(model, PREPARE)
         return prepare(labels=labels)
     start, padding = _start_and_padding(model)
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)

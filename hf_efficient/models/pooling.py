@@ -1,19 +1,23 @@
 """One vector for each example, from the hidden states of a model without a head."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 POOLINGS = ("mean", "cls", "last")
 
 
-def pool(states: Tensor, mask: Tensor, kind: str = "mean") -> Tensor:
+def pool(states: "Tensor", mask: "Tensor", kind: str = "mean") -> "Tensor":
     """The mean of an example's tokens, its first (`cls`) or its last one.
 
     Shapes: states [batch, positions, width]; mask [batch, positions], or [batch] for images, whose positions all
     count; gives [batch, width]. An example without any token gives zeros.
     """
+    import torch  # here, since a recipe is checked by the names alone
+
     if kind not in POOLINGS:
         raise unknown_name("pooling", kind, POOLINGS)
     where = mask if mask.dim() == 2 else mask[:, None].expand(-1, states.shape[1])

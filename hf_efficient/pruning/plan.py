@@ -55,7 +55,8 @@ class Forecast:
         parameters, macs, weight_bytes, cache_bytes: of the whole model, with `_before` those of the dense one. MACs
             are those of one sequence of `length` tokens, cache bytes those of keys and values for one such sequence
             (0 for models that do not generate).
-        layers_macs, layers_parameters: the fraction that goes of what all layers cost: what `ratio` means.
+        removed_macs, removed_parameters: the fraction that goes of what all layers cost: what `ratio` means.
+        layers: the same layer by layer.
         loads_with: `"portable"` (the stock class) or `"plugin"` (after `import hf_efficient`).
         latency_ms: measured, where the metric is latency.
     """
@@ -120,7 +121,7 @@ class PruningPlan:
             ConfigError: not a plan, an unknown key, or lists that do not hold numbers.
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise ConfigError(f'This is no pruning plan: it needs "format": "{FORMAT}".')
+            raise ConfigError(f'This is not a pruning plan: it needs "format": "{FORMAT}".')
         if data.get("version") != VERSION:
             raise ConfigError(f"The plan has version {shown(data.get('version'))}; this hf_efficient reads {VERSION}.")
         for key in data:
@@ -160,7 +161,9 @@ class PruningPlan:
         """
         file = Path(path)
         if not file.is_file():
-            raise CheckpointError(f"{file} is no file. `plan.save(path)` or `hf-efficient plan --output` writes one.")
+            raise CheckpointError(
+                f"{file} is not a file. `plan.save(path)` or `hf-efficient plan --output` writes one."
+            )
         try:
             return cls.from_dict(read_json(file, max_bytes=MAX_BYTES))
         except CheckpointError as error:

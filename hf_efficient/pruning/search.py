@@ -138,7 +138,7 @@ class Search:
         gradients: MaskGradients = {}
         if self.config.rearrange:  # which goes with fisher: one pass gives both
             gradients = mask_gradients(model, list(groups), self.batches, answer_loss(self.config.seed))
-            scores = {group: own.square().sum(0) for group, own in gradients.items()}
+            scores = {group: gradient.square().sum(0) for group, gradient in gradients.items()}
             for group, values in scores.items():
                 check_scores(group, values, self.config.importance)
         else:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import TASKS
+from ..distillation.options import DistillationOptions
+from ..distillation.terms import LOSSES, check_losses
 from ..errors import ConfigError, unknown_name
 from ..models.families import token_limit
 from ..pruning.config import PruningConfig
@@ -66,20 +68,13 @@ class DistillStage(TrainingSettings, Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from ..distillation.terms import LOSSES
-
         for name in self.losses:
             if name not in LOSSES:
                 raise ConfigError(f"losses: {unknown_name('loss', name, LOSSES)}")
         object.__setattr__(self, "losses", {name: float(weight) for name, weight in self.losses.items()})
-        for (
-            name,
-            value,
-        ) in self.options.items():  # the import of what checks them is paid by who uses one
-            from ..distillation.arguments import DistillationArguments
-
+        for name, value in self.options.items():
             try:
-                DistillationArguments(output_dir="unused", report_to="none", **{name: value})
+                DistillationOptions(**{name: value})
             except (ConfigError, TypeError) as error:
                 raise ConfigError(f"{name}: {error}") from None
 
@@ -110,8 +105,6 @@ class DistillStage(TrainingSettings, Stage):
         return None if self.prune is None else self.prune.config
 
     def check_task(self, path: str, task: str) -> None:
-        from ..distillation.terms import check_losses
-
         active = [name for name, weight in self.losses.items() if weight]
         try:
             check_losses(active, headless=not TASKS[task].trains)

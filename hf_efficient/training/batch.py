@@ -107,9 +107,9 @@ def task_of(model: nn.Module) -> Task:
         kind = "causal_lm"  # GPT2DoubleHeadsModel
     if kind is None and auto is None and not type(base).__module__.startswith("transformers."):
         kind = "embeddings"  # a class of one's own, if it is like those of AutoModel
-    given, wanted = _given_by(base), GIVES.get(kind or "", "logits")
+    fields_of, output = _given_by(base), GIVES.get(kind or "", "logits")
     fits = TAKES.get(kind or "", "labels") in names if kind != "embeddings" else _is_headless(names, stacks)
-    if kind is None or not fits or (given is not None and wanted not in given):
+    if kind is None or not fits or (fields_of is not None and output not in fields_of):
         raise UnsupportedModelError(
             f"{type(base).__name__} cannot be distilled: its head is none of those whose losses are known. Load the "
             "model with one of AutoModelForSequenceClassification, ForTokenClassification, ForQuestionAnswering, "
@@ -201,6 +201,10 @@ class Batch:
             return labels, self._real(labels != IGNORED)
         labels = labels.view(self.size, self.task.num_labels)
         return labels, self._real(torch.ones_like(labels, dtype=torch.bool))
+
+    def label_mask(self) -> Tensor:
+        """Where the labels count, of the shape of `label_targets`."""
+        return self.label_targets()[1]
 
     def soft_mask(self) -> Tensor:
         """Where the student's outputs are compared with the teacher's.

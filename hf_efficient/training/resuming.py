@@ -1,4 +1,4 @@
-"""A checkpoint of a training as a stranger's disk may have left it: what is wrong with it, in one message.
+"""What is wrong with a checkpoint that was damaged or changed on a disk, in one message.
 
 check_state("out/checkpoint-500")                     # trainer_state.json, before anything is loaded
 with clear_faults("out/checkpoint-500", "optimizer.pt"):
@@ -61,7 +61,7 @@ def check_state(checkpoint: str | Path) -> None:
     with clear_faults(checkpoint, STATE):
         values = _read_state(path)
         if not isinstance(values, dict):
-            raise ValueError(f"it is no mapping but {shown(values)}")
+            raise ValueError(f"it is not a mapping but {shown(values)}")
         if unknown := values.keys() - {item.name for item in fields(TrainerState)}:
             raise ValueError(f"unknown field {shown(min(unknown))}")
         for name, value in values.items():
@@ -79,9 +79,9 @@ def check_state(checkpoint: str | Path) -> None:
             raise ValueError(f"global_step is {step} in {Path(checkpoint).name}")
         callbacks = (values.get("stateful_callbacks") or {}).values()
         if any(type(entry) not in (dict, list) for entry in callbacks):
-            raise ValueError("stateful_callbacks is no mapping of mappings")
+            raise ValueError("stateful_callbacks is not a mapping of mappings")
         if any(type(entry) is not dict for entry in values.get("log_history") or []):
-            raise ValueError("log_history is no list of mappings")
+            raise ValueError("log_history is not a list of mappings")
 
 
 def _read_state(path: Path) -> Any:
@@ -133,7 +133,7 @@ def check_moments(optimizer: Any) -> None:
     Raises:
         ValueError: what was saved of a weight has not its shape.
     """
-    for weight, kept in optimizer.state.items():
+    for weight, moments in optimizer.state.items():
         for name in SHAPED:
-            if torch.is_tensor(kept.get(name)) and kept[name].shape != weight.shape:
-                raise ValueError(f"{name} of shape {tuple(kept[name].shape)} for a weight of {tuple(weight.shape)}")
+            if torch.is_tensor(moments.get(name)) and moments[name].shape != weight.shape:
+                raise ValueError(f"{name} of shape {tuple(moments[name].shape)} for a weight of {tuple(weight.shape)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -247,16 +248,19 @@ def restore_renamed(model, checkpoint: str | Path) -> None:
     model.load_state_dict(saved.state_dict(), strict=False)  # what is not in the file stays as it is
 
 
-def leave_processes(accelerator: Any) -> None:
-    """Close the process group, whose threads may else abort the interpreter.
+def leave_processes(state: Accelerator | PartialState) -> None:
+    """Close the process group, whose threads may else abort the interpreter; of an accelerator, end its trackers too.
 
     On a CPU a thread of gloo lets go of the last barrier a moment after it, and needs the interpreter for that: where
     the group is destroyed in that moment, both wait for each other without end (torch 2.13; seen on a busy machine).
     """
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
+    state.wait_for_everyone()
+    if state.num_processes > 1:
         time.sleep(0.2)
-    accelerator.end_training()
+    if isinstance(state, Accelerator):
+        state.end_training()
+    else:
+        state.destroy_process_group()
 
 
 class MarkComplete(TrainerCallback):
@@ -277,8 +281,9 @@ def last_checkpoint(folder: Path) -> str | None:
 def in_smaller_batches(work: Callable[[int], T], batch_size: int, seed: int) -> tuple[T, int]:
     """`work(batch_size)`; where memory runs out, again with smaller batches, and so on.
 
-    `work` must accumulate `asked // given` batches for each optimizer step, which keeps the gradient (see the module
-    docstring), and go on from its last checkpoint. The random state is set again by `seed` before each further try.
+    `work(size)` must accumulate `batch_size // size` batches for each optimizer step, which keeps the gradient (see
+    the module docstring), and go on from its last checkpoint. The random state is set again by `seed` before each
+    further try.
 
     Returns:
         What `work` returned, and the batch size it had, a divisor of the one asked for.

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, EncoderDecoderCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
@@ -18,7 +18,7 @@ from hf_efficient.attention.registry import ATTENTIONS
 
 from ..families import VOCABULARY, make_model
 from ..families import make_inputs as make_model_inputs
-from ..helpers import assert_close, leaves, padding_mask
+from ..helpers import assert_close, leaves, padding_mask, random_examples
 from .cases import make_bias, make_inputs
 
 LOCAL = AttentionConfig("local", window=4, global_tokens=1)
@@ -40,6 +40,7 @@ def in_steps(inputs, cuts, key_mask=None, bias=None, **options):
 CUTS = {"token by token": range(1, 150), "chunks": (1, 3, 40, 41, 140), "prefill and tokens": range(100, 150)}
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("global_tokens", [0, 3])
@@ -52,7 +53,7 @@ def test_local_decoding_equals_the_whole(cuts, side, global_tokens, window):
         assert_close(out, local_attention(*inputs, mask, causal=True, **options), 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(data=st.data(), seen=st.integers(2, 90), window=st.integers(1, 80), global_tokens=st.integers(0, 5))
 def test_any_chunks_equal_the_whole(data, seen, window, global_tokens):
     cuts = sorted(data.draw(st.sets(st.integers(1, seen - 1))))

@@ -46,6 +46,7 @@ def convert(name, config, **fields):
     return convert_attention(make_model(name, **fields), config)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("name", "side"), TEXT_CASES)
 @pytest.mark.parametrize("config", [NARROW, GLOBAL, LINEAR, MIXED], ids=["local", "global", "linear", "mixed"])
 def test_a_row_alone_gives_what_it_gives_in_a_padded_batch(name, side, config):
@@ -65,6 +66,7 @@ def test_a_row_alone_gives_what_it_gives_in_a_padded_batch(name, side, config):
         assert (without_mask - batched).abs().max() > 1e-3
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("name", "side"), EMBEDDED)
 @pytest.mark.parametrize("config", [GLOBAL, LINEAR, MIXED], ids=["global", "linear", "mixed"])
 def test_padded_embeddings_get_no_gradient(name, side, config):
@@ -78,6 +80,7 @@ def test_padded_embeddings_get_no_gradient(name, side, config):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("config", [NARROW, LINEAR], ids=["local", "linear"])
 def test_dropout_is_active_in_training_only(name, config):

@@ -1,12 +1,12 @@
 """No kind builds anything that grows with the square of the length, forward or backward, causal or not."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from hf_efficient.attention.registry import ATTENTIONS
+
+from ..processes import python
 
 HEADS, DIM = 4, 16
 KINDS = {
@@ -53,8 +53,9 @@ print(peak(length) - before)
 
 
 def added_memory(kind: str, length: int) -> int:
-    run = [sys.executable, "-c", PROGRAM, json.dumps([kind, KINDS.get(kind, {}), HEADS, DIM, length])]
-    return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    done = python("-c", PROGRAM, json.dumps([kind, KINDS.get(kind, {}), HEADS, DIM, length]))
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def scores(length: int) -> int:

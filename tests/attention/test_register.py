@@ -23,6 +23,7 @@ from hf_efficient.attention.variant import HeadShape
 
 from ..families import make_inputs, make_model
 from ..helpers import assert_close
+from ..processes import python
 
 
 class MeanAttention(AttentionVariant):
@@ -110,7 +111,7 @@ def test_a_registered_kind_can_be_pruned(mean):
 def test_a_checkpoint_of_an_unknown_kind_says_what_to_do(mean, tmp_path):
     convert_attention(make_model("bert"), mean).save_pretrained(tmp_path)
     code = f"import hf_efficient, transformers; transformers.AutoModel.from_pretrained({str(tmp_path)!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = python("-c", code)
     assert run.returncode
     assert "Unknown attention kind 'mean'" in run.stderr and "needs `register_attention` first" in run.stderr
 

@@ -314,7 +314,7 @@ def test_a_result_is_shown_and_its_card_written_anew(tmp_path):
 def test_a_run_goes_on_by_its_folder(tmp_path, monkeypatch):
     from hf_efficient import Recipe
 
-    from ..pipeline.test_compress import TINY
+    from ..pipeline.tiny import TINY
 
     monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *_: None)  # in a process; tested elsewhere
     recipe = tmp_path / "tiny.yaml"

@@ -24,6 +24,8 @@ from hf_efficient.cli.programs.distill import read, run
 from hf_efficient.distillation.losses.projections import SIDE_FILE
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 
+from ..processes import python
+
 ROOT = Path(__file__).parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(30))]
 
@@ -165,9 +167,7 @@ def test_the_program(workplace):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def call(*command):
-        return subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=workplace
-        )
+        return python(*command, env=environment, cwd=workplace)
 
     shown = call(script, "--help")
     assert shown.returncode == 0 and "--temperature_squared" in shown.stdout and "--teacher" in shown.stdout
@@ -175,7 +175,8 @@ def test_the_program(workplace):
     assert wrong.returncode == 2 and "temperature must be above 0" in wrong.stderr and "Traceback" not in wrong.stderr
     config = ROOT / "examples" / "accelerate" / "cpu_2.yaml"
     flags = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", script]
-    done = call(*flags, *words(workplace, "--losses", '{"kd": 1, "hidden": 1}', "--per_device_train_batch_size", "4"))
+    flags += words(workplace, "--losses", '{"kd": 1, "hidden": 1}', "--per_device_train_batch_size", "4")
+    done = subprocess.run([sys.executable, *flags], env=environment, capture_output=True, text=True, cwd=workplace)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((workplace / "out" / "all_results.json").read_text())["eval_loss_kd"] > 0
     state = json.loads((workplace / "out" / "checkpoint-4" / "trainer_state.json").read_text())

@@ -70,6 +70,7 @@ def text_of(inputs):
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "input_features") if key in inputs}
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("name", "padding"), PADDED_CASES)
 def test_a_window_over_the_whole_input_changes_nothing(name, padding):
     model, inputs = make_model(name), make_inputs(name, padding)
@@ -77,6 +78,7 @@ def test_a_window_over_the_whole_input_changes_nothing(name, padding):
     assert_close(real_logits(converted, inputs), real_logits(model, inputs), 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("name", "padding"), PADDED_CASES)
 def test_a_small_window_changes_the_output(name, padding):
     model, inputs = make_model(name), make_inputs(name, padding)
@@ -97,6 +99,7 @@ def test_linear_attention_has_no_place_for_a_relative_bias():
             convert(make_model("t5"), LINEAR)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("head", "name"), STOCK_HEADS.items())
 def test_every_head_can_be_converted(head, name):
     model = make_model(name, head)
@@ -204,6 +207,7 @@ GENERATING = [*CAUSAL, *TWO_STACKS]
 CACHES = [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("options", CACHES, ids=["dynamic", "static", "beams", "no cache"])
 def test_generation_with_a_wide_window_is_unchanged(name, options):
@@ -217,6 +221,7 @@ def test_generation_with_a_wide_window_is_unchanged(name, options):
         assert torch.equal(wide.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("config", [AttentionConfig(kind="local", window=3, global_tokens=2), LINEAR])
 def test_decoding_step_by_step_gives_what_one_pass_gives(name, config):

@@ -90,6 +90,7 @@ def kinds(model):
     return [module.config.kind for name, module in model.named_modules() if name.endswith(ATTACHED)]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_window_over_everything_changes_nothing_and_a_small_one_does(name, side):
@@ -144,6 +145,7 @@ def test_patterns_count_the_layers_in_the_order_of_their_calls(name):
         convert_attention(model, {"cross_attention": LINEAR})
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("config", [WIDE, NARROW, LINEAR], ids=["wide", "narrow", "linear"])
 def test_generation_is_the_same_with_every_cache(name, config):

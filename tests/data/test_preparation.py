@@ -5,26 +5,13 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from hf_efficient.data.datasets import load_dataset_any
 from hf_efficient.data.preparation import check_labels, prepare
 from hf_efficient.data.tasks import ROLES, TASKS
 from hf_efficient.errors import ConfigError, DataError
 
-from .test_datasets import ANIMALS, own_cache, rows  # noqa: F401 (a fixture)
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = {"<eos>": 0, "<bos>": 1, "<unk>": 2} | {f"w{index}": index + 3 for index in range(40)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+from .tiny import ANIMALS, rows
 
 
 @pytest.fixture

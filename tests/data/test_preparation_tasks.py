@@ -11,8 +11,7 @@ from hf_efficient.data.preparation import check_labels, prepare
 from hf_efficient.errors import ConfigError, DataError
 from hf_efficient.training.batch import Batch, task_of
 
-from .test_datasets import own_cache  # noqa: F401 (a fixture)
-from .test_datasets import rows as animals
+from .tiny import rows as animals
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = {letter: index for index, letter in enumerate("abcdefghij", len(SPECIAL))}

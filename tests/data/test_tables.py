@@ -18,9 +18,6 @@ from hf_efficient.data.preparation import prepare
 from hf_efficient.data.tables import read_table
 from hf_efficient.errors import DataError
 
-from .test_datasets import own_cache  # noqa: F401 (a fixture)
-from .test_preparation import tokenizer  # noqa: F401 (a fixture)
-
 RIGHT, OTHER = "text,label\nright,a\n", "text,label\nwrong,b\n"
 NAMES = [
     "x[!a].csv",
@@ -203,7 +200,7 @@ def labelled(folder, labels, name="x.csv"):
         (["TRUE", "true"], ("TRUE", "true")),
     ],
 )
-def test_classes_are_what_was_typed(labels, names, tmp_path, tokenizer):  # noqa: F811
+def test_classes_are_what_was_typed(labels, names, tmp_path, tokenizer):
     path = labelled(tmp_path, labels)
     loaded = load_dataset_any(path)
     assert prepare(loaded, "text-classification", tokenizer).label_names == names
@@ -229,7 +226,7 @@ def test_classes_that_differ_in_spaces_stay_apart_and_are_told(tmp_path, caplog)
         (["9" * 25, "1"], "more than 18 digits"),
     ],
 )
-def test_labels_of_a_file_that_are_refused(labels, words, tmp_path, tokenizer):  # noqa: F811
+def test_labels_of_a_file_that_are_refused(labels, words, tmp_path, tokenizer):
     with pytest.raises(DataError, match=words):
         prepare(load_dataset_any(labelled(tmp_path, labels)), "text-classification", tokenizer)
     # where nobody asks for the labels, they are nobody's business

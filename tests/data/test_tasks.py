@@ -11,11 +11,10 @@ from hf_efficient.reporting.card import model_card
 
 from ..measurement.models import bert_classifier
 from ..reporting.samples import STUDENT, sample_report
-from .test_datasets import own_cache, rows  # noqa: F401 (a fixture)
-from .test_preparation import tokenizer  # noqa: F401 (a fixture)
+from .tiny import rows
 
 
-def test_a_task_added_from_outside_is_prepared_scored_and_described(monkeypatch, tokenizer):  # noqa: F811
+def test_a_task_added_from_outside_is_prepared_scored_and_described(monkeypatch, tokenizer):
     entailment = replace(
         TASKS["text-classification"],
         columns=("text", "text_pair", "label"),

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from hf_efficient.distillation.trainer import DistillationTrainer
+from hf_efficient.training.trainers import leave_processes
 
 from .tiny import arguments, collate, examples, make_pair
 
@@ -55,8 +57,7 @@ def main(out: str, *cases: str) -> None:
     reports = {case: step(case) for case in cases}
     if int(os.environ["RANK"]) == 0:
         Path(out).write_text(json.dumps(reports))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_processes(PartialState())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from hf_efficient.distillation.trainer import DistillationTrainer
+from hf_efficient.training.trainers import leave_processes
 
 from .tiny import arguments, collate, examples, make_pair
 
@@ -81,8 +82,7 @@ def main(out: str, *runs: str) -> None:
             reports[f"{run}/{'fsdp' if is_sharded else 'ddp'}"] = step(case, losses, is_sharded=is_sharded)
     if int(os.environ["RANK"]) == 0:
         Path(out).write_text(json.dumps(reports))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_processes(PartialState())
 
 
 if __name__ == "__main__":

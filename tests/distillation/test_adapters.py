@@ -8,8 +8,8 @@ import torch
 from hf_efficient.distillation.adapters import without_adapters
 from hf_efficient.errors import ConfigError
 
-from .test_trainer import make_trainer, weights
 from .tiny import bert, collate, examples, make_pair, with_adapters
+from .training import make_trainer, weights
 
 LOSSES = {"kd": 1.0, "hidden": 1.0, "relation": 1.0}
 

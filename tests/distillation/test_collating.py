@@ -13,9 +13,9 @@ from hf_efficient.distillation.generation import teacher_texts
 from hf_efficient.errors import DataError
 
 from ..pruning.tiny_tokenizers import tokenizer_of
-from .cache.test_cache import make_cache, rows_of
-from .test_trainer import make_trainer
+from .caching import make_cache, rows_of
 from .tiny import LABELS, VOCABULARY, bert, collate, examples, llama, make_pair, t5
+from .training import make_trainer
 
 CASES = ("bert", "llama", "t5")
 

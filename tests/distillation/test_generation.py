@@ -8,9 +8,9 @@ from hf_efficient.distillation.generation import teacher_texts, write
 from hf_efficient.errors import ConfigError
 from hf_efficient.training.batch import Batch, task_of
 
-from .cache.test_cache import collate_rows, make_cache, rows_of
-from .test_trainer import make_trainer, weights
+from .caching import collate_rows, make_cache, rows_of
 from .tiny import bert, collate, examples, make_pair
+from .training import make_trainer, weights
 
 
 def stopping(case, model):

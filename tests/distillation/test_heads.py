@@ -33,8 +33,8 @@ from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 from hf_efficient.training.batch import task_of
 
 from ..families import make_model
-from .test_trainer import weights
 from .tiny import arguments
+from .training import weights
 
 OLD = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 40, "dropout": 0.0, "attention_dropout": 0.0}
 GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)

@@ -11,8 +11,8 @@ from hf_efficient.distillation.generation import teacher_texts
 from hf_efficient.distillation.transfer import transfer_attention
 from hf_efficient.models.modes import eval_mode
 
-from .test_trainer import make_trainer
 from .tiny import collate, examples, make_pair, with_adapters
+from .training import make_trainer
 
 ROWS = [{"input_ids": [3 + i, 4, 5 + i, 6], "labels": [3 + i, 4, 5 + i, 6]} for i in range(4)]
 BATCHES = [{"input_ids": torch.tensor([row["input_ids"] for row in ROWS])}]

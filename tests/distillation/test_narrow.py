@@ -10,8 +10,8 @@ from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.rebuild import is_portable
 
 from ..families import make_inputs, make_model
-from .test_trainer import make_trainer
 from .tiny import collate, examples, make_pair
+from .training import make_trainer
 
 NARROWED = ("bert", "roberta", "distilbert", "modernbert", "vit", "llama", "qwen3", "gpt2", "t5", "bart")
 FULL, SMALL = 16, 8

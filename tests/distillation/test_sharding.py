@@ -1,34 +1,18 @@
 """FSDP2 on two CPU processes: student and teacher sharded, the same step as DDP, a whole model saved."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ..processes import launch
+
 RUNS = ("llama-ce+kd+hidden+relation", "bert-ce+kd+hidden+attention_output")
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = tmp_path_factory.mktemp("fsdp") / "reports.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*launcher, "-m", "tests.distillation.fsdp_driver", str(out), *RUNS],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.distillation.fsdp_driver", out, *RUNS, ACCELERATE_USE_CPU="1")
     return json.loads(out.read_text())
 
 

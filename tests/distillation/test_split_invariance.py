@@ -1,55 +1,51 @@
 """The gradient of one optimizer step must not depend on how its 16 examples are split.
 
 The reference is one batch of 16 in one process; the others are 4 x 2 accumulated on each of 2 processes and, with
-`--thorough`, also 4 x 4 accumulated and 8 on each of 2 processes. Everything is in float64, so what remains is the
-order of additions.
+`--thorough`, also 4 x 4 accumulated and 8 on each of 2 processes, and every architecture with every loss. Everything
+is in float64, so what remains is the order of additions.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from ..helpers import selected
+from ..processes import launch
 from . import split_driver
 
-ROOT = Path(__file__).parents[2]
-NAMES = [name for name, *_ in split_driver.RUNS]
+SOME = [name for name, *_ in split_driver.runs_of("some")]
+NAMES = selected([(name,) for name, *_ in split_driver.RUNS], lambda name: name in SOME)
 SPLITS = {"4x4": 1, "4x2": 2, "8x1": 2}  # batch size x accumulation: processes
 CHOSEN = selected([(split,) for split in SPLITS], lambda split: split == "4x2")
 TOLERANCE = 1e-10
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return split_driver.run("16x1")
+def which(pytestconfig):
+    return "all" if pytestconfig.getoption("--thorough") else "some"
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory, pytestconfig):
+def reference(which):
+    return split_driver.run("16x1", which)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, which):
     """The same cases under all other splits; the two-process ones in one launch."""
-    splits = ["4x2", "8x1"] if pytestconfig.getoption("--thorough") else ["4x2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    splits = ["4x2", "8x1"] if which == "all" else ["4x2"]
     out = tmp_path_factory.mktemp("splits") / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [*launcher, "-m", "tests.distillation.split_driver", str(out), *splits]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports, tensors = split_driver.run("4x4") if pytestconfig.getoption("--thorough") else ({}, {})
+    launch("tests.distillation.split_driver", out, which, *splits)
+    reports, tensors = split_driver.run("4x4", which) if which == "all" else ({}, {})
     reports |= json.loads(Path(f"{out}.json").read_text())
     tensors |= load_file(f"{out}.safetensors")
     return reports, tensors
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name",), NAMES)
 @pytest.mark.parametrize(("split",), CHOSEN)
 def test_the_step_does_not_depend_on_the_split(reference, others, split, name):
     key, expected_key = f"{split}/{name}", f"16x1/{name}"
@@ -65,7 +61,7 @@ def test_the_step_does_not_depend_on_the_split(reference, others, split, name):
     assert (weights - expected_weights).norm() <= TOLERANCE * update
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name",), NAMES)
 def test_the_gradient_is_that_of_the_mean_loss(reference, name):
     """SGD with learning rate 0.1 moves by 0.1 x the gradient whose norm was logged."""
     _, tensors = reference
@@ -74,7 +70,9 @@ def test_the_gradient_is_that_of_the_mean_loss(reference, name):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("case", split_driver.STOCK)
+@pytest.mark.parametrize(
+    ("case",), selected([(case,) for case in split_driver.STOCK], lambda case: case in split_driver.STOCK_SOME)
+)
 @pytest.mark.parametrize(("split",), CHOSEN)
 def test_the_stock_trainer_depends_on_it(reference, others, split, case):
     """Why the trainer counts for itself: most heads get a gradient that is accumulated batches x processes times too

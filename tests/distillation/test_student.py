@@ -8,8 +8,8 @@ from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 from hf_efficient.models.anatomy import Anatomy
 
-from .test_trainer import make_trainer
 from .tiny import ARCHITECTURES, collate, examples, make_pair
+from .training import make_trainer
 
 
 def layers_of(model, stack="encoder"):

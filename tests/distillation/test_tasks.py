@@ -21,8 +21,8 @@ from hf_efficient.errors import ConfigError, UnsupportedModelError
 from hf_efficient.models.pooling import pool
 from hf_efficient.training.batch import Batch, task_of
 
-from .test_trainer import make_trainer, trained, weights
 from .tiny import VOCABULARY, bert, collate, examples, llama, make_pair
+from .training import make_trainer, trained, weights
 
 # ---- spans ----------------------------------------------------------------------------------------------------------
 

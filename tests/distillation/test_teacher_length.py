@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_efficient.distillation.arguments import DistillationArguments
-from hf_efficient.distillation.losses.divergences import find_divergence, log_probabilities
+from hf_efficient.distillation.losses.divergences import log_probabilities
+from hf_efficient.distillation.losses.tables import DIVERGENCES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError
 from hf_efficient.training.batch import first_tokens
@@ -54,7 +55,7 @@ def test_the_loss_compares_the_whole_text_with_its_beginning(tmp_path):
         student = trainer.model.eval()(**{key: value for key, value in batch.items() if value.dim() == 2}).logits
         teacher = trainer.teacher(**beginning).logits
     target, given = (log_probabilities(logits, 1.0, binary=False) for logits in (teacher, student))
-    expected = find_divergence("forward")(target, given, 0.5).sum() / len(LONG)
+    expected = DIVERGENCES["forward"](target, given, 0.5).sum() / len(LONG)
     assert trainer.evaluate()["eval_loss_kd"] == pytest.approx(expected.item(), rel=1e-9)
     whole = make_trainer(tmp_path).evaluate()["eval_loss_kd"]
     assert whole != pytest.approx(expected.item(), rel=1e-3)

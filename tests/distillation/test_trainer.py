@@ -21,31 +21,7 @@ from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 from hf_efficient.training.batch import Batch, task_of
 
 from .tiny import VOCABULARY, WITH_HEAD, arguments, bert, collate, examples, make_pair, t5
-
-ALL = {"ce": 1.0, "kd": 1.0, "hidden": 1.0}
-
-
-def make_trainer(case, folder, *, pair=None, rows=None, callbacks=None, **settings):
-    student, teacher = pair or make_pair(case)
-    return DistillationTrainer(
-        student,
-        arguments(folder, **settings),
-        teacher=teacher,
-        train_dataset=examples(case) if rows is None else rows,
-        eval_dataset=examples(case, 11, seed=1),
-        data_collator=collate,
-        callbacks=callbacks,
-    )
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
-
-
-def trained(case, folder, **settings):
-    trainer = make_trainer(case, folder, **settings)
-    trainer.train()
-    return weights(trainer.model)
+from .training import ALL, make_trainer, trained, weights
 
 
 @pytest.mark.parametrize("case", [case for case in WITH_HEAD if case != "span"])

@@ -8,8 +8,8 @@ from hf_efficient.distillation.losses.projections import ATTRIBUTE
 from hf_efficient.models.anatomy import Anatomy
 
 from ..families import make_model
-from .test_trainer import ALL, make_trainer
 from .tiny import arguments, collate, examples
+from .training import ALL, make_trainer
 
 
 def test_the_student_is_small_at_the_end_and_has_no_projection(tmp_path):

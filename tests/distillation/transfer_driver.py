@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from hf_efficient.attention.config import KINDS, Kind
 from hf_efficient.training.trainers import leave_processes
 
-from .test_transfer import KIND, Sharpened, converted, learned, make_trainer
+from .sharpened import KIND, Sharpened, converted, learned, make_trainer
 
 
 def main(out: str, batch_size: str) -> None:

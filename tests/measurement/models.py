@@ -1,5 +1,6 @@
 """Tiny models with sizes that can be multiplied by hand."""
 
+import torch
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -73,3 +74,16 @@ def vit() -> ViTForImageClassification:
             num_labels=3,
         )
     )
+
+
+def token_data(lengths, padding=-100):
+    texts = [torch.randint(1, 50, (length,)) for length in lengths]
+    width = max(lengths)
+    return [
+        {
+            "input_ids": torch.nn.functional.pad(text, (0, width - len(text))),
+            "attention_mask": (torch.arange(width) < len(text)).long(),
+            "labels": torch.nn.functional.pad(text, (0, width - len(text)), value=padding),
+        }
+        for text in texts
+    ]

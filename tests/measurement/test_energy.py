@@ -145,7 +145,7 @@ def test_the_report_carries_it(codecarbon):
 
 
 def test_a_recipe_asks_for_it():
-    from ..pipeline.test_compress import TINY
+    from ..pipeline.tiny import TINY
 
     plain, asked = Recipe.from_dict(TINY), Recipe.from_dict(TINY | {"measure": {"energy": True, "country": "DEU"}})
     assert not {"energy", "country"} & set(plain.to_dict()["measure"])  # old runs go on

@@ -9,7 +9,7 @@ from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
 from hf_efficient.measurement.quality import compare_quality, evaluate_quality, mean_and_error, task_of
 
 from ..families import make_config, make_model
-from .models import bert_classifier, bert_layer, gpt2, t5, vit
+from .models import bert_classifier, bert_layer, gpt2, t5, token_data, vit
 
 
 class Scripted(torch.nn.Module):
@@ -81,19 +81,6 @@ def test_mean_and_error_is_the_ratio_estimator():
     assert mean == 2.5
     assert error == pytest.approx(math.sqrt(3 / 2 * sum(r * r for r in residuals)) / 6)
     assert math.isnan(mean_and_error(total[:1], count[:1])[1])
-
-
-def token_data(lengths, padding=-100):
-    texts = [torch.randint(1, 50, (length,)) for length in lengths]
-    width = max(lengths)
-    return [
-        {
-            "input_ids": torch.nn.functional.pad(text, (0, width - len(text))),
-            "attention_mask": (torch.arange(width) < len(text)).long(),
-            "labels": torch.nn.functional.pad(text, (0, width - len(text)), value=padding),
-        }
-        for text in texts
-    ]
 
 
 def test_causal_loss_is_the_models_own():

@@ -13,8 +13,7 @@ from hf_efficient.measurement.quality import compare_quality, evaluate_quality, 
 from hf_efficient.measurement.retrieval import find_pairs
 from hf_efficient.models.pooling import pool
 
-from .models import bert_config
-from .test_quality import token_data
+from .models import bert_config, token_data
 
 LENGTHS = [9, 4, 6, 7]
 

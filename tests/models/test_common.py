@@ -22,7 +22,7 @@ JOBS = selected(
     TINY_JOBS,
     lambda family, name: family in ("bert", "llama") or name in ("local-global", "local_linear", "linear-elu"),
 )
-pytestmark = pytest.mark.parametrize(("family", "name"), JOBS)
+pytestmark = [pytest.mark.parametrize(("family", "name"), JOBS), pytest.mark.cover]
 
 SEQUENCES_OUT = ("t5", "bart")  # the output is that of the decoder
 

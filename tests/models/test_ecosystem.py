@@ -37,6 +37,7 @@ def test_the_loss_is_that_of_the_stock_class(name):
     assert abs(narrow(**inputs).loss.item() - model(**inputs).loss.item()) > 1e-5
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_equal_gradients(name, reentrant):

@@ -47,6 +47,7 @@ def generator(request, tmp_path):
     return model, type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     "options",
     [
@@ -157,6 +158,7 @@ def new_cache(model, make=lambda model: DynamicCache(config=model.config)):
     return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "name"), JOBS)
 @torch.no_grad()
 def test_token_by_token_equals_the_whole(family, name):
@@ -181,6 +183,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "name"), JOBS)
 @torch.no_grad()
 def test_generation_is_the_same_without_a_cache(family, name):
@@ -195,6 +198,7 @@ def test_generation_is_the_same_without_a_cache(family, name):
             assert torch.equal(generate(model, inputs, prefill_chunk_size=size), found["greedy"]), size
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "name"), [job for job in JOBS if job[0] in CAUSAL])
 @torch.no_grad()
 def test_rows_of_a_left_padded_batch_continue_as_they_do_alone(family, name):
@@ -206,6 +210,7 @@ def test_rows_of_a_left_padded_batch_continue_as_they_do_alone(family, name):
             assert torch.equal(batched[row, -8:], alone[0, -8:])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "name"), [job for job in JOBS if job[0] in CAUSAL])
 @torch.no_grad()
 def test_generation_goes_on_from_a_returned_cache(family, name):
@@ -229,6 +234,7 @@ def held(cache):
     return sum(one.nbytes if isinstance(one, StateLayer) else one.keys.nbytes + one.values.nbytes for one in layers)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "name"), JOBS)
 @torch.no_grad()
 def test_a_state_does_not_grow_with_the_text(family, name):
@@ -270,6 +276,7 @@ SHARING += [(name, True, mixing) for name in CAUSAL if CASES[name].own_window fo
 SHARING += [("t5", False, "state last")]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "own_window", "mixing"), SHARING)
 @torch.no_grad()
 def test_layers_of_all_sorts_share_a_cache(family, own_window, mixing):

@@ -1,11 +1,8 @@
 """The main job on a tiny scale: a recipe goes in, a measured model comes out, whatever happens in between."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -20,32 +17,8 @@ from hf_efficient.pipeline.compress import plan_recipe
 from hf_efficient.pipeline.verify import check_reload, output_digest
 from hf_efficient.pipeline.workspace import Workspace
 
-TRAINING = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-3}
-TINY = {
-    "name": "tiny",
-    "task": "image-classification",
-    "model": {
-        "config": {
-            "model_type": "vit",
-            "image_size": 8,
-            "patch_size": 2,
-            "num_channels": 1,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 32,
-            "hidden_dropout_prob": 0.1,
-        }
-    },
-    "data": {"name_or_path": "bundled:digits", "limit": 200},
-    "teacher": TRAINING,
-    "stages": [
-        {"attention": {"kind": "local", "window": 4, "global_tokens": 1}},
-        {"prune": {"ratio": 0.4, "calibration_samples": 32}},
-        {"distill": {**TRAINING, "losses": {"kd": 1.0, "ce": 0.5, "hidden": 0.1}}},
-    ],
-    "measure": {"repeats": 2},
-}
+from ..processes import finish, python, start
+from .tiny import TINY, TRAINING
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +32,23 @@ def finished(tmp_path_factory):
 def _command(folder: Path, content: dict = TINY) -> list[str]:
     recipe = folder.parent / "tiny.yaml"
     recipe.write_text(Recipe.from_dict(content).to_yaml())
-    return [sys.executable, "-m", "hf_efficient.cli", "compress", str(recipe), "--output-dir", str(folder)]
+    return ["-m", "hf_efficient.cli", "compress", str(recipe), "--output-dir", str(folder)]
 
 
 def _run(folder: Path, content: dict = TINY) -> str:
-    done = subprocess.run(_command(folder, content), capture_output=True, text=True, check=False)
+    done = python(*_command(folder, content))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def _kill_when(folder: Path, appears: str, content: dict = TINY) -> None:
     """Start the run and kill -9 it as soon as a file or folder is there."""
-    process = subprocess.Popen(_command(folder, content), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and not list(folder.glob(appears)):
+    process = start(*_command(folder, content), prints=folder.parent)
+    while process.is_alive() and not list(folder.glob(appears)):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, f"the run ended before {appears} appeared: {process.stderr.read()}"
+    process.kill()
+    errors = (folder.parent / "stderr.txt").read_text()
+    assert finish(process) == -signal.SIGKILL, f"the run ended before {appears} appeared: {errors}"
 
 
 def test_the_result_is_complete_and_measured(finished):
@@ -95,13 +68,17 @@ def test_the_result_is_complete_and_measured(finished):
     assert not list(finished.glob("*.partial"))
 
 
-def test_a_fresh_process_must_give_the_same_output(finished, tmp_path):
+@pytest.mark.cold
+def test_a_fresh_process_must_give_the_same_output(finished):
     digest = output_digest(AutoModelForImageClassification.from_pretrained(finished / "model"))
     check_reload(finished / "model", "AutoModelForImageClassification", digest)
+
+
+def test_another_output_or_a_folder_that_does_not_load_is_refused(finished, tmp_path):
     with pytest.raises(CheckpointError, match="another output"):
         check_reload(finished / "model", "AutoModelForImageClassification", "0" * 64)
     with pytest.raises(CheckpointError, match="does not load"):
-        check_reload(tmp_path, "AutoModelForImageClassification", digest)
+        check_reload(tmp_path, "AutoModelForImageClassification", "0" * 64)
 
 
 @pytest.mark.processes
@@ -349,18 +326,7 @@ def test_bad_input_stops_before_any_work(tmp_path, rows):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, tmp_path):
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(Recipe.from_dict(TINY | {"seed": 1}).to_yaml())
-    command = [
-        sys.executable,
-        "-m",
-        "hf_efficient.cli",
-        "compress",
-        str(recipe),
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ)
+    _run(tmp_path / "out", TINY | {"seed": 1})
     name = "model/model.safetensors"
     assert (finished / name).read_bytes() != (tmp_path / "out" / name).read_bytes()
 

@@ -9,7 +9,7 @@ from hf_efficient.pipeline.compress import check
 from hf_efficient.pipeline.fresh import MAX_MODULES, fresh_config
 from hf_efficient.pipeline.run import Run
 
-from .test_compress import TINY
+from .tiny import TINY
 
 HUGE = 10**9
 

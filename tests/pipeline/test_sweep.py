@@ -7,7 +7,7 @@ import pytest
 from hf_efficient import CheckpointError, ConfigError, Recipe, compress, load_report, sweep
 
 from ..commands import cli
-from .test_compress import TINY
+from .tiny import TINY
 
 SHORT = TINY | {
     "teacher": {"max_steps": 2},

@@ -9,7 +9,7 @@ from hf_efficient.pipeline.compress import plan_recipe
 from hf_efficient.pipeline.sweep import sweep
 
 from ..commands import cli
-from .test_compress import TINY
+from .tiny import TINY
 
 WORD = "--trust-remote-code"
 

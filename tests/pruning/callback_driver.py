@@ -11,7 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
+
+from hf_efficient.training.trainers import leave_processes
 
 from .training import count, make_trainer, pruning
 
@@ -60,9 +63,7 @@ def main(out: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         Path(f"{out}.json").write_text(json.dumps(reports))
         save_file(tensors, f"{out}.safetensors")
-    if torch.distributed.is_initialized():  # else its threads may abort the interpreter when it ends
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave_processes(PartialState())
 
 
 if __name__ == "__main__":

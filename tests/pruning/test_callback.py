@@ -1,10 +1,6 @@
 """PruningCallback in a standard `transformers.Trainer`: the schedule, the zeros, the small model at the end."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from hf_efficient.pruning.callback import STATE_FILE
 from hf_efficient.pruning.gradual.schedule import ratio_at
 from hf_efficient.pruning.price.costs import total_cost, unit_cost
 from tests.helpers import assert_close
+from tests.processes import launch
 
 from . import callback_driver
 from .tiny import batch, logits, make, sizes
@@ -267,19 +264,8 @@ def test_refusals(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = tmp_path_factory.mktemp("two") / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.pruning.callback_driver", str(out)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.pruning.callback_driver", out)
     return json.loads(Path(f"{out}.json").read_text()), load_file(f"{out}.safetensors")
 
 

@@ -100,6 +100,7 @@ def test_taylor_finds_units_that_do_nothing(form):
         assert scores[group][useless].max() == 0 < scores[group].max()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("form", "kind"),
     selected(

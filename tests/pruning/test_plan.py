@@ -261,7 +261,7 @@ def test_a_uniform_ratio_out_of_reach_is_refused_before_scores_are_taken():
 
 
 def test_files_that_are_no_plan(tmp_path):
-    with pytest.raises(CheckpointError, match="is no file"):
+    with pytest.raises(CheckpointError, match="is not a file"):
         PruningPlan.load(tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="as JSON"):

@@ -1,9 +1,6 @@
 """What comes out: a smaller Hugging Face model that saves, loads in a fresh process and generates."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import unit_cost
 from tests.families import CASES, PAD, real_logits
 from tests.helpers import selected
+from tests.processes import python
 
 from .forms import FORMS, GENERATING, form_batches, form_inputs, make_form
 from .tiny import HEADS, HIDDEN, WIDTH, batches, config, make, sizes
@@ -34,6 +32,9 @@ KINDS = {
 JOBS = [(kind, form) for kind in KINDS for form in FORMS]
 SOME = ("global", "layers")  # of the kinds, where all families are generated with
 CONVERTED = [("converted", form) for form in FORMS]
+# Without --thorough every form is saved with one kind, and every kind with several forms.
+CHOSEN = {(kind, form) for i, form in enumerate(FORMS) for j, kind in enumerate([*KINDS, "converted"]) if i % 6 == j}
+SAVED = selected([*JOBS, *CONVERTED], lambda *job: job in CHOSEN)
 
 
 def portable(kind: str, form: str) -> bool:
@@ -49,11 +50,12 @@ def pruned(kind: str, form: str):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Every result saved, and a converted and pruned one, then all opened by one fresh process."""
+def folders(tmp_path_factory, pytestconfig):
+    """Every result saved, and a converted and pruned one, then all opened by one other process."""
     root, jobs = tmp_path_factory.mktemp("pruned"), []
-    models = {(kind, form): pruned(kind, form) for kind, form in JOBS}
-    for kind, form in CONVERTED:
+    rows = [job for job in (*JOBS, *CONVERTED) if job in CHOSEN or pytestconfig.getoption("--thorough")]
+    models = {(kind, form): pruned(kind, form) for kind, form in rows if kind != "converted"}
+    for kind, form in (job for job in rows if job[0] == "converted"):
         converted = convert_attention(make_form(form), AttentionConfig("local", window=2))
         models[kind, form] = prune(converted, KINDS["global"], form_batches(form))
     for (kind, form), model in models.items():
@@ -66,19 +68,13 @@ def folders(tmp_path_factory):
         jobs.append({"name": folder.name, "folder": str(folder), "auto": case.auto, "stock": case.head.__name__})
     (root / "jobs.json").write_text(json.dumps(jobs))
     code = "import hf_efficient, sys; from tests.pruning.reload_driver import main; main(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root / "jobs.json"), str(root / "out.json")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", code, root / "jobs.json", root / "out.json")
     assert done.returncode == 0, done.stderr[-3000:]
     return root, json.loads((root / "out.json").read_text()), models
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("kind", "form"), [*JOBS, *CONVERTED])
+@pytest.mark.parametrize(("kind", "form"), SAVED)
 def test_a_fresh_process_computes_the_same(folders, kind, form):
     _, reports, models = folders
     report, model = reports[f"{kind}-{form}"], models[kind, form]
@@ -89,7 +85,7 @@ def test_a_fresh_process_computes_the_same(folders, kind, form):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("kind", "form"), [*JOBS, *CONVERTED])
+@pytest.mark.parametrize(("kind", "form"), SAVED)
 def test_portable_results_open_with_the_stock_class_and_others_fail_loudly(folders, kind, form):
     root, reports, models = folders
     stock, stays_stock = reports[f"{kind}-{form}"]["stock"], is_portable(models[kind, form])
@@ -100,7 +96,7 @@ def test_portable_results_open_with_the_stock_class_and_others_fail_loudly(folde
     assert (stock == "ok") == stays_stock, stock
 
 
-@pytest.mark.parametrize(("kind", "form"), JOBS)
+@pytest.mark.parametrize(("kind", "form"), selected(JOBS, lambda *job: job in CHOSEN))
 def test_parameters_fall_by_what_the_units_cost(kind, form):
     """For heads and neurons: exactly the parameters of the units that left; the table shapes follow."""
     dense, small = make_form(form), pruned(kind, form)
@@ -116,7 +112,7 @@ def test_parameters_fall_by_what_the_units_cost(kind, form):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form",), selected([(form,) for form in FORMS], lambda form: ("global", form) in CHOSEN))
 def test_bytes_on_disk_fall(folders, form):
     root, _, models = folders
     size = (root / f"global-{form}" / "model.safetensors").stat().st_size
@@ -160,6 +156,7 @@ def test_uniform_fields_of_the_stock_config():
     assert pruned("layers", "gpt2").config.n_inner is None
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("form", "kind"),
     selected([(form, kind) for form in GENERATING for kind in KINDS], lambda form, kind: kind in SOME),

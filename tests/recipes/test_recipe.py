@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -17,6 +17,8 @@ from hf_efficient.io.yaml import MAX_CHARACTERS, parse, plain
 from hf_efficient.recipes.recipe import STAGES, Recipe, shipped_recipes
 from hf_efficient.stages.attention import LongerSettings, TransferSettings
 from hf_efficient.stages.settings import TrainingSettings
+
+from ..helpers import random_examples
 
 BASE = {
     "name": "demo",
@@ -466,7 +468,7 @@ FULL["stages"].insert(0, {"attention": {"layers": "0:3", "positions": 1024}})
 PATHS = [list(path) for path in paths(FULL) if path]
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@random_examples(500, suppress_health_check=[HealthCheck.too_slow])
 @given(path=st.sampled_from(PATHS), value=VALUES, extra=st.none() | st.text(max_size=8))
 def test_fuzz_only_config_errors_come_out(path, value, extra):
     data = copy.deepcopy(FULL)
@@ -482,14 +484,14 @@ def test_fuzz_only_config_errors_come_out(path, value, extra):
         assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
-@settings(max_examples=200, deadline=None)
+@random_examples(200)
 @given(VALUES)
 def test_fuzz_whole_recipes_are_refused(value):
     with pytest.raises(ConfigError):
         Recipe.from_dict(value)
 
 
-@settings(max_examples=200, deadline=None)
+@random_examples(200)
 @given(key=st.text(max_size=12) | st.sampled_from(["prune.ratio", "stages.1.ratio", "data", "stages"]), value=VALUES)
 def test_fuzz_overrides(key, value):
     recipe = Recipe.from_dict(FULL)

@@ -21,7 +21,7 @@ from hf_efficient.distillation.cache.cache import MANIFEST
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.loading import auto_class_of, load_model, load_processor
 
-from ..distillation.cache.test_cache import make_cache
+from ..distillation.caching import make_cache
 from ..distillation.tiny import make_pair
 from ..families import CASES, make_model
 from ..pruning.tiny_tokenizers import tokenizer_of

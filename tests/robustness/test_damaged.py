@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from hf_efficient import CheckpointError, HfEfficientError, TeacherCache, compress
 from hf_efficient.pipeline.run import Run
 
-from ..distillation.cache.test_cache import collate, examples, make_cache
-from ..distillation.tiny import make_pair
+from ..distillation.caching import make_cache
+from ..distillation.tiny import collate, examples, make_pair
 from .tiny import recipe, run_stages
 
 SHORT = {"teacher.max_steps": 1, "distill.max_steps": 1}

@@ -15,7 +15,7 @@ from hf_efficient.io.disk import clear_disk_errors, disk_fault, write_atomic
 from hf_efficient.pipeline.workspace import Workspace
 from hf_efficient.runtimes.export import Exported
 
-from ..distillation.cache.test_cache import collate_rows, make_cache, rows_of
+from ..distillation.caching import collate_rows, make_cache, rows_of
 from ..distillation.tiny import make_pair
 from .tiny import recipe, run_stage, run_stages
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from hf_efficient import TrainingError, compress
 from hf_efficient.training.trainers import ExactTrainer
 
-from ..distillation.test_trainer import make_trainer
+from ..distillation.training import make_trainer
 from .tiny import recipe
 
 MANY = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 100}

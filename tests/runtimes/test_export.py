@@ -62,7 +62,7 @@ def test_it_loads_without_us_and_computes_the_same(format, tmp_path):
         assert_close(torch.as_tensor(loaded(**inputs).logits)[real], expected, 1e-4, f"{rows} x {length}")
 
 
-@pytest.mark.parametrize("family", ["vit", "llama", "t5"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("llama", marks=pytest.mark.thorough), "t5"])
 def test_other_inputs_and_heads(family, tmp_path):
     available("onnx")
     model = make_model(family).eval()

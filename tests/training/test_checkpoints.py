@@ -21,9 +21,9 @@ from hf_efficient.distillation.losses.projections import (
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import CheckpointError
 
-from ..distillation.cache.test_cache import make_cache
-from ..distillation.test_trainer import ALL, make_trainer, weights
+from ..distillation.caching import make_cache
 from ..distillation.tiny import arguments, collate, examples, make_pair
+from ..distillation.training import ALL, make_trainer, weights
 
 SETTINGS = {
     "losses": ALL,

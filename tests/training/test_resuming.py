@@ -11,8 +11,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 from hf_efficient import DistillationTrainer
 from hf_efficient.errors import CheckpointError
 
-from ..distillation.test_trainer import make_trainer, weights
 from ..distillation.tiny import arguments
+from ..distillation.training import make_trainer, weights
 
 SETTINGS = {
     "losses": {"ce": 1.0},

@@ -192,5 +192,5 @@ def _predictions(logits: Any, labels: Any) -> Any:
 
 
 def _span_accuracy(prediction: Any) -> dict[str, float]:
-    right = [found == told for found, told in zip(prediction.predictions, prediction.label_ids, strict=True)]
+    right = [guess == answer for guess, answer in zip(prediction.predictions, prediction.label_ids, strict=True)]
     return {"span_accuracy": float((right[0] & right[1]).mean())}

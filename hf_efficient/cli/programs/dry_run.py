@@ -30,9 +30,9 @@ def _models(trainer: DistillationTrainer) -> Lines:
     lines = [("student", _model(student))]
     if trainer.cache is not None:
         layout = trainer.cache.layout
-        kept = "all logits" if layout.top_k is None else f"the {layout.top_k} largest logits of each token"
-        kept = kept if layout.sampled is None else f"{layout.sampled} tokens drawn for each token"
-        return [*lines, ("teacher", f"{len(trainer.cache):,} cached answers in {trainer.cache.folder}, {kept}")]
+        contents = "all logits" if layout.top_k is None else f"the {layout.top_k} largest logits of each token"
+        contents = contents if layout.sampled is None else f"{layout.sampled} tokens drawn for each token"
+        return [*lines, ("teacher", f"{len(trainer.cache):,} cached answers in {trainer.cache.folder}, {contents}")]
     if trainer.teacher is None:
         return [*lines, ("teacher", "the student without its adapters" if trainer.teaches_itself else "none")]
     return [*lines, ("teacher", _model(trainer.teacher))]

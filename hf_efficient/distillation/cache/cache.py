@@ -120,14 +120,14 @@ class Manifest:
                 f"{folder} has no teacher cache: {MANIFEST} is missing. Make one with cache_teacher."
             )
         values = read_json(path)
-        found = (values.pop("format", None), values.pop("version", None)) if isinstance(values, dict) else None
-        if found not in ((FORMAT, VERSION), (FORMAT, UNSEALED)):
+        kind = (values.pop("format", None), values.pop("version", None)) if isinstance(values, dict) else None
+        if kind not in ((FORMAT, VERSION), (FORMAT, UNSEALED)):
             raise CheckpointError(
                 f"{folder} has no teacher cache that this version can read (another format or version). Make one with "
                 "cache_teacher."
             )
         manifest: Manifest = decode(cls, values, str(path))
-        if manifest.is_sealed != (found == (FORMAT, VERSION)):
+        if manifest.is_sealed != (kind == (FORMAT, VERSION)):
             raise CheckpointError(f"{path} is damaged at Manifest.config. Write the cache again, with cache_teacher.")
         return manifest
 
@@ -188,7 +188,7 @@ class TeacherCache:
         is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel
         if not is_model or not isinstance(config, kind.config_class or ()):
             raise CheckpointError(
-                f"{self.folder / MANIFEST} names {shown(name)} as the teacher's class, which is no model of "
+                f"{self.folder / MANIFEST} names {shown(name)} as the teacher's class, which is not a model of "
                 f"transformers for its {type(config).__name__}. Make the cache again, with cache_teacher."
             )
         with torch.device("meta"):
@@ -210,12 +210,14 @@ class TeacherCache:
         for name in args.losses:
             if LOSSES[name].needs_attentions:
                 raise ConfigError(f"The loss `{name}` looks into the teacher's attention, which no cache keeps.")
-        wanted = {pair[1] for own in pairs.get("hidden", {}).values() for pair in own}
-        if missing := sorted(wanted - set(layout.hidden_states)):
-            raise ConfigError(
-                f"The `hidden` loss needs the teacher's hidden states {missing}; this cache has "
-                f"{list(layout.hidden_states) or 'none'}. Make it with hidden_states={sorted(wanted)}."
-            )
+            if not LOSSES[name].needs_states:
+                continue
+            positions = {pair[1] for own in pairs[name].values() for pair in own}
+            if missing := sorted(positions - set(layout.hidden_states)):
+                raise ConfigError(
+                    f"The `{name}` loss needs the teacher's hidden states {missing}; this cache has "
+                    f"{list(layout.hidden_states) or 'none'}. Make it with hidden_states={sorted(positions)}."
+                )
         settings: dict[str, Any] = {"teacher_max_length": None, "teacher_dtype": None, "share_encoder": False}
         if layout.keeps_few:
             settings |= {"temperature": layout.temperature, "temperature_final": None, "truncate_vocabulary": False}
@@ -312,13 +314,13 @@ def _check_seal(path: Path, manifest: Manifest) -> None:
     Raises:
         OSError, ValueError: other files than the seal says, or a seal of another cache.
     """
-    found: Seal = decode(Seal, read_json(path / SEAL), str(path / SEAL))
-    if found.cache != manifest.identity:
+    sealed: Seal = decode(Seal, read_json(path / SEAL), str(path / SEAL))
+    if sealed.cache != manifest.identity:
         raise ValueError("it belongs to the cache of another teacher or of other settings")
-    for name, digest in found.files.items():
+    for name, digest in sealed.files.items():
         if Path(name).name != name or digest_of(path / name) != digest:
             raise ValueError(f"{name} is not the file that was written")
-    if not found.files.keys() >= {file.name for file in path.glob("*.arrow")} | {"state.json", "dataset_info.json"}:
+    if not sealed.files.keys() >= {file.name for file in path.glob("*.arrow")} | {"state.json", "dataset_info.json"}:
         raise ValueError("it has files that are not its own")
 
 

@@ -19,7 +19,7 @@ from ...models.pooling import POOLINGS, pool
 from ...training.batch import LABELS, TASK_KINDS, Batch, Task
 from ..answers import Answer
 from ..losses.draws import DrawnTokens
-from ..losses.losses import MAX_TEMPERATURE
+from ..losses.tables import MAX_TEMPERATURE
 from ..losses.top_k import TopLogits
 
 PREFIX = "teacher_"
@@ -73,7 +73,8 @@ class Layout:
             "num_labels": (task.num_labels, 0, MAX_CLASSES),
             "hidden_size": (self.hidden_size, 0, MAX_WIDTH),
         }
-        numbers |= {f"{n} (classes {self.classes})": (k, 1, self.classes) for n, k in self._kept() if k is not None}
+        few = {"top_k": self.top_k, "sampled": self.sampled}
+        numbers |= {f"{n} (classes {self.classes})": (k, 1, self.classes) for n, k in few.items() if k is not None}
         numbers |= {f"hidden_states {i}": (position, 0, MAX_WIDTH) for i, position in enumerate(self.hidden_states)}
         for name, (value, low, high) in numbers.items():
             if not low <= value <= high:
@@ -92,9 +93,6 @@ class Layout:
             raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}")
         if self.top_k is not None and self.sampled is not None:
             raise ValueError("top_k and sampled are not to be had together")
-
-    def _kept(self) -> tuple[tuple[str, int | None], ...]:
-        return ("top_k", self.top_k), ("sampled", self.sampled)
 
     @property
     def keeps_few(self) -> bool:
@@ -167,7 +165,8 @@ class Layout:
         masks = batch.token_masks()
         tensors = {}
         for name, column in self.columns().items():
-            flat = torch.from_numpy(np.concatenate(rows[name]).astype(_readable(column.dtype), copy=False))
+            dtype = "int64" if column.dtype in ("uint16", "int32") else column.dtype
+            flat = torch.from_numpy(np.concatenate(rows[name]).astype(dtype, copy=False))
             values = flat.view(-1, column.width)
             mask = None if column.stack is None else masks[column.stack]
             if mask is None:
@@ -182,23 +181,23 @@ class Layout:
 
     def answer(self, batch: Batch) -> Answer:
         """What `unpack` put into the batch, as the teacher would have given it."""
-        given = {name: batch.inputs[PREFIX + name] for name in self.columns()}
+        columns = {name: batch.inputs[PREFIX + name] for name in self.columns()}
         states = {
-            (stack, position): given[_hidden(stack, position)]
+            (stack, position): columns[_hidden(stack, position)]
             for stack in self.task.stacks
             for position in self.hidden_states
         }
-        if "pooled" in given:
-            return Answer(None, states, pooled=given["pooled"])
+        if "pooled" in columns:
+            return Answer(None, states, pooled=columns["pooled"])
         if self.top_k is not None:
             top = TopLogits(
-                given["top_ids"].long(), given["top_logits"], given["log_sum_exp"][..., 0], self.temperature
+                columns["top_ids"].long(), columns["top_logits"], columns["log_sum_exp"][..., 0], self.temperature
             )
             return Answer(top, states)
         if self.sampled is not None:
-            drawn = DrawnTokens(given["drawn_ids"].long(), given["entropy"][..., 0], self.temperature)
+            drawn = DrawnTokens(columns["drawn_ids"].long(), columns["entropy"][..., 0], self.temperature)
             return Answer(drawn, states)
-        logits = given["logits"]
+        logits = columns["logits"]
         if self.task.kind == "spans":
             logits = batch.span_logits(*logits.unbind(-1))
         return Answer(logits, states)
@@ -252,11 +251,7 @@ def _numpy(values: Tensor, dtype: str) -> np.ndarray:
     wide = values.float() if values.dtype == torch.bfloat16 else values
     array = wide.contiguous().numpy()
     with np.errstate(over="ignore"):
-        kept = array.astype(dtype, copy=False).reshape(-1)
-    if dtype == "float16" and np.isinf(kept).any() and not np.isinf(array).any():
+        narrow = array.astype(dtype, copy=False).reshape(-1)
+    if dtype == "float16" and np.isinf(narrow).any() and not np.isinf(array).any():
         raise DataError("The teacher's numbers are too large for float16: keep them with dtype='float32'.")
-    return kept
-
-
-def _readable(dtype: str) -> str:
-    return "int64" if dtype in ("uint16", "int32") else dtype
+    return narrow

@@ -9,7 +9,7 @@ a call that was killed goes on with those that are missing, and one that asks fo
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ..answers import read_answer
 from ..collating import CheckedCollator
 from ..hidden_states import wanted_states
 from ..layer_map import depths, width
-from ..losses.losses import MAX_TEMPERATURE
+from ..losses.tables import MAX_TEMPERATURE
 from .cache import CONFIG, MANIFEST, MAX_SHARDS, SEAL, Manifest, TeacherCache, digest_of, features_of, open_shard, seal
 from .rows import DTYPES, KEY, Layout, row_keys
 
@@ -63,7 +63,7 @@ def cache_teacher(
     divergence, and (k + 1) 2 + 4 bytes a token, (k + 1) 4 + 4 above 65,536 entries.
 
     Parameters:
-        teacher: a loaded model, on the device where it shall run; it runs in eval mode, and gets its own back.
+        teacher: a loaded model, on the device where it is to run; it runs in eval mode, and gets its own back.
         dataset: tokenised examples, or several data sets (train and test) for one cache.
         data_collator: the one of the training.
         top_k, sampled: how many of each token, one of both; `None` keeps all logits, up to 4,096 classes for each.
@@ -78,23 +78,14 @@ def cache_teacher(
     """
     import datasets
 
+    names = forward_names(teacher) | {"label", "label_ids"}  # text columns that are left over would break the collator
     parts = [dataset] if hasattr(dataset, "column_names") else list(dataset)
-    kept = [_columns_of(part, teacher) for part in parts]
-    rows = datasets.concatenate_datasets(kept) if len(kept) > 1 else kept[0]
-    layout = _layout(teacher, top_k, sampled, temperature, hidden_states, pooling, dtype)
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("rows of the data", len(rows))):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
-    if len(rows) > shard_size * MAX_SHARDS:
-        raise ConfigError(f"shard_size={shard_size} makes more than {MAX_SHARDS} tables of {len(rows)} examples.")
-    manifest = Manifest(
-        layout=layout,
-        model_class=type(base_of(teacher)).__name__,
-        teacher=fingerprint(teacher),
-        inputs=tuple(sorted(forward_names(teacher))),
-        rows=len(rows),
-        shard_size=shard_size,
-    )
+    parts = [part.remove_columns([name for name in part.column_names if name not in names]) for part in parts]
+    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    choice = Choice(top_k, sampled, temperature, tuple(hidden_states), pooling, dtype)
+    if type(batch_size) is not int or batch_size < 1:
+        raise ConfigError(f"batch_size must be 1 or more, got {batch_size!r}.")
+    manifest = _manifest(teacher, choice, len(rows), shard_size)
     state, folder, collate = PartialState(), Path(folder), CheckedCollator(data_collator, teacher)
     with clear_disk_errors(folder, "Then call cache_teacher again: it goes on with the shards that are missing."):
         with state.main_process_first():
@@ -129,31 +120,51 @@ def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
         yield from _plain_parts(f"{name}.{part} of {type(tensor).__name__}", getattr(tensor, part))
 
 
-def _layout(
-    teacher: PreTrainedModel,
-    top_k: int | None,
-    sampled: int | None,
-    temperature: float,
-    hidden_states: Sequence[int],
-    pooling: str,
-    dtype: str | None,
-) -> Layout:
-    task = task_of(teacher)
+@dataclass(frozen=True)
+class Choice:
+    """What `cache_teacher` is told to keep of each answer."""
+
+    top_k: int | None
+    sampled: int | None
+    temperature: float
+    hidden_states: tuple[int, ...]
+    pooling: str
+    dtype: str | None
+
+
+def _manifest(teacher: PreTrainedModel, choice: Choice, rows: int, shard_size: int) -> Manifest:
+    for name, value in (("shard_size", shard_size), ("rows of the data", rows)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
+    if rows > shard_size * MAX_SHARDS:
+        raise ConfigError(f"shard_size={shard_size} makes more than {MAX_SHARDS} tables of {rows} examples.")
+    return Manifest(
+        layout=_layout(teacher, choice),
+        model_class=type(base_of(teacher)).__name__,
+        teacher=fingerprint(teacher),
+        inputs=tuple(sorted(forward_names(teacher))),
+        rows=rows,
+        shard_size=shard_size,
+    )
+
+
+def _layout(teacher: PreTrainedModel, choice: Choice) -> Layout:
+    task, dtype, temperature, hidden_states = task_of(teacher), choice.dtype, choice.temperature, choice.hidden_states
     if dtype is None:
         dtype = "float64" if teacher.dtype == torch.float64 else "float32"
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if pooling not in POOLINGS:
-        raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}.")
+    if choice.pooling not in POOLINGS:
+        raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {choice.pooling!r}.")
     classes = 0 if task.kind in ("embeddings", "spans") else task.num_labels
     if task.kind in ("tokens", "causal_lm") and not classes:
         classes = base_of(teacher).config.get_text_config().vocab_size
-    if top_k is not None and sampled is not None:
-        raise ConfigError(f"Give top_k={top_k!r} or sampled={sampled!r}, not both.")
-    for name, k in (("top_k", top_k), ("sampled", sampled)):
+    if choice.top_k is not None and choice.sampled is not None:
+        raise ConfigError(f"Give top_k={choice.top_k!r} or sampled={choice.sampled!r}, not both.")
+    for name, k in (("top_k", choice.top_k), ("sampled", choice.sampled)):
         if k is not None and (task.kind not in ("tokens", "causal_lm") or type(k) is not int or k < 1):
             raise ConfigError(f"{name}={k!r} must be 1 or more, and is for models with an answer for each token.")
-    top_k, sampled = (None if k is not None and k >= classes else k for k in (top_k, sampled))
+    top_k, sampled = (None if k is not None and k >= classes else k for k in (choice.top_k, choice.sampled))
     keeps_all = top_k is None and sampled is None
     if task.kind in ("tokens", "causal_lm") and keeps_all and classes > MAX_CLASSES:
         raise ConfigError(
@@ -174,15 +185,9 @@ def _layout(
         temperature=1.0 if keeps_all else float(temperature),
         hidden_states=tuple(sorted(set(hidden_states))),
         hidden_size=width(teacher) if hidden_states or task.kind == "embeddings" else 0,
-        pooling=pooling,
+        pooling=choice.pooling,
         dtype=dtype,
     )
-
-
-def _columns_of(rows: "Dataset", teacher: PreTrainedModel) -> "Dataset":
-    """What the teacher reads, and labels; text columns that are left over would break the collator."""
-    names = forward_names(teacher) | {"label", "label_ids"}
-    return rows.remove_columns([name for name in rows.column_names if name not in names])
 
 
 def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> Manifest:
@@ -192,22 +197,22 @@ def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> Manife
         CheckpointError: the folder holds something else.
     """
     if (folder / MANIFEST).is_file():
-        found = Manifest.read(folder)
-        differing = [name for name, value in vars(manifest).items() if getattr(found, name) != value]
+        there = Manifest.read(folder)
+        differing = [name for name, value in vars(manifest).items() if getattr(there, name) != value]
         if differing := [name for name in differing if name != "config"]:  # `teacher` covers it
             raise CheckpointError(
                 f"{folder} is a teacher cache with another {' and '.join(differing)}. Choose another folder, or "
                 "delete this one."
             )
-        return found
+        return there
     if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty and no teacher cache. Choose another folder.")
-    with new_folder(folder) as made:
+        raise CheckpointError(f"{folder} is not empty and is not a teacher cache. Choose another folder.")
+    with new_folder(folder) as new:
         values = base_of(teacher).config.to_dict()
         values.pop("quantization_config", None)  # says how its weights lie in memory, which is not kept
-        type(base_of(teacher).config).from_dict(values).save_pretrained(made)
-        manifest = replace(manifest, config=digest_of(made / CONFIG))
-        write_atomic(made / MANIFEST, manifest.to_json())
+        type(base_of(teacher).config).from_dict(values).save_pretrained(new)
+        manifest = replace(manifest, config=digest_of(new / CONFIG))
+        write_atomic(new / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -242,9 +247,9 @@ def _write_shard(
         table[KEY] += keys
         for name, values in _answers(teacher, inputs, keys, layout).items():
             table[name] += values
-    with new_folder(path) as made:
-        datasets.Dataset.from_dict(table, features=features_of(layout)).save_to_disk(str(made))
-        write_atomic(made / SEAL, seal(made, manifest))
+    with new_folder(path) as new:
+        datasets.Dataset.from_dict(table, features=features_of(layout)).save_to_disk(str(new))
+        write_atomic(new / SEAL, seal(new, manifest))
 
 
 @torch.no_grad()
@@ -253,9 +258,8 @@ def _answers(
 ) -> dict[str, list[np.ndarray]]:
     placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
     batch = Batch(placed, layout.task)
-    pairs = {stack: [(position, position) for position in layout.hidden_states] for stack in layout.task.stacks}
     names = forward_names(teacher)
-    given = batch.model_inputs(names, base_of(teacher))
+    kwargs = batch.model_inputs(names, base_of(teacher))
     if counts_columns(base_of(teacher), names):
-        given |= first_positions(batch.inputs)
-    return layout.pack(batch, read_answer(batch, teacher(**given, **wanted_states(pairs, 1)), {}), keys)
+        kwargs |= first_positions(batch.inputs)
+    return layout.pack(batch, read_answer(batch, teacher(**kwargs, **wanted_states(layout.hidden_states)), {}), keys)

@@ -38,6 +38,7 @@ class RowSum:
         return sum_together([self], logits, [1.0])[0]
 
     def flat(self) -> "RowSum":
+        """Of logits [rows, classes]: mask [rows], the others [rows, ...]."""
         return RowSum(self.loss, [other.flatten(0, self.mask.dim() - 1) for other in self.others], self.mask.flatten())
 
     def value(self, own: Tensor, part: slice, where: Any, *, all_count: bool) -> Tensor:
@@ -67,9 +68,11 @@ class _RowSums(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         totals = [torch.zeros((), dtype=wide, device=rows.device) for _ in sums]
+        # The rows that count for any of the sums; where all sums count the same, their own masks need not be applied.
         mask = torch.stack([each.mask for each in sums]).any(0)
         all_count = [torch.equal(each.mask, mask) for each in sums]
         size = max(1, CHUNK // rows.shape[-1])
+        # One transfer for all chunks: asking each chunk for its count would make a GPU wait as often.
         counts = [int(part) for part in torch.stack([part.sum() for part in mask.split(size)]).tolist()]
         for index, count in enumerate(counts):
             part = slice(index * size, (index + 1) * size)
@@ -78,7 +81,7 @@ class _RowSums(torch.autograd.Function):
                 gradient[part] = 0
             if not count:
                 continue
-            own = rows[part][where].to(wide).detach()
+            own = rows[part][where].to(wide).detach()  # [count, classes], the only wide copy there is at a time
             with torch.set_grad_enabled(gradient is not None):
                 own.requires_grad_(gradient is not None)
                 values = [
@@ -98,6 +101,8 @@ class _RowSums(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None  # let go of, so that autograd adds to it in place
         if gradient is None:
             raise RuntimeError("The gradient of these logits was used already: a second backward needs a new forward.")
+        # The gradient holds each sum times its share. autograd says with what factor each really reached the loss (a
+        # gradient scaler, accumulation): one common factor can still be multiplied in, different ones cannot.
         factors = torch.stack([output / share for output, share in zip(outputs, ctx.shares, strict=True)])
         if len(factors) > 1 and not torch.allclose(factors, factors[:1], rtol=1e-3):
             raise RuntimeError(f"These sums reached the loss with other shares than {ctx.shares}.")

@@ -4,20 +4,17 @@
     reverse  KL(q || p)                                            MiniLLM, Gu et al. 2023
     jsd      b KL(p || m) + (1 - b) KL(q || m), m = b p + (1-b) q  generalised Jensen-Shannon, GKD, Agarwal et al. 2023
 
-    divergence = DIVERGENCES["jsd"](teacher_log_probs, student_log_probs, beta=0.5)    # [..., classes] -> [...]
+    divergence = jensen_shannon(teacher_log_probs, student_log_probs, beta=0.5)     # [..., classes] -> [...]
 
 `jsd` tends to 0, not to a KL, as `beta` goes to 0 or 1: the two KLs have their own names.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from ...errors import unknown_name
 
 # Stands for log 0. Its exp is 0, and 0 times it is 0, where 0 times -inf would be NaN.
 LOG_ZERO = -1e30
@@ -41,9 +38,11 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        difference = log_probabilities(teacher, temperature)
+        difference = log_probabilities(teacher, temperature)  # log p: [rows, V], as all below
         log_q = log_probabilities(student, temperature)
         p = difference.exp()
+        # Three tensors of that size at most: the differences take the place of log p, the gradient that of log q, and
+        # `dot` needs no product.
         total = torch.dot(p.flatten(), difference.sub_(log_q).flatten())
         ctx.gradient = log_q.exp_().sub_(p).div_(temperature) if ctx.needs_input_grad[0] else None
         return total
@@ -71,16 +70,6 @@ def reverse_kl(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
 
 
 def jensen_shannon(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    # log m = log(exp(log b + log p) + exp(log(1 - b) + log q)), which neither overflows nor loses small numbers
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
-
-
-Divergence = Callable[[Tensor, Tensor, float], Tensor]
-
-DIVERGENCES: dict[str, Divergence] = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
-
-
-def find_divergence(name: str) -> Divergence:
-    if name not in DIVERGENCES:
-        raise unknown_name("divergence", name, DIVERGENCES)
-    return DIVERGENCES[name]

@@ -42,6 +42,8 @@ class DrawnTokens:
 
         Shapes: student [..., V] -> [...].
         """
+        # sum_i p_i (-log q_i) = logsumexp(z / T) - sum_i p_i z_i / T. The last is a mean over the draws; ids 0, the
+        # argmax, is none of them.
         scaled = student / self.temperature
         crossed = scaled.logsumexp(-1) - scaled.gather(-1, self.ids[..., 1:]).mean(-1)
         return crossed - self.entropy.to(crossed.dtype)

@@ -9,8 +9,8 @@ in float32 at least; nothing valid gives a sum of 0 that is still connected to t
 `terms` has the table of names that `DistillationArguments.losses` accepts.
 """
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,10 @@ from torch import Tensor
 from ...errors import DataError, unknown_name
 from ...models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .chunks import RowSum
-from .divergences import find_divergence, forward_kl_of_logits, log_probabilities
+from .divergences import forward_kl_of_logits, log_probabilities
 from .draws import DrawnTokens
+from .tables import DIVERGENCES, HIDDEN_DISTANCES
 from .top_k import TopLogits
-
-MAX_TEMPERATURE = 1000.0
 
 
 def check_shape(values: Tensor, mask: Tensor) -> None:
@@ -72,10 +71,7 @@ def kd_loss(
     mask: Tensor,
     *,
     problem: str = SINGLE_LABEL,
-    temperature: float = 1.0,
-    temperature_squared: bool = True,
-    divergence: str = "forward",
-    beta: float = 0.5,
+    **how: Any,
 ) -> tuple[Tensor, Tensor]:
     """Soft labels (Hinton et al. 2015): T^2 D(softmax(teacher / T), softmax(student / T)).
 
@@ -84,20 +80,14 @@ def kd_loss(
 
     Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels]. A
     teacher's `TopLogits` or `DrawnTokens` are compared at their own temperature, the latter by the forward divergence.
+
+    Parameters:
+        how: as in `kd_rows`; regression has no use for it.
     """
     check_shape(student, mask)
     if problem == REGRESSION:
         return F.mse_loss(select(student, mask), select(teacher, mask), reduction="sum"), mask.sum()
-    rows = kd_rows(
-        teacher,
-        mask,
-        problem=problem,
-        temperature=temperature,
-        temperature_squared=temperature_squared,
-        divergence=divergence,
-        beta=beta,
-    )
-    return rows.of(student), mask.sum()
+    return kd_rows(teacher, mask, problem=problem, **how).of(student), mask.sum()
 
 
 def kd_rows(
@@ -110,21 +100,24 @@ def kd_rows(
     divergence: str = "forward",
     beta: float = 0.5,
 ) -> RowSum:
-    """The sum of `kd_loss` of probabilities."""
+    """The sum of `kd_loss` of probabilities: the rows of the student's logits are given in chunks, so that each case
+    below is a function of some rows of both sides, [rows, V] and what the teacher's answer has of the same rows."""
     factor = temperature**2 if temperature_squared else 1.0
-    compare = find_divergence(divergence)
+    if divergence not in DIVERGENCES:
+        raise unknown_name("divergence", divergence, DIVERGENCES)
+    compare = DIVERGENCES[divergence]
     if isinstance(teacher, TopLogits):
-        kept = teacher.temperature
+        fixed = teacher.temperature
 
         def of_top(own: Tensor, ids: Tensor, logits: Tensor, log_sum_exp: Tensor) -> Tensor:
-            return factor * compare(*TopLogits(ids, logits, log_sum_exp, kept).buckets(own), beta).sum()
+            return factor * compare(*TopLogits(ids, logits, log_sum_exp, fixed).buckets(own), beta).sum()
 
         return RowSum(of_top, (teacher.ids, teacher.logits, teacher.log_sum_exp), mask)
     if isinstance(teacher, DrawnTokens):
-        at = teacher.temperature
+        fixed = teacher.temperature
 
         def of_drawn(own: Tensor, ids: Tensor, entropy: Tensor) -> Tensor:
-            return factor * DrawnTokens(ids, entropy, at).forward_kl(own).sum()
+            return factor * DrawnTokens(ids, entropy, fixed).forward_kl(own).sum()
 
         return RowSum(of_drawn, (teacher.ids, teacher.entropy), mask)
     check_shape(teacher, mask)
@@ -153,7 +146,11 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, *, kind: str = "
     return values.sum(), mask.sum()
 
 
-HIDDEN_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),
-    "cosine": lambda student, teacher: 1 - F.cosine_similarity(student, teacher, dim=-1),
-}
+def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """[..., width] both -> [...]"""
+    return (student - teacher).square().mean(dim=-1)
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cos: [..., width] both -> [...]"""
+    return 1 - F.cosine_similarity(student, teacher, dim=-1)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, unknown_name
 from .divergences import LOG_ZERO, kl, log_probabilities
-
-ATTENTION_LOSSES = ("kl", "mse")
+from .tables import ATTENTION_LOSSES
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ def attention_loss(
             f"{heads[1]}. Use the `relation` loss, which works with any numbers of heads."
         )
     where = _positions(mask, student.query)
+    # The scaling is each model's own, so that heads of other widths give the weights that their model gives.
     scores = [_scores(side.query, side.key, where) * side.scaling for side in (student, teacher)]
     return _compare(*scores, where, mask, causal=causal, kind=kind)
 
@@ -74,7 +74,7 @@ def relation_loss(
         for side in (student, teacher)
     ]
     widths = [state.shape[1] * state.shape[3] for side in sides for state in side]
-    common = math.gcd(*widths)
+    common = math.gcd(*widths)  # what divides it cuts every one of the six into equal pieces
     if heads is None:
         heads = max(n for n in range(1, teacher.query.shape[1] + 1) if common % n == 0)
     elif common % heads:
@@ -84,7 +84,7 @@ def relation_loss(
         )
     where = _positions(mask, student.query)
     total = student.query.new_zeros(())
-    for own, other in zip(*sides, strict=True):
+    for own, other in zip(*sides, strict=True):  # queries, keys, values: [B, H, T, D] with H and D of each model
         pieces = [_cut(state, heads) for state in (own, other)]
         scores = [_scores(piece, piece, where) * piece.shape[-1] ** -0.5 for piece in pieces]
         total = total + _compare(*scores, where, mask, causal=causal, kind="kl")[0]
@@ -121,10 +121,11 @@ def _compare(
     seen = where[:, None, None, :]
     if causal:
         seen = seen & torch.ones(student.shape[-2:], dtype=torch.bool, device=student.device).tril()
+    # LOG_ZERO is finite: a row of padding sees nothing, and -inf all along it would give NaN, in the gradient too.
     if kind == "mse":
         values = ((student - teacher).square() * seen).sum(-1) / seen.sum(-1).clamp_min(1)
     else:
         values = kl(*(log_probabilities(scores.masked_fill(~seen, LOG_ZERO)) for scores in (teacher, student)))
-    values = values.mean(dim=1)
+    values = values.mean(dim=1)  # [B, T]
     values = values[mask] if mask.dim() == 2 else values.mean(dim=1)[mask]
     return values.sum(), mask.sum()

@@ -46,6 +46,8 @@ class TopLogits:
 
 
 def _with_rest(log_probabilities: Tensor) -> Tensor:
+    # log(1 - mass) by expm1, since mass is close to 1 for a sure teacher; where it is 1 to rounding the rest would be
+    # log 0, so it is held below.
     eps = torch.finfo(log_probabilities.dtype).eps  # the least that 1 - mass can be told from 0
     mass = log_probabilities.logsumexp(-1, keepdim=True).clamp_max(-eps)
     return torch.cat([log_probabilities, torch.log(-torch.expm1(mass))], dim=-1)

@@ -155,17 +155,17 @@ def drop_layers(
         least = 0.0 if exact else min(costs[stack, layer] for stack, layers in kept.items() for layer in layers)
         if remove < ROUNDING if exact else least >= remove + ROUNDING:
             break
-        found = next((key for key in waiting if _may_shrink(kept, key[0], deepest)), None)
-        while found is None and (key := next(coming, None)) is not None:
+        leaving = next((key for key in waiting if _may_shrink(kept, key[0], deepest)), None)
+        while leaving is None and (key := next(coming, None)) is not None:
             if key[1] > 0 or not first_stays:
                 waiting.append(key)
-                found = key if _may_shrink(kept, key[0], deepest) else None
-        if found is None:
+                leaving = key if _may_shrink(kept, key[0], deepest) else None
+        if leaving is None:
             break
-        waiting.remove(found)
-        if exact or costs[found] < remove + ROUNDING:
-            kept[found[0]].remove(found[1])
-            remove -= costs[found]
+        waiting.remove(leaving)
+        if exact or costs[leaving] < remove + ROUNDING:
+            kept[leaving[0]].remove(leaving[1])
+            remove -= costs[leaving]
     if exact:
         _check_enough(remove)
     return {stack: tuple(sorted(layers)) for stack, layers in kept.items()}

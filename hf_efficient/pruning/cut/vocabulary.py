@@ -105,10 +105,10 @@ def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Co
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     model = read_spec(tokenizer)["model"]
-    found: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for batch in _batches(texts):
         for text, encoding in zip(batch, backend.encode_batch(batch), strict=True):
-            found.update(encoding.ids)
+            counts.update(encoding.ids)
             if model["type"] == "WordPiece" and model["unk_token"] in encoding.tokens:
                 places = zip(encoding.tokens, encoding.offsets, strict=True)
                 for start, end in (span for token, span in places if token == model["unk_token"]):
@@ -117,8 +117,8 @@ def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Co
                     )
                     for word in words.split():
                         tried = attempts(word, model["vocab"], model["continuing_subword_prefix"])
-                        found.update(dict.fromkeys(tried, 0))
-    return found
+                        counts.update(dict.fromkeys(tried, 0))
+    return counts
 
 
 def _most_frequent(
@@ -245,7 +245,7 @@ def _own_fields(config: PreTrainedConfig) -> dict[str, Any]:
     own = fields.get("text_config", fields)
     if "vocab_size" not in own:
         raise UnsupportedModelError(
-            f"Models of type {family_of(config).model_type!r} read no text, so there is no vocabulary to prune. "
+            f"Models of type {config.model_type!r} read no text, so there is no vocabulary to prune. "
             "Prune heads, neurons or layers instead."
         )
     return own

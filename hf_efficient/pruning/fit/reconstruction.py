@@ -101,10 +101,10 @@ def token_weights(
             for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
                 gradient = torch.zeros_like(offset) if gradient is None else gradient
                 weights[path].append(gradient.float().square().sum(-1))
-    for path, own in weights.items():
-        for weight in own:
+    for path, by_batch in weights.items():
+        for weight in by_batch:
             check_finite(weight, f"How much the answer depends on {path}")
-    return {path: _with_floor(own) for path, own in weights.items()}
+    return {path: _with_floor(by_batch) for path, by_batch in weights.items()}
 
 
 def _offset(path: str, offsets: dict[str, torch.Tensor]) -> Callable:
@@ -118,9 +118,9 @@ def _offset(path: str, offsets: dict[str, torch.Tensor]) -> Callable:
 
 
 def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    counted = torch.cat([own[own > 0] for own in weights])
+    counted = torch.cat([weight[weight > 0] for weight in weights])
     mean = counted.mean() if len(counted) else torch.ones(())
-    return [torch.where(own > 0, (1 - FLOOR) * own / mean + FLOOR, 0.0) for own in weights]
+    return [torch.where(weight > 0, (1 - FLOOR) * weight / mean + FLOOR, 0.0) for weight in weights]
 
 
 def find_blocks(stack: ConfigStack) -> list[Block]:

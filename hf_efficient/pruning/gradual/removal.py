@@ -117,6 +117,6 @@ class Removal(ABC, Generic[P]):
                 "The state of pruning in the checkpoint belongs to another granularity, importance or model. Resume "
                 "with the PruningConfig that the run was started with, or start anew."
             )
-        for what, own in (("removed", self.removed), ("scores", self.scores)):
-            for part, tensor in own.items():
+        for what, tensors_of in (("removed", self.removed), ("scores", self.scores)):
+            for part, tensor in tensors_of.items():
                 tensor.copy_(tensors[f"{part.name}.{what}"])

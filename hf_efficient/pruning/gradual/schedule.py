@@ -66,15 +66,15 @@ class Gradual:
         self._check_rest()
 
     def _check_granularity(self) -> None:
-        given = list(self.config.granularity)
-        if "layer" in given:
+        names = list(self.config.granularity)
+        if "layer" in names:
             raise ConfigError(
-                f"PruningCallback removes heads and neurons, or weights, got granularity {given}. Drop layers before: "
+                f"PruningCallback removes heads and neurons, or weights, got granularity {names}. Drop layers before: "
                 "model = prune(model, PruningConfig(granularity='layer', ...), calibration)."
             )
-        if "weight" in given and len(given) > 1:
+        if "weight" in names and len(names) > 1:
             raise ConfigError(
-                f"PruningCallback removes units or weights in one run, got granularity {given}: a pattern of zeros "
+                f"PruningCallback removes units or weights in one run, got granularity {names}: a pattern of zeros "
                 "would not survive when units leave. Prune heads and neurons first, then weights in their own run."
             )
 

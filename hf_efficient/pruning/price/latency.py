@@ -210,5 +210,5 @@ def _layer_shares(watch: Stopwatch, curves: tuple[Curve, ...]) -> dict[str, tupl
             saved = 1 - watch.time(PruningPlan(layers=kept))
             saved -= sum(sum(shares[other][1::2]) for other in kept if other != name)
             rest = (saved - sum(units[name][1::2])) / (depths[name] // 2)
-        shares[name] = tuple(own + rest for own in units[name])
+        shares[name] = tuple(share + rest for share in units[name])
     return shares

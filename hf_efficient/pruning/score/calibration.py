@@ -92,9 +92,9 @@ def answer_loss(seed: int = 0) -> Loss:
         answer = answer_of(model, batch)  # [B, C] or [B, T, C]
         where = real_entries(model, batch, answer)  # [B, C] or [B, T]
         sums = []
-        for own, real in zip(answer, where, strict=True):
+        for row, real in zip(answer, where, strict=True):
             generator = torch.Generator().manual_seed(Random(f"{seed} {next(numbers)}").getrandbits(63))
-            along = _along(model, own[real], generator)  # of [real classes] or [real tokens, C]
+            along = _along(model, row[real], generator)  # of [real classes] or [real tokens, C]
             sums.append(along.sum() / max(1, along.numel()))
         total = torch.stack(sums).sum()
         check_finite(total.detach(), ANSWER)

@@ -143,9 +143,9 @@ def _check_labels(model: PreTrainedModel, labels: Tensor, rows: int, where: str)
         return
     if labels.dtype is not torch.int64:
         raise DataError(f"{where} have the dtype {labels.dtype}; {head} needs torch.int64: batch['labels'].long().")
-    told = labels[labels != IGNORED]
-    if len(told):
-        _check_range(told, count, where, "numbers", f"{of}, and {IGNORED} where there is none")
+    real = labels[labels != IGNORED]
+    if len(real):
+        _check_range(real, count, where, "numbers", f"{of}, and {IGNORED} where there is none")
 
 
 def _check_padding(model: PreTrainedModel, batch: Batch, where: str) -> None:

@@ -73,26 +73,26 @@ def loss_order(anatomy: Anatomy, batches: Sequence[Batch]) -> Iterator[tuple[str
         DataError: an answer, or its change, is not finite; it names the layer.
     """
     batches, model = list(_first_rows(batches, ROWS)), anatomy.model
-    left = dict(_layers(anatomy))
+    present = dict(_layers(anatomy))
     handed: Handed = {}
-    with evaluating(model), _watching(left, handed) as broken:
+    with evaluating(model), _watching(present, handed) as broken:
         expected = [answer_of(model, batch) for batch in batches]
         for number, (batch, answer) in enumerate(zip(batches, expected, strict=True)):
             if not isfinite(_distance(answer, answer, batch, model)):
                 first = f"the output of {_named(broken[0])}" if broken else ""
                 raise not_finite(f"The answer of the model to calibration batch {number}", first)
     gone: list[nn.Module] = []
-    while left:
+    while present:
         changes: LayerScores = {}
-        for key, layer in left.items() if len(left) > 1 else ():
+        for key, layer in present.items() if len(present) > 1 else ():
             with evaluating(model), _skipping([*gone, layer], handed):
                 changes[key] = sum(
                     _distance(answer_of(model, b), e, b, model) for b, e in zip(batches, expected, strict=True)
                 )
             if not isfinite(changes[key]):
                 raise not_finite(f"The answer of the model without {_named(key)}")
-        least = min(changes, key=changes.__getitem__) if changes else next(iter(left))
-        gone.append(left.pop(least))
+        least = min(changes, key=changes.__getitem__) if changes else next(iter(present))
+        gone.append(present.pop(least))
         yield least
 
 
@@ -134,13 +134,13 @@ def _watching(layers: Mapping[tuple[str, int], nn.Module], handed: Handed) -> It
         yield broken
 
 
-def _find_places(others: Sequence, given: Mapping[int | str, object]) -> list[int | str] | None:
+def _find_places(others: Sequence, arguments: Mapping[int | str, object]) -> list[int | str] | None:
     places: list[int | str] = []
     for other in others:
-        found = [NOWHERE] if other is None else [place for place, value in given.items() if value is other]
-        if not found:
+        matches = [NOWHERE] if other is None else [place for place, value in arguments.items() if value is other]
+        if not matches:
             return None
-        places += found[:1]
+        places += matches[:1]
     return places
 
 
@@ -150,9 +150,9 @@ def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
     T5's first ones do with the position bias: their states alone are dropped."""
 
     def instead(places: Sequence[int | str], *args, **kwargs):
-        given = dict(enumerate(args)) | kwargs
+        arguments = dict(enumerate(args)) | kwargs
         states = _states(args, kwargs)
-        return (states, *(given.get(place) for place in places)) if places else states
+        return (states, *(arguments.get(place) for place in places)) if places else states
 
     def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> tuple:
         return _states(args, kwargs), *output[1:]

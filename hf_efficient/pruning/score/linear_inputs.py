@@ -19,7 +19,7 @@ from .stream import Batch
 
 
 class _Enough(Exception):
-    """Ends a forward whose remaining layers nobody asks for."""
+    """Ends a forward whose remaining layers are of no use here."""
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def collect(
         with eval_mode(model):
             for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
                 batch = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
-                own = masks_of(batch, model)
-                masks = {MAIN: own["encoder"], DECODER: own.get("decoder")}
+                by_stack = masks_of(batch, model)
+                masks = {MAIN: by_stack["encoder"], DECODER: by_stack.get("decoder")}
                 masks[ENCODER_STATES] = batch.get("encoder_attention_mask")
                 with suppress(_Enough):
                     model(**batch)

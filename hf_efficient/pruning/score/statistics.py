@@ -42,11 +42,11 @@ def mask_gradients(
                         hooks.callback(handle.remove)
                 scalar = loss(model, batch)
             reached = [group for group in groups if group in masks]
-            found = torch.autograd.grad(scalar, [masks[group] for group in reached], allow_unused=True)
-            for group, gradient in zip(reached, found, strict=True):
+            gradients = torch.autograd.grad(scalar, [masks[group] for group in reached], allow_unused=True)
+            for group, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None:
                     rows[group].append(wide(gradient).cpu())
-    return {group: torch.cat(own) if own else torch.zeros(1, group.units) for group, own in rows.items()}
+    return {group: torch.cat(parts) if parts else torch.zeros(1, group.units) for group, parts in rows.items()}
 
 
 def _masked(group: Group, masks: dict[Group, torch.Tensor]) -> Callable:

@@ -76,8 +76,8 @@ class Stream:
         for number, states in enumerate(self.states):
             with _Seen(self.layers[index], blocks, self.norm, states) as seen:
                 self.states[number] = self._call(index, number)
-            for path, own in sums.items():
-                own.append(seen.residuals[path] + seen.outputs[path])
+            for path, by_batch in sums.items():
+                by_batch.append(seen.residuals[path] + seen.outputs[path])
         return sums
 
     def _call(self, index: int, number: int) -> torch.Tensor:

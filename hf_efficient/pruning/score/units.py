@@ -35,13 +35,13 @@ Scores = dict[Group, torch.Tensor]
 def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], seed: int, **unused) -> Scores:
     """`[units]` second-order scores for each group, in units of the squared change of the answer."""
     gradients = mask_gradients(model, groups, batches, answer_loss(seed))
-    return {group: own.square().sum(0) for group, own in gradients.items()}
+    return {group: gradient.square().sum(0) for group, gradient in gradients.items()}
 
 
 def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], length: int, **unused) -> Scores:
     """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
     gradients = mask_gradients(model, groups, batches, model_loss)
-    return by_kind(Anatomy.of(model), {group: own.abs().sum(0) for group, own in gradients.items()}, length)
+    return by_kind(Anatomy.of(model), {group: gradient.abs().sum(0) for group, gradient in gradients.items()}, length)
 
 
 def by_kind(anatomy: Anatomy, scores: Scores, length: int) -> Scores:
@@ -101,10 +101,10 @@ def score_units(
     Raises:
         DataError: scores that cannot be compared.
     """
-    found = IMPORTANCES[config.importance](model, groups, batches=batches, length=length, seed=config.seed)
-    for group, values in found.items():
+    scores = IMPORTANCES[config.importance](model, groups, batches=batches, length=length, seed=config.seed)
+    for group, values in scores.items():
         check_scores(group, values, config.importance)
-    return {group: values.float() for group, values in found.items()}
+    return {group: values.float() for group, values in scores.items()}
 
 
 def check_scores(group: Group, values: torch.Tensor, importance: str) -> None:
@@ -142,8 +142,8 @@ def register_importance(
     if not (isinstance(name, str) and name.isidentifier()):
         raise ConfigError(f"The name of an importance must be an identifier such as 'my_score', got {name!r}.")
     if name in _BUILT_IN or (name in IMPORTANCES and not overwrite):
-        own = "" if name in _BUILT_IN else ", or pass overwrite=True to replace it"
-        raise ConfigError(f"There is an importance {name!r} already. Choose another name{own}.")
+        advice = "" if name in _BUILT_IN else ", or pass overwrite=True to replace it"
+        raise ConfigError(f"There is an importance {name!r} already. Choose another name{advice}.")
     if not callable(score):
         raise ConfigError(f"The importance {name!r} needs a function score(model, groups, **context), got {score!r}.")
     IMPORTANCES[name] = Importance(score, needs_data)

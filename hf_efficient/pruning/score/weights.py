@@ -76,8 +76,8 @@ def _gradients(
             weight.requires_grad_(True)
         for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
             with eval_mode(model), torch.enable_grad():
-                found = torch.autograd.grad(model_loss(model, batch), weights, allow_unused=True)
-            for linear, gradient in zip(linears, found, strict=True):
+                gradients = torch.autograd.grad(model_loss(model, batch), weights, allow_unused=True)
+            for linear, gradient in zip(linears, gradients, strict=True):
                 if gradient is not None:
                     yield linear, as_matrix(model, linear, gradient)
     finally:

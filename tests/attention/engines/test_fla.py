@@ -44,6 +44,7 @@ def kernels(monkeypatch):
     return calls
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

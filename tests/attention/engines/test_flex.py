@@ -207,6 +207,7 @@ def test_what_is_declined(monkeypatch):
     assert not use_flex(*[pretended(300)] * 3, 0.0)
 
 
+@pytest.mark.cover
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("attention", [local, strided, topk])

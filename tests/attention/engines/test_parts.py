@@ -20,6 +20,7 @@ from ..cases import (
 )
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 65])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from hf_efficient.attention.naive import naive_additive_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask
+from ...helpers import assert_close, leaves, padding_mask, random_examples
 from ..cases import DIM, HEADS, assert_mean_unbiased, assert_padding_is_inert, compiled
 
 LENGTHS = [1, 2, 7, 63, 65, 130, 1000]
@@ -59,6 +59,7 @@ def assert_equals_naive(inputs: list[Tensor], mask: Tensor | None, **options: ob
         assert_close(actual, expected, 1e-10, name)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -69,7 +70,7 @@ def test_equals_naive(length, causal, side, kv_heads):
     assert_equals_naive(inputs, mask, causal=causal, scaling=1.0)
 
 
-@settings(max_examples=30, deadline=None)
+@random_examples(30)
 @given(data=st.data(), length=st.integers(1, 300), causal=st.booleans(), holes=st.booleans())
 def test_any_shape_equals_naive(data, length, causal, holes):
     batch, kv_heads = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 4]))
@@ -266,6 +267,7 @@ class _Module(nn.Module):
         return attend(query, key, value, mask, causal=self.causal)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiles_whole(causal):
     function = compiled(attend, causal=causal)
@@ -274,7 +276,7 @@ def test_compiles_whole(causal):
         assert_close(function(*inputs, mask), attend(*inputs, mask, causal=causal), 1e-12)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_exports_with_any_length(causal):
     auto = torch.export.Dim.AUTO
     example = (*make_inputs(200), padding_mask("right", 2, 200))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from hf_efficient.attention.naive import naive_kernel_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import DIM, HEADS, assert_causal, assert_mean_unbiased, assert_padding_is_inert, compiled, make_inputs
 
 PROJECTION = draw_projection(6, DIM, seed=3).double()
@@ -57,6 +57,7 @@ def assert_equals_naive(
         assert_close(actual, expected, 1e-10, name)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130, 257, 1000])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -74,6 +75,7 @@ def test_every_kernel_equals_naive(kernel, causal, seen):
     assert_equals_naive(make_inputs(seen, batch=1), None, kernel=kernel, causal=causal)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("seen", "length"), [(5, 1), (300, 1), (300, 3), (700, 65), (700, DENSE + 1), (700, 699)])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("features", [False, True])
@@ -82,7 +84,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side, features):
     assert_equals_naive(inputs, mask, features, causal=True)
 
 
-@settings(max_examples=25, deadline=None)
+@random_examples(25)
 @given(data=st.data(), seen=st.integers(1, 800), causal=st.booleans(), features=st.booleans(), holes=st.booleans())
 def test_any_shape_equals_naive(data, seen, causal, features, holes):
     length = data.draw(st.integers(1, seen)) if causal else seen
@@ -277,6 +279,7 @@ def test_compiles_whole(causal, features):
         assert_close(whole(*inputs), module(*inputs), 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("features", [False, True])
 def test_exports_with_any_length(causal, features):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -12,7 +12,7 @@ from hf_efficient.attention.naive import naive_linear_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, padding_mask, selected
+from ...helpers import assert_close, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -35,6 +35,7 @@ def assert_equals_twin(feature_map, inputs, mask=None, **options):
     assert_equals_naive(fast, naive, inputs, mask, weights, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -52,7 +53,7 @@ def test_equals_naive_at_a_thousand(causal, feature_map):
     assert_equals_twin(feature_map, make_inputs(1000), padding_mask("left", 2, 1000), causal=causal)
 
 
-@settings(max_examples=30, deadline=None)
+@random_examples(30)
 @given(data=st.data(), seen=st.integers(1, 300), length=st.integers(1, 300), feature_map=st.sampled_from(MAPS))
 def test_any_shape_equals_naive(data, seen, length, feature_map):
     causal = data.draw(st.booleans())
@@ -91,6 +92,7 @@ def test_gradcheck(causal, feature_map):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -219,6 +221,7 @@ def test_half_precision_sums_in_single(causal, feature_map):
     assert_close(cast, expected, 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("feature_map", "causal"),
     selected(
@@ -238,6 +241,7 @@ def test_compiles_whole(feature_map, causal):
             assert_close(grad, expected_grad, 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_exports_with_any_length(causal, feature_map):

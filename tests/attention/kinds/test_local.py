@@ -5,14 +5,14 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.kinds.local import local_attention
 from hf_efficient.attention.naive import naive_local_attention
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, padding_mask, selected
+from ...helpers import assert_close, padding_mask, random_examples, selected
 from ..cases import (
     assert_causal,
     assert_equals_naive,
@@ -24,6 +24,7 @@ from ..cases import (
 )
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -45,6 +46,7 @@ def test_equals_naive_at_a_thousand(causal):
     assert_equals_naive(local_attention, naive_local_attention, make_inputs(1000), mask, bias, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("seen", "length"), [(5, 1), (40, 1), (150, 1), (150, 3), (150, 63), (300, 200)])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("global_tokens", [0, 3])
@@ -55,7 +57,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side, global_tokens):
         assert_equals_naive(local_attention, naive_local_attention, inputs, mask, bias, **options)
 
 
-@settings(max_examples=30, deadline=None)
+@random_examples(30)
 @given(data=st.data(), seen=st.integers(1, 150), window=st.integers(1, 80), global_tokens=st.integers(0, 5))
 def test_any_shape_equals_naive(data, seen, window, global_tokens):
     causal = data.draw(st.booleans())
@@ -175,6 +177,7 @@ def test_dropout_is_unbiased():
     assert_mean_unbiased(local_attention, window=3, global_tokens=1)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal == (count == 0))
 )

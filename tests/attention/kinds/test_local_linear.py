@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -18,7 +18,7 @@ from hf_efficient.attention.naive import naive_linear_attention, naive_local_lin
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -52,6 +52,7 @@ def assert_equals_twin_with_mix(inputs, mask=None, **options):
     assert_equals_naive(fast, naive, inputs, mask, mix, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -85,7 +86,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side):
         assert_equals_twin_with_mix(inputs, mask, window=window, causal=True)
 
 
-@settings(max_examples=30, deadline=None)
+@random_examples(30)
 @given(data=st.data(), seen=st.integers(1, 300), window=st.integers(1, 140), feature_map=st.sampled_from(MAPS))
 def test_any_shape_equals_naive(data, seen, window, feature_map):
     causal = data.draw(st.booleans())
@@ -329,6 +330,7 @@ def test_half_precision(dtype, tolerance, causal):
     assert_close(cast, expected, 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "feature_map"), selected([(False, "elu"), (True, "hedgehog")], lambda causal, _: causal)
 )
@@ -344,7 +346,7 @@ def test_compiles_whole(causal, feature_map):
             assert_close(grad, expected_grad, 1e-12)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_exports_with_any_length(causal):
     class Module(torch.nn.Module):
         def forward(self, query, key, value, mask):

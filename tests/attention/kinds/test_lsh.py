@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.attention.config import AttentionConfig
@@ -15,7 +15,7 @@ from hf_efficient.attention.naive import naive_lsh_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     assert_causal,
@@ -46,6 +46,7 @@ def hashing(num_hashes: int = 2, num_buckets: int = 4, block_size: int = 6, **op
     return {"rotations": rotations, "block_size": block_size, **options}
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -67,6 +68,7 @@ def test_equals_naive_at_a_thousand(causal, block_size):
     assert_equals_naive(lsh_attention, naive_lsh_attention, make_inputs(1000), mask, bias, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("seen", "length"), [(5, 1), (40, 1), (150, 1), (150, 3), (150, 63), (300, 200)])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_queries_at_the_end_equal_naive(form, seen, length, side):
@@ -75,7 +77,7 @@ def test_queries_at_the_end_equal_naive(form, seen, length, side):
         assert_equals_naive(lsh_attention, naive_lsh_attention, inputs, mask, bias, **hashing(causal=True))
 
 
-@settings(max_examples=40, deadline=None)
+@random_examples(40)
 @given(data=st.data(), seen=st.integers(1, 200), block_size=st.integers(1, 90), num_hashes=st.integers(1, 4))
 def test_any_shape_equals_naive(data, seen, block_size, num_hashes):
     causal = data.draw(st.booleans())
@@ -259,6 +261,7 @@ def test_dropout_is_unbiased(form, options):
     assert_mean_unbiased(lsh_attention, **hashing(block_size=3), **options)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "dropout"),
     selected([(False, 0.0), (True, 0.0), (True, 0.2)], lambda causal, dropout: causal != (dropout == 0)),
@@ -280,6 +283,7 @@ def test_compiles_whole(form, causal, dropout):
             assert_close(grad, expected_grad, 1e-10)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("num_buckets", [1, 4])
 def test_exports_with_any_length(causal, num_buckets):

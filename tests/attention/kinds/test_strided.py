@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient import AttentionConfig
@@ -16,7 +16,7 @@ from hf_efficient.attention.naive import naive_strided_attention
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -42,6 +42,7 @@ def holes_mask(batch, seen):
     return torch.rand(batch, seen, generator=torch.Generator().manual_seed(seen)) > 0.3
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
@@ -65,6 +66,7 @@ def test_equals_naive_at_a_thousand(causal):
     assert_equals_naive(strided_attention, naive_strided_attention, make_inputs(1000), mask, bias, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize(("seen", "length"), [(5, 1), (40, 1), (150, 1), (150, 3), (150, 63), (300, 200)])
 @pytest.mark.parametrize("side", [None, "left", "right", "holes"])
@@ -77,7 +79,7 @@ def test_queries_at_the_end_equal_naive(seen, length, side, global_tokens):
         assert_equals_naive(strided_attention, naive_strided_attention, inputs, mask, bias, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(data=st.data(), seen=st.integers(1, 100), block_size=st.integers(1, 20), global_tokens=st.integers(0, 5))
 def test_any_shape_equals_naive(data, seen, block_size, global_tokens):
     causal = data.draw(st.booleans())
@@ -260,6 +262,7 @@ def test_dropout_is_the_same_going_back(monkeypatch):
         assert_close((grad * value).sum(), out.sum(), 1e-10)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal and count == 0)
 )
@@ -271,6 +274,7 @@ def test_compiles_whole(causal, global_tokens):
         assert_close(function(*inputs, mask), strided_attention(*inputs, mask, **options), 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(causal, global_tokens):

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient import AttentionConfig
@@ -15,7 +15,7 @@ from hf_efficient.attention.naive import naive_full_attention, naive_topk_attent
 from hf_efficient.attention.variant import HeadShape
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 
-from ...helpers import assert_close, leaves, padding_mask, selected
+from ...helpers import assert_close, leaves, padding_mask, random_examples, selected
 from ..cases import (
     DIM,
     HEADS,
@@ -55,6 +55,7 @@ def decode(inputs, mask, steps, **options):
     return torch.cat(outs, 2)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("seen", [1, 2, 7, 63, 65, 130])
 @pytest.mark.parametrize("causal", [False, True])
@@ -76,7 +77,7 @@ def test_equals_naive_at_a_thousand(causal, monkeypatch):
     assert_equals_naive(topk_attention, naive_topk_attention, make_inputs(1000), mask, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(data=st.data(), seen=st.integers(1, 80), block_size=st.integers(1, 20), global_tokens=st.integers(0, 5))
 def test_any_shape_equals_naive(data, seen, block_size, global_tokens):
     batch, kv_heads = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 4]))
@@ -280,6 +281,7 @@ def test_dropout_is_unbiased():
     assert_mean_unbiased(topk_attention, block_size=2, top_k=2, global_tokens=1)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal and count == 0)
 )
@@ -291,6 +293,7 @@ def test_compiles_whole(causal, global_tokens):
         assert_close(function(*inputs, mask), topk_attention(*inputs, mask, **options), 1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(causal, global_tokens):

@@ -9,40 +9,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient.distillation.cache.cache import TeacherCache
 from hf_efficient.distillation.cache.write import cache_teacher
-from hf_efficient.distillation.losses.divergences import DIVERGENCES, log_probabilities
+from hf_efficient.distillation.losses.divergences import log_probabilities
 from hf_efficient.distillation.losses.losses import kd_loss
+from hf_efficient.distillation.losses.tables import DIVERGENCES
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 
-from ..test_trainer import make_trainer, weights
+from ...helpers import random_examples
+from ..caching import collate_rows, make_cache, rows_of
 from ..tiny import CASES, HEADLESS, VOCABULARY, arguments, collate, examples, llama, make_pair
+from ..training import make_trainer, weights
 
 ROOT = Path(__file__).parents[3]
-
-
-def rows_of(case, count=16, seed=0):
-    return datasets.Dataset.from_list(
-        [{k: v.numpy() if torch.is_tensor(v) else v for k, v in row.items()} for row in examples(case, count, seed)]
-    )
-
-
-def collate_rows(rows):
-    """As the tests' collator, from the lists of a `Dataset`."""
-    names = {"pixel_values": torch.float64}
-    return collate([{k: torch.tensor(v, dtype=names[k]) if k in names else v for k, v in row.items()} for row in rows])
-
-
-def make_cache(case, folder, teacher, **options):
-    parts = [rows_of(case), rows_of(case, 11, seed=1)]
-    return cache_teacher(teacher, parts, folder, data_collator=collate_rows, **{"shard_size": 10} | options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,7 +106,7 @@ def test_a_seq2seq_answer_belongs_to_its_output(tmp_path):
 # ---- top k ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@random_examples(50)
 @given(
     seed=st.integers(0, 2**31),
     k=st.integers(1, 12),
@@ -281,8 +266,9 @@ def test_two_processes_write_one_cache(tmp_path):
     code = (
         "import sys, torch; from accelerate import PartialState; state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
-        "from tests.distillation.cache.test_cache import make_cache; from tests.distillation.tiny import make_pair\n"
-        "make_cache('bert', sys.argv[1], make_pair('bert')[1]); state.destroy_process_group()\n"
+        "from tests.distillation.caching import make_cache; from tests.distillation.tiny import make_pair\n"
+        "make_cache('bert', sys.argv[1], make_pair('bert')[1])\n"
+        "from hf_efficient.training.trainers import leave_processes; leave_processes(state)\n"
     )
     script = tmp_path / "driver.py"
     script.write_text(code)

@@ -12,9 +12,9 @@ from hf_efficient.distillation.cache.write import fingerprint
 from hf_efficient.errors import CheckpointError, ConfigError
 from hf_efficient.runtimes.quantization import quantize
 
-from ..test_trainer import make_trainer
+from ..caching import make_cache
 from ..tiny import collate, examples, make_pair
-from .test_cache import make_cache
+from ..training import make_trainer
 
 
 def flip(path, place):

@@ -6,19 +6,20 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_efficient.distillation.losses import chunks
 from hf_efficient.distillation.losses.chunks import sum_together
-from hf_efficient.distillation.losses.divergences import DIVERGENCES
 from hf_efficient.distillation.losses.losses import ce_loss, ce_rows, kd_loss, kd_rows
+from hf_efficient.distillation.losses.tables import DIVERGENCES
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.models.heads import MULTI_LABEL
 
-from ..test_trainer import make_trainer, weights
+from ...helpers import random_examples
 from ..tiny import make_pair
+from ..training import make_trainer, weights
 
 LOSSES = ["ce", "binary", "top", *DIVERGENCES]
 
@@ -47,7 +48,7 @@ def value_and_gradient(student, loss, factor=0.3):
     return value.item(), student.grad
 
 
-@settings(max_examples=40, deadline=None)
+@random_examples(40)
 @given(kind=st.sampled_from(LOSSES), seed=st.integers(0, 2**31), chunk=st.integers(1, 60))
 def test_chunks_change_nothing(kind, seed, chunk):
     student, loss = problem(kind, seed)
@@ -137,7 +138,7 @@ def test_it_is_the_cross_entropy_of_torch(monkeypatch):
 # ---- several sums, one gradient -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@random_examples(40)
 @given(
     kind=st.sampled_from(["top", *DIVERGENCES]),
     seed=st.integers(0, 2**31),
@@ -192,7 +193,7 @@ def test_training_with_one_gradient_is_training_with_two(case, more, monkeypatch
         together.append(logits.numel() > chunks.CHUNK)
         return sum_together(sums, logits, shares)
 
-    monkeypatch.setattr("hf_efficient.distillation.terms.sum_together", spy)
+    monkeypatch.setattr("hf_efficient.distillation.sums.sum_together", spy)
     results = []
     for chunk in (1 << 30, 100):
         monkeypatch.setattr(chunks, "CHUNK", chunk)

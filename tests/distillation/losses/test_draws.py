@@ -10,9 +10,9 @@ from hf_efficient.distillation.losses.losses import kd_loss
 from hf_efficient.distillation.losses.top_k import TopLogits
 from hf_efficient.errors import ConfigError
 
-from ..cache.test_cache import collate_rows, make_cache, rows_of
-from ..test_trainer import make_trainer, weights
+from ..caching import collate_rows, make_cache, rows_of
 from ..tiny import VOCABULARY, collate, examples, make_pair
+from ..training import make_trainer, weights
 
 K, CLASSES, TEMPERATURE = 4, 13, 2.0
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from hf_efficient.distillation.losses.divergences import DIVERGENCES
 from hf_efficient.distillation.losses.losses import (
-    HIDDEN_DISTANCES,
     ce_loss,
     hidden_loss,
     kd_loss,
 )
+from hf_efficient.distillation.losses.tables import DIVERGENCES, HIDDEN_DISTANCES
 from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.errors import ConfigError, DataError
 from hf_efficient.models.heads import MULTI_LABEL, REGRESSION

@@ -12,8 +12,8 @@ from hf_efficient.distillation.recorded import recording, self_attentions
 from hf_efficient.errors import ConfigError
 
 from .. import naive
-from ..test_trainer import make_trainer, weights
 from ..tiny import CASES, bert, make_pair
+from ..training import make_trainer, weights
 
 B, T = 2, 5
 MASKS = {

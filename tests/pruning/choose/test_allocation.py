@@ -4,12 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_efficient import ConfigError
 from hf_efficient.models.groups import Group
 from hf_efficient.pruning.choose.allocation import allocate_global, allocate_uniform, choose_layers
+
+from ...helpers import random_examples
 
 LAYERS = 3
 
@@ -55,7 +57,7 @@ def check_kept(scores, kept, round_to: int) -> None:
         assert not gone or scores[one][gone].max() <= scores[one][list(units)].min()
 
 
-@settings(max_examples=150, deadline=None)
+@random_examples(150)
 @given(networks())
 def test_global_meets_the_budget_by_the_lowest_price(network):
     scores, costs, remove, round_to = network
@@ -81,7 +83,7 @@ def test_global_meets_the_budget_by_the_lowest_price(network):
             assert all(float(chunk.mean()) / costs[one] >= price - 1e-6 for price, _ in prices)
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(networks(), st.floats(0, 1))
 def test_global_removes_more_of_the_same_for_a_larger_budget(network, share):
     scores, costs, remove, round_to = network
@@ -126,7 +128,7 @@ def brute_force_uniform(scores, costs, remove, round_to):
     return best
 
 
-@settings(max_examples=150, deadline=None)
+@random_examples(150)
 @given(networks(uniform=True))
 def test_uniform_finds_what_brute_force_finds(network):
     scores, costs, remove, round_to = network
@@ -179,7 +181,7 @@ def test_layers_leave_by_price():
         choose_layers(scores, costs, 3.9, exact=True)
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.lists(st.integers(1, 9), min_size=1, max_size=4),

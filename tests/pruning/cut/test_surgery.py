@@ -21,6 +21,7 @@ GRANULARITIES = {"head": ("head", 0.15), "neuron": ("neuron", 0.25), "both": (("
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -12,6 +12,7 @@ from hf_efficient import ConfigError, UnsupportedModelError
 from hf_efficient.pruning.cut.tokenizer import complete, trim_tokenizer
 from hf_efficient.pruning.cut.vocabulary import used_tokens
 
+from ...helpers import random_examples
 from ..tiny_tokenizers import KINDS, TEXTS, tokenizer_of
 
 # Words of the training texts, words made of their letters, and whatever hypothesis thinks of.
@@ -38,7 +39,7 @@ def assert_same(before: PreTrainedTokenizerFast, after: PreTrainedTokenizerFast,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@random_examples(25, derandomize=True)
 @given(texts=CORPORA)
 def test_the_texts_are_cut_as_before(kind, texts):
     before, after, kept = cut(kind, texts)
@@ -48,7 +49,7 @@ def test_the_texts_are_cut_as_before(kind, texts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@random_examples(25, derandomize=True)
 @given(texts=CORPORA)
 def test_unseen_texts_have_no_more_unknowns(kind, texts):
     before, after, _ = cut(kind, ["the lazy dog"])

@@ -72,6 +72,7 @@ def size(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("efficient", [False, True], ids=["stock", "efficient"])
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
 @pytest.mark.parametrize("name", WITH_WORDS)

@@ -76,6 +76,7 @@ def test_block_influence_is_its_formula():
         )
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("importance", ["loss", "block_influence", "fisher", "activation", "random"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_loses_layers_by_every_importance(name, importance):

@@ -143,6 +143,7 @@ def plant(model, unimportant: str) -> dict[Group, tuple[int, ...]]:
     return good
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("granularity", ["head", "neuron"])
 @pytest.mark.parametrize(
     ("importance", "unimportant", "finds"),

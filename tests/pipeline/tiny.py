@@ -1,0 +1,28 @@
+"""A recipe of a tiny fresh model on digits, with a stage of every sort."""
+
+TRAINING = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-3}
+TINY = {
+    "name": "tiny",
+    "task": "image-classification",
+    "model": {
+        "config": {
+            "model_type": "vit",
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 32,
+            "hidden_dropout_prob": 0.1,
+        }
+    },
+    "data": {"name_or_path": "bundled:digits", "limit": 200},
+    "teacher": TRAINING,
+    "stages": [
+        {"attention": {"kind": "local", "window": 4, "global_tokens": 1}},
+        {"prune": {"ratio": 0.4, "calibration_samples": 32}},
+        {"distill": {**TRAINING, "losses": {"kd": 1.0, "ce": 0.5, "hidden": 0.1}}},
+    ],
+    "measure": {"repeats": 2},
+}
