@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import cache_utils
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -230,7 +229,11 @@ def _find_state(
     index = getattr(module, "layer_idx", None)  # None where one module serves several layers (Zamba)
     if cache is None or index is None or not getattr(module, "is_causal", True):
         return None
-    layers = _layers_of(cache, index)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:  # layers are made on demand
+        cache.layers.append(cache.layer_class_to_replicate())
+    layers = cache.layers
     if index >= len(layers):
         return None
     layer = layers[index]
@@ -249,15 +252,6 @@ def _find_state(
         )
     layer.expect(config)
     return args, {**kwargs, "state_layer": layer}
-
-
-def _layers_of(cache: Cache, index: int) -> list:
-    """The layers of self-attention, up to `index` if they are made on demand."""
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers
 
 
 def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_keys: bool) -> CacheLayerMixin:

@@ -124,8 +124,11 @@ class AttentionConfig:
         if self.kernel not in KERNELS:
             raise unknown_name("kernel", self.kernel, KERNELS)
         for name, (low, high) in _RANGES.items():
-            if name not in ("feature_dim", "global_tokens") or getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), low, high)
+            value = getattr(self, name)
+            if value is None and name in ("feature_dim", "global_tokens"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ConfigError(f"{name} must be an integer from {low} to {high}, got {shown(value)}.")
         if self.global_tokens == 0 and "global_tokens" not in KINDS[self.kind].fields:
             object.__setattr__(self, "global_tokens", None)  # no global tokens is true of every kind
         if self.num_buckets > 1 and self.num_buckets % 2:
@@ -134,7 +137,12 @@ class AttentionConfig:
             raise ConfigError(
                 "feature_dim=0 has a meaning for kind='kernel' only. Leave it out for the head dimension."
             )
-        _check_options(self.options)
+        if not isinstance(self.options, Mapping) or not all(
+            isinstance(key, str) and isinstance(value, int | float | str | bool) for key, value in self.options.items()
+        ):
+            raise ConfigError(
+                f"options must be a flat mapping from names to numbers, text or booleans, got {shown(self.options)}."
+            )
         object.__setattr__(self, "options", dict(self.options))  # what the caller does with theirs does not matter
         used = self._used()
         for entry in fields(self):
@@ -188,18 +196,3 @@ class AttentionConfig:
             if key not in known:
                 raise unknown_name("attention setting", key, known)
         return cls(**data)
-
-
-def _check_range(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer from {low} to {high}, got {shown(value)}.")
-
-
-def _check_options(options: object) -> None:
-    flat = isinstance(options, Mapping) and all(
-        isinstance(key, str) and isinstance(value, int | float | str | bool) for key, value in options.items()
-    )
-    if not flat:
-        raise ConfigError(
-            f"options must be a flat mapping from names to numbers, text or booleans, got {shown(options)}."
-        )

@@ -6,9 +6,6 @@ A converted layer carries an `AttentionVariant` as a child of its attention modu
 layer without one, and cross attention unless asked for, gets dense softmax attention, so layers can mix freely.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -69,8 +66,12 @@ def make_variant(config: AttentionConfig, shape: HeadShape) -> AttentionVariant:
 def fill_missing(variant: AttentionVariant) -> None:
     """Give what no checkpoint held of a loaded variant the values of a new one. What was loaded is not touched."""
     floats = [each.dtype for each in (*variant.parameters(), *variant.buffers()) if each.is_floating_point()]
-    with _default_dtype(floats[0] if floats else torch.get_default_dtype()):  # as where the model was built
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(floats[0] if floats else usual)  # as where the model was built
+    try:
         new = make_variant(variant.config, variant.shape)
+    finally:
+        torch.set_default_dtype(usual)
     fresh = dict(new.named_parameters()) | dict(new.named_buffers())
     for name, tensor in (*variant.named_parameters(), *variant.named_buffers()):
         if name in fresh and not getattr(tensor, "_is_hf_initialized", False):
@@ -80,16 +81,6 @@ def fill_missing(variant: AttentionVariant) -> None:
     for part, name, value in _plain_tensors(new):  # torch.nn.init did nothing in `__init__` while it was loaded
         target = parts[paths[part]]
         setattr(target, name, value.to(getattr(target, name)))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(usual)
 
 
 def _plain_tensors(variant: AttentionVariant) -> list[tuple[nn.Module, str, torch.Tensor]]:

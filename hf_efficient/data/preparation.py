@@ -9,7 +9,6 @@ are whole numbers; floats (regression) and lists (several labels per row) are re
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError, shown, unknown_name
+from ..errors import ConfigError, DataError, did_you_mean, shown, unknown_name
 from .images import image_settings, undecoded
 from .tables import FORMATS, place_of, read_table
 from .tasks import ROLES, TASKS, Task, column_name
@@ -140,10 +139,9 @@ def need_column(
     names = (given,) if given is not None else (usual or {}).get(role) or ROLES[role].usual
     column = next((name for name in names if name in columns), None)
     if column is None:
-        near = difflib.get_close_matches(str(given), columns, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         what = f"called {given!r}" if given is not None else f"with a usual name ({', '.join(names)})"
         fix = "" if given is not None else f" Name it with {column_name(role)}."
+        hint = did_you_mean(given, columns)
         raise DataError(f"The data has no {role} column {what}.{hint} Columns: {_some(columns)}.{fix}")
     return column
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bz2
 import csv
-import difflib
 import gzip
 import io
 import itertools
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import DataError, shown
+from ..errors import DataError, did_you_mean, shown
 from ..io.json import parse_json
 
 if TYPE_CHECKING:
@@ -98,8 +97,7 @@ def missing_file(path: str) -> DataError:
     folder, name = os.path.split(path)
     if not os.path.isdir(folder or "."):
         return DataError(f"No such data file {path!r}: the folder {folder!r} does not exist.")
-    near = difflib.get_close_matches(name, files_in(folder or "."), n=3)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(name, files_in(folder or "."))
     return DataError(f"No such data file {path!r}.{hint} Files are read by ending: {', '.join(FORMATS)}.")
 
 
@@ -147,10 +145,6 @@ def _records(file: IO[bytes], separator: str) -> Iterator[tuple[int, list[str]]]
         if fields and (len(fields) > 1 or width == 1 or fields[0].strip()):
             width = width or len(fields)
             yield line, fields
-
-
-def _read_text(file: IO[bytes]) -> pa.Table:
-    return _table_of_texts(["text"], ([text] for _, text in _documents(file)))
 
 
 def _documents(file: IO[bytes]) -> Iterator[tuple[int, str]]:
@@ -302,20 +296,15 @@ def _lines(file: IO[bytes], newline: str | None) -> Iterator[str]:
     except UnicodeDecodeError as error:
         file.seek(0)
         for line, raw in enumerate(file, 1):
-            if (broken := _broken_byte(raw)) is not None:
-                raise DataError(f"line {line} is not UTF-8 (byte {broken:#04x}). Save it as UTF-8.") from error
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as broken:
+                byte = raw[broken.start]
+                raise DataError(f"line {line} is not UTF-8 (byte {byte:#04x}). Save it as UTF-8.") from error
         raise
     finally:
         if not file.closed:  # by whoever opened it, when there was an error
             text.detach()  # else the wrapper would close it
-
-
-def _broken_byte(raw: bytes) -> int | None:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return raw[error.start]
-    return None
 
 
 def _first_twice(names: list[str]) -> str | None:
@@ -344,5 +333,8 @@ FORMATS: dict[str, Format] = {  # by the ending of the file's name
     ".json": _JSON,
     ".jsonl": _JSON,
     ".parquet": Format(_read_parquet, None),
-    ".txt": Format(_read_text, lambda file: (f"line {line}" for line, _ in _documents(file))),
+    ".txt": Format(
+        lambda file: _table_of_texts(["text"], ([text] for _, text in _documents(file))),
+        lambda file: (f"line {line}" for line, _ in _documents(file)),
+    ),
 }

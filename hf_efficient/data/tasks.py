@@ -104,8 +104,8 @@ class Task:
     @property
     def class_endings(self) -> tuple[str, ...]:
         """How the names of its model classes end; none for embeddings, whose models have no head."""
-        own = self.auto_class.removeprefix("AutoModel")
-        return (own, *self.heads) if own else self.heads
+        ending = self.auto_class.removeprefix("AutoModel")
+        return (ending, *self.heads) if ending else self.heads
 
 
 CLASS_NAME = ("print(model.config.id2label[model(**inputs).logits.argmax().item()])",)

@@ -72,27 +72,27 @@ def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tok
         rows = list(zip(texts, _strings(batch, indices, columns["text_pair"]), strict=True))
     else:
         rows = [_halves(text) for text in texts]
-    kept = [(index, row) for index, row in zip(indices, rows, strict=True) if row[0].strip() and row[1].strip()]
-    inputs = dict(tokenizer([text for _, row in kept for text in row], truncation=True, max_length=max_length))
-    return inputs | {"pair": [index for index, row in kept for _ in row]}
+    pairs = [(index, row) for index, row in zip(indices, rows, strict=True) if row[0].strip() and row[1].strip()]
+    inputs = dict(tokenizer([text for _, row in pairs for text in row], truncation=True, max_length=max_length))
+    return inputs | {"pair": [index for index, row in pairs for _ in row]}
 
 
 def tag(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     """The words, joined by spaces; the first token of each carries its label. Rows without words are left out."""
     words = _words(batch, indices, columns["tokens"])
     tags = batch[columns["label"]]
-    for index, own, marks in zip(indices, words, tags, strict=True):
-        if marks is None or len(own) != len(marks):
+    for index, sentence, marks in zip(indices, words, tags, strict=True):
+        if marks is None or len(sentence) != len(marks):
             count = "no" if marks is None else len(marks)
             raise DataError(
-                f"Row {index} has {len(own)} words in column {columns['tokens']!r} and {count} labels in "
+                f"Row {index} has {len(sentence)} words in column {columns['tokens']!r} and {count} labels in "
                 f"{columns['label']!r}: each word needs one."
             )
-    rows = [(own, [ids[mark] for mark in marks]) for own, marks in zip(words, tags, strict=True) if own]
-    texts = [" ".join(own) for own, _ in rows]
+    rows = [(sentence, [ids[mark] for mark in marks]) for sentence, marks in zip(words, tags, strict=True) if sentence]
+    texts = [" ".join(sentence) for sentence, _ in rows]
     inputs = dict(tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True))
     offsets = inputs.pop("offset_mapping")
-    labels = [_labels(own, numbers, spans) for (own, numbers), spans in zip(rows, offsets, strict=True)]
+    labels = [_labels(sentence, numbers, spans) for (sentence, numbers), spans in zip(rows, offsets, strict=True)]
     return inputs | {"labels": labels}
 
 
@@ -109,8 +109,8 @@ def answer(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokeniz
         ) from error
     inputs = {name: values for name, values in encoded.items() if name != "offset_mapping"}
     ends = []
-    for row, (index, given) in enumerate(zip(indices, batch[columns["answers"]], strict=True)):
-        span = _first_answer(given, contexts[row], index, columns["answers"])
+    for row, (index, answers) in enumerate(zip(indices, batch[columns["answers"]], strict=True)):
+        span = _first_answer(answers, contexts[row], index, columns["answers"])
         inside = [part == 1 for part in encoded.sequence_ids(row)]
         ends.append(_span_of_tokens(span, encoded["offset_mapping"][row], inside))
     return inputs | {"start_positions": [start for start, _ in ends], "end_positions": [end for _, end in ends]}
@@ -228,15 +228,15 @@ def _labels(words: list[str], numbers: list[int], spans: list[tuple[int, int]]) 
     return labels
 
 
-def _first_answer(given: Any, context: str, index: int, column: str) -> tuple[int, int] | None:
+def _first_answer(answers: Any, context: str, index: int, column: str) -> tuple[int, int] | None:
     """Characters of the context, from and to (excluded)."""
-    if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
+    if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
         raise DataError(
-            f"Row {index} has {given!r:.100} in the column {column!r}, where the layout of SQuAD is needed: "
+            f"Row {index} has {answers!r:.100} in the column {column!r}, where the layout of SQuAD is needed: "
             '{"text": ["an answer"], "answer_start": [10]}.'
         )
     texts, starts = (
-        [each] if isinstance(each, str | int) else each for each in (given["text"], given["answer_start"])
+        [each] if isinstance(each, str | int) else each for each in (answers["text"], answers["answer_start"])
     )
     if not texts:
         return None

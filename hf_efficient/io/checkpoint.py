@@ -51,7 +51,9 @@ def check_links(folder: Path) -> None:
     Raises:
         CheckpointError: a link leads elsewhere.
     """
-    roots = [folder.resolve()]
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    roots = [folder.resolve(), Path(HF_HUB_CACHE).resolve()]
     if folder.resolve().parent.name == "snapshots":  # of a Hub cache, wherever it lies
         roots.append(folder.resolve().parent.parent / "blobs")
     for path in folder.iterdir():
@@ -60,17 +62,11 @@ def check_links(folder: Path) -> None:
         target = Path(path.resolve(strict=False)) if path.exists() else None
         if target is None:
             raise CheckpointError(f"{path} is a link to nothing. Take the file from a good copy.")
-        if not any(target.is_relative_to(root) for root in (*roots, _hub_cache())):
+        if not any(target.is_relative_to(root) for root in roots):
             raise CheckpointError(
                 f"{path} is a link to {target}, outside of the folder. Put the file itself there (cp -L copies what a "
                 "link leads to), or link the whole folder."
             )
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE).resolve()
 
 
 def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -175,10 +171,10 @@ def read_weights(folder: Path, explicit: str | None = None) -> dict[str, Tensor]
                 "is not. Load it with transformers where you trust it, and save it again with save_pretrained."
             )
         names = []
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
-        found |= _header(folder / name)
-    return found
+        tensors |= _header(folder / name)
+    return tensors
 
 
 def _shards(index: Path) -> list[str]:

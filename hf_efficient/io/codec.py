@@ -37,9 +37,9 @@ def clean(value: Any, secrets: Iterable[str | None] = ()) -> Any:
     if isinstance(value, tuple):
         return tuple(clean(item, secrets) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        given = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
-        cleaned = {name: clean(item, secrets) for name, item in given.items() if not _is_number(item)}
-        changed = {name: item for name, item in cleaned.items() if item != given[name]}
+        fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        cleaned = {name: clean(item, secrets) for name, item in fields.items() if not _is_number(item)}
+        changed = {name: item for name, item in cleaned.items() if item != fields[name]}
         return dataclasses.replace(value, **changed) if changed else value
     return _plain(value, secrets)
 
@@ -103,9 +103,7 @@ def decode(cls: type, data: Any, source: str) -> Any:
         raise _damaged(source, cls.__name__, str(error)) from None
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _value(hint: Any, value: Any, source: str, where: str) -> Any:

@@ -1,8 +1,8 @@
 """The one place that writes into folders: complete or not at all, under names of our own, never through a link.
 
     write_atomic("out/report.json", text)                    # a reader sees the old file or the new one
-    with new_folder("out/onnx") as made:                     # "out/onnx" must be new or empty; it appears at the end
-        model.save_pretrained(made)
+    with new_folder("out/onnx") as temporary:              # "out/onnx" must be new or empty; it appears at the end
+        model.save_pretrained(temporary)
 
     with clear_disk_errors("out/bbc-news", "Give the same command again: it goes on after the last finished stage."):
         model.save_pretrained("out/bbc-news/1-prune.partial")
@@ -120,15 +120,15 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     target = check_empty(folder)
     target = Path(os.path.realpath(target)) if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
     try:
-        os.chmod(made, 0o777 & ~current_umask())
-        yield made
+        os.chmod(temporary, 0o777 & ~current_umask())
+        yield temporary
         if target.is_dir():
             target.rmdir()  # it is empty, or this fails
-        os.replace(made, target)
+        os.replace(temporary, target)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

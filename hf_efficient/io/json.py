@@ -77,9 +77,9 @@ def parse_json(text: str, *, halves: bool = False, unique_keys: bool = False) ->
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         known: set[str] = set()
         doubled = next(key for key, _ in pairs if key in known or known.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {doubled[:60]!r} is given twice")
-    return made
+    return mapping

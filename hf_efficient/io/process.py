@@ -44,7 +44,12 @@ def run_module(module: str, *arguments: str, timeout: float | None = None) -> "s
     Raises:
         TimeoutError: it took longer than `timeout` seconds; it was stopped.
     """
-    folders = _search_path()
+    try:
+        here = os.path.realpath(os.getcwd())
+    except OSError:  # it was deleted
+        here = None
+    absolute = [path for path in sys.path if isinstance(path, str) and os.path.isabs(path)]
+    folders = [path for path in absolute if os.path.realpath(path) != here]  # under whatever name it stands there
     command = [sys.executable, "-c", _START, str(len(folders)), *folders, str(PACKAGE), module, *arguments]
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "check": False}
     # It may name the current folder, where Python would look for what it imports before our first line.
@@ -55,16 +60,6 @@ def run_module(module: str, *arguments: str, timeout: float | None = None) -> "s
         raise TimeoutError(f"{module} took longer than {timeout:g} s") from error
 
 
-def _search_path() -> list[str]:
-    """`sys.path` without the current folder, under whatever name it stands there."""
-    try:
-        here = os.path.realpath(os.getcwd())
-    except OSError:  # it was deleted
-        here = None
-    absolute = [path for path in sys.path if isinstance(path, str) and os.path.isabs(path)]
-    return [path for path in absolute if os.path.realpath(path) != here]
-
-
 def program_output(*command: str | os.PathLike, without: Sequence[str] = (), timeout: float = 10) -> str | None:
     """What a program printed; None if it is not installed, failed, or took longer than `timeout` seconds.
 
@@ -72,7 +67,7 @@ def program_output(*command: str | os.PathLike, without: Sequence[str] = (), tim
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(tuple(without))}
     try:
-        done = subprocess.run(
+        program = subprocess.run(
             [os.fspath(part) for part in command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -83,4 +78,4 @@ def program_output(*command: str | os.PathLike, without: Sequence[str] = (), tim
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return program.stdout.strip() if program.returncode == 0 else None

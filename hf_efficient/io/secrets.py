@@ -74,34 +74,31 @@ def without_secrets(text: str, secrets: Iterable[str | None] = ()) -> str:
     Parameters:
         secrets: to remove in whatever form they appear: as they are, one line of them, quoted or escaped.
     """
-    forms = {form for secret in secrets if secret for form in _forms(secret)}
-    for form in sorted(forms, key=len, reverse=True):
+    forms: set[str] = set()
+    for secret in filter(None, secrets):
+        forms |= {secret, secret.strip(), repr(secret)[1:-1], repr(secret.encode("utf-8", "replace"))[2:-1]}
+        forms |= {urllib.parse.quote(secret, safe="", errors="replace"), *secret.split()}
+    for form in sorted((form for form in forms if len(form) >= 4), key=len, reverse=True):
         text = text.replace(form, REMOVED)
     text = _IN_URL.sub(r"\1", _KEYS.sub(REMOVED, text))
     text = _HEADER.sub(rf"\1{REMOVED}", _BEARER.sub(rf"\1{REMOVED}", text))
     return _without_values(_OPTION, _without_values(_ASSIGNED, text))
 
 
-def _forms(secret: str) -> list[str]:
-    whole = [secret, secret.strip(), repr(secret)[1:-1], repr(secret.encode("utf-8", "replace"))[2:-1]]
-    whole += [urllib.parse.quote(secret, safe="", errors="replace"), *secret.split()]
-    return [form for form in whole if len(form) >= 4]
-
-
 def _without_values(pattern: "re.Pattern[str]", text: str) -> str:
     """The text without the values of secrets that `pattern` finds: (name, what stands between, value)."""
-    parts, done, place = [], 0, 0
-    while found := pattern.search(text, place):
-        if _is_given(*found.groups()):
-            parts += [text[done : found.start(3)], REMOVED]
-            rest = _REST.match(text, found.end())
-            done = place = rest.end() if rest else found.end()
+    parts, end, place = [], 0, 0
+    while match := pattern.search(text, place):
+        if _is_secret_value(*match.groups()):
+            parts += [text[end : match.start(3)], REMOVED]
+            rest = _REST.match(text, match.end())
+            end = place = rest.end() if rest else match.end()
         else:
-            place = found.end(2)  # the value may be a name of the next: `error: token=...`
-    return "".join([*parts, text[done:]])
+            place = match.end(2)  # the value may be a name of the next: `error: token=...`
+    return "".join([*parts, text[end:]])
 
 
-def _is_given(name: str, between: str, value: str) -> bool:
+def _is_secret_value(name: str, between: str, value: str) -> bool:
     """Whether a secret stands there: in `token=...`, `"token": ...`, `token: 1f9c2...`; `token: a word` is prose."""
     of_tokens = "token" in name.lower()
     sure = "=" in between or between[0] in "\"'" or name.startswith("--") or (not of_tokens and between[-1] in "\"'")

@@ -26,7 +26,7 @@ PLAIN = "hf_efficient.plain"  # an error handler for streams, as "replace" is on
 
 def for_terminal(text: str) -> str:
     """The text with every control character shown as its escape; lines and tabs stay."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def show(text: str) -> None:
@@ -51,7 +51,7 @@ def for_markdown(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     line = "".join(_ENTITIES.get(character, character) for character in for_line(str(value)))
-    line = _MARKDOWN.sub(lambda found: "".join(f"\\{character}" for character in found[0]), line)
+    line = _MARKDOWN.sub(lambda match: "".join(f"\\{character}" for character in match[0]), line)
     first = _FIRST.search(line, 0, 12)
     if first and (first.start() == 0 or line[: first.start()].isdigit()):
         line = f"{line[: first.start()]}\\{line[first.start() :]}"

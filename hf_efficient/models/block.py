@@ -179,7 +179,10 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
     """
     _check_limits(fields, LIMITS | ({family.max_positions: MAX_ROWS} if family.max_positions else {}))
     for stack in family.stacks:
-        sizes = _fields(fields.get(stack.config)) if stack.config else fields
+        sizes = fields
+        if stack.config:  # a sub-config, which may still be what config.json holds
+            part = fields.get(stack.config) or {}
+            sizes = vars(part) if isinstance(part, PreTrainedConfig) else _mapping("a sub-config", part)
         limits = {stack.num_layers: MAX_LAYERS, stack.hidden: MAX_WIDTH, stack.heads: MAX_HEADS}
         limits |= {stack.neurons: MAX_NEURONS} if stack.neurons else {}
         limits |= {name: limit for name, limit in ((stack.kv_heads, MAX_HEADS), (stack.head_dim, MAX_WIDTH)) if name}
@@ -187,11 +190,6 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
         kv_heads = sizes.get(stack.kv_heads) if stack.kv_heads else None
         if kv_heads and sizes.get(stack.heads, 0) % kv_heads:
             raise ConfigError(f"config.json has {stack.kv_heads}={kv_heads}, which does not divide {stack.heads}.")
-
-
-def _fields(config: Any) -> Mapping[str, Any]:
-    """Those of a sub-config, which may still be what config.json holds."""
-    return vars(config) if isinstance(config, PreTrainedConfig) else _mapping("a sub-config", config or {})
 
 
 def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:

@@ -18,18 +18,21 @@ def is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
+def quantization_method(holder: Any) -> Any:
+    """What the `quantization_config` of a config or a quantiser names, usually a text; None where there is none."""
+    config = getattr(holder, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method)
+
+
 def take_floats(model: Any) -> None:
     """Let a model that was loaded from a GGUF file be what it is.
 
     Where transformers has unpacked the file, the weights are plain floats, and the model is still marked as quantised,
     so that it can be neither trained nor saved. Here it loses these marks. Any other model stays as it is.
     """
-    for holder in (model.config, getattr(model, "hf_quantizer", None)):
-        config = getattr(holder, "quantization_config", None)
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        if getattr(method, "value", method) == "gguf":
-            break
-    else:
+    marked_by = (model.config, getattr(model, "hf_quantizer", None))
+    if "gguf" not in map(quantization_method, marked_by):
         return
     if all(parameter.is_floating_point() for parameter in model.parameters()):
         for part in (model, *(module for module in model.modules() if hasattr(module, "config"))):

@@ -103,8 +103,8 @@ def with_block(config: PreTrainedConfig, block: EfficientBlock, **changes: Any) 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The stock config with the same fields. Of the block only `kept_layers` stays: a note that changes nothing."""
-    kept = block_of(config).kept_layers
-    note = {"efficient": EfficientBlock(kept_layers=kept).to_dict()} if kept else {}
+    layers = block_of(config).kept_layers
+    note = {"efficient": EfficientBlock(kept_layers=layers).to_dict()} if layers else {}
     stock = _make(stock_config_class(family_of(config)), config, **note)
     if stock.architectures:
         stock.architectures = [name.removeprefix("Efficient") for name in stock.architectures]
@@ -135,7 +135,13 @@ class EfficientMixin:
         super().__init__(config, *args, **kwargs)
         apply_block(self, block)
         if not block.is_trivial():
-            _seal_parts(self, block)
+            # Stock models inside an efficient one would lose its structure without a word.
+            for part in self.modules():
+                if isinstance(part, PreTrainedModel) and part is not self:
+                    if block.is_converted():
+                        part.set_attn_implementation = refuse_switching
+                    if not isinstance(part.config, EfficientConfigMixin):
+                        part.save_pretrained = part.push_to_hub = partial(_refuse_saving_part, type(part).__name__)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         """As the stock method, but a converted model keeps its attention: another name would silently undo it."""
@@ -162,16 +168,6 @@ class EfficientMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Nothing: transformers would copy this installed source file into every checkpoint."""
-
-
-def _seal_parts(model: PreTrainedModel, block: EfficientBlock) -> None:
-    """In the stock models inside an efficient one, what would lose its structure without a word is an error."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part is not model:
-            if block.is_converted():
-                part.set_attn_implementation = refuse_switching
-            if not isinstance(part.config, EfficientConfigMixin):
-                part.save_pretrained = part.push_to_hub = partial(_refuse_saving_part, type(part).__name__)
 
 
 def refuse_switching(

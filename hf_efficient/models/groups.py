@@ -91,9 +91,12 @@ class Group:
 def groups_of(stack: ModelStack) -> list[Group]:
     """The groups of one stack, layer by layer."""
     groups = [group for index in range(len(stack.layers)) for group in _layer_groups(index, stack)]
-    if stack.family.relative_bias:
-        for kind in stack.attentions:
-            groups = _couple(groups, kind)
+    for kind in stack.attentions if stack.family.relative_bias else ():  # the heads of all layers are one group
+        alike = [group for group in groups if group.kind == kind]
+        layers = tuple(layer for group in alike for layer in group.layers)
+        members = tuple(member for group in alike for member in group.members)
+        union = replace(alike[0], layers=layers, members=members)
+        groups = [union] + [group for group in groups if group.kind != kind]
     return groups
 
 
@@ -149,19 +152,6 @@ def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, 
         Slice(f"{attention.module}.{ATTACHED}.{name}", 0, len(parameter) // units)
         for name, parameter in variant.named_parameters()
     )
-
-
-def _couple(groups: list[Group], kind: str) -> list[Group]:
-    """Join all groups of one kind into one."""
-    together = [group for group in groups if group.kind == kind]
-    joined = Group(
-        stack=together[0].stack,
-        kind=kind,
-        layers=tuple(layer for group in together for layer in group.layers),
-        units=together[0].units,
-        members=tuple(member for group in together for member in group.members),
-    )
-    return [joined] + [group for group in groups if group.kind != kind]
 
 
 def output_module(model: PreTrainedModel, member: Member) -> nn.Module:

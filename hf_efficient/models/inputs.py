@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, check_positive
 from .families import token_limit
 
 MAX_NUMBERS = 1 << 31  # of one input
@@ -33,8 +33,7 @@ def dummy_inputs(
         UnsupportedModelError: the model's main input is something else.
     """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+        check_positive(name, value)
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_ids":
         inputs = _tokens(model, batch_size, sequence_length, generator)
@@ -68,9 +67,9 @@ def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Gener
     ends = fields.get("eos_token_id")
     special = {fields.get("pad_token_id"), fields.get("bos_token_id"), *(ends if isinstance(ends, list) else [ends])}
     ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    drawn = torch.randint(0, len(ordinary), (batch_size, sequence_length), generator=generator)
+    choice = torch.randint(0, len(ordinary), (batch_size, sequence_length), generator=generator)
     inputs = {
-        "input_ids": ordinary[drawn],
+        "input_ids": ordinary[choice],
         "attention_mask": torch.ones(batch_size, sequence_length, dtype=torch.long),
     }
     if config.is_encoder_decoder:

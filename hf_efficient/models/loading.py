@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from ..data.bundled import resolve_model
 from ..errors import CheckpointError, HfEfficientError, shown
 from ..io.checkpoint import CONFIG, MAX_CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
+from .checks import quantization_method
 from .heads import auto_class_of_architecture
 from .weight_names import check_finite, check_sizes, check_weight_names
 
@@ -75,40 +76,29 @@ def load_model(
 
 def _check_folder(auto: Any, folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None) -> None:
     """What can be known before memory is taken: see `io.checkpoint`, and are model and weights of a size?"""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as QUANTIZATIONS
+
     check_links(folder)
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER).is_file():
-            _refuse_adapter(folder)
+            base = read_mapping(folder / ADAPTER).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{folder} holds an adapter of {shown(base)}, not a model. Load that model and the adapter with peft, "
+                "merge them (merge_and_unload) and save the result, or give the model itself."
+            )
         return
     written = read_mapping(folder / CONFIG, MAX_CONFIG)
     tensors = read_weights(folder, written.get("transformers_weights"))
     check_config(folder / CONFIG, tensors)
     if tensors and not (trust_remote_code and "auto_map" in written):
         config = config or _load(transformers.AutoConfig, folder)
-        _check_quantization(config, folder)
+        method = quantization_method(config)
+        if method is not None and method not in QUANTIZATIONS:  # it would be loaded as if it were not quantised
+            raise CheckpointError(
+                f"{folder / CONFIG} names the quantisation {shown(method)}, which this transformers does not know. "
+                f"Known: {', '.join(sorted(map(str, QUANTIZATIONS)))}."
+            )
         check_sizes(_skeleton(auto, config, folder), tensors, folder)
-
-
-def _check_quantization(config: PreTrainedConfig, folder: Path) -> None:
-    """transformers loads what is quantised by an unknown method as if it were not."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
-
-    method = getattr(config, "quantization_config", None)
-    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-    if method is not None and getattr(method, "value", method) not in KNOWN:
-        raise CheckpointError(
-            f"{folder / CONFIG} names the quantisation {shown(method)}, which this transformers does not know. Known: "
-            f"{', '.join(sorted(map(str, KNOWN)))}."
-        )
-
-
-def _refuse_adapter(folder: Path) -> None:
-    """An adapter alone is no model; it names the one that it belongs to."""
-    base = read_mapping(folder / ADAPTER).get("base_model_name_or_path")
-    raise CheckpointError(
-        f"{folder} holds an adapter of {shown(base)}, not a model. Load that model and the adapter with peft, merge "
-        "them (merge_and_unload) and save the result, or give the model itself."
-    )
 
 
 def _skeleton(auto: Any, config: PreTrainedConfig, folder: Path) -> PreTrainedModel:

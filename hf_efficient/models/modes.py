@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import check_positive
 
 
 @contextmanager
@@ -41,8 +41,7 @@ def using_threads(threads: int | None) -> Iterator[int]:
     """
     before = torch.get_num_threads()
     if threads is not None:
-        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-            raise ConfigError(f"threads must be a positive integer or None, got {threads!r}.")
+        check_positive("threads", threads, otherwise=" or None")
         torch.set_num_threads(threads)
     try:
         yield torch.get_num_threads()

@@ -111,11 +111,11 @@ def counts_columns(model: PreTrainedModel, names: Collection[str]) -> bool:
     if "position_ids" not in names or config.is_encoder_decoder or config.get_text_config() is not config:
         return False
     fields = config.to_dict()
-    return bool(fields.get("rope_parameters")) or ("is_decoder" not in fields and _is_decoder(model))
-
-
-def _is_decoder(model: PreTrainedModel) -> bool:
-    if is_known(model.config):
+    if fields.get("rope_parameters"):
+        return True
+    if "is_decoder" in fields:
+        return False
+    if is_known(config):
         return [stack.name for stack in Anatomy.of(model).stacks] == ["decoder"]
     return model.can_generate()
 
@@ -139,14 +139,14 @@ def masks_of(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Ten
 
 def real_inputs(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """The inputs for a forward whose answer, and whose own loss, do not depend on how far the rows are padded."""
-    given = dict(inputs)
+    counted = dict(inputs)
     if _labels_are_tokens(inputs, model):
         mask = list(masks_of(inputs, model).values())[-1]
         labels = _decoder_labels(inputs) if model.config.is_encoder_decoder else inputs["labels"]
-        given["labels"] = real_labels(labels, mask, ahead=int(predicts_next(model)))
+        counted["labels"] = real_labels(labels, mask, ahead=int(predicts_next(model)))
     if counts_columns(model, inspect.signature(model.forward).parameters):
-        given |= first_positions(given)
-    return given
+        counted |= first_positions(counted)
+    return counted
 
 
 def _labels_are_tokens(inputs: Mapping[str, Any], model: PreTrainedModel) -> bool:

@@ -135,12 +135,12 @@ def check_sizes(skeleton: PreTrainedModel, tensors: Mapping[str, Any], folder: P
     Raises:
         CheckpointError: the model would need far more memory than the weights have numbers, or those are integers.
     """
-    held = sum(tensor.size for tensor in tensors.values())
+    numbers = sum(tensor.size for tensor in tensors.values())
     needed = sum(each.numel() for each in skeleton.parameters())
     computed = sum(each.numel() for each in skeleton.buffers())
-    if needed > PACKED * held + SPARE or computed > PACKED * held + 4 * SPARE:
+    if needed > PACKED * numbers + SPARE or computed > PACKED * numbers + 4 * SPARE:
         raise CheckpointError(
-            f"{folder} holds {held:,} numbers, and its config asks for a model of {max(needed, computed):,}. Take "
+            f"{folder} holds {numbers:,} numbers, and its config asks for a model of {max(needed, computed):,}. Take "
             "config.json and the weights from the same checkpoint."
         )
     if getattr(skeleton.config, "quantization_config", None) is not None:

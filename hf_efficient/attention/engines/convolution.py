@@ -159,7 +159,10 @@ def _convolve(query: Tensor | None, key: Tensor | None, x: Tensor, tables: Table
     length = x.shape[2]
     blocks, pairs = _cut(length)
     extra = blocks * BLOCK - length
-    grid = _make_grid(x)
+    nodes = _nodes(x.dtype)
+    points = (2 * torch.arange(BLOCK, dtype=nodes.dtype) + 1) / BLOCK - 1  # the positions of a block, from -1 to 1
+    bases = _basis(points, nodes), _basis(_in_halves(nodes), nodes)
+    grid = _Grid(*(part.to(x) for part in (nodes, *bases)))
     # A pair of blocks of zeros before and after: partners of the first and the last pair.
     x = F.pad(x, (0, 0, 2 * BLOCK, 2 * BLOCK + extra))
     # A moment for each node and feature: with r nodes and M features a block is r M rows of E numbers.
@@ -236,12 +239,6 @@ def _cut(length: int) -> tuple[int, tuple[int, ...]]:
         count = (count + 1) // 2
         pairs.append(count)
     return 2 * pairs[0] if pairs else blocks, tuple(pairs)  # filled up, so that every block has its pair
-
-
-def _make_grid(x: Tensor) -> _Grid:
-    nodes = _nodes(x.dtype)
-    points = (2 * torch.arange(BLOCK, dtype=nodes.dtype) + 1) / BLOCK - 1
-    return _Grid(*(part.to(x) for part in (nodes, _basis(points, nodes), _basis(_in_halves(nodes), nodes))))
 
 
 def _nodes(dtype: torch.dtype) -> Tensor:

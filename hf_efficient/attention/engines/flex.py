@@ -42,12 +42,9 @@ def use_flex(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     if dtype not in DTYPES or any(x.dtype != dtype for x in (query, key, value)):
         return False
-    return min(query.shape[-1], value.shape[-1]) >= MIN_DIM and _has_room(query, key, value)
-
-
-def _has_room(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether this shape has a program already or may get one."""
-    length = _padded_length(query.shape[2])
+    if min(query.shape[-1], value.shape[-1]) < MIN_DIM:
+        return False
+    length = _padded_length(query.shape[2])  # does this shape have a program already, or may it get one?
     shape = (*query.shape[:2], length, query.shape[3], key.shape[1], value.shape[3], query.dtype, query.requires_grad)
     if shape not in _shapes and len(_shapes) < MAX_PROGRAMS:
         _shapes.add(shape)
@@ -161,7 +158,11 @@ def chosen_block_mask(
 ) -> BlockMask:
     """The pairs that `flex_block_attention` allows, for inputs filled up to `_padded_length`."""
     tokens = _Tokens(length, key_mask, global_tokens, causal, chosen.device, blind_padding=True)
-    seen = _seen_blocks(chosen)  # [B or 1, H or 1, N+1, N+1]
+    # [B or 1, N, H or 1, k] numbers -> [B or 1, H or 1, N+1, N+1]; the last block stands for none and sees nothing.
+    chosen = chosen.transpose(1, 2)
+    count = chosen.shape[2]
+    seen = torch.zeros(*chosen.shape[:3], count + 1, dtype=torch.bool, device=chosen.device)
+    seen = F.pad(seen.scatter(-1, chosen.clamp(max=count), True)[..., :count], (0, 1, 0, 1))
     owner = torch.where(tokens.real, (tokens.real.cumsum(-1) - 1) // block_size, seen.shape[-1] - 1)  # [B or 1, S]
     per_row, per_head, padded = seen.shape[0] > 1, seen.shape[1] > 1, key_mask is not None
 
@@ -174,15 +175,6 @@ def chosen_block_mask(
     within = within.scatter(2, owner.unflatten(1, (-1, BLOCK)), 1.0).unsqueeze(1)  # [B or 1, 1, kernel's blocks, N+1]
     table = within @ seen.to(within.dtype) @ within.transpose(-1, -2) > 0
     return tokens.block_mask(is_chosen, table)
-
-
-def _seen_blocks(chosen: Tensor) -> Tensor:
-    """Block numbers [B, N, H, k] -> bool [B, H, N+1, N+1]; the last block stands for no block and sees nothing."""
-    chosen = chosen.transpose(1, 2)
-    count = chosen.shape[2]
-    seen = torch.zeros(*chosen.shape[:3], count + 1, dtype=torch.bool, device=chosen.device)
-    seen = seen.scatter(-1, chosen.clamp(max=count), True)
-    return F.pad(seen[..., :count], (0, 1, 0, 1))
 
 
 class _Tokens:
@@ -210,7 +202,11 @@ class _Tokens:
     def block_mask(self, visible: Callable, table: Tensor) -> BlockMask:
         """The mask of pairs that `visible` allows, inside the blocks of `table` [B or 1, H or 1, N, N], and of the
         global tokens' pairs."""
-        return _block_mask(self._table(table), self._mask_mod(visible))
+        table = self._table(table)  # [B, H, N, N], True where two blocks have a pair to look at
+        counts = table.sum(-1, dtype=torch.int32)
+        # The blocks to visit come first, in their order; the kernel reads `counts` of them.
+        indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=self._mask_mod(visible))
 
     def _table(self, table: Tensor) -> Tensor:
         real, first = (x.unflatten(-1, (-1, BLOCK)).any(-1)[:, None] for x in (self.real, self.first))  # [B, 1, N]
@@ -243,11 +239,3 @@ class _Tokens:
             return pair & is_real(b, k) & (is_real(b, q) if blind else q < end)
 
         return mask_mod
-
-
-def _block_mask(table: Tensor, mask_mod: Callable) -> BlockMask:
-    """[B, H, N, N], True where two blocks have a pair to look at."""
-    counts = table.sum(-1, dtype=torch.int32)
-    # The blocks to visit come first, in their order; the kernel reads `counts` of them.
-    indices = table.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod)

@@ -47,18 +47,15 @@ def lay_out(length: int, seen: int, window: int, causal: bool, scaling: float) -
         left = min(left, count - 1 + (past + size - 1) // size)
         right = min(right, count - 1)
     before = min(past, left * size)  # what lies farther back is out of every window, and comes as sums
-    return Layout(size, left, right, count, before, _far_parts(size, left, right, reach), scaling)
-
-
-def _far_parts(size: int, left: int, right: int, reach: int) -> tuple[slice, ...]:
-    """The first and the last blocks of a span, as far as they hold a key out of the window of some query."""
+    # The far parts: the first and the last blocks of a span, as far as they hold a key out of some query's window.
     span = range(-left, right + 1)  # keys of block b are from b * size - (size - 1) to b * size + size - 1 away
     back = sum(block * size - size + 1 < -reach for block in span) * size
     ahead = sum(block * size + size - 1 > reach for block in span) * size if right else 0
     total = len(span) * size
-    if back + ahead >= total:
-        return (slice(0, total),)
-    return tuple(part for part in (slice(0, back), slice(total - ahead, total)) if part.stop > part.start)
+    far: tuple[slice, ...] = (slice(0, total),)
+    if back + ahead < total:
+        far = tuple(part for part in (slice(0, back), slice(total - ahead, total)) if part.stop > part.start)
+    return Layout(size, left, right, count, before, far, scaling)
 
 
 def cut_queries(x: Tensor, fill: int, layout: Layout, kv_heads: int) -> Tensor:

@@ -111,8 +111,11 @@ def additive_attention(
         inputs = _prepare(query, key, value, key_mask, parts, scaling)
         if dropout:
             inputs = inputs._replace(value=drop_keys(inputs.value, dropout))
-        out = _causal(inputs, None)[0] if causal else _bidirectional(inputs)
-        return out.to(query.dtype)
+        if causal:
+            return _causal(inputs, None)[0].to(query.dtype)
+        parts = (part.unflatten(0, (key.shape[1], -1)) for part in inputs.parts)  # [H, ..] -> [K, G, ..]
+        out = _Bidirectional.apply(inputs.grouped_query(), inputs.key, inputs.value, inputs.real, *parts)
+        return out.flatten(1, 2).to(query.dtype)
 
 
 def additive_decode(
@@ -167,14 +170,6 @@ def _prepare(
     parts = AdditiveParts(*(part.to(dtype) for part in parts))
     parts = parts._replace(query_score=parts.query_score * factor, key_score=parts.key_score * factor)
     return _Inputs(query.to(dtype), key.to(dtype), value.to(dtype), parts, real)
-
-
-def _bidirectional(inputs: _Inputs) -> Tensor:
-    """[B,H,T,D]."""
-    kv_heads = inputs.key.shape[1]
-    groups = inputs.query.shape[1] // kv_heads
-    parts = (part.unflatten(0, (kv_heads, groups)) for part in inputs.parts)
-    return _Bidirectional.apply(inputs.grouped_query(), inputs.key, inputs.value, inputs.real, *parts).flatten(1, 2)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -260,20 +255,16 @@ def _softmax_backward(weights: Tensor, grad: Tensor) -> Tensor:
 
 def _causal(inputs: _Inputs, state: State | None) -> tuple[Tensor, State]:
     """[B,H,T,D] and the state after it; on CPU a few heads at a time, whose sums stay in the cache."""
-    turns = [_causal_heads(inputs, state, turn) for turn in _turns(inputs.grouped_query())]
+    query = inputs.grouped_query()
+    batch, kv_heads, groups, length, _ = query.shape
+    step = kv_heads
+    if not torch.compiler.is_compiling() and query.device.type == "cpu" and query.is_contiguous():
+        step = max(1, TOKENS // (batch * groups * length))  # not where heads lie interleaved
+    turns = [_causal_heads(inputs, state, slice(first, first + step)) for first in range(0, kv_heads, step)]
     if len(turns) == 1:
         return turns[0]
     outs, states = zip(*turns, strict=True)
     return torch.cat(outs, 1), tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True))
-
-
-def _turns(query: Tensor) -> list[slice]:
-    """Key/value heads that go together: on CPU few enough to stay in the cache, unless heads lie interleaved."""
-    batch, kv_heads, groups, length, _ = query.shape
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or not query.is_contiguous():
-        return [slice(0, kv_heads)]
-    step = max(1, TOKENS // (batch * groups * length))
-    return [slice(first, first + step) for first in range(0, kv_heads, step)]
 
 
 def _causal_heads(inputs: _Inputs, state: State | None, chosen: slice) -> tuple[Tensor, State]:

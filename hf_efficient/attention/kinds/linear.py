@@ -221,11 +221,11 @@ class _Causal(torch.autograd.Function):
         for piece in _chunk_pieces(rows):
             states = running_sums(state[piece[:2]], keys[piece].mT @ values[piece])
             before, state[piece[:2]] = states[:, :, :-1], states[:, :, -1]
-            for own in _groups(rows, piece):
-                total = (rows[own] @ keys[piece].mT).tril_() @ values[piece]
-                total += rows[own] @ before
-                inverse[own] = inverse_of(total[..., -1:])
-                out[own] = total[..., :-1].mul_(inverse[own])
+            for group in _groups(rows, piece):
+                total = (rows[group] @ keys[piece].mT).tril_() @ values[piece]
+                total += rows[group] @ before
+                inverse[group] = inverse_of(total[..., -1:])
+                out[group] = total[..., :-1].mul_(inverse[group])
         ctx.save_for_backward(rows, keys, values, sums, inverse, out)
         return out
 
@@ -238,17 +238,17 @@ class _Causal(torch.autograd.Function):
         for piece in cut:
             states = running_sums(state[piece[:2]], keys[piece].mT @ values[piece])
             before, state[piece[:2]] = states[:, :, :-1], states[:, :, -1]
-            for own in _groups(rows, piece):
-                upper = grad[own] * inverse[own]
-                total = torch.cat([upper, -(upper * out[own]).sum(-1, keepdim=True)], -1)
+            for group in _groups(rows, piece):
+                upper = grad[group] * inverse[group]
+                total = torch.cat([upper, -(upper * out[group]).sum(-1, keepdim=True)], -1)
                 weights = (total @ values[piece].mT).tril_()
-                grad_rows[own] = (weights @ keys[piece]).add_(total @ before.mT)
-                grad_keys[piece].add_(weights.mT @ rows[own])
-                grad_values[piece].add_((rows[own] @ keys[piece].mT).tril_().mT @ total)
-                grad_total[own] = total
+                grad_rows[group] = (weights @ keys[piece]).add_(total @ before.mT)
+                grad_keys[piece].add_(weights.mT @ rows[group])
+                grad_values[piece].add_((rows[group] @ keys[piece].mT).tril_().mT @ total)
+                grad_total[group] = total
         state = torch.zeros_like(sums)
         for piece in reversed(cut):
-            terms = sum(rows[own].mT @ grad_total[own] for own in _groups(rows, piece))
+            terms = sum(rows[group].mT @ grad_total[group] for group in _groups(rows, piece))
             states = running_sums(state[piece[:2]], terms.flip(2))
             after, state[piece[:2]] = states[:, :, :-1].flip(2), states[:, :, -1]
             grad_keys[piece].add_(values[piece] @ after.mT)

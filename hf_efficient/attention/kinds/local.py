@@ -282,8 +282,8 @@ def _joined(x: Tensor, count: int, band: _Band) -> list[Tensor]:
     blocks = count + parts - 1
     filled = F.pad(x, (0, 0, band.left, blocks * band.block - band.left - x.shape[2]))
     filled = filled.unflatten(2, (blocks, band.block))
-    joined = [section(filled, 2, first, count) for first in range(parts)]
-    return [*joined[:-1], joined[-1][:, :, :, : span - (parts - 1) * band.block]]
+    windows = [section(filled, 2, first, count) for first in range(parts)]
+    return [*windows[:-1], windows[-1][:, :, :, : span - (parts - 1) * band.block]]
 
 
 def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
