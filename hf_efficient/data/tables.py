@@ -21,7 +21,7 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError, did_you_mean, shown
-from ..io.json import parse_json
+from ..io.json import first_twice, parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,7 +67,7 @@ def read_table(path: str | os.PathLike) -> Dataset:
 
         with open(name, "rb") as file:
             table = FORMATS[ending].read(file)
-        if doubled := _first_twice(table.column_names):
+        if doubled := first_twice(table.column_names):
             raise DataError(f"it has two columns called {doubled!r}. Give each a name of its own.")
         if not table.num_rows:
             raise DataError("it has no rows, where one row or more is needed.")
@@ -116,7 +116,7 @@ def _read_csv(file: IO[bytes], separator: str) -> pa.Table:
         raise DataError("its header has characters of value 0, as UTF-16 has. Save it as UTF-8.")
     if len(header) > MAX_COLUMNS:
         raise DataError(f"its header has {len(header):,} columns, at most {MAX_COLUMNS:,} are read.")
-    if doubled := _first_twice(header):
+    if doubled := first_twice(header):
         raise DataError(f"its header has the column {doubled!r} twice. Give each a name of its own.")
 
     def checked() -> Iterator[list[str]]:
@@ -186,8 +186,13 @@ def _read_json(file: IO[bytes]) -> pa.Table:
     tables, pending = [], []
 
     def flush() -> None:
-        columns = {name: [row.get(name) for row in pending] for name in kinds}
-        tables.append(pa.table({name: _json_column(name, values) for name, values in columns.items()}))
+        columns = {}
+        for name in kinds:
+            try:
+                columns[name] = pa.array([row.get(name) for row in pending])
+            except (pa.ArrowException, OverflowError) as error:
+                raise DataError(f"the values of {name!r} do not fit into one column: {error}.") from error
+        tables.append(pa.table(columns))
         pending.clear()
 
     for place, row in _objects(file):
@@ -214,15 +219,6 @@ def _read_json(file: IO[bytes]) -> pa.Table:
 
 
 KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-
-
-def _json_column(name: str, values: list[Any]) -> pa.Array:
-    import pyarrow as pa
-
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError) as error:
-        raise DataError(f"the values of {name!r} do not fit into one column: {error}.") from error
 
 
 def _objects(file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -305,11 +301,6 @@ def _lines(file: IO[bytes], newline: str | None) -> Iterator[str]:
     finally:
         if not file.closed:  # by whoever opened it, when there was an error
             text.detach()  # else the wrapper would close it
-
-
-def _first_twice(names: list[str]) -> str | None:
-    known: set[str] = set()
-    return next((name for name in names if name in known or known.add(name)), None)  # type: ignore[func-returns-value]
 
 
 class Format(NamedTuple):

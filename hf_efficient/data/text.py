@@ -71,7 +71,9 @@ def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tok
     if "text_pair" in columns:
         rows = list(zip(texts, _strings(batch, indices, columns["text_pair"]), strict=True))
     else:
-        rows = [_halves(text) for text in texts]
+        middles = [len(text) // 2 for text in texts]  # cut at the first space behind it or, without one, there
+        cuts = [max(text.find(" ", middle), middle) for text, middle in zip(texts, middles, strict=True)]
+        rows = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
     pairs = [(index, row) for index, row in zip(indices, rows, strict=True) if row[0].strip() and row[1].strip()]
     inputs = dict(tokenizer([text for _, row in pairs for text in row], truncation=True, max_length=max_length))
     return inputs | {"pair": [index for index, row in pairs for _ in row]}
@@ -79,9 +81,13 @@ def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tok
 
 def tag(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     """The words, joined by spaces; the first token of each carries its label. Rows without words are left out."""
-    words = _words(batch, indices, columns["tokens"])
-    tags = batch[columns["label"]]
+    words, tags = batch[columns["tokens"]], batch[columns["label"]]
     for index, sentence, marks in zip(indices, words, tags, strict=True):
+        if not isinstance(sentence, list) or not all(isinstance(word, str) for word in sentence):
+            raise DataError(
+                f"Row {index} has {sentence!r:.100} in the column {columns['tokens']!r}, where a list of words is "
+                "needed."
+            )
         if marks is None or len(sentence) != len(marks):
             count = "no" if marks is None else len(marks)
             raise DataError(
@@ -204,14 +210,6 @@ def _attended(blocks: list[list[int]]) -> dict[str, list]:
     return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}
 
 
-def _halves(text: str) -> tuple[str, str]:
-    """Cut at the first space behind the middle, or in the middle."""
-    middle = len(text) // 2
-    space = text.find(" ", middle)
-    cut = middle if space < 0 else space
-    return text[:cut], text[cut:]
-
-
 def _labels(words: list[str], numbers: list[int], spans: list[tuple[int, int]]) -> list[int]:
     """A label for each token, by its characters in the joined words; a special token has none (its span is empty)."""
     starts, place = [], 0
@@ -263,13 +261,4 @@ def _strings(batch: dict, indices: list[int], column: str) -> list[str]:
     for index, value in zip(indices, batch[column], strict=True):
         if not isinstance(value, str):
             raise DataError(f"Row {index} has {value!r} in the text column {column!r}, where a string is needed.")
-    return batch[column]
-
-
-def _words(batch: dict, indices: list[int], column: str) -> list[list[str]]:
-    for index, value in zip(indices, batch[column], strict=True):
-        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            raise DataError(
-                f"Row {index} has {value!r:.100} in the column {column!r}, where a list of words is needed."
-            )
     return batch[column]

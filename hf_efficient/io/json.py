@@ -8,6 +8,7 @@ Size and depth are bounded, and text is text: a lone surrogate, which no file co
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ def parse_json(text: str, *, halves: bool = False, unique_keys: bool = False) ->
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        known: set[str] = set()
-        doubled = next(key for key, _ in pairs if key in known or known.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {doubled[:60]!r} is given twice")
+        raise ValueError(f"the key {str(first_twice(key for key, _ in pairs))[:60]!r} is given twice")
     return mapping
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that stood there before."""
+    known: set[str] = set()
+    return next((name for name in names if name in known or known.add(name)), None)  # type: ignore[func-returns-value]

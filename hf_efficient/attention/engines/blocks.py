@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from .flex import flex_block_attention, use_flex
 from .gathered import Rows, Seeing, gathered_attention, positions, take
-from .parts import Options, full_attention, match_heads, sdpa, section, zero_padding
+from .parts import Options, full_attention, match_heads, real_keys, sdpa, section, zero_padding
 from .pieces import count_blocks, spare_block
 from .sums import without_autocast
 
@@ -75,7 +75,7 @@ def _may_look(key_mask: Tensor | None) -> bool:
 def lay_out(query: Tensor, key: Tensor, key_mask: Tensor | None, block: int) -> Layout:
     """Blocks of the keys [B,K,S,D] and of the queries [B,H,T,D], which stand at the last T positions."""
     length, seen = query.shape[2], key.shape[2]
-    real = key.new_ones(1, seen, dtype=torch.bool) if key_mask is None else key_mask
+    real = real_keys(key, key_mask)
     is_query = section(real, 1, seen - length, length)
     count = real.sum(-1, keepdim=True)
     past = count - is_query.sum(-1, keepdim=True)

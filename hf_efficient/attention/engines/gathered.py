@@ -151,8 +151,13 @@ def _softmax(
     mask = None
     if rows.filled is not None or seeing.options.causal or seeing.options.global_tokens:
         mask = _visible(rank, rows, seeing)
-    if table is not None:
-        scores = _scores(table, rank, rows, seeing).to(query.dtype)
+    if table is not None:  # the bias of the pairs, by their distance in the sequence
+        key_at = positions(seeing.order, rows.batch, rows.count, rank[:, 0])
+        query_at = positions(seeing.order, rows.batch, rows.count, rows.rank)
+        offset = key_at.unsqueeze(1) - query_at.unsqueeze(2) + seeing.seen - 1  # [R, s, L]
+        offset = offset.clamp(0, table.shape[0] - 1)
+        scores = table.index_select(0, offset.flatten()).unflatten(0, offset.shape).movedim(-1, 1)  # [R, H, s, L]
+        scores = scores.to(query.dtype)
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     empty = None if rows.filled is None else ~rows.filled[:, None, :, None]
     if empty is not None:
@@ -173,14 +178,6 @@ def _visible(rank: Tensor, rows: Rows, seeing: Seeing) -> Tensor:
     # The first keys of a row are the global tokens; where a chosen block holds one again, it is hidden there.
     in_front = torch.arange(rank.shape[-1], device=rank.device) < seeing.options.global_tokens
     return visible & (in_front | (rank >= seeing.options.global_tokens)).unsqueeze(2)
-
-
-def _scores(table: Tensor, rank: Tensor, rows: Rows, seeing: Seeing) -> Tensor:
-    """The bias [R,H,s,L] of the pairs, by their distance in the sequence."""
-    key_at = positions(seeing.order, rows.batch, rows.count, rank[:, 0])
-    query_at = positions(seeing.order, rows.batch, rows.count, rows.rank)
-    offset = (key_at.unsqueeze(1) - query_at.unsqueeze(2) + seeing.seen - 1).clamp(0, table.shape[0] - 1)  # [R, s, L]
-    return table.index_select(0, offset.flatten()).unflatten(0, offset.shape).movedim(-1, 1)
 
 
 class _ByPieces(torch.autograd.Function):

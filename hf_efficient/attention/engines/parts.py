@@ -121,6 +121,11 @@ def zero_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[T
     return key.masked_fill(padded, 0), value.masked_fill(padded, 0)
 
 
+def real_keys(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """[B, S], or [1, S] of True where there is no padding."""
+    return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+
+
 def toeplitz(vector: Tensor, rows: int, columns: int) -> Tensor:
     """[..., rows+columns-1] -> [..., rows, columns] with entry (i, j) = vector[..., rows-1-i+j].
 

@@ -31,6 +31,7 @@ from ..engines.parts import (
     check_window,
     full_attention,
     match_heads,
+    real_keys,
     sdpa,
     section,
     toeplitz,
@@ -131,7 +132,7 @@ def local_attention(
         band = band._replace(block=min(band.block, length))
     if use_flex(query, key, value, dropout):
         return flex_local_attention(query, key, value, key_mask, window, options)
-    tokens, visible = None, _real(key, key_mask)
+    tokens, visible = None, real_keys(key, key_mask)
     if global_tokens:
         tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
     if length == seen and bias is None and not dropout and torch.compiler.is_exporting():
@@ -179,7 +180,7 @@ def local_decode(
     check_window(window)
     check_shapes(query, key, value, key_mask, None)
     length = query.shape[2]
-    visible = _real(key, key_mask).expand(key.shape[0], -1)
+    visible = real_keys(key, key_mask).expand(key.shape[0], -1)
     global_state: State = ()
     if global_tokens:
         before = state[3:] if state else no_globals(key, value, global_tokens)
@@ -284,11 +285,6 @@ def _joined(x: Tensor, count: int, band: _Band) -> list[Tensor]:
     filled = filled.unflatten(2, (blocks, band.block))
     windows = [section(filled, 2, first, count) for first in range(parts)]
     return [*windows[:-1], windows[-1][:, :, :, : span - (parts - 1) * band.block]]
-
-
-def _real(key: Tensor, key_mask: Tensor | None) -> Tensor:
-    """[B, S], or [1, S] of True where there is no padding."""
-    return key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
 
 
 def _cut(query: Tensor, keys: _Keys, band: _Band) -> _Blocks:

@@ -26,7 +26,15 @@ from ...errors import ConfigError
 from ..config import AttentionConfig
 from ..engines.feature_maps import FEATURE_MAPS, FeatureMapAttention, MapWeights, check_map
 from ..engines.near_far import NearAndFar, common_scale, cut_queries, lay_out, make_masks
-from ..engines.parts import check_positions, check_shapes, check_window, full_attention, section, zero_padding
+from ..engines.parts import (
+    check_positions,
+    check_shapes,
+    check_window,
+    full_attention,
+    real_keys,
+    section,
+    zero_padding,
+)
 from ..engines.sums import add_to_sums, drop_keys, fill_up, group_heads, inverse_of, to_sum, without_autocast
 from ..variant import HeadShape, State
 from .linear import features
@@ -208,7 +216,7 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
     mapped_mask = None if key_mask is None else key_mask[:, :mapped]
     phi_query, phi_key = features(query, key[:, :, :mapped], mapped_mask, absolute, far.map_weights, far.scaling)
     mix = query.new_ones(query.shape[1]) if far.log_mix is None else far.log_mix.to(query.dtype).exp()
-    real = key.new_ones(1, key.shape[2], dtype=torch.bool) if key_mask is None else key_mask
+    real = real_keys(key, key_mask)
     scaling = query.shape[-1] ** -0.5 if far.scaling is None else far.scaling
     return _Inputs(query, key, value, phi_query, phi_key, mix, real, scaling)
 
