@@ -160,9 +160,12 @@ class Search:
             scores[group] = values.new_full((group.units,), -torch.inf)  # what is gone stays gone
             scores[group][names[group]] = values
         kept = self._spend(scores, plan, costs, start, target)
-        if not self.config.rearrange:
-            return kept
-        return {group: _rearranged(gradients[now], names[group], kept[group]) for now, group in present.items()}
+        for now, group in present.items() if self.config.rearrange else ():
+            # Gradients are those of the units that are left, `names` their numbers in the dense model.
+            places = torch.searchsorted(names[group], torch.tensor(kept[group]))
+            chosen = rearrange(gradients[now], tuple(places.tolist()))
+            kept[group] = tuple(names[group][list(chosen)].tolist())
+        return kept
 
     def _present(self, small: Anatomy, plan: PruningPlan) -> dict[Group, Group]:
         """Each group of the small model that units may leave, and which one of the dense model it is."""
@@ -192,12 +195,6 @@ def _without_dropped(costs: Costs, plan: PruningPlan) -> Callable[[Group, int], 
         return costs.of(group, units) * kept / len(group.layers)
 
     return cost
-
-
-def _rearranged(gradients: torch.Tensor, names: torch.Tensor, kept: tuple[int, ...]) -> tuple[int, ...]:
-    """`gradients` are those of the units that are left, `names` their numbers in the dense model."""
-    places = torch.searchsorted(names, torch.tensor(kept))
-    return tuple(names[list(rearrange(gradients, tuple(places.tolist())))].tolist())
 
 
 def kept_groups(dense: Anatomy, plan: PruningPlan) -> list[Group]:
