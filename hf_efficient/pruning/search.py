@@ -150,9 +150,11 @@ class Search:
     def _units(self, small: Anatomy, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """What stays of each group of the dense model, which costs `start` with its kept layers, so that `target` is
         left; from scores of the model as it is now."""
-        # Scores are [units of the small group]; budgets and plans speak of the dense one, so they move to its places.
-        present = self._present(small, plan)
+        # Both lists go through stacks and layers in the same order; the small one lacks the groups of dropped layers.
+        pairs = zip(small.groups, kept_groups(self.dense, plan), strict=True)
+        present = {now: group for now, group in pairs if now.kind in self.config.unit_kinds}
         names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
+        # Scores are [units of the small group]; budgets and plans speak of the dense one, so they move to its places.
         scores_now, gradients = self.scores(small.model, list(present))
         scores: Scores = {}
         for now, values in scores_now.items():
@@ -166,12 +168,6 @@ class Search:
             chosen = rearrange(gradients[now], tuple(places.tolist()))
             kept[group] = tuple(names[group][list(chosen)].tolist())
         return kept
-
-    def _present(self, small: Anatomy, plan: PruningPlan) -> dict[Group, Group]:
-        """Each group of the small model that units may leave, and which one of the dense model it is."""
-        # Both lists go through stacks and layers in the same order; the small one lacks the groups of dropped layers.
-        pairs = zip(small.groups, kept_groups(self.dense, plan), strict=True)
-        return {now: group for now, group in pairs if now.kind in self.config.unit_kinds}
 
     def _spend(self, scores: Scores, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """Allocate by price; where the result can be measured, until that is right."""
