@@ -237,7 +237,8 @@ def _find_state(
     fixed = isinstance(layer, StaticLayer) and torch.compiler.is_compiling()
     trains = module.training and torch.is_grad_enabled()  # `generate` in training mode records no gradients
     keeps_state = has_state and not (trains or fixed or torch.compiler.is_exporting())
-    if _is_stock(layer) and (keeps_state or layer.is_sliding):
+    is_stock = type(layer) in _STOCK or isinstance(layer, _QUANTIZED)
+    if is_stock and (keeps_state or layer.is_sliding):
         layer = layers[index] = _in_place_of(layer, config, keeps_state, keeps_keys)
     if not isinstance(layer, StateLayer):
         return None
@@ -257,10 +258,6 @@ def _layers_of(cache: Cache, index: int) -> list:
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     return cache.layers
-
-
-def _is_stock(layer: Any) -> bool:
-    return type(layer) in _STOCK or isinstance(layer, _QUANTIZED)
 
 
 def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_keys: bool) -> CacheLayerMixin:

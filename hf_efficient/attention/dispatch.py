@@ -135,7 +135,9 @@ def efficient_attention_forward(
         UnsupportedModelError: a 4D mask on a converted layer, `softcap` or attention sinks; weights while decoding
             from a state.
     """
-    _refuse(kwargs)
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"This model uses {name!r} in its attention, which cannot be converted yet.")
     variant = variant_of(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # as transformers' own
     with_weights = _weights_wanted(kwargs)
@@ -155,7 +157,9 @@ def efficient_attention_forward(
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         attention_mask = attention_mask[:, -key.shape[2] :]
     common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key)}
-    window = _window(kwargs.get("sliding_window"), causal)
+    window = kwargs.get("sliding_window")
+    if window is not None and not causal:
+        window = window - 1  # without causality theirs says |i - j| < window (ModernBERT), ours <=
     if variant is None:
         # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
         unbiased_zeros = position_bias is not None and common["bias"] is None
@@ -204,11 +208,6 @@ def _weights(variant: AttentionVariant, query: torch.Tensor, key: torch.Tensor, 
     return query.new_zeros(*query.shape[:3], 0)
 
 
-def _window(sliding_window: int | None, causal: bool) -> int | None:
-    """A model's `sliding_window` as ours: without causality it says |i - j| < window (ModernBERT), ours <=."""
-    return sliding_window - 1 if sliding_window is not None and not causal else sliding_window
-
-
 def _carrier(position_bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """The Toeplitz carrier `[1, H, S+T-1]`, or None for the full-size zeros of a module without a bias table."""
     if position_bias is None:
@@ -224,12 +223,6 @@ def _with_given_mask(query, key, value, mask, dropout, scaling) -> torch.Tensor:
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous()
-
-
-def _refuse(kwargs: dict) -> None:
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"This model uses {name!r} in its attention, which cannot be converted yet.")
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

@@ -37,11 +37,12 @@ class EfficientConfigMixin:
 
     def __post_init__(self, **kwargs):
         fields = {self.attribute_map.get(name, name): value for name, value in (vars(self) | kwargs).items()}
-        check_stock_sizes(fields, family_of(self))
+        family = family_of(self)
+        check_stock_sizes(fields, family)
         super().__post_init__(**kwargs)
         self.block()
         # A config is the first thing that anything needs of a family: only now are its model classes worth making.
-        register_models(family_of(self))
+        register_models(family)
 
     def block(self) -> EfficientBlock:
         """The parsed and checked `efficient` block."""

@@ -4,16 +4,15 @@ Everything the package knows about one architecture stands here, and nowhere els
 entry in `FAMILIES` and one parameter in `tests/families.py`.
 
     family = family_of(model.config)                     # BERT, ViT, Llama, T5, ...
-    for stack, layers in find_stacks(model, family):     # ("encoder", ModuleList of 12 layers)
-        ...
+    family.stacks[0].layers                              # "encoder.layer"
 
 Paths are relative: a stack's `layers` to the base model, all others to one layer. A stack that a class does not have
-(`T5EncoderModel` has no decoder) is left out by `find_stacks`.
+(`T5EncoderModel` has no decoder) is left out by `models.stacks`, where the entries meet configs and modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -23,8 +22,7 @@ from packaging.version import Version
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -89,53 +87,6 @@ class Stack:
         """The config that holds the sizes of this stack."""
         return getattr(config, self.config) if self.config else config
 
-    def is_causal(self, config: PreTrainedConfig) -> bool:
-        """Its self-attention sees no later tokens: decoders, the text of CLIP, and encoders used as decoders."""
-        return self.name in ("decoder", "text") or getattr(config, "is_decoder", False)
-
-    def has_window(self, config: PreTrainedConfig, layer: int) -> bool:
-        """The stock config gives the layer a sliding window of its own."""
-        own = self.own_config(config)
-        types = getattr(own, "layer_types", None)
-        return types[layer] == "sliding_attention" if types else getattr(own, "sliding_window", None) is not None
-
-    def depth(self, config: PreTrainedConfig) -> int:
-        return getattr(self.own_config(config), self.num_layers)
-
-    def width(self, config: PreTrainedConfig) -> int:
-        return getattr(self.own_config(config), self.hidden)
-
-    def num_neurons(self, config: PreTrainedConfig) -> int:
-        own = self.own_config(config)
-        if self.count_neurons:
-            return self.count_neurons(own)
-        assert self.neurons, f"{self.name}: neither `neurons` nor `count_neurons`"
-        return getattr(own, self.neurons)
-
-    def num_heads(self, config: PreTrainedConfig) -> int:
-        return getattr(self.own_config(config), self.heads)
-
-    def num_kv_heads(self, config: PreTrainedConfig) -> int:
-        return getattr(self.own_config(config), self.kv_heads or self.heads)
-
-    def group_size(self, config: PreTrainedConfig) -> int:
-        """Query heads per key/value head: 1 without grouped-query attention."""
-        return self.num_heads(config) // self.num_kv_heads(config)
-
-    def head_width(self, config: PreTrainedConfig) -> int:
-        """The dimension of one head."""
-        own = getattr(self.own_config(config), self.head_dim, None) if self.head_dim else None
-        return own or self.width(config) // self.num_heads(config)
-
-    def cross(self, config: PreTrainedConfig) -> Attention | None:
-        """The cross attention that the layers of this config have, if any."""
-        return self.cross_attention if self.cross_if is None or getattr(config, self.cross_if) else None
-
-    def attentions(self, config: PreTrainedConfig) -> dict[str, Attention]:
-        """The attention modules under the names that sizes and plans use: `heads`, and `cross_heads` if any."""
-        cross = self.cross(config)
-        return {"heads": self.attention} | ({"cross_heads": cross} if cross else {})
-
 
 @dataclass(frozen=True)
 class Family:
@@ -183,17 +134,6 @@ class Family:
     def deepest(self) -> str | None:
         """The stack that no other may outgrow, if there is one."""
         return self.stacks[0].name if self.encoder_sizes_cache else None
-
-    def is_gated(self, config: PreTrainedConfig) -> bool:
-        return self.gated is not None and bool(getattr(config, self.gated))
-
-    def up(self, stack: Stack, config: PreTrainedConfig) -> tuple[str, ...]:
-        """The linears that widen: one, or two (gate and up, perhaps the same fused one) in a gated FFN."""
-        return stack.gated_up if self.is_gated(config) else stack.up
-
-    def down(self, stack: Stack, config: PreTrainedConfig) -> str:
-        """The linear that narrows again."""
-        return stack.gated_down if stack.gated_down and self.is_gated(config) else stack.down
 
     def first_position(self, config: PreTrainedConfig) -> int:
         """The row of a position table that belongs to the first token of a text."""
@@ -571,20 +511,3 @@ def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
         return limit - family.first_position(text)
     rope = getattr(text, "rope_parameters", None) or {}
     return int(limit * rope["factor"]) if rope.get("rope_type") == "dynamic" else limit  # where the scaling sets in
-
-
-def find_stacks(model: PreTrainedModel, family: Family | None = None) -> Iterator[tuple[Stack, nn.ModuleList]]:
-    """The stacks that this model really has, each with its layers."""
-    family = family or family_of(model.config)
-    modules = dict(model.base_model.named_modules())
-    for stack in family.stacks:
-        # CLIPTextModelWithProjection did not say which of its modules is the base model before transformers 5.23.
-        inside = (name for name in modules if name.endswith(f".{stack.layers}"))
-        path = stack.layers if stack.layers in modules else next(inside, None)
-        if path is not None:
-            yield stack, modules[path]
-
-
-def layers_prefix(model: PreTrainedModel, layers: nn.ModuleList) -> str:
-    """The name of a ModuleList in the whole model, as state-dict keys spell it: `bert.encoder.layer`."""
-    return next(name for name, module in model.named_modules() if module is layers)

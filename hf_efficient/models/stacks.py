@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .families import Attention, Family, Stack, find_stacks
+from .families import Attention, Family, Stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,64 +26,81 @@ class ConfigStack:
         return self.entry.name
 
     @property
+    def sizes(self) -> PreTrainedConfig:
+        """The config that holds the sizes of this stack."""
+        return self.entry.own_config(self.config)
+
+    @property
     def depth(self) -> int:
-        return self.entry.depth(self.config)
+        return getattr(self.sizes, self.entry.num_layers)
 
     @property
     def width(self) -> int:
         """The hidden size."""
-        return self.entry.width(self.config)
+        return getattr(self.sizes, self.entry.hidden)
 
     @property
     def num_neurons(self) -> int:
-        return self.entry.num_neurons(self.config)
+        if self.entry.count_neurons:
+            return self.entry.count_neurons(self.sizes)
+        assert self.entry.neurons, f"{self.name}: neither `neurons` nor `count_neurons`"
+        return getattr(self.sizes, self.entry.neurons)
 
     @property
     def num_heads(self) -> int:
-        return self.entry.num_heads(self.config)
+        return getattr(self.sizes, self.entry.heads)
 
     @property
     def num_kv_heads(self) -> int:
-        return self.entry.num_kv_heads(self.config)
+        return getattr(self.sizes, self.entry.kv_heads or self.entry.heads)
 
     @property
     def group_size(self) -> int:
         """Query heads per key/value head: 1 without grouped-query attention."""
-        return self.entry.group_size(self.config)
+        return self.num_heads // self.num_kv_heads
 
     @property
     def head_width(self) -> int:
         """The dimension of one head."""
-        return self.entry.head_width(self.config)
+        field = self.entry.head_dim
+        return (field and getattr(self.sizes, field, None)) or self.width // self.num_heads
 
     @property
     def is_causal(self) -> bool:
-        """Its self-attention sees no later tokens."""
-        return self.entry.is_causal(self.config)
-
-    @property
-    def attentions(self) -> dict[str, Attention]:
-        """The attention modules under the names that sizes and plans use: `heads`, and `cross_heads` if any."""
-        return self.entry.attentions(self.config)
+        """Its self-attention sees no later tokens: decoders, the text of CLIP, and encoders used as decoders."""
+        return self.name in ("decoder", "text") or getattr(self.config, "is_decoder", False)
 
     @property
     def cross(self) -> Attention | None:
         """The cross attention that its layers have, if any."""
-        return self.entry.cross(self.config)
+        needs = self.entry.cross_if
+        return self.entry.cross_attention if needs is None or getattr(self.config, needs) else None
+
+    @property
+    def attentions(self) -> dict[str, Attention]:
+        """The attention modules under the names that sizes and plans use: `heads`, and `cross_heads` if any."""
+        return {"heads": self.entry.attention} | ({"cross_heads": self.cross} if self.cross else {})
 
     @property
     def up(self) -> tuple[str, ...]:
         """The linears that widen: one, or two (gate and up, perhaps the same fused one) in a gated FFN."""
-        return self.family.up(self.entry, self.config)
+        return self.entry.gated_up if self._is_gated else self.entry.up
 
     @property
     def down(self) -> str:
         """The linear that narrows again."""
-        return self.family.down(self.entry, self.config)
+        return self.entry.gated_down if self.entry.gated_down and self._is_gated else self.entry.down
+
+    @property
+    def _is_gated(self) -> bool:
+        return self.family.gated is not None and bool(getattr(self.config, self.family.gated))
 
     def has_window(self, layer: int) -> bool:
         """The stock config gives the layer a sliding window of its own."""
-        return self.entry.has_window(self.config, layer)
+        types = getattr(self.sizes, "layer_types", None)
+        return (
+            types[layer] == "sliding_attention" if types else getattr(self.sizes, "sliding_window", None) is not None
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,5 +125,10 @@ def config_stacks(config: PreTrainedConfig, family: Family) -> tuple[ConfigStack
 def model_stacks(model: PreTrainedModel, family: Family) -> Iterator[ModelStack]:
     """The stacks that this model really has: `T5EncoderModel` has no decoder."""
     names = {module: name for name, module in model.named_modules()}
-    for entry, layers in find_stacks(model, family):
-        yield ModelStack(family, entry, model.config, layers, names[layers])
+    modules = dict(model.base_model.named_modules())
+    for entry in family.stacks:
+        # CLIPTextModelWithProjection did not say which of its modules is the base model before transformers 5.23.
+        inside = (name for name in modules if name.endswith(f".{entry.layers}"))
+        path = entry.layers if entry.layers in modules else next(inside, None)
+        if path is not None:
+            yield ModelStack(family, entry, model.config, modules[path], names[modules[path]])

@@ -45,13 +45,13 @@ def fresh_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
     names = {field.name for field in dataclasses.fields(config_class)} | {"model_type", "num_labels", "head_dim"}
     check_keys(fields, sorted(names), "model.config")
     if tokenizer is not None:
-        own = token_fields(tokenizer, config_class)
-        fields = {name: value for name, value in own.items() if name in names or name.startswith("decoder")} | fields
+        ids = token_fields(tokenizer, config_class)
+        fields = {name: value for name, value in ids.items() if name in names or name.startswith("decoder")} | fields
     if fields["model_type"] in FAMILIES:
         check_stock_sizes(fields, FAMILIES[fields["model_type"]])
     for name, value in fields.items():
         _check_numbers(value, name, f"model.config.{name}")
-    with _told("cannot be made"):
+    with _as_config_error("cannot be made"):
         return transformers.AutoConfig.for_model(**fields)
 
 
@@ -64,7 +64,7 @@ def check_fresh(build: Callable[[], PreTrainedModel]) -> None:
     from ..models.inputs import dummy_inputs
     from ..models.modes import evaluating
 
-    with _told("cannot be built"), _few_parts():
+    with _as_config_error("cannot be built"), _few_parts():
         model = build()
     bytes_needed, memory = 4 * sum(weight.numel() for weight in model.parameters()), _memory()
     if bytes_needed > memory:
@@ -74,7 +74,7 @@ def check_fresh(build: Callable[[], PreTrainedModel]) -> None:
         )
     if model.config.is_encoder_decoder:  # their forwards look at values, and here there are none
         return
-    with _told("cannot read its inputs", but="meta"), evaluating(model), torch.no_grad():
+    with _as_config_error("cannot read its inputs", but="meta"), evaluating(model), torch.no_grad():
         model(**{name: value.to("meta") for name, value in dummy_inputs(model, 1, 8).items()})
 
 
@@ -100,7 +100,7 @@ def _check_numbers(value: Any, name: str, path: str) -> None:
 
 
 @contextmanager
-def _told(what: str, but: str | None = None) -> Iterator[None]:
+def _as_config_error(what: str, but: str | None = None) -> Iterator[None]:
     """Whatever a model of transformers raises is a ConfigError; `but`: not if the message has this word."""
     try:
         yield

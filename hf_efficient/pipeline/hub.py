@@ -140,16 +140,16 @@ def _operations(contents: dict[str, Path | bytes]) -> list[Any]:
     """
     from huggingface_hub import CommitOperationAdd
 
-    made = []
+    operations = []
     for name, what in contents.items():
         try:
             name.encode("utf-8")
-            made.append(CommitOperationAdd(name, str(what) if isinstance(what, Path) else what))
+            operations.append(CommitOperationAdd(name, str(what) if isinstance(what, Path) else what))
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"The file {shown(name)} cannot be uploaded: {for_line(str(error))[:300]} Rename or remove it."
             ) from error
-    return made
+    return operations
 
 
 def collect(source: Path, report: Report, repo_id: str) -> dict[str, Path | bytes]:
@@ -234,7 +234,11 @@ def _with_bounded_waits(response: Any) -> None:
 def _trying(
     attempt: Callable[[], tuple[str, bool]], api: "HfApi", repo_id: str, wait: Callable[[float], None]
 ) -> tuple[str, bool]:
-    """Again after what may pass: no connection, or a fault of the server."""
+    """Again after what may pass: no connection, or a fault of the server.
+
+    huggingface_hub tries uploads of files again by itself, but neither the repository nor the commit; it reads
+    Retry-After only in seconds, and waits as long as a server says.
+    """
     for number in range(1, TRIES + 1):
         try:
             return attempt()

@@ -23,12 +23,10 @@ def measured(
 ) -> Report:
     import torch
 
-    from ..data.bundled import upstream
     from ..data.tasks import TASKS
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
     from ..measurement.scores import load_metrics
-    from ..models.families import family_of
     from ..models.rebuild import is_portable
     from ..runtimes.runtime import Reader, Work, measure_export
 
@@ -52,13 +50,11 @@ def measured(
         baseline_dataset=original.test,
         baseline_collator=original.collator,
     )
-    readers = (
-        Reader(student, prepared.test, prepared.collator),
-        Reader(baseline, original.test, original.collator),
-    )
-    name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
-    base_model, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
+    small = Reader(student, prepared.test, prepared.collator)
+    dense = Reader(baseline, original.test, original.collator)
+    base_model, licence = _origin(recipe, student)
     stages = zip(recipe.folders.values(), records, strict=True)
+    rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
     return Report(
         student=both.alone(),
         teacher=both.baseline,
@@ -78,16 +74,18 @@ def measured(
         ),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
-        exports=tuple(measure_export(facts, folder, *readers, work) for folder, facts in exports),
-        lengths=measure_lengths(
-            student,
-            baseline,
-            settings.lengths or usual_lengths(length),
-            batch_size=settings.batch_size,
-            rounds=min(settings.repeats, 10),
-            threads=threads,
-        ),
+        exports=tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports),
+        lengths=measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds),
     )
+
+
+def _origin(recipe: "Recipe", student: "PreTrainedModel") -> tuple[Any, Any]:
+    """The model that it all began with, and its licence, as far as they are known."""
+    from ..data.bundled import upstream
+    from ..models.families import family_of
+
+    name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
+    return upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
 
 
 def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["PreTrainedModel", tuple[str, ...]]:

@@ -85,8 +85,8 @@ def _run_all(folder: Path, combinations: dict[str, Recipe], announce: Callable[[
 def _check_folder(folder: Path, recipe: Recipe) -> None:
     if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
         return
-    given = inside(folder, RECIPE)
-    if not given.is_file() or Recipe.from_yaml(given).fingerprint() != recipe.fingerprint():
+    recipe_file = inside(folder, RECIPE)
+    if not recipe_file.is_file() or Recipe.from_yaml(recipe_file).fingerprint() != recipe.fingerprint():
         raise CheckpointError(
             f"{folder} is not empty and not a run of this sweep. Choose another output folder, or empty it."
         )

@@ -55,18 +55,18 @@ class Workspace:
             raise CheckpointError(f"{self.folder} is a file; give a folder for the output.")
         if not self.folder.is_dir() or not any(path.name != LOCK for path in self.folder.iterdir()):
             return
-        given = inside(self.folder, RECIPE)
-        if not given.is_file():
+        recipe_file = inside(self.folder, RECIPE)
+        if not recipe_file.is_file():
             raise CheckpointError(
                 f"{self.folder} is not empty and not a run of hf-efficient. Choose another output folder, or empty it."
             )
         try:
-            same = Recipe.from_yaml(given).fingerprint() == self.recipe.fingerprint()
+            same = Recipe.from_yaml(recipe_file).fingerprint() == self.recipe.fingerprint()
         except ValueError as error:
-            raise CheckpointError(f"{given} cannot be read: {error}") from error
+            raise CheckpointError(f"{recipe_file} cannot be read: {error}") from error
         if not same:
             raise CheckpointError(
-                f"{self.folder} holds the run of another recipe (see {given}). Choose another output folder; to "
+                f"{self.folder} holds the run of another recipe (see {recipe_file}). Choose another output folder; to "
                 "continue that run, give exactly its recipe and overrides."
             )
 

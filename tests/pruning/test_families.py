@@ -9,7 +9,7 @@ import transformers
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.classes import block_of
-from hf_efficient.models.families import FAMILIES, family_of, find_stacks
+from hf_efficient.models.families import FAMILIES, family_of
 from hf_efficient.models.groups import unit_parameters
 from hf_efficient.pipeline.report import structure
 from hf_efficient.pruning.cut.surgery import apply_plan
@@ -48,13 +48,13 @@ def test_units_own_every_weight_of_the_layers_but_norms_scales_and_output_biases
     owned = {id(p): part for g in groups for m in g.members for p, part in unit_parameters(model, m)}
     left = [
         (name, parameter)
-        for _, layers in find_stacks(model)
-        for name, parameter in layers.named_parameters()
+        for stack in Anatomy.of(model).stacks
+        for name, parameter in stack.layers.named_parameters()
         if id(parameter) not in owned
     ]
     assert left and all(parameter.ndim == 1 for _, parameter in left)
-    assert owned.keys() <= {id(p) for _, layers in find_stacks(model) for p in layers.parameters()}
-    hidden = family_of(model.config).stacks[0].width(model.config)
+    assert owned.keys() <= {id(p) for stack in Anatomy.of(model).stacks for p in stack.layers.parameters()}
+    hidden = Anatomy.of(model).stacks[0].width
     own = ("q_norm", "k_norm")  # Qwen and Gemma: one for all heads
     assert all(len(parameter) == hidden or any(norm in name for norm in own) for name, parameter in left)
     for group in groups:
@@ -134,8 +134,8 @@ def test_a_student_keeps_the_chosen_layers(name, tmp_path):
     student = build_student(teacher, [0, 2])
     assert set(depths(student).values()) == {2} and type(student) is type(teacher)
     by_hand = copy.deepcopy(teacher)
-    for _, layers in list(find_stacks(by_hand)):
-        del layers[1]
+    for stack in Anatomy.of(by_hand).stacks:
+        del stack.layers[1]
     for key in FAMILIES[name].per_layer:
         setattr(by_hand.config, key, [getattr(teacher.config, key)[layer] for layer in (0, 2)])
         assert getattr(student.config, key) == getattr(by_hand.config, key)
@@ -186,7 +186,7 @@ def test_the_report_counts_what_is_left(form):
     dense = make_form(form)
     plan = {group: tuple(range(1 + i % group.units)) for i, group in enumerate(Anatomy.of(dense).groups)}
     small = apply_plan(Anatomy.of(dense), PruningPlan(units={group.name: kept for group, kept in plan.items()}))
-    group_size = {stack.name: stack.group_size(dense.config) for stack in family_of(dense.config).stacks}
+    group_size = {stack.name: stack.group_size for stack in Anatomy.of(dense).stacks}
     expected = {}
     for group, kept in plan.items():
         for layer in group.layers:

@@ -5,7 +5,6 @@ import torch
 
 from hf_efficient import PruningConfig, plan, prune
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning import prune as pruning
 from hf_efficient.pruning import search
 from hf_efficient.pruning.choose.allocation import choose_layers, drop_layers
@@ -101,7 +100,7 @@ def test_ratios_share_what_is_known_of_the_dense_model(counted, changes):
 def test_the_order_is_found_as_far_as_layers_leave(case):
     """Of 6 layers: 6 forwards for the first that leaves, 5 for the second."""
     dense, data = make(case, 6), batches(case, 1)
-    keys = [(stack.name, index) for stack, layers in find_stacks(dense) for index in range(len(layers))]
+    keys = [(stack.name, index) for stack in Anatomy.of(dense).stacks for index in range(len(stack.layers))]
     costs, forwards = dict.fromkeys(keys, 1.0), []
     dense.register_forward_pre_hook(lambda *_: forwards.append(1))
     whole = loss(Anatomy.of(dense), data)
@@ -159,12 +158,12 @@ def naive_choice(order, costs, remove, exact):
 def test_layers_that_are_skipped_are_not_computed(name):
     """In the dense model and in all those without another layer; and the model is as it was before."""
     model, inputs, ran = make_model(name), make_inputs(name), []
-    [(_, layers), *_] = find_stacks(model)
+    layers = Anatomy.of(model).stacks[0].layers
     part = next(one for one in layers[1].modules() if not [*one.children()] and [*one.parameters()])
     part.register_forward_pre_hook(lambda *_: ran.append(1))
     with torch.no_grad():
         model(**inputs)
-    once, count = len(ran), sum(len(own) for _, own in find_stacks(model))
+    once, count = len(ran), sum(len(stack.layers) for stack in Anatomy.of(model).stacks)
     next(loss_order(Anatomy.of(model), [inputs]))
     assert once > 0 and len(ran) == once * (1 + 1 + count - 1)
     assert not any("forward" in vars(module) for module in model.modules())

@@ -22,7 +22,6 @@ from transformers import (
 
 from hf_efficient import PruningConfig
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import family_of, find_stacks
 from hf_efficient.models.groups import Group, output_weight
 
 HIDDEN, HEADS, WIDTH, NEURONS, VOCABULARY, LABELS = 32, 4, 8, 48, 40, 3
@@ -195,7 +194,7 @@ def logits(model: PreTrainedModel, inputs: Batch) -> torch.Tensor:
 
 
 def depths(model: PreTrainedModel) -> dict[str, int]:
-    return {stack.name: len(layers) for stack, layers in find_stacks(model)}
+    return {stack.name: len(stack.layers) for stack in Anatomy.of(model).stacks}
 
 
 def sizes(model: PreTrainedModel) -> dict[tuple[str, str, int], int]:
@@ -237,7 +236,7 @@ def measured_macs(model, inputs) -> int:
         model(**inputs)
     counts = counter.get_flop_counts()
     names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
-    layers = {id(layer) for _, modules in find_stacks(model) for layer in modules}
+    layers = {id(layer) for stack in Anatomy.of(model).stacks for layer in stack.layers}
     return sum(sum(counts.get(name, {}).values()) for name, module in names.items() if id(module) in layers) // 2
 
 
@@ -248,4 +247,4 @@ def config(**changes: Any) -> PruningConfig:
 
 
 def query_heads(model: PreTrainedModel) -> int:
-    return family_of(model.config).stacks[0].num_heads(model.config)
+    return Anatomy.of(model).stacks[0].num_heads

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_efficient import PruningCallback, PruningConfig
-from hf_efficient.models.families import find_stacks
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.groups import unit_parameters
 
 from .tiny import batch, logits, make
@@ -93,4 +93,4 @@ def count(model: PreTrainedModel) -> int:
 
 
 def layer_count(model: PreTrainedModel) -> int:
-    return sum(p.numel() for _, layers in find_stacks(model) for p in layers.parameters())
+    return sum(p.numel() for stack in Anatomy.of(model).stacks for p in stack.layers.parameters())

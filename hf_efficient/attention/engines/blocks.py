@@ -133,7 +133,8 @@ def block_attention(
         return flex_block_attention(query, key, value, key_mask, chosen, layout.block, options)
     globals_see = options.global_tokens > 0 and not options.causal
     # Indices lead to real keys alone, except in a row that has none; global tokens as queries look at all keys.
-    if globals_see or not _every_row_is_real(key_mask):
+    every_row_is_real = key_mask is None or (_may_look(key_mask) and bool(key_mask.any(-1).all()))
+    if globals_see or not every_row_is_real:
         key, value = zero_padding(key, value, key_mask)
     query, key, value = _autocast(query, key, value)
     blocks = _query_blocks(query, layout)
@@ -155,11 +156,6 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor 
         return out
     is_query = section(key_mask, 1, key.shape[2] - query.shape[2], query.shape[2])
     return out.masked_fill(~is_query[:, None, :, None], 0)
-
-
-def _every_row_is_real(key_mask: Tensor | None) -> bool:
-    """Whether each row is known to have a real token; then no index leads to a padded one."""
-    return key_mask is None or (_may_look(key_mask) and bool(key_mask.any(-1).all()))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -136,7 +136,9 @@ def kernel_attention(
         value = value.to(dtype)
         if dropout:
             value = drop_keys(value, dropout)
-        ones = torch.ones_like(value[..., :1]) if key_mask is None else _column(key_mask, value)
+        ones = torch.ones_like(value[..., :1])  # [B, K, S, 1]: 1 at real keys, so that its sum is the normaliser
+        if key_mask is not None:
+            ones = key_mask[:, None, :, None].to(value.dtype).expand_as(ones)
         rate = (-log_width.to(dtype)).exp().unflatten(0, (kv_heads, groups))
 
         def weigh(distance: Tensor) -> Tensor:  # [...] -> [K, G, ...]
@@ -161,11 +163,6 @@ def _features(query: Tensor, key: Tensor, key_mask: Tensor | None, rows: Tensor)
 def _project(x: Tensor, rows: Tensor) -> Tensor:
     """rows @ x/|x|: [.., D] -> [.., M]."""
     return (x @ rows.mT) * (x.square().sum(-1, keepdim=True) + TINY).rsqrt()
-
-
-def _column(key_mask: Tensor, value: Tensor) -> Tensor:
-    """[B,K,S,1]: 1 at real keys, else 0."""
-    return key_mask[:, None, :, None].to(value.dtype).expand(-1, value.shape[1], -1, -1)
 
 
 def _divide(sums: Tensor, is_query: Tensor | None) -> Tensor:

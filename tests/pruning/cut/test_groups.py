@@ -5,7 +5,6 @@ import torch
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import find_stacks
 from hf_efficient.models.groups import Slice, expand
 from hf_efficient.pruning.price.costs import total_cost, unit_cost
 
@@ -79,7 +78,7 @@ def test_dense_macs_are_what_the_flop_counter_sees(case):
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_of_all_layers(case):
     model = make(case)
-    by_hand = sum(p.numel() for _, layers in find_stacks(model) for p in layers.parameters())
+    by_hand = sum(p.numel() for stack in Anatomy.of(model).stacks for p in stack.layers.parameters())
     assert total_cost(model, "parameters", LENGTH) == by_hand
 
 

@@ -7,7 +7,6 @@ import torch
 
 from hf_efficient import AttentionConfig, convert_attention, prune
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.methods import UNIT_KINDS as KINDS
 from hf_efficient.pruning.plan import PruningPlan
@@ -78,14 +77,14 @@ def test_the_original_stays_as_it_is(case):
 def keep_by_hand(model, kept: dict[str, tuple[int, ...]]):
     """A stock model whose ModuleLists are edited in place."""
     edited = copy.deepcopy(model)
-    for stack, layers in list(find_stacks(edited)):
-        chosen = torch.nn.ModuleList([layers[i] for i in kept[stack.name]])
+    for stack in Anatomy.of(edited).stacks:
+        chosen = torch.nn.ModuleList([stack.layers[i] for i in kept[stack.name]])
         for index, layer in enumerate(chosen):
             for module in (module for module in layer.modules() if "layer_idx" in vars(module)):
                 module.layer_idx = index  # its place in the cache
-        owner, _, name = stack.layers.rpartition(".")
+        owner, _, name = stack.entry.layers.rpartition(".")
         setattr(edited.base_model.get_submodule(owner), name, chosen)
-        setattr(edited.config, stack.num_layers, len(chosen))
+        setattr(edited.config, stack.entry.num_layers, len(chosen))
     return edited
 
 
@@ -166,11 +165,11 @@ def test_attention_configs_follow_their_layer(case):
     dense = make(case)
     one, two = (AttentionConfig("local", window=size, global_tokens=0) for size in (1, 2))
     windows = {0: one, 1: two, 2: AttentionConfig()}
-    stacks = [stack.name for stack, _ in find_stacks(dense)]
+    stacks = [stack.name for stack in Anatomy.of(dense).stacks]
     chosen = {index: windows[index] for index in windows if index < min(depths(dense).values())}
     converted = convert_attention(dense, chosen)
     kept = {name: tuple(i for i in range(depths(dense)[name]) if i != 1) for name in stacks}
-    small = apply_plan(converted, PruningPlan(layers=kept))
+    small = apply_plan(Anatomy.of(converted), PruningPlan(layers=kept))
     entries = small.config.efficient["stacks"]
     for name in stacks:
         expected = [chosen.get(i, AttentionConfig()).to_dict() for i in kept[name]]
@@ -187,7 +186,7 @@ def test_kept_layers_compose(case):
     stacks = list(depths(dense))
     once = apply_plan(Anatomy.of(dense), PruningPlan(layers=dict.fromkeys(stacks, (0, 2, 3))))
     narrow = prune(once, config(ratio=0.3))
-    twice = apply_plan(narrow, PruningPlan(layers=dict.fromkeys(stacks, (1, 2))))
+    twice = apply_plan(Anatomy.of(narrow), PruningPlan(layers=dict.fromkeys(stacks, (1, 2))))
     assert once.config.efficient["kept_layers"] == {name: [0, 2, 3] for name in stacks}
     assert twice.config.efficient["kept_layers"] == {name: [2, 3] for name in stacks}
 

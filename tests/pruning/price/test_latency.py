@@ -10,7 +10,6 @@ from hf_efficient import AttentionConfig, ConfigError, PruningCallback, PruningC
 from hf_efficient.attention.dispatch import variant_of
 from hf_efficient.errors import UnsupportedModelError
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import family_of, find_stacks
 from hf_efficient.pruning.price import correction, latency
 from hf_efficient.pruning.price import latency_table as tables
 from hf_efficient.pruning.price.latency import latency_costs, latency_table
@@ -26,12 +25,11 @@ LOCAL = 3.0  # how much dearer a head of local attention is
 
 def seconds_of(model, bend: float = 0.0) -> float:
     """With `bend` parts together cost more than alone, as on real machines."""
-    family = family_of(model.config)
-    stacks = {stack.name: (stack, layers) for stack, layers in find_stacks(model, family)}
-    layers = sum(len(modules) for _, modules in stacks.values())
+    anatomy = Anatomy.of(model)
+    layers = sum(len(stack.layers) for stack in anatomy.stacks)
     units = 0.0
-    for group in Anatomy.of(model).groups:
-        stack, _ = stacks[group.stack]
+    for group in anatomy.groups:
+        stack = anatomy.stack(group.stack).entry
         for member in group.members:
             dear = 1.0
             if group.kind == "heads":

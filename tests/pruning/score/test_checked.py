@@ -10,7 +10,6 @@ from hf_efficient import CheckpointError, ConfigError, DataError, PruningConfig,
 from hf_efficient.errors import UnsupportedModelError
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.block import EfficientBlock
-from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning.callback import STATE_FILE
 from hf_efficient.pruning.callback import _read as read_state
 from hf_efficient.pruning.gradual.schedule import Gradual
@@ -30,7 +29,7 @@ UNITS = ["fisher", "taylor", "activation", "magnitude", "random"]
 
 
 def spoil(model, value: float, layer: int = 1) -> str:
-    [(_, layers), *_] = find_stacks(model)
+    layers = Anatomy.of(model).stacks[0].layers
     name, parameter = next(iter(layers[layer].named_parameters()))
     with torch.no_grad():
         parameter.view(-1)[3] = value
@@ -60,7 +59,7 @@ def test_a_plan_is_not_carried_out_on_such_weights():
 @torch.no_grad()
 def overflow(model, layer: int) -> None:
     """Finite weights whose products are not."""
-    [(_, layers), *_] = find_stacks(model)
+    layers = Anatomy.of(model).stacks[0].layers
     for parameter in layers[layer].parameters():
         parameter.fill_(3e38)
 

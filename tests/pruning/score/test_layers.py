@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from hf_efficient import ConfigError, DataError, PruningConfig, prune
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.families import find_stacks
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.score.calibration import answer_of
@@ -21,8 +20,8 @@ from ..tiny import batches, depths, make
 @torch.no_grad()
 def make_idle(model, index: int) -> None:
     """A layer whose attention and FFN write nothing: in a pre-norm network it hands on what it gets."""
-    for _, layers in find_stacks(model):
-        for module in layers[index].modules():
+    for stack in Anatomy.of(model).stacks:
+        for module in stack.layers[index].modules():
             for name in ("o_proj", "down_proj", "o", "wo", "fc2"):
                 part = getattr(module, name, None)
                 if part is not None:
@@ -37,20 +36,20 @@ def test_an_idle_layer_is_the_first_to_leave(case, idle, score):
     model = make(case)
     make_idle(model, idle)
     scores = score(Anatomy.of(model), batches(case))
-    for stack, layers in find_stacks(model):
+    for stack in Anatomy.of(model).stacks:
         own = {layer: value for (name, layer), value in scores.items() if name == stack.name}
-        assert min(own, key=own.__getitem__) == idle and len(own) == len(layers)
+        assert min(own, key=own.__getitem__) == idle and len(own) == len(stack.layers)
 
 
 @pytest.mark.parametrize("case", ["llama", "vit"])
 def test_the_first_to_leave_is_the_one_without_which_the_answer_changes_least(case):
     """Against surgery: each layer really removed, the KL divergence written out."""
     model, data = make(case), batches(case)
-    [(stack, layers)] = find_stacks(model)
+    [stack] = Anatomy.of(model).stacks
     changes = {}
     with torch.no_grad():
-        for gone in range(len(layers)):
-            kept = tuple(i for i in range(len(layers)) if i != gone)
+        for gone in range(len(stack.layers)):
+            kept = tuple(i for i in range(len(stack.layers)) if i != gone)
             small = apply_plan(Anatomy.of(model), PruningPlan(layers={stack.name: kept}))
             changes[gone] = 0.0
             for batch in data:
@@ -61,7 +60,7 @@ def test_the_first_to_leave_is_the_one_without_which_the_answer_changes_least(ca
                     apart = (apart * mask).sum() / mask.sum() * len(apart)
                 changes[gone] += float(apart.sum())
     order = {layer: rank for (_, layer), rank in loss(Anatomy.of(model), data).items()}
-    assert sorted(order.values()) == list(range(len(layers)))
+    assert sorted(order.values()) == list(range(len(stack.layers)))
     assert min(order, key=order.get) == min(changes, key=changes.get)
 
 
