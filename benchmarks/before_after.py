@@ -35,8 +35,10 @@ def attention_work(kind: str, backward: bool) -> Callable[[], object]:
 
     from hf_efficient import AttentionConfig, convert_attention
 
-    sizes = dict(hidden_size=384, num_attention_heads=12, intermediate_size=384, num_hidden_layers=1, vocab_size=64)
-    model = convert_attention(BertModel(BertConfig(**sizes, max_position_embeddings=LENGTH)), AttentionConfig(kind=kind))
+    sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 384, "num_hidden_layers": 1}
+    model = convert_attention(
+        BertModel(BertConfig(**sizes, vocab_size=64, max_position_embeddings=LENGTH)), AttentionConfig(kind=kind)
+    )
     ids = torch.randint(0, 64, (1, LENGTH))
 
     def forward() -> None:
@@ -53,7 +55,7 @@ def small_classifier(layers: int):
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=256, num_attention_heads=8, intermediate_size=1024, num_hidden_layers=layers)
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024, "num_hidden_layers": layers}
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=500, max_position_embeddings=128))
 
 
@@ -78,7 +80,10 @@ def pruned_forward_work() -> Callable[[], object]:
 
     from hf_efficient import PruningConfig, prune
 
-    model, batch = prune(small_classifier(6), PruningConfig(ratio=0.5, importance="magnitude")).eval(), calibration()[0]
+    model, batch = (
+        prune(small_classifier(6), PruningConfig(ratio=0.5, importance="magnitude")).eval(),
+        calibration()[0],
+    )
 
     def forward() -> None:
         with torch.inference_mode():
@@ -98,9 +103,9 @@ def distillation_work() -> Callable[[], object]:
     rows = {"input_ids": torch.randint(0, 500, (64, 64)).tolist(), "labels": [0, 1] * 32}
     data = Dataset.from_dict(rows | {"attention_mask": [[1] * 64] * 64})
     folder = tempfile.mkdtemp()
-    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True)
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     losses = {"ce": 1.0, "kd": 1.0, "hidden": 1.0}
-    arguments = DistillationArguments(output_dir=folder, losses=losses, max_steps=8, **quiet)
+    arguments = DistillationArguments(output_dir=folder, losses=losses, max_steps=8, use_cpu=True, **quiet)
 
     def train() -> None:
         DistillationTrainer(build_student(teacher, layers=2), arguments, teacher=teacher, train_dataset=data).train()
