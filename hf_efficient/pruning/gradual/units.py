@@ -72,6 +72,7 @@ class UnitRemoval(Removal[Group]):
             gone = removed & _zero_units(model, group)  # fewer, if the Trainer went back to its best checkpoint
             kept[group.name] = tuple((~gone).nonzero().flatten().tolist())
         become(model, apply_plan(Anatomy.of(model), PruningPlan(units=kept)))
+        del self.anatomy  # it holds the large layers
         return 1 - total_cost(model, self.config.metric, self.length) / self.costs.total
 
 
