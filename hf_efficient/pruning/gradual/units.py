@@ -77,6 +77,7 @@ class UnitRemoval(Removal[Group]):
                 gone &= ~member.output.by_unit(read).any(1).cpu()
             kept[group.name] = tuple((~gone).nonzero().flatten().tolist())
         become(model, apply_plan(Anatomy.of(model), PruningPlan(units=kept)))
+        del self.anatomy  # it holds the large layers
         return 1 - total_cost(model, self.config.metric, self.length) / self.costs.total
 
 
