@@ -146,24 +146,24 @@ def _hub_task(task: str) -> str:
 
 def _relation(report: Report) -> str:
     """The Hub's word for what the model is to its base; `quantized` only if nothing else was done."""
-    done = {
+    steps = {
         stage.name
         for stage in report.stages
         if stage.name != "export" and (stage.name, stage.settings) != ("teacher", {})
     }
-    return "quantized" if done == {"quantize"} else "finetune"
+    return "quantized" if steps == {"quantize"} else "finetune"
 
 
 def _emissions(report: Report) -> dict[str, Any] | None:
     """Of training, in grams, as the Hub's metadata has it; None unless tracked, in a country that is known."""
-    used = report.footprint
-    if used is None or used.co2_grams is None:
+    footprint = report.footprint
+    if footprint is None or footprint.co2_grams is None:
         return None
     return {
-        "emissions": used.co2_grams,
-        "source": for_line(f"{used.tool}, {used.source}"),
+        "emissions": footprint.co2_grams,
+        "source": for_line(f"{footprint.tool}, {footprint.source}"),
         "training_type": "fine-tuning" if _hub_id(report.base_model) else "pre-training",
-        "geographical_location": None if used.country is None else for_line(str(used.country)),
+        "geographical_location": None if footprint.country is None else for_line(str(footprint.country)),
         "hardware_used": for_line(describe_machine(report)),
     }
 

@@ -102,8 +102,8 @@ def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
         if name not in actions:
             raise unknown_name(f"key in {config.config}", name, actions)
         actions[name].required = False
-    own = {name: value for name, value in _defaults(rest, values).items() if name in actions}
-    parser.set_defaults(**own | values)
+    usual = {name: value for name, value in _defaults(rest, values).items() if name in actions}
+    parser.set_defaults(**usual | values)
     return parser.parse_args_into_dataclasses(rest)[: len(kinds)]
 
 
