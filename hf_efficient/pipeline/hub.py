@@ -209,10 +209,17 @@ def _patient_for_so_long() -> Iterator[None]:
 
     usual = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
 
+    def bounded(response: Any) -> None:
+        pause = _seconds_to_wait(response)
+        for name in ("Retry-After", "RateLimit"):
+            response.headers.pop(name, None)
+        if pause:
+            response.headers["Retry-After"] = str(round(pause))
+
     def limited() -> Any:
         client = usual()
         client.timeout = PATIENCE
-        client.event_hooks["response"].append(_with_bounded_waits)
+        client.event_hooks["response"].append(bounded)
         return client
 
     set_client_factory(limited)
@@ -220,14 +227,6 @@ def _patient_for_so_long() -> Iterator[None]:
         yield
     finally:
         set_client_factory(usual)
-
-
-def _with_bounded_waits(response: Any) -> None:
-    pause = _seconds_to_wait(response)
-    for name in ("Retry-After", "RateLimit"):
-        response.headers.pop(name, None)
-    if pause:
-        response.headers["Retry-After"] = str(round(pause))
 
 
 def _trying(

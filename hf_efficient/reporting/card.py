@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import TASKS
 from ..io.disk import write_atomic
-from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code, python_literal
+from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
 from .tables import (
@@ -28,7 +28,7 @@ from .tables import (
     markdown_structure,
     markdown_table,
 )
-from .usage import loading_snippet
+from .usage import export_snippet, loading_snippet
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -84,7 +84,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         energy=describe_energy(report.student),
         footprint=describe_footprint(report),
         snippet=Markup(loading_snippet(report, repo_id)),
-        export_snippet=_export_snippet(report, repo_id),
+        export_snippet=Markup(export_snippet(report, repo_id)),
         export_needs=markdown_code(next(iter(report.exports[0].runtime.split()), "")) if report.exports else "",
         recipe=Markup(recipe),
         fence=Markup("`" * max(3, 1 + longest_run("`", recipe))),  # longer than any run of backticks inside
@@ -122,14 +122,6 @@ def recipe_text(report: Report) -> str:
         yaml.safe_dump(_said(report.recipe), sort_keys=False, allow_unicode=each).rstrip() for each in (True, False)
     )
     return next((text for text in texts if for_terminal(text) == text), "")  # no control character stands in it
-
-
-def _export_snippet(report: Report, repo_id: str) -> Markup:
-    """Python that loads the first of the exports."""
-    if not report.exports:
-        return Markup()
-    place, folder = python_literal(repo_id), python_literal(report.exports[0].folder)
-    return Markup(f"model = ExportedModel.from_pretrained({place}, subfolder={folder})")
 
 
 def _said(value: Any) -> Any:
