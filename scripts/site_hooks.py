@@ -83,7 +83,7 @@ def site_link(folder: Path, target: str, page: str) -> str:
 
 def arguments_table() -> str:
     """The fields that `DistillationArguments` adds, with the help that the command line shows; read, not imported."""
-    source = (ROOT / "hf_efficient/distillation/arguments.py").read_text(encoding="utf-8")
+    source = (ROOT / "hf_efficient/distillation/options.py").read_text(encoding="utf-8")
     body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     rows = ["| argument | default | |", "|---|---|---|"]
     for node in body:

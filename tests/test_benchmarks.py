@@ -293,3 +293,14 @@ def _draw(report: Path, picture: Path) -> None:
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.processes
+def test_two_trees_are_compared_in_turns(tmp_path):
+    output = tmp_path / "trees.json"
+    works = ["pruned forward", "import hf_efficient"]
+    command = [str(ROOT / "benchmarks/before_after.py"), str(ROOT), str(ROOT), "--only", *works, "--rounds", "2"]
+    done = python(*command, "--output", str(output), env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(output.read_text())["cells"]
+    assert set(cells) == set(works) and all(cell["before_s"] > 0 < cell["after_s"] for cell in cells.values())

@@ -50,15 +50,12 @@ def test_named_files_exist():
 def test_the_api_page_has_every_public_name_once():
     listed = re.findall(r"^::: (\S+)$", text(ROOT / "docs" / "api.md"), re.MULTILINE)
     modules = {name: getattr(hf_efficient, name).__module__ for name in hf_efficient.__all__ if name[0] != "_"}
-    modules["measure"] = "hf_efficient.measure"
     assert sorted(listed) == sorted(f"{module}.{name}" for name, module in modules.items())
 
 
 @pytest.mark.parametrize("name", [name for name in hf_efficient.__all__ if name[0] != "_"])
 def test_documented_parameters_are_those_of_the_signature(name):
     public = getattr(hf_efficient, name)
-    if inspect.ismodule(public):  # `measure`, if its folder was imported before the name was asked for
-        public = public.measure
     documented = _documented(inspect.getdoc(public))
     if documented:
         assert documented <= set(inspect.signature(public).parameters)

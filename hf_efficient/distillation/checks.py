@@ -32,8 +32,13 @@ def check_models(
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
     if task.kind != teacher_task.kind or task.stacks != teacher_task.stacks:
         raise UnsupportedModelError(f"{names} do different things. Load both with the same AutoModelFor... class.")
-    if not truncate_vocabulary:
-        _check_vocabularies(student, teacher)
+    sizes = _vocabularies(student, teacher)
+    if len(set(sizes)) > 1 and not truncate_vocabulary:
+        raise UnsupportedModelError(
+            f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]} and both read the same "
+            "input_ids. If the tokenizer is the same and only embeddings are padded, set truncate_vocabulary=True; "
+            "models with different tokenizers cannot be compared token by token."
+        )
     if "kd" in losses:
         _check_labels(task, teacher_task, student, teacher)
     _check_student(student, task)
@@ -172,16 +177,6 @@ def _vocabularies(student: nn.Module, teacher: nn.Module) -> list[int]:
     """Of the models that have one."""
     sizes = [getattr(base_of(model).config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
     return [size for size in sizes if size is not None]
-
-
-def _check_vocabularies(student: nn.Module, teacher: nn.Module) -> None:
-    sizes = _vocabularies(student, teacher)
-    if len(set(sizes)) > 1:
-        raise UnsupportedModelError(
-            f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]} and both read the same "
-            "input_ids. If the tokenizer is the same and only embeddings are padded, set truncate_vocabulary=True; "
-            "models with different tokenizers cannot be compared token by token."
-        )
 
 
 def _check_labels(task: Task, teacher_task: Task, student: nn.Module, teacher: nn.Module) -> None:

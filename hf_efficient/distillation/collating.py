@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import DataError, shown
+from ..models.inputs import check_range
 from ..training.batch import IGNORED, Task, base_of, task_of
 
 IDS = ("input_ids", "decoder_input_ids")
@@ -63,11 +64,12 @@ class CheckedCollator(Collator):
             ) from error
         for name in IDS:
             if self.ids is not None and torch.is_tensor(batch.get(name)):
-                _check(batch[name], self.ids, f"{name} of a batch", "the embeddings of the model")
+                check_range(batch[name], self.ids, f"{name} of a batch", "the embeddings of the model")
         labels = batch.get("labels")
         if self.labels is not None and torch.is_tensor(labels) and not labels.is_floating_point():
             count, what = self.labels
-            _check(labels[labels != IGNORED], count, "labels of a batch", f"{what}, and {IGNORED} where there is none")
+            meaning = f"{what}, and {IGNORED} where there is none"
+            check_range(labels[labels != IGNORED], count, "labels of a batch", meaning)
         return batch
 
 
@@ -79,14 +81,3 @@ def _label_count(task: Task, model: Any) -> tuple[int, str] | None:
     if task.num_labels > 1 and task.kind in ("examples", "tokens"):
         return task.num_labels, f"its {task.num_labels} classes"
     return None
-
-
-def _check(values: Tensor, count: int, what: str, of: str) -> None:
-    if not values.numel():
-        return
-    low, high = (int(end) for end in torch.aminmax(values))
-    if low < 0 or high >= count:
-        raise DataError(
-            f"{what} hold {low if low < 0 else high}; allowed are 0 to {count - 1}, {of}. Use the tokenizer and the "
-            "labels that belong to this model."
-        )

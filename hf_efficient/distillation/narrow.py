@@ -45,7 +45,9 @@ def narrow(model: PreTrainedModel, hidden_size: int, batches: Sequence[Batch] = 
         return model
     config = _narrow_config(anatomy, hidden_size)
     axes = _stream_axes(model, config, full, hidden_size)
-    norms = _norms(model, axes)
+    # The norms of the stream: what has a weight of one axis, along it.
+    modules = {key: model.get_submodule(key.removesuffix(".weight")) for key in axes if key.endswith(".weight")}
+    norms = {key.removesuffix(".weight"): norm for key, norm in modules.items() if norm.weight.dim() == 1}
     scores = _by_activations(model, norms, batches) if batches else _by_weights(model, axes)
     kept = scores.topk(hidden_size).indices.sort().values  # in the teacher's order
     state = dict(model.state_dict())
@@ -138,21 +140,13 @@ def _stream_axes(model: PreTrainedModel, config: PreTrainedConfig, full: int, hi
     return axes
 
 
-def _norms(model: PreTrainedModel, axes: Axes) -> Norms:
-    """The norms of the stream: what has a weight of one axis, along it."""
-    names = [key.removesuffix(".weight") for key in axes if key.endswith(".weight")]
-    return {name: model.get_submodule(name) for name in names if model.get_submodule(name).weight.dim() == 1}
-
-
 def _by_weights(model: PreTrainedModel, axes: Axes) -> Tensor:
     """`[width]`: the squared norm of all weights that read or write each dimension."""
     total = torch.zeros(())
     for name, parameter in model.named_parameters():  # tied ones come once
         for axis in axes.get(name, ()):
-            total = (
-                total
-                + parameter.detach().float().square().movedim(axis, 0).reshape(parameter.shape[axis], -1).sum(1).cpu()
-            )
+            squares = parameter.detach().float().square().movedim(axis, 0)
+            total = total + squares.reshape(parameter.shape[axis], -1).sum(1).cpu()
     return total
 
 

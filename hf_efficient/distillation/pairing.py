@@ -130,12 +130,10 @@ def _projections(
         both = width(student), width(teacher)
         widths = {place_name(name, *place): both for name in of_states for place in places[name]}
         widths |= {"embedding": both} if "embedding" in losses else {}
-    if "attention_output" in pairs:
-        stacks = tuple(pairs["attention_output"])
-        own, other = (output_widths(model, stacks) for model in (student, teacher))
-        for stack, pair in places["attention_output"]:
-            name = place_name("attention_output", stack, pair)
-            widths[name] = (own[stack, pair[0] - 1], other[stack, pair[1] - 1])
+    for name in (name for name in pairs if losses[name].projects_outputs):
+        own, other = (output_widths(model, tuple(pairs[name])) for model in (student, teacher))
+        for stack, pair in places[name]:
+            widths[place_name(name, stack, pair)] = (own[stack, pair[0] - 1], other[stack, pair[1] - 1])
     return make_projections(widths, next(student.parameters()).dtype)
 
 

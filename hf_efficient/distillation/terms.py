@@ -33,12 +33,14 @@ class Loss:
 
     compares: `logits` (of models with a head), `embeddings` (of models without one), `states` (hidden states of mapped
         layers) or `attentions` (queries, keys, values and outputs of mapped layers).
+    projects_outputs: of `attentions`, whether outputs are compared in the teacher's width. States always are.
     """
 
     name: str
     _: KW_ONLY
     compares: str
     needs_teacher: bool = True
+    projects_outputs: bool = False
 
     @property
     def needs_head(self) -> bool:
@@ -131,7 +133,12 @@ LOSSES: dict[str, Loss] = {
         LayerLoss("hidden", compare="distillation.sums:hidden"),
         LayerLoss("attention", compares="attentions", compare="distillation.sums:attention"),
         LayerLoss("relation", compares="attentions", compare="distillation.sums:relation"),
-        LayerLoss("attention_output", compares="attentions", compare="distillation.sums:attention_output"),
+        LayerLoss(
+            "attention_output",
+            compares="attentions",
+            compare="distillation.sums:attention_output",
+            projects_outputs=True,
+        ),
         OutputLoss(
             "embedding", compares="embeddings", mask=f"{_BATCH}.example_mask", total="distillation.sums:embedding"
         ),

@@ -57,14 +57,6 @@ def measure(
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
     """
-    from ..models.inputs import dummy_inputs
-    from ..models.modes import using_threads
-    from .energy import check_energy
-    from .latency import compare_latency
-    from .quality import evaluate_quality
-    from .scores import load_metrics
-    from .size import measure_size
-
     sides = {"model": _Side(model, folder, dataset, collator)}
     if baseline is not None:
         rows = dataset if dataset is None or baseline_dataset is None else baseline_dataset
@@ -73,36 +65,42 @@ def measure(
         _check_model(side.model, name)
     check_positive("repeats", repeats, least=2)
     if energy:
+        from .energy import check_energy
+
         check_energy()
     if not isinstance(metrics, Mapping):
+        from .scores import load_metrics
+
         metrics = load_metrics(metrics)
+    timed = {"rounds": repeats, "warmup": warmup, "threads": threads}
+    scored = {"task": task, "batch_size": evaluation_batch_size, "pooling": pooling, "metrics": metrics}
+    return _measure_sides(sides, (batch_size, sequence_length), timed, scored, energy)
+
+
+def _measure_sides(
+    sides: "dict[str, _Side]", shape: tuple[int, int], timed: dict, scored: dict, energy: bool
+) -> Measurement:
+    """`timed` goes to `compare_latency` (but for the threads), `scored` to `evaluate_quality`."""
+    from ..models.inputs import dummy_inputs
+    from ..models.modes import using_threads
+    from .latency import compare_latency
+    from .quality import evaluate_quality
 
     def inputs_of(each):
-        return dummy_inputs(each, batch_size, sequence_length)
+        return dummy_inputs(each, *shape)
 
-    inputs = {name: inputs_of(side.model) for name, side in sides.items()}
-    with using_threads(threads):
-        models = {name: side.model for name, side in sides.items()}
-        timing = compare_latency(models, inputs_of, rounds=repeats, warmup=warmup)
+    with using_threads(timed.pop("threads")):
+        timing = compare_latency({name: side.model for name, side in sides.items()}, inputs_of, **timed)
         evaluations = {
-            name: evaluate_quality(
-                side.model, side.dataset, side.collator, task, evaluation_batch_size, pooling, metrics
-            )
+            name: evaluate_quality(side.model, side.dataset, side.collator, **scored)
             for name, side in sides.items()
             if side.dataset is not None
         }
         measurements = {
-            name: Measurement(
-                model=type(side.model).__name__,
-                workload=_workload(side.model, inputs[name], timing.threads),
-                size=measure_size(side.model, inputs[name], side.folder),
-                latency=timing.latencies[name],
-                quality=evaluations[name].quality if evaluations else None,
-                energy=_energy(side.model, inputs[name]) if energy else None,
-            )
+            name: side.measurement(inputs_of(side.model), timing, name, evaluations.get(name), energy)
             for name, side in sides.items()
         }
-    if baseline is None:
+    if "baseline" not in sides:
         return measurements["model"]
     return _joined(measurements["baseline"], measurements["model"], timing, evaluations)
 
@@ -115,6 +113,19 @@ class _Side:
     folder: str | Path | None
     dataset: Any
     collator: Callable | None
+
+    def measurement(self, inputs: dict, timing: Any, name: str, evaluation: Any, energy: bool) -> Measurement:
+        """What was measured of it; `timing` has its latency under `name`."""
+        from .size import measure_size
+
+        return Measurement(
+            model=type(self.model).__name__,
+            workload=_workload(self.model, inputs, timing.threads),
+            size=measure_size(self.model, inputs, self.folder),
+            latency=timing.latencies[name],
+            quality=evaluation.quality if evaluation else None,
+            energy=_energy(self.model, inputs) if energy else None,
+        )
 
 
 def _check_model(model: Any, name: str) -> None:

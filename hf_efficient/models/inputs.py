@@ -1,4 +1,4 @@
-"""Random inputs of a wanted size for any model that takes tokens, pixels or sound.
+"""Random inputs of a wanted size for any model that takes tokens, pixels or sound, and a check of others.
 
 dummy_inputs(model, batch_size=1, sequence_length=512)     # {"input_ids": [1, 512], "attention_mask": [1, 512]}
 """
@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, DataError, UnsupportedModelError
 from .families import token_limit
 
 MAX_NUMBERS = 1 << 31  # of one input
@@ -104,6 +104,22 @@ def _pixels(model, batch_size: int, generator: torch.Generator) -> dict[str, tor
     _check_numbers(batch_size, config.num_channels, height, width)
     pixels = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
     return {"pixel_values": pixels.to(model.dtype)}
+
+
+def check_range(values: torch.Tensor, count: int, what: str, meaning: str) -> None:
+    """Refuse ids and labels that a model has no row or class for; `what` they are, and what the `count` numbers mean.
+
+    Raises:
+        DataError: one is below 0, or `count` and more.
+    """
+    if not values.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(values))
+    if low < 0 or high >= count:
+        raise DataError(
+            f"{what} hold numbers from {low} to {high}; allowed are 0 to {count - 1}, {meaning}. Use the tokenizer "
+            "and the labels that belong to this model."
+        )
 
 
 def _check_numbers(*shape: int) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError
@@ -76,7 +75,13 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         check_model(model)
         check_sharding(args, "PruningCallback")
-        _check_optimizer(model, kwargs["optimizer"])
+        trained = {id(weight) for group in kwargs["optimizer"].param_groups for weight in group["params"]}
+        if not any(id(weight) in trained for weight in model.parameters()):
+            raise ConfigError(
+                "The Trainer's optimizer was discarded when pruning ended, or belongs to another model. To train the "
+                "pruned model further, make a new Trainer (where single weights are zero, with the callback "
+                "KeepZeros())."
+            )
         self._release()
         kind = WeightRemoval if "weight" in self.config.granularity else UnitRemoval
         self.removal = kind(Anatomy.of(model), self.settings)
@@ -108,7 +113,10 @@ class PruningCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Change the model object itself, so that `trainer.model` and whoever holds it have the result."""
         self._release()
-        _discard(optimizer)
+        # Let go of the full weights and their moments; the Trainer keeps the empty optimizer.
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["params"] = []
         reached = self.removal.finish(model)
         if reached < self.config.ratio - ROUNDING:
             what = "weights" if "weight" in self.config.granularity else self.config.metric
@@ -134,19 +142,3 @@ def _read(path: Path):
         raise CheckpointError(
             f"{path} cannot be read: {error}. Resume from another checkpoint, or start anew."
         ) from error
-
-
-def _check_optimizer(model: PreTrainedModel, optimizer: Optimizer) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in model.parameters()):
-        raise ConfigError(
-            "The Trainer's optimizer was discarded when pruning ended, or belongs to another model. To train the "
-            "pruned model further, make a new Trainer (where single weights are zero, with the callback KeepZeros())."
-        )
-
-
-def _discard(optimizer: Optimizer) -> None:
-    """Let go of the full weights and their moments; the Trainer keeps the empty optimizer."""
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        group["params"] = []

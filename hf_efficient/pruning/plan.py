@@ -102,6 +102,9 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` reads them back to an equal plan."""
+        forecast = None if self.forecast is None else asdict(self.forecast)
+        if forecast is not None:
+            forecast["layers"] = list(forecast["layers"])  # JSON has no tuples
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -110,7 +113,7 @@ class PruningPlan:
             "chosen": self.chosen,
             "layers": {name: list(kept) for name, kept in self.layers.items()},
             "units": {name: list(kept) for name, kept in self.units.items()},
-            "forecast": None if self.forecast is None else _forecast_dict(self.forecast),
+            "forecast": forecast,
         }
 
     @classmethod
@@ -147,9 +150,16 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, one line for each list; complete or not at all."""
+        lines = []
+        for key, value in self.to_dict().items():
+            if key in ("layers", "units") and value:
+                inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kept)}" for name, kept in value.items())
+                lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
+            else:
+                lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, _layout(self.to_dict()))
+        write_atomic(target, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PruningPlan":
@@ -177,16 +187,14 @@ def _numbers(what: str, data: Any) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"`{what}` of a plan must be a mapping of names to lists, got {type(data).__name__}.")
     if len(data) > MAX_ENTRIES:
         raise ConfigError(f"`{what}` of a plan has {len(data):,} entries, at most {MAX_ENTRIES:,} are read.")
-    return {str(name): _list(f"{what}.{shown(name)[1:-1]}", values) for name, values in data.items()}
-
-
-def _list(what: str, values: Any) -> tuple[int, ...]:
-    good = isinstance(values, list | tuple) and len(values) <= MAX_NEURONS
-    if not good or not all(type(value) is int and abs(value) <= MAX_NEURONS for value in values):
-        raise ConfigError(
-            f"`{what}` of a plan must be a list of at most {MAX_NEURONS:,} integers below that, got {shown(values)}."
-        )
-    return tuple(values)
+    for name, values in data.items():
+        is_list = isinstance(values, list | tuple) and len(values) <= MAX_NEURONS
+        if not is_list or not all(type(value) is int and abs(value) <= MAX_NEURONS for value in values):
+            raise ConfigError(
+                f"`{what}.{shown(name)[1:-1]}` of a plan must be a list of at most {MAX_NEURONS:,} integers below "
+                f"that, got {shown(values)}."
+            )
+    return {str(name): tuple(values) for name, values in data.items()}
 
 
 def _forecast(data: Any) -> Forecast:
@@ -205,20 +213,3 @@ def _forecast(data: Any) -> Forecast:
     if forecast.loads_with not in LOADS_WITH:
         raise unknown_name("loads_with of the plan's forecast", forecast.loads_with, LOADS_WITH)
     return forecast
-
-
-def _forecast_dict(forecast: Forecast) -> dict[str, Any]:
-    """As JSON has it: lists, no tuples."""
-    return asdict(forecast) | {"layers": [asdict(layer) for layer in forecast.layers]}
-
-
-def _layout(data: dict[str, Any]) -> str:
-    """JSON with every innermost list on one line, so that a plan can be read and edited."""
-    lines = []
-    for key, value in data.items():
-        if isinstance(value, dict) and value and key in ("layers", "units"):
-            inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kept)}" for name, kept in value.items())
-            lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
-        else:
-            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"

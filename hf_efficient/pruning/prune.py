@@ -70,7 +70,11 @@ def prune(
     if plan is not None:
         return _carry_out(model, plan, calibration)
     if isinstance(config, PruningConfig) and "weight" in config.granularity:
-        return _with_zeros(model, config, calibration)
+        anatomy, batches = _checked(model, calibration)
+        check_data(config, batches)
+        rest, length = config.without_weights(), config.sequence_length or fitting_length(batches, model)
+        check_reachable(anatomy, config, make_costs(anatomy, "macs", length))
+        return prune_weights(Anatomy.of(prune(model, rest, batches)) if rest else anatomy, config, batches)
     one = search(model, config, calibration)
     return one.cutter.cut(one.plan()).model
 
@@ -87,7 +91,15 @@ def search(model: PreTrainedModel, config: PruningConfig | None, calibration: It
             "A plan names layers, heads and neurons; single weights become zeros and change no size. Call "
             "prune(model, config, calibration), or leave 'weight' out of granularity."
         )
-    _check_data(config, batches)
+    check_learned(config)
+    names = [config.importance] if config.unit_kinds else []
+    names += [config.layer_importance] if "layer" in config.granularity else []
+    for name in names:
+        if (IMPORTANCES | LAYER_IMPORTANCES)[name].needs_data and not batches:
+            raise DataError(
+                f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
+                "Without data use importance='magnitude'."
+            )
     length = config.sequence_length or fitting_length(batches, model)
     return Search(config, Cutter(anatomy, config, batches), _costs(anatomy, config, length), length)
 
@@ -113,14 +125,6 @@ def _check_config(config: object) -> PruningConfig:
     if not isinstance(config, PruningConfig):
         raise ConfigError(f"config must be a PruningConfig, such as PruningConfig(ratio=0.5); got {shown(config)}.")
     return config
-
-
-def _with_zeros(model: PreTrainedModel, config: PruningConfig, calibration: Iterable[Batch] | None) -> PreTrainedModel:
-    anatomy, batches = _checked(model, calibration)
-    check_data(config, batches)
-    rest, length = config.without_weights(), config.sequence_length or fitting_length(batches, model)
-    check_reachable(anatomy, config, make_costs(anatomy, "macs", length))
-    return prune_weights(Anatomy.of(prune(model, rest, batches)) if rest else anatomy, config, batches)
 
 
 def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[Batch] | None) -> PreTrainedModel:
@@ -209,18 +213,6 @@ def _sizes_only(anatomy: Anatomy, config: PruningConfig, length: int) -> Pruning
     groups = [group for group in kept_groups(anatomy, plan) if group.kind in units.unit_kinds]
     kept = allocate_alike(anatomy, groups, units, costs.of, start - (1 - units.ratio) * costs.total)
     return replace(plan, units={group.name: numbers for group, numbers in kept.items()})
-
-
-def _check_data(config: PruningConfig, batches: list[Batch]) -> None:
-    names = [config.importance] if config.unit_kinds else []
-    names += [config.layer_importance] if "layer" in config.granularity else []
-    check_learned(config)
-    for name in names:
-        if (IMPORTANCES | LAYER_IMPORTANCES)[name].needs_data and not batches:
-            raise DataError(
-                f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
-                "Without data use importance='magnitude'."
-            )
 
 
 def _costs(anatomy: Anatomy, config: PruningConfig, length: int) -> Costs:

@@ -150,9 +150,11 @@ class Search:
     def _units(self, small: Anatomy, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """What stays of each group of the dense model, which costs `start` with its kept layers, so that `target` is
         left; from scores of the model as it is now."""
-        # Scores are [units of the small group]; budgets and plans speak of the dense one, so they move to its places.
-        present = self._present(small, plan)
+        # Both lists go through stacks and layers in the same order; the small one lacks the groups of dropped layers.
+        pairs = zip(small.groups, kept_groups(self.dense, plan), strict=True)
+        present = {now: group for now, group in pairs if now.kind in self.config.unit_kinds}
         names = {group: torch.tensor(plan.units.get(group.name, range(group.units))) for group in present.values()}
+        # Scores are [units of the small group]; budgets and plans speak of the dense one, so they move to its places.
         scores_now, gradients = self.scores(small.model, list(present))
         scores: Scores = {}
         for now, values in scores_now.items():
@@ -160,15 +162,12 @@ class Search:
             scores[group] = values.new_full((group.units,), -torch.inf)  # what is gone stays gone
             scores[group][names[group]] = values
         kept = self._spend(scores, plan, costs, start, target)
-        if not self.config.rearrange:
-            return kept
-        return {group: _rearranged(gradients[now], names[group], kept[group]) for now, group in present.items()}
-
-    def _present(self, small: Anatomy, plan: PruningPlan) -> dict[Group, Group]:
-        """Each group of the small model that units may leave, and which one of the dense model it is."""
-        # Both lists go through stacks and layers in the same order; the small one lacks the groups of dropped layers.
-        pairs = zip(small.groups, kept_groups(self.dense, plan), strict=True)
-        return {now: group for now, group in pairs if now.kind in self.config.unit_kinds}
+        for now, group in present.items() if self.config.rearrange else ():
+            # Gradients are those of the units that are left, `names` their numbers in the dense model.
+            places = torch.searchsorted(names[group], torch.tensor(kept[group]))
+            chosen = rearrange(gradients[now], tuple(places.tolist()))
+            kept[group] = tuple(names[group][list(chosen)].tolist())
+        return kept
 
     def _spend(self, scores: Scores, plan: PruningPlan, costs: Costs, start: float, target: float) -> Kept:
         """Allocate by price; where the result can be measured, until that is right."""
@@ -192,12 +191,6 @@ def _without_dropped(costs: Costs, plan: PruningPlan) -> Callable[[Group, int], 
         return costs.of(group, units) * kept / len(group.layers)
 
     return cost
-
-
-def _rearranged(gradients: torch.Tensor, names: torch.Tensor, kept: tuple[int, ...]) -> tuple[int, ...]:
-    """`gradients` are those of the units that are left, `names` their numbers in the dense model."""
-    places = torch.searchsorted(names, torch.tensor(kept))
-    return tuple(names[list(rearrange(gradients, tuple(places.tolist())))].tolist())
 
 
 def kept_groups(dense: Anatomy, plan: PruningPlan) -> list[Group]:

@@ -17,7 +17,7 @@ from ..models.anatomy import Anatomy
 from ..models.rebuild import rebuild
 from .choose.sparsity import Masks, check_structure, choose_masks
 from .config import PruningConfig
-from .cut.linears import Linear, find_linears, matrix, parameter_of
+from .cut.linears import Linear, find_linears, matrix
 from .fit.sparsegpt import sparsegpt, update_kept
 from .methods import WEIGHT_IMPORTANCES
 from .score.stream import Batch
@@ -48,7 +48,9 @@ def prune_weights(anatomy: Anatomy, config: PruningConfig, batches: Sequence[Bat
         if config.reconstruct and batches:
             update_kept(sparse, linears, batches, masks)
         else:
-            _zero(sparse, masks)
+            for linear, mask in masks.items():
+                weight = matrix(sparse, linear)
+                weight.masked_fill_(mask.to(weight.device), 0)
     return sparse
 
 
@@ -89,9 +91,3 @@ def _masks(
         structure=config.structure,
         by_row=config.importance == "activation",
     )
-
-
-@torch.no_grad()
-def _zero(model: PreTrainedModel, masks: Masks) -> None:
-    for linear, mask in masks.items():
-        matrix(model, linear).masked_fill_(mask.to(parameter_of(model, linear).device), 0)

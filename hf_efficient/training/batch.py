@@ -118,18 +118,15 @@ def task_of(model: nn.Module) -> Task:
         )
     if kind == "causal_lm" and len(stacks) == 2:
         kind = "tokens"
+    is_decoder = is_known(base.config) and [stack.name for stack in Anatomy.of(base).stacks] == ["decoder"]
     has_classes = kind == "examples" or "ForTokenClassification" in (auto or base.loss_type or "")
     return Task(
         kind=kind,
         problem=base.config.problem_type if kind == "examples" else SINGLE_LABEL,
         num_labels=base.config.num_labels if has_classes else 0,
         stacks=stacks,
-        is_causal=len(stacks) == 1 and (kind == "causal_lm" or _is_decoder(base)),
+        is_causal=len(stacks) == 1 and (kind == "causal_lm" or is_decoder),
     )
-
-
-def _is_decoder(model: PreTrainedModel) -> bool:
-    return is_known(model.config) and [stack.name for stack in Anatomy.of(model).stacks] == ["decoder"]
 
 
 def _is_headless(names: Collection[str], stacks: tuple[str, ...]) -> bool:

@@ -57,9 +57,11 @@ def check_state(checkpoint: str | Path) -> None:
     Raises:
         CheckpointError: trainer_state.json is not what a training writes.
     """
-    path = Path(checkpoint, STATE)
     with clear_faults(checkpoint, STATE):
-        values = _read_state(path)
+        try:
+            values = read_json(Path(checkpoint, STATE))
+        except CheckpointError as error:  # its advice is another: `clear_faults` says what to do
+            raise ValueError(str(error.__cause__ or error)) from error
         if not isinstance(values, dict):
             raise ValueError(f"it is not a mapping but {shown(values)}")
         if unknown := values.keys() - {item.name for item in fields(TrainerState)}:
@@ -82,13 +84,6 @@ def check_state(checkpoint: str | Path) -> None:
             raise ValueError("stateful_callbacks is not a mapping of mappings")
         if any(type(entry) is not dict for entry in values.get("log_history") or []):
             raise ValueError("log_history is not a list of mappings")
-
-
-def _read_state(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except CheckpointError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
 
 
 @contextmanager

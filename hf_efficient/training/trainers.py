@@ -199,19 +199,16 @@ class StepTrainer(ExactTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and the denominators of all terms, with one collective."""
         batches = self.prepare_step(list(islice(epoch_iterator, num_batches)), device)
-        return batches, self._step_counts(batches, device)
+        counts = [self.counts(inputs) for inputs in batches]
+        if not counts:
+            return batches, None
+        names = list(counts[0])
+        local = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).to(device)
+        return batches, dict(zip(names, self.accelerator.reduce(local, reduction="sum"), strict=True))
 
     def prepare_step(self, batches: list[dict], device: torch.device) -> list[dict]:
         """The micro-batches of one optimizer step, as they will be trained on."""
         return batches
-
-    def _step_counts(self, batches: list[dict], device: torch.device) -> Counts | None:
-        counts = [self.counts(inputs) for inputs in batches]
-        if not counts:
-            return None
-        names = list(counts[0])
-        local = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).to(device)
-        return dict(zip(names, self.accelerator.reduce(local, reduction="sum"), strict=True))
 
     def broken_terms(self) -> list[str]:
         return self.train_meter.broken()
@@ -225,14 +222,11 @@ class StepTrainer(ExactTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer.train`."""
-        self._forget_evaluation()
-        self.train_meter.clear()
-        return super().train(*args, **kwargs)
-
-    def _forget_evaluation(self) -> None:
-        """evaluate() before train() marks the model as prepared, and train() would then not wrap it in DDP."""
+        # evaluate() before train() marks the model as prepared, and train() would then not wrap it in DDP.
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
             vars(self.model)["_is_accelerate_prepared"] = False
+        self.train_meter.clear()
+        return super().train(*args, **kwargs)
 
 
 def restore_renamed(model, checkpoint: str | Path) -> None:

@@ -24,11 +24,18 @@ def absolute_states(at):
     return (at.project("absolute_states", own) - other)[at.mask].abs().mean(-1).sum()
 
 
+def absolute_outputs(at):
+    own, other = at.attentions()
+    return (at.project("absolute_outputs", own.output) - other.output)[at.mask].abs().mean(-1).sum()
+
+
 @pytest.fixture
 def added():
     before = dict(LOSSES)
     register_loss(OutputLoss("absolute", mask=Batch.soft_mask, total=absolute))
     register_loss(LayerLoss("absolute_states", compare=absolute_states))
+    outputs = {"compares": "attentions", "projects_outputs": True}
+    register_loss(LayerLoss("absolute_outputs", compare=absolute_outputs, **outputs))
     yield
     LOSSES.clear()
     LOSSES.update(before)
@@ -38,7 +45,7 @@ def added():
 def test_a_loss_from_outside_trains_a_step(tmp_path, added, case):
     student, teacher = make_pair(case)
     before = [parameter.detach().clone() for parameter in student.parameters()]
-    args = arguments(tmp_path, losses='{"absolute": 1.0, "absolute_states": 2.0}')
+    args = arguments(tmp_path, losses='{"absolute": 1.0, "absolute_states": 2.0, "absolute_outputs": 1.0}')
     trainer = DistillationTrainer(
         student,
         args,
@@ -47,11 +54,13 @@ def test_a_loss_from_outside_trains_a_step(tmp_path, added, case):
         eval_dataset=examples(case),
         data_collator=collate,
     )
-    assert set(trainer.pairs) == {"absolute_states"} and len(trainer.projections) > 0  # the teacher is wider
+    assert set(trainer.pairs) == {"absolute_states", "absolute_outputs"}
+    for name in trainer.pairs:  # the teacher is wider
+        assert any(place.startswith(name) for place in trainer.projections)
     first = trainer.evaluate()
     trainer.train()
     last = trainer.evaluate()
-    for name in ("eval_loss_absolute", "eval_loss_absolute_states", "eval_loss"):
+    for name in ("eval_loss_absolute", "eval_loss_absolute_states", "eval_loss_absolute_outputs", "eval_loss"):
         assert 0 < last[name] < first[name]
     assert any(not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True))
 
@@ -62,7 +71,7 @@ def test_names_that_are_taken_or_no_names_are_refused(added):
             register_loss(OutputLoss(name, mask=Batch.soft_mask, total=absolute))
     with pytest.raises(ConfigError, match="logits, embeddings, states, attentions"):
         register_loss(OutputLoss("other", compares="outputs", mask=Batch.soft_mask, total=absolute))
-    assert list(LOSSES)[-2:] == ["absolute", "absolute_states"]
+    assert list(LOSSES)[-3:] == ["absolute", "absolute_states", "absolute_outputs"]
 
 
 def test_options_of_losses_are_checked_without_torch():

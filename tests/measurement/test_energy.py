@@ -21,7 +21,7 @@ from hf_efficient.reporting.tables import measurement_table, text_table
 from ..families import make_model
 from ..reporting.samples import STUDENT, TEACHER, sample_report
 
-ENERGY = importlib.import_module("hf_efficient.measurement.energy")  # `hf_efficient.measure` may be the function
+ENERGY = importlib.import_module("hf_efficient.measurement.energy")
 
 
 class Tracker:

@@ -104,8 +104,14 @@ def test_every_family(name, tmp_path):
 
 
 def test_linears_are_found_once_and_all_of_them():
-    assert len(find_linears(make_model("bert"))) == 3 * 6 and len(find_linears(make_model("gpt2"))) == 3 * 4
-    assert len(find_linears(make_model("llama"))) == 3 * 7 and len(find_linears(make_model("t5"))) == 3 * 6 + 3 * 10
+    assert (
+        len(find_linears(Anatomy.of(make_model("bert")))) == 3 * 6
+        and len(find_linears(Anatomy.of(make_model("gpt2")))) == 3 * 4
+    )
+    assert (
+        len(find_linears(Anatomy.of(make_model("llama")))) == 3 * 7
+        and len(find_linears(Anatomy.of(make_model("t5")))) == 3 * 6 + 3 * 10
+    )
     model = make_model("gpt2")
     shapes = {linear.name.split(".", 3)[-1]: matrix(model, linear).shape for linear in find_linears(Anatomy.of(model))}
     assert shapes["mlp.c_fc"] == (64, 16) and shapes["mlp.c_proj"] == (16, 64), "[out, in], of a Conv1D too"
@@ -273,7 +279,9 @@ def test_each_layer_reads_the_outputs_of_pruned_ones():
     """The last layer is what SparseGPT makes of its matrix and the inputs that the finished model gives it."""
     dense, data = make("bert").double(), batches("bert")
     sparse = prune(dense, weights(importance="obs"), data)
-    linears = [linear for linear in find_linears(sparse) if linear.name.endswith("layer.2.attention.self.query")]
+    linears = [
+        linear for linear in find_linears(Anatomy.of(sparse)) if linear.name.endswith("layer.2.attention.self.query")
+    ]
     for reads, same in ((sparse, True), (dense, False)):
         gram = collect(reads, linears, data, lambda rows: rows.T @ rows)[linears[0]]
         expected = prune_matrix(matrix(dense, linears[0]), gram, choose_count(512, (32, 32)))
@@ -381,7 +389,7 @@ def test_training_keeps_zeros_where_it_is_told_to(keeps, tmp_path):
     zeros, total = count_zeros(sparse)
     assert (2 * zeros == total) == was_sparsified(sparse) == keeps
     assert not any(parameter._backward_hooks for parameter in sparse.parameters())
-    for linear in find_linears(sparse):
+    for linear in find_linears(Anatomy.of(sparse)):
         kept = before[f"{linear.name}.weight"] != 0
         assert not torch.equal(matrix(sparse, linear)[kept], before[f"{linear.name}.weight"][kept]), "the rest learns"
 

@@ -86,9 +86,9 @@ class Layout:
             "pooling": (self.pooling, POOLINGS),
             "dtype": (self.dtype, DTYPES),
         }
-        for name, (given, known) in names.items():
-            if given not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {given!r}")
+        for name, (choice, known) in names.items():
+            if choice not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {choice!r}")
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature!r}")
         if self.top_k is not None and self.sampled is not None:
@@ -221,8 +221,10 @@ def row_keys(batch: Batch, names: Collection[str]) -> list[bytes]:
     keys = []
     for row in range(batch.size):
         digest = hashlib.sha256()
-        if encoder.dim() == 2:
-            digest.update(_span(encoder[row]).numpy().tobytes())
+        if encoder.dim() == 2:  # from the first real token to the last one: holes in between matter, padding does not
+            where = encoder[row].nonzero().flatten()
+            span = encoder[row][where[0] : where[-1] + 1] if len(where) else encoder[row][:0]
+            digest.update(span.numpy().tobytes())
         for name, value, mask in parts:
             real = value[row] if mask is None else value[row][mask[row]]
             real = real.double() if real.is_floating_point() else real.long()
@@ -230,12 +232,6 @@ def row_keys(batch: Batch, names: Collection[str]) -> list[bytes]:
             digest.update(real.contiguous().numpy().tobytes())
         keys.append(digest.digest())
     return keys
-
-
-def _span(mask: Tensor) -> Tensor:
-    """From the first real token to the last one: holes in between matter, padding does not."""
-    where = mask.nonzero().flatten()
-    return mask[where[0] : where[-1] + 1] if len(where) else mask[:0]
 
 
 def _tensor(logits: Any) -> Tensor:

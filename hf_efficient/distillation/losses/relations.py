@@ -85,7 +85,9 @@ def relation_loss(
     where = _positions(mask, student.query)
     total = student.query.new_zeros(())
     for own, other in zip(*sides, strict=True):  # queries, keys, values: [B, H, T, D] with H and D of each model
-        pieces = [_cut(state, heads) for state in (own, other)]
+        # [B, H, T, D] -> [B, heads, T, H D / heads]
+        flat = [state.transpose(1, 2).flatten(2) for state in (own, other)]
+        pieces = [state.unflatten(-1, (heads, -1)).transpose(1, 2) for state in flat]
         scores = [_scores(piece, piece, where) * piece.shape[-1] ** -0.5 for piece in pieces]
         total = total + _compare(*scores, where, mask, causal=causal, kind="kl")[0]
     return total, mask.sum()
@@ -99,11 +101,6 @@ def _positions(mask: Tensor, query: Tensor) -> Tensor:
 def _for_queries(state: Tensor, query: Tensor) -> Tensor:
     """[B, K, T, D] -> [B, H, T, D]: grouped heads once for each query head."""
     return state.repeat_interleave(query.shape[1] // state.shape[1], dim=1)
-
-
-def _cut(state: Tensor, heads: int) -> Tensor:
-    """[B, H, T, D] -> [B, heads, T, H D / heads]."""
-    return state.transpose(1, 2).flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _scores(query: Tensor, key: Tensor, where: Tensor) -> Tensor:

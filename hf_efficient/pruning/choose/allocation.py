@@ -100,7 +100,8 @@ def allocate_uniform(
     counts = {kind: _common_counts(groups, round_to) for kind, groups in by_kind.items()}
     if heads_divide:
         counts["head"] = [count for count in counts["head"] if count == 0 or heads_divide % count == 0]
-    gains = {group: _gains(score) for group, score in scores.items()}
+    # The total score of the best 0, 1, 2, ... units.
+    gains = {g: [0.0, *s.double().sort(descending=True).values.cumsum(0).tolist()] for g, s in scores.items()}
     best, choice = -inf, None
     for heads in counts["head"]:
         for neurons in counts["neuron"]:
@@ -201,11 +202,6 @@ def _common_counts(groups: list[Group], round_to: int) -> list[int]:
     same = all(group.units == smallest.units for group in groups)
     is_round = smallest.units % _step(smallest, round_to) == 0
     return _remaining(smallest, round_to)[0 if same or is_round else 1 :]
-
-
-def _gains(score: torch.Tensor) -> list[float]:
-    """The total score of the best 0, 1, 2, ... units."""
-    return [0.0, *score.double().sort(descending=True).values.cumsum(0).tolist()]
 
 
 def _best(score: torch.Tensor, count: int) -> tuple[int, ...]:

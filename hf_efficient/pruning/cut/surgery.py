@@ -35,8 +35,16 @@ def apply_plan(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedModel:
         ConfigError: the plan lets a first layer go that has to stay.
     """
     check_plan(anatomy, plan)
+    state = dict(anatomy.model.state_dict())
     # Units first: their groups are named by the layers of the dense model, which then get new numbers.
-    state = _slice_units(anatomy, plan)
+    for group in anatomy.groups:
+        if group.name in plan.units:
+            units = torch.tensor(plan.units[group.name])
+            for member in group.members:
+                for part in member.slices:
+                    name = f"{member.prefix}.{part.name}"
+                    # along part.dim: parts x units x width, of which units become fewer
+                    state[name] = state[name].index_select(part.dim, part.rows(units, state[name]))
     for stack in anatomy.stacks:
         state = _renumber(state, stack, kept_layers(stack, plan))
     return rebuild(anatomy.model, planned_config(anatomy, plan), state)
@@ -50,9 +58,11 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
     unsaid: Sizes = {}  # what the stock config has no field for
     for stack in anatomy.stacks:
         changes, unsaid[stack.name] = _stock_fields(stack, sizes)
-        changes |= _depth_fields(stack, layers[stack.name])
+        kept, family = layers[stack.name], stack.family
+        changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(family.of_depth)
+        changes |= {name: [getattr(stack.sizes, name)[layer] for layer in kept] for name in family.per_layer}
         part = stack.entry.config  # of CLIP: each tower has a config of its own
-        fields |= {part: stack.entry.own_config(anatomy.config).to_dict() | changes} if part else changes
+        fields |= {part: stack.sizes.to_dict() | changes} if part else changes
     return with_block(anatomy.config, _new_block(anatomy, layers, unsaid), **fields)
 
 
@@ -105,20 +115,6 @@ def kept_layers(stack: ModelStack, plan: PruningPlan) -> tuple[int, ...]:
     return plan.layers.get(stack.name, tuple(range(len(stack.layers))))
 
 
-def _slice_units(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Tensor]:
-    """The state dict with only the rows and columns of the kept units."""
-    state = dict(anatomy.model.state_dict())
-    for group in anatomy.groups:
-        if group.name in plan.units:
-            units = torch.tensor(plan.units[group.name])
-            for member in group.members:
-                for part in member.slices:
-                    name = f"{member.prefix}.{part.name}"
-                    # along part.dim: parts x units x width, of which units become fewer
-                    state[name] = state[name].index_select(part.dim, part.rows(units, state[name]))
-    return state
-
-
 def _renumber(state: dict[str, torch.Tensor], stack: ModelStack, kept: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Drop the layers that are not kept and close the gaps."""
     new_index = {old: index for index, old in enumerate(kept)}
@@ -150,13 +146,6 @@ def _sizes(anatomy: Anatomy, plan: PruningPlan, layers: Layers) -> Sizes:
             own |= {"kv_heads": own["heads"], "heads": tuple(n * stack.group_size for n in own["heads"])}
         sizes[stack.name] = own
     return sizes
-
-
-def _depth_fields(stack: ModelStack, kept: tuple[int, ...]) -> dict[str, Any]:
-    """The config fields that say how many layers a stack has, and those with an entry for each."""
-    own = stack.entry.own_config(stack.config)
-    fields: dict[str, Any] = {stack.entry.num_layers: len(kept)} | dict.fromkeys(stack.family.of_depth)
-    return fields | {name: [getattr(own, name)[layer] for layer in kept] for name in stack.family.per_layer}
 
 
 def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -201,7 +190,9 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
     old, stacks, original = anatomy.block, {}, {}
     for stack in anatomy.stacks:
         kept, entry = layers[stack.name], old.stack(stack.name)
-        own = {kind: values for kind, values in sizes[stack.name].items() if not _as_stock(kind, values, stack)}
+        # What the stock config says anyway need not be said twice.
+        stock = dict.fromkeys(HEADS, stack.num_heads) | {"kv_heads": stack.num_kv_heads, "neurons": stack.num_neurons}
+        own = {kind: values for kind, values in sizes[stack.name].items() if set(values) != {stock[kind]}}
         small = StackBlock(
             attention=tuple(entry.attention[i] for i in kept) if entry.attention else (),
             cross_attention=tuple(entry.cross_attention[i] for i in kept) if entry.cross_attention else (),
@@ -213,9 +204,3 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
         if len(kept) < stack.depth or stack.name in old.kept_layers:
             original[stack.name] = tuple(before[i] for i in kept)
     return replace(old, stacks=stacks, kept_layers=original)
-
-
-def _as_stock(kind: str, values: tuple[int, ...], stack: ModelStack) -> bool:
-    """True if these sizes are what the stock config says anyway."""
-    stock = dict.fromkeys(HEADS, stack.num_heads) | {"kv_heads": stack.num_kv_heads, "neurons": stack.num_neurons}
-    return all(value == stock[kind] for value in values)

@@ -68,13 +68,15 @@ def complete(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> tuple[in
     """`ids` and what a tokenizer with them cannot do without, in rising order: special and added tokens, the alphabet,
     and for BPE the tokens that arise on the way to others."""
     spec = read_spec(check_tokenizer(tokenizer))
-    vocabulary = _vocabulary(spec["model"])
+    model = spec["model"]
+    is_list = model["type"] == "Unigram"  # of (piece, score)
+    vocabulary = {piece: index for index, (piece, _) in enumerate(model["vocab"])} if is_list else model["vocab"]
     needed = {*ids, *tokenizer.all_special_ids, *(token["id"] for token in spec["added_tokens"])}
     needed |= _processor_ids(spec["post_processor"])
     needed |= {spec["padding"]["pad_id"]} if spec["padding"] else set()
-    if spec["model"].get("unk_token") in vocabulary:
-        needed.add(vocabulary[spec["model"]["unk_token"]])
-    return tuple(sorted(needed | _NEEDS[spec["model"]["type"]](spec["model"], vocabulary, needed)))
+    if model.get("unk_token") in vocabulary:
+        needed.add(vocabulary[model["unk_token"]])
+    return tuple(sorted(needed | _NEEDS[model["type"]](model, vocabulary, needed)))
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Iterable[int]) -> PreTrainedTokenizerFast:
@@ -111,22 +113,16 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Iterable[int]) -> P
 
 def attempts(word: str, vocabulary: dict[str, int], prefix: str) -> set[int]:
     """The pieces that WordPiece matches in a word before it fails, or all if it does not."""
-    found, start = set(), 0
+    pieces, start = set(), 0
     while start < len(word):
         lead = prefix if start else ""
         ends = range(len(word), start, -1)
         end = next((end for end in ends if lead + word[start:end] in vocabulary), None)
         if end is None:
             break
-        found.add(vocabulary[lead + word[start:end]])
+        pieces.add(vocabulary[lead + word[start:end]])
         start = end
-    return found
-
-
-def _vocabulary(model: Spec) -> dict[str, int]:
-    if model["type"] == "Unigram":
-        return {piece: index for index, (piece, _) in enumerate(model["vocab"])}
-    return model["vocab"]
+    return pieces
 
 
 def _wordpiece_needs(model: Spec, vocabulary: dict[str, int], needed: set[int]) -> set[int]:
@@ -243,10 +239,10 @@ def _load(tokenizer: PreTrainedTokenizerFast, wanted: Tokenizer) -> PreTrainedTo
         tokenizer.save_pretrained(folder)
         wanted.save(str(Path(folder) / "tokenizer.json"))
         for kind in (type(tokenizer), PreTrainedTokenizerFast):
-            made = kind.from_pretrained(folder, local_files_only=True)
-            if _parts(made.backend_tokenizer) == _parts(wanted) and made.get_vocab() == wanted.get_vocab():
-                made.name_or_path = made.init_kwargs["name_or_path"] = tokenizer.name_or_path
-                return made
+            small = kind.from_pretrained(folder, local_files_only=True)
+            if _parts(small.backend_tokenizer) == _parts(wanted) and small.get_vocab() == wanted.get_vocab():
+                small.name_or_path = small.init_kwargs["name_or_path"] = tokenizer.name_or_path
+                return small
     raise UnsupportedModelError(
         f"This {type(tokenizer).__name__} is not the same once it is saved and loaded. "
         "Save it, load it with AutoTokenizer.from_pretrained, and cut that one."

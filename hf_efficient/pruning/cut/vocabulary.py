@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from ...errors import ConfigError, DataError, UnsupportedModelError
 from ...models.anatomy import Anatomy
 from ...models.classes import with_block
-from ...models.families import Family, family_of
+from ...models.families import Family
 from ...models.rebuild import check_model, rebuild
 from .tokenizer import attempts, check_tokenizer, complete, read_spec, trim_tokenizer
 
@@ -184,7 +184,7 @@ def trim_embeddings(model: PreTrainedModel, kept: Iterable[int]) -> PreTrainedMo
 def named_tokens(model: PreTrainedModel) -> dict[int, str]:
     """The ids that config and generation config name, each with a field that does: none of them can go."""
     rows, named = _rows(model), {}
-    reads_highest = _reads_highest_id(family_of(model.config), _own_fields(model.config))
+    reads_highest = _reads_highest_id(Anatomy.of(model).family, _own_fields(model.config))
     for fields in (_own_fields(model.config), model.generation_config.to_dict() if model.can_generate() else {}):
         for name, value in fields.items():
             if name != "eos_token_id" or not reads_highest:

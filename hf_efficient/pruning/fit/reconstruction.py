@@ -21,6 +21,7 @@ unit.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -90,12 +91,19 @@ def token_weights(
         for index in range(len(stack.layers))
     ]
     weights: TokenWeights = {path: [] for path in paths}
+    offsets: dict[str, torch.Tensor] = {}
+
+    def add_zeros(path: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        offsets[path] = torch.zeros_like(output, requires_grad=True)  # its gradient is that of the output
+        return output + offsets[path]
+
     with eval_mode(model):
         for batch in batches:
-            offsets: dict[str, torch.Tensor] = {}
+            offsets.clear()
             with ExitStack() as hooks, torch.enable_grad():
                 for path in paths:
-                    hooks.callback(model.get_submodule(path).register_forward_hook(_offset(path, offsets)).remove)
+                    hook = partial(add_zeros, path)
+                    hooks.callback(model.get_submodule(path).register_forward_hook(hook).remove)
                 scalar = loss(model, batch)
             gradients = torch.autograd.grad(scalar, list(offsets.values()), allow_unused=True)
             for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
@@ -105,16 +113,6 @@ def token_weights(
         for weight in by_batch:
             check_finite(weight, f"How much the answer depends on {path}")
     return {path: _with_floor(by_batch) for path, by_batch in weights.items()}
-
-
-def _offset(path: str, offsets: dict[str, torch.Tensor]) -> Callable:
-    """A hook that adds zeros to an output, whose gradient is that of the output."""
-
-    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        offsets[path] = torch.zeros_like(output, requires_grad=True)
-        return output + offsets[path]
-
-    return hook
 
 
 def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -58,9 +58,7 @@ def sparsegpt(
         _write(model, linear, new)
 
 
-def prune_matrix(
-    weight: Tensor, gram: Tensor, choose: Choose, width: int = BLOCK, block: int = BLOCK, damping: float = DAMPING
-) -> Tensor:
+def prune_matrix(weight: Tensor, gram: Tensor, choose: Choose, width: int = BLOCK, block: int = BLOCK) -> Tensor:
     """The pruned and updated copy of `weight` `[out, in]`.
 
     Parameters:
@@ -68,7 +66,7 @@ def prune_matrix(
         choose: what leaves, asked for `width` columns at a time with the errors that removing each would make.
         block: columns whose effect on all further ones is added up before it is applied; a multiple of `width`.
     """
-    upper = inverse_factor(gram, damping)
+    upper = inverse_factor(gram)
     weight, columns = weight.clone(), weight.shape[1]
     removed = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, columns, block):

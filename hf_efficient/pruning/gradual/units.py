@@ -69,19 +69,16 @@ class UnitRemoval(Removal[Group]):
     def finish(self, model: PreTrainedModel) -> float:
         kept = {}
         for group, removed in self.removed.items():
-            gone = removed & _zero_units(model, group)  # fewer, if the Trainer went back to its best checkpoint
+            # Nothing reads a unit whose output columns are all zero. These are fewer than were removed if the Trainer
+            # went back to its best checkpoint.
+            gone = removed.clone()
+            for member in group.members:
+                read = output_weight(model, member).detach().ne(0)
+                gone &= ~member.output.by_unit(read).any(1).cpu()
             kept[group.name] = tuple((~gone).nonzero().flatten().tolist())
         become(model, apply_plan(Anatomy.of(model), PruningPlan(units=kept)))
+        del self.anatomy  # it holds the large layers
         return 1 - total_cost(model, self.config.metric, self.length) / self.costs.total
-
-
-def _zero_units(model: PreTrainedModel, group: Group) -> Tensor:
-    """Bool `[units]`: the units that nothing reads, because all their output columns are zero."""
-    zero = torch.ones(group.units, dtype=torch.bool)
-    for member in group.members:
-        read = output_weight(model, member).detach().ne(0)
-        zero &= ~member.output.by_unit(read).any(1).cpu()
-    return zero
 
 
 def become(model: PreTrainedModel, other: PreTrainedModel) -> None:

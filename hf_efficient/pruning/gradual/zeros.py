@@ -46,10 +46,9 @@ class HeldZeros:
             parameter = self._model.get_parameter(name)
             self._masks[name] = mask.to(parameter.device)
             if parameter.requires_grad and name not in self._hooks:
-                self._hooks[name] = parameter.register_hook(lambda grad, name=name: self._cleared(name, grad))
-
-    def _cleared(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient.masked_fill(self._masks[name], 0)
+                self._hooks[name] = parameter.register_hook(
+                    lambda gradient, name=name: gradient.masked_fill(self._masks[name], 0)
+                )
 
     @torch.no_grad()
     def apply(self, optimizer: torch.optim.Optimizer) -> None:

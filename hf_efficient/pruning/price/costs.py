@@ -69,7 +69,7 @@ def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
     if metric == "parameters":
         return sum(p.numel() // group.units for member in group.members for p, _ in unit_parameters(model, member))
     if stack.entry.sees_patches:
-        length = num_patches(stack.entry.own_config(anatomy.config))
+        length = num_patches(stack.sizes)
     total = 0
     for member in group.members:
         weights = [model.get_parameter(f"{member.prefix}.{part.name}") for part in (*member.inputs, member.output)]

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...io.text import for_terminal
 from ...measurement.size import count_macs
-from ...models.anatomy import Anatomy
-from ...models.classes import block_of, stock_config
+from ...models.anatomy import Anatomy, ConfigAnatomy
+from ...models.classes import stock_config
 from ...models.inputs import dummy_inputs
 from ...models.rebuild import class_for
 from ...reporting.tables import align, format_bytes, format_count
@@ -22,7 +22,7 @@ from .costs import Costs, layer_costs
 
 def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model with the head of `model` and the structure of `config`, on the meta device."""
-    config = copy.deepcopy(stock_config(config) if block_of(config).is_trivial() else config)
+    config = copy.deepcopy(stock_config(config) if ConfigAnatomy.of_config(config).block.is_trivial() else config)
     with torch.device("meta"):
         return class_for(model, config)(config).eval()
 
@@ -48,8 +48,8 @@ def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | No
         loads_with="portable" if small.block.is_trivial() else "plugin",
         parameters=parameters[1],
         parameters_before=parameters[0],
-        macs=_macs(after, length),
-        macs_before=_macs(before, length),
+        macs=_macs(small, length),
+        macs_before=_macs(Anatomy.of(before), length),
         weight_bytes=parameters[1] * size,
         weight_bytes_before=parameters[0] * size,
         cache_bytes=_cache_numbers(small) * length * size,
@@ -62,12 +62,13 @@ def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | No
     )
 
 
-def _macs(model: PreTrainedModel, length: int) -> int:
+def _macs(anatomy: Anatomy, length: int) -> int:
+    model = anatomy.model
     inputs = dummy_inputs(model, 1, length)
     for part in model.modules():  # or transformers looks at ids and masks, which have no values on the meta device
         if isinstance(part, PreTrainedModel):
             part.config.pad_token_id = None
-    if not block_of(model.config).is_converted():
+    if not anatomy.block.is_converted():
         model.set_attn_implementation("eager")  # as many MACs as any
     return count_macs(model, inputs)
 

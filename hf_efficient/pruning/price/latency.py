@@ -94,7 +94,11 @@ def _table_of(anatomy: Anatomy, batch_size: int, sequence_length: int, threads: 
         key = make_key(model, batch_size, sequence_length, used)
         table = load(key)
         if table is None:
-            table = _measure_table(Stopwatch(anatomy, batch_size, sequence_length), used)
+            watch = Stopwatch(anatomy, batch_size, sequence_length)
+            curves = tuple(_curve(watch, groups) for groups in _alike(anatomy))
+            layers = _layer_shares(watch, curves)
+            total, device = median(watch.dense_ms), str(model.device)  # the median when all is timed
+            table = LatencyTable(batch_size, sequence_length, used, device, total, curves, layers)
             if table.rest_ms > 0:
                 save(key, table)
             else:
@@ -138,30 +142,15 @@ class Stopwatch:
         return min(timing.seconds["small"]) / min(timing.seconds["dense"])
 
 
-def _measure_table(watch: Stopwatch, threads: int) -> LatencyTable:
-    curves = tuple(_curve(watch, groups) for groups in _alike(watch.anatomy))
-    layers = _layer_shares(watch, curves)
-    return LatencyTable(
-        batch_size=watch.batch_size,
-        sequence_length=watch.length,
-        threads=threads,
-        device=str(watch.anatomy.model.device),
-        total_ms=median(watch.dense_ms),
-        curves=curves,
-        layers=layers,
-    )
-
-
 def _alike(anatomy: Anatomy) -> Iterable[list[Group]]:
     """Groups of one stack and kind whose layers compute alike; an attention of another kind has another price."""
     alike: dict[tuple, list[Group]] = {}
     for group in anatomy.groups:
         entry = anatomy.block.stack(group.stack)
-        own = anatomy.stack(group.stack).entry.own_config(anatomy.config)
-        first = group.layers[0]
+        sizes, first = anatomy.stack(group.stack).sizes, group.layers[0]
         attention = {"heads": entry.attention, "cross_heads": entry.cross_attention}.get(group.kind)
         kind = attention[first] if attention else None
-        types = [getattr(own, name)[first] for name in anatomy.family.per_layer] if group.kind == "heads" else []
+        types = [getattr(sizes, name)[first] for name in anatomy.family.per_layer] if group.kind == "heads" else []
         alike.setdefault((group.stack, group.kind, repr(kind), repr(types)), []).append(group)
     return alike.values()
 
@@ -170,7 +159,12 @@ def _curve(watch: Stopwatch, groups: list[Group]) -> Curve:
     whole = sum(group.units for group in groups)
     points = {1.0: 0.0}
     for fraction in FRACTIONS:
-        kept = {group.name: tuple(range(_count(group, fraction))) for group in groups}
+        kept = {}
+        for group in groups:
+            count = round(fraction * group.units)
+            if group.kind == "neurons":
+                count -= count % NEURON_STEP
+            kept[group.name] = tuple(range(min(group.units, max(count, FEWEST[group.kind]))))
         part = sum(map(len, kept.values())) / whole
         if part < 1 and part not in points:
             saved = 1 - watch.time(PruningPlan(units=kept))
@@ -182,13 +176,6 @@ def _curve(watch: Stopwatch, groups: list[Group]) -> Curve:
         units=groups[0].units,
         points=tuple(sorted(points.items())),
     )
-
-
-def _count(group: Group, fraction: float) -> int:
-    count = round(fraction * group.units)
-    if group.kind == "neurons":
-        count -= count % NEURON_STEP
-    return min(group.units, max(count, FEWEST[group.kind]))
 
 
 def _layer_shares(watch: Stopwatch, curves: tuple[Curve, ...]) -> dict[str, tuple[float, ...]]:

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from ...errors import DataError, shown
 from ...models.anatomy import Anatomy
 from ...models.families import token_limit
+from ...models.inputs import check_range
+from ...models.token_masks import IGNORED
 from .stream import Batch
 
 IDS = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
 MASKS = ("attention_mask", "decoder_attention_mask")
 NUMBERS = ("pixel_values", "input_features", "input_values", "inputs_embeds")
-IGNORED = -100
 
 
 def check_batches(anatomy: Anatomy, batches: Sequence[Batch]) -> None:
@@ -36,7 +37,7 @@ def check_batches(anatomy: Anatomy, batches: Sequence[Batch]) -> None:
         _check_sizes(model, batch, where)
         for name, value in batch.items():
             if name in IDS and name in rows:
-                _check_range(value, rows[name], f"{where}: {name}", "ids", "the rows of its table in the model")
+                check_range(value, rows[name], f"{where}: {name}", "the rows of its table in the model")
         if "labels" in batch:
             _check_labels(model, batch["labels"], len(batch[model.main_input_name]), where)
         _check_padding(model, batch, where)
@@ -99,15 +100,6 @@ def _check_values(name: str, value: Tensor, where: str) -> None:
         raise DataError(f"{where}: {name} has numbers that are not finite (nan or inf). Mend or leave out these rows.")
 
 
-def _check_range(values: Tensor, count: int, what: str, kind: str, of: str) -> None:
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= count:
-        raise DataError(
-            f"{what} holds {kind} from {low} to {high}; allowed are 0 to {count - 1}, {of}. Use the tokenizer and the "
-            "labels that belong to this model."
-        )
-
-
 def _table_rows(anatomy: Anatomy) -> dict[str, int]:
     """How many ids each input may hold; without an entry: any."""
     config, family = anatomy.config, anatomy.family
@@ -143,9 +135,7 @@ def _check_labels(model: PreTrainedModel, labels: Tensor, rows: int, where: str)
         return
     if labels.dtype is not torch.int64:
         raise DataError(f"{where} have the dtype {labels.dtype}; {head} needs torch.int64: batch['labels'].long().")
-    real = labels[labels != IGNORED]
-    if len(real):
-        _check_range(real, count, where, "numbers", f"{of}, and {IGNORED} where there is none")
+    check_range(labels[labels != IGNORED], count, where, f"{of}, and {IGNORED} where there is none")
 
 
 def _check_padding(model: PreTrainedModel, batch: Batch, where: str) -> None:

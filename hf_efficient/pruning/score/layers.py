@@ -6,7 +6,7 @@
 - any importance of units: the sum over the units of a layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import isfinite
@@ -36,8 +36,13 @@ def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
     sums: dict[tuple[str, int], list[float]] = {}
     with evaluating(model), ExitStack() as hooks:
         caught: list[tuple[tuple[str, int], torch.Tensor]] = []
+
+        def note(key: tuple[str, int], layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            before, after = _states(args, kwargs), output[0] if isinstance(output, tuple) else output
+            caught.append((key, F.cosine_similarity(before.float(), after.float(), dim=-1)))  # [B, T]
+
         for key, layer in _layers(anatomy):
-            hooks.callback(layer.register_forward_hook(_watch(key, caught), with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(partial(note, key), with_kwargs=True).remove)
         for batch in batches:
             forward(model, batch)
             for key, cosine in caught:
@@ -51,14 +56,6 @@ def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
         if not isfinite(score):
             raise not_finite(f"The block influence of {_named(key)}")
     return scores
-
-
-def _watch(key: tuple[str, int], caught: list) -> Callable:
-    def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        before, after = _states(args, kwargs), output[0] if isinstance(output, tuple) else output
-        caught.append((key, F.cosine_similarity(before.float(), after.float(), dim=-1)))  # [B, T]
-
-    return hook
 
 
 def loss(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
@@ -163,16 +160,10 @@ def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
             if places is None:
                 undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
             else:
-                undo.callback(_give_back, layer, vars(layer).get("forward"))  # accelerate puts one there too
+                patched = vars(layer).get("forward")  # accelerate puts one there too
+                undo.callback(*((setattr, layer, "forward", patched) if patched else (delattr, layer, "forward")))
                 layer.forward = partial(instead, places)
         yield
-
-
-def _give_back(layer: nn.Module, own: Callable | None) -> None:
-    if own is None:
-        del layer.forward
-    else:
-        layer.forward = own
 
 
 def _states(args: tuple, kwargs: dict) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ...models.modes import eval_mode
 from ...models.token_masks import masks_of, real_inputs
 from ..cut.linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
+from .calibration import wide
 from .stream import Batch
 
 
@@ -38,7 +39,11 @@ def collect(
     masks: dict[str, Tensor | None] = {}
 
     def hook(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        value = statistic(_real_rows(args[0], masks.get(linear.reads)))
+        rows, mask = args[0].reshape(-1, args[0].shape[-1]), masks.get(linear.reads)  # [tokens, in]
+        # A mask of another size belongs to something else (frames of sound before they were joined).
+        if mask is not None and mask.numel() == len(rows):
+            rows = rows[mask.flatten().bool()]
+        value = statistic(wide(rows))
         sums[linear] = sums[linear] + value if linear in sums else value
 
     def stop(*unused: object) -> None:
@@ -59,11 +64,3 @@ def collect(
         for handle in handles:
             handle.remove()
     return sums
-
-
-def _real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """`[tokens, in]`; a mask of another size belongs to something else (frames of sound before they were joined)."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    if mask is not None and mask.numel() == len(rows):
-        rows = rows[mask.flatten().bool()]
-    return rows if rows.dtype == torch.float64 else rows.float()

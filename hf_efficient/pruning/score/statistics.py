@@ -6,6 +6,7 @@ No weight is touched and no weight gradient is computed.
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -68,22 +69,19 @@ def input_squares(
 ) -> dict[Group, list[torch.Tensor]]:
     """What the output linears read: for each member of a group `[units x width]`, the sum of x^2 over real tokens."""
     sums: dict[Group, list[torch.Tensor]] = {group: [torch.zeros(1)] * len(group.members) for group in groups}
-    with evaluating(model):
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
-            with ExitStack() as hooks:
-                for group in groups:
-                    for number, member in enumerate(group.members):
-                        hook = _summed(group, number, sums, batch, model)
-                        hooks.callback(output_module(model, member).register_forward_pre_hook(hook).remove)
-                forward(model, batch)
-    return sums
 
-
-def _summed(group: Group, number: int, sums: dict, batch: Batch, model: PreTrainedModel) -> Callable:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def add(batch: Batch, group: Group, number: int, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         states = wide(args[0])
         mask = token_mask(batch, model, group.stack, states)
         squares = (states.square() * mask[..., None]).flatten(0, -2).sum(0)
         sums[group][number] = sums[group][number] + squares.cpu()
 
-    return hook
+    with evaluating(model):
+        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+            with ExitStack() as hooks:
+                for group in groups:
+                    for number, member in enumerate(group.members):
+                        hook = partial(add, batch, group, number)
+                        hooks.callback(output_module(model, member).register_forward_pre_hook(hook).remove)
+                forward(model, batch)
+    return sums

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ...models.modes import eval_mode
 from ..cut.linears import Linear, as_matrix, matrix, parameter_of
-from .calibration import model_loss
+from .calibration import model_loss, wide
 from .linear_inputs import collect
 from .stream import Batch
 
@@ -28,7 +28,7 @@ WeightScores = dict[Linear, Tensor]  # [out, in], on the CPU
 
 def magnitude(model: PreTrainedModel, linears: Sequence[Linear], **unused) -> WeightScores:
     """`[out, in]` sizes for each linear."""
-    return {linear: _float(matrix(model, linear)).abs().cpu() for linear in linears}
+    return {linear: wide(matrix(model, linear)).abs().cpu() for linear in linears}
 
 
 def random(model: PreTrainedModel, linears: Sequence[Linear], *, seed: int, **unused) -> WeightScores:
@@ -61,7 +61,7 @@ def fisher(model: PreTrainedModel, linears: Sequence[Linear], *, batches: Sequen
     weights = magnitude(model, linears)
     curvature = {linear: torch.zeros_like(weight) for linear, weight in weights.items()}
     for linear, gradient in _gradients(model, linears, batches):
-        curvature[linear] += _float(gradient).square().cpu() / len(batches)
+        curvature[linear] += wide(gradient).square().cpu() / len(batches)
     return {linear: weight.square() * curvature[linear] for linear, weight in weights.items()}
 
 
@@ -83,7 +83,3 @@ def _gradients(
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

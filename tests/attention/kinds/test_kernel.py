@@ -151,7 +151,11 @@ def test_no_width_sees_itself_alone():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal, monkeypatch):
-    for module, name, small in (("kernel", "DENSE", 1), ("convolution", "BLOCK", 2), ("convolution", "TOP", 3)):
+    for module, name, small in (
+        ("kinds.kernel", "DENSE", 1),
+        ("engines.convolution", "BLOCK", 2),
+        ("engines.convolution", "TOP", 3),
+    ):
         monkeypatch.setattr(f"hf_efficient.attention.{module}.{name}", small)
     inputs = [tensor.requires_grad_() for tensor in make_inputs(9, batch=1)]
     parts = make_options()

@@ -236,7 +236,7 @@ def test_class_of_a_teacher_is_a_model_class(cache, name):
     as_first_version(cache)
     TeacherCache(cache).skeleton()
     rewrite(cache, model_class=name)
-    with pytest.raises(CheckpointError, match="no model of"):
+    with pytest.raises(CheckpointError, match="not a model of"):
         TeacherCache(cache).skeleton()
 
 

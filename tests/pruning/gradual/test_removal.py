@@ -224,11 +224,11 @@ def test_weights_become_zero_on_schedule_and_stay(case, importance, structure, t
     assert type(trainer.model) is kind and before.parameters == trainer.model.num_parameters()
     assert torch.equal(logits(trainer.model.eval(), batch(case)), before.logits)
     if "mask_structure" in structure:
-        for linear in find_linears(trainer.model):
+        for linear in find_linears(Anatomy.of(trainer.model)):
             by_four = (matrix(trainer.model, linear) == 0).reshape(-1, 4).sum(1)
             assert (by_four == 2).all()
     if structure.get("allocation") == "uniform":
-        shares = [(matrix(trainer.model, one) == 0).float().mean() for one in find_linears(trainer.model)]
+        shares = [(matrix(trainer.model, one) == 0).float().mean() for one in find_linears(Anatomy.of(trainer.model))]
         assert max(shares) - min(shares) < 0.01
     assert not any(parameter._backward_hooks for parameter in trainer.model.parameters())
 
@@ -365,7 +365,7 @@ def test_the_large_weights_and_the_moments_are_let_go(tmp_path):
 
 def test_zeros_of_an_earlier_stage_count_and_stay(tmp_path):
     sparse = prune(make("bert"), PruningConfig(ratio=0.3, granularity="weight", importance="magnitude"))
-    first = {one: matrix(sparse, one) == 0 for one in find_linears(sparse)}
+    first = {one: matrix(sparse, one) == 0 for one in find_linears(Anatomy.of(sparse))}
     trainer = make_trainer("bert", tmp_path, [KeepZeros(), weights(importance="movement")], model=sparse)
     trainer.train()
     zeros, total = count_zeros(trainer.model)
