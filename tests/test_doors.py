@@ -73,7 +73,6 @@ RULES = {
         marks_up_a_format,
         ("io/text.py",),
         {
-            "reporting/card.py": "code within a fence, of Python literals",
             "reporting/tables.py": "the link of a shipped recipe, whose name is escaped",
         },
     ),

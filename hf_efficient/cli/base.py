@@ -122,8 +122,8 @@ def main() -> None:
     except (HfEfficientError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
-        told = str(error) if isinstance(error, HfEfficientError) else _told(error)
-        say(f"error: {told if len(told) <= LONGEST else told[:LONGEST] + '...'}")
+        message = str(error) if isinstance(error, HfEfficientError) else _told(error)
+        say(f"error: {message if len(message) <= LONGEST else message[:LONGEST] + '...'}")
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == STOPPED:

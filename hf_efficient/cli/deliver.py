@@ -25,15 +25,15 @@ def push(
     """
     from ..pipeline.hub import push as run
 
-    done = run(folder, repo_id, private=not public, dry_run=dry_run)
+    result = run(folder, repo_id, private=not public, dry_run=dry_run)
     if as_json:
-        print_json(asdict(done))
+        print_json(asdict(result))
         return
-    for name, size in done.files.items():
+    for name, size in result.files.items():
         print_text(f"{size:>14,}  {name}")
-    print_text(f"{sum(done.files.values()):>14,}  bytes in {len(done.files)} files")
-    seen = "private" if done.private else "public"
-    print_text(f"Pushed: {done.url} ({seen})" if done.url else f"Nothing was uploaded to {repo_id} (dry run).")
+    print_text(f"{sum(result.files.values()):>14,}  bytes in {len(result.files)} files")
+    audience = "private" if result.private else "public"
+    print_text(f"Pushed: {result.url} ({audience})" if result.url else f"Nothing was uploaded to {repo_id} (dry run).")
 
 
 @app.command()
@@ -68,11 +68,11 @@ def export(
     target = output_dir or Path("out") / folder_name(format, quantize)
     check_empty(target)
     quiet_libraries()
-    made = run(load(model, task), format, target, quantize=quantize, min_agreement=min_agreement)
+    result = run(load(model, task), format, target, quantize=quantize, min_agreement=min_agreement)
     if as_json:
-        print_json(asdict(made))
+        print_json(asdict(result))
         return
     print_text(
-        f"{made.folder}: {made.bytes_on_disk:,} bytes for {made.runtime}. Largest difference to PyTorch "
-        f"{made.difference:.2g} of the largest output; the same prediction in {made.same_prediction:.1%}."
+        f"{result.folder}: {result.bytes_on_disk:,} bytes for {result.runtime}. Largest difference to PyTorch "
+        f"{result.difference:.2g} of the largest output; the same prediction in {result.same_prediction:.1%}."
     )

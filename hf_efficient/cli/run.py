@@ -144,9 +144,9 @@ def plan(
     if output is not None:
         plans[-1].save(output)
         say(f"Plan{' of the last prune stage' if len(plans) > 1 else ''}: {output}")
-    made = [each.to_dict() for each in plans]
     if as_json:
-        print_json(made if of_recipe else made[0])
+        values = [each.to_dict() for each in plans]
+        print_json(values if of_recipe else values[0])
     else:
         print_text("\n\n".join(map(plan_table, plans)))
 

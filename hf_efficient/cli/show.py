@@ -44,7 +44,7 @@ def measure(
     quiet_libraries()
     loaded, other = load(model, task), None if baseline is None else load(baseline, task)
     lengths = [fitting_length(each.config, sequence_length, 512) for each in (loaded, other) if each is not None]
-    measured = run(
+    measurement = run(
         loaded,
         baseline=other,
         batch_size=batch_size,
@@ -53,9 +53,9 @@ def measure(
         energy=energy,
     )
     if as_json:
-        print_json(asdict(measured))
+        print_json(asdict(measurement))
     else:
-        print_text(measurement_table(measured))
+        print_text(measurement_table(measurement))
 
 
 @app.command()
@@ -125,7 +125,19 @@ def list_names(
 
     if what is not None and what not in LISTS:
         raise unknown_name("list", what, LISTS)
-    names = _names()
+    from ..attention.config import KINDS
+    from ..data.tasks import TASKS
+    from ..distillation.terms import LOSSES
+    from ..models.families import FAMILIES
+    from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
+    from ..recipes.recipe import shipped_recipes
+    from ..runtimes.formats import FORMATS
+    from ..runtimes.quantization import METHODS
+    from ..stages.table import STAGES
+
+    importances = [*IMPORTANCES, *LAYER_IMPORTANCES, *WEIGHT_IMPORTANCES, *TRAINED_IMPORTANCES]
+    tables: tuple[Any, ...] = (KINDS, dict.fromkeys(importances), LOSSES, STAGES, FORMATS, METHODS, FAMILIES, TASKS)
+    names = {name: list(table) for name, table in zip(LISTS, (*tables, shipped_recipes()), strict=True)}
     chosen = names if what is None else {what: names[what]}
     if as_json:
         print_json(chosen)
@@ -158,21 +170,3 @@ def load_result(folder: Path) -> Any:
     from ..reporting.schema import load_report
 
     return load_report(result_folder(folder))
-
-
-def _names() -> dict[str, list[str]]:
-    from ..attention.config import KINDS
-    from ..data.tasks import TASKS
-    from ..distillation.terms import LOSSES
-    from ..models.families import FAMILIES
-    from ..pruning.methods import IMPORTANCES, LAYER_IMPORTANCES, TRAINED_IMPORTANCES, WEIGHT_IMPORTANCES
-    from ..recipes.recipe import shipped_recipes
-    from ..runtimes.formats import FORMATS
-    from ..runtimes.quantization import METHODS
-    from ..stages.table import STAGES
-
-    importances = dict.fromkeys([*IMPORTANCES, *LAYER_IMPORTANCES, *WEIGHT_IMPORTANCES, *TRAINED_IMPORTANCES])
-    tables: tuple[Any, ...] = (
-        *(KINDS, importances, LOSSES, STAGES, FORMATS, METHODS, FAMILIES, TASKS, shipped_recipes()),
-    )
-    return {name: list(table) for name, table in zip(LISTS, tables, strict=True)}

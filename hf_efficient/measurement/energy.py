@@ -57,9 +57,9 @@ def measure_energy(forward: Callable[[], Any], batch_size: int, seconds: float |
             calls += 1
         return calls
 
-    calls, used = tracked(work)
+    calls, footprint = tracked(work)
     inputs = calls * batch_size
-    return Energy(1e6 * used.kwh / inputs, inputs, used.source, used.tool)
+    return Energy(1e6 * footprint.kwh / inputs, inputs, footprint.source, footprint.tool)
 
 
 def tracked(work: Callable[[], Any], country: str | None = None) -> tuple[Any, Footprint]:
@@ -104,7 +104,7 @@ def with_energy(work: Callable[..., dict[str, Any]], country: str | None) -> Cal
     """A stage whose facts also say what it used; `Report.footprint` adds them up."""
 
     def run(*arguments: Any) -> dict[str, Any]:
-        facts, used = tracked(lambda: work(*arguments), country)
-        return facts | {"energy": asdict(used)}
+        facts, footprint = tracked(lambda: work(*arguments), country)
+        return facts | {"energy": asdict(footprint)}
 
     return run

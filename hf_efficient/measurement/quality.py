@@ -132,8 +132,8 @@ def evaluate_quality(
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collator, shuffle=False)
     with evaluating(model):
         if TASKS[task].kind == "embeddings":
-            lost, nearest = find_pairs(*_embeddings(model, loader, pooling))
-            rows = [_one(loss, found, own) for own, (loss, found) in enumerate(zip(lost, nearest, strict=True))]
+            losses, nearest = find_pairs(*_embeddings(model, loader, pooling))
+            rows = [_one(*each, pair) for pair, each in enumerate(zip(losses, nearest, strict=True))]
         else:
             batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
             rows = [row for batch in batches for row in _score_batch(model, batch, TASKS[task])]
@@ -343,8 +343,7 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
         raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")
     n = len(first.count)
     if TASKS[first.quality.task].is_by_token:
-        parts = _perplexity_parts if TASKS[first.quality.task].metric == "perplexity" else _accuracy_parts
-        change = parts(second) - parts(first)
+        change = _pulls(second) - _pulls(first)
         error = (n / (n - 1) * (change**2).sum()).sqrt().item() / first.count.sum().item() if n > 1 else math.nan
     else:
         change = second.correct - first.correct
@@ -361,12 +360,10 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
     )
 
 
-def _perplexity_parts(evaluation: Evaluation) -> torch.Tensor:
-    """`[n]`: how far each sample pulls the perplexity from its value, times the number of targets."""
-    loss = evaluation.loss.sum() / evaluation.count.sum()
-    return _exp(loss.item()) * (evaluation.loss - loss * evaluation.count)
-
-
-def _accuracy_parts(evaluation: Evaluation) -> torch.Tensor:
-    """The same for the accuracy over tokens."""
-    return evaluation.correct - evaluation.correct.sum() / evaluation.count.sum() * evaluation.count
+def _pulls(evaluation: Evaluation) -> torch.Tensor:
+    """`[n]`: how far each sample pulls the perplexity, or the accuracy over tokens, from its value, times the number
+    of targets."""
+    by_loss = TASKS[evaluation.quality.task].metric == "perplexity"
+    totals = evaluation.loss if by_loss else evaluation.correct
+    mean = totals.sum() / evaluation.count.sum()
+    return (_exp(mean.item()) if by_loss else 1.0) * (totals - mean * evaluation.count)

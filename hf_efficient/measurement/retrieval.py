@@ -27,7 +27,7 @@ def find_pairs(vectors: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     losses, nearest = [], []
     for start in range(0, len(queries), CHUNK):
         likeness = queries[start : start + CHUNK] @ others.T
-        own = likeness[torch.arange(len(likeness)), start + torch.arange(len(likeness))]
-        losses.append(1 - 1 / (likeness >= own[:, None]).sum(1))
+        target = likeness[torch.arange(len(likeness)), start + torch.arange(len(likeness))]
+        losses.append(1 - 1 / (likeness >= target[:, None]).sum(1))
         nearest.append(likeness.argmax(1))
     return torch.cat(losses), torch.cat(nearest)

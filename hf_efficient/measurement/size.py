@@ -67,19 +67,15 @@ def bytes_on_disk(folder: str | Path) -> int:
     raise CheckpointError(f"No weights (*.safetensors) in {folder}. Save the model there first.")
 
 
-def _cpu_attention_flops(query, key, value, *args: Any, out_shape=None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _matrix_flops(left, right, *args: Any, out_shape=None, **kwargs: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
 def count_macs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> int:
     """Multiply-accumulates of `model(**inputs)`; works on the meta device too."""
     # Torch counts its CUDA attention kernels but not the CPU one: without this, attention would be free on a CPU.
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mapping = {cpu_attention: _cpu_attention_flops, torch.ops.aten._int_mm: _matrix_flops}
+    mapping = {  # of shapes
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+            sdpa_flop_count(query, key, value)
+        ),
+        torch.ops.aten._int_mm: lambda left, right, *_, **__: 2 * left[0] * left[1] * right[1],
+    }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with evaluating(model), counter:
         model(**inputs)

@@ -20,13 +20,11 @@ from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
 from ..stages.base import Stage, check_length
 from .report import check_losses, measured
+from .workspace import MANIFEST, MODEL, Workspace
 
 if TYPE_CHECKING:
     from ..pruning.plan import PruningPlan
     from .run import Run
-    from .workspace import Workspace
-
-MODEL = "model"
 
 
 def compress(
@@ -57,7 +55,6 @@ def compress(
     if recipe.sweep:
         raise ConfigError("The recipe has a sweep, so it gives many results: call sweep(recipe), not compress.")
     from .run import Run
-    from .workspace import Workspace
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -136,21 +133,16 @@ def check(run: "Run") -> None:
             "decoder. Distil its encoder with DistillationTrainer (T5EncoderModel)."
         )
     if (limit := token_limit(config, rotary=False)) is not None:
-        _check_lengths(run, limit)
+        # `data.max_length` is that of the final model: what comes before it was extended reads the beginning.
+        for path, stage in stages.items():
+            limit = stage.check_lengths(path, run, limit)
+        check_length("data.max_length", recipe.data.max_length, limit)
+        check_length("measure.sequence_length", recipe.measure.sequence_length, limit)
+        check_length("measure.lengths", max(recipe.measure.lengths or [0]), limit)
     before: list[Stage] = []
     for path, stage in stages.items():
         config = stage.check(path, run, config, before)
         before.append(stage)
-
-
-def _check_lengths(run: "Run", limit: int) -> None:
-    """`data.max_length` is that of the final model: what comes before it was extended reads the beginning."""
-    recipe = run.recipe
-    for path, stage in recipe.paths.items():
-        limit = stage.check_lengths(path, run, limit)
-    check_length("data.max_length", recipe.data.max_length, limit)
-    check_length("measure.sequence_length", recipe.measure.sequence_length, limit)
-    check_length("measure.lengths", max(recipe.measure.lengths or [0]), limit)
 
 
 def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:
@@ -186,7 +178,6 @@ def _publish(report: Report, source: Path, exports: list[Path], target: Path) ->
     from ..reporting.card import save_card
     from ..reporting.page import save_page
     from ..reporting.plots import save_plots
-    from .workspace import MANIFEST
 
     copy_folder(source, target, leave_out=(MANIFEST,))
     for folder in exports:

@@ -22,7 +22,7 @@ from ..io.text import for_line
 from ..reporting.card import model_card, plots_in
 from ..reporting.page import PAGE, report_page
 from ..reporting.schema import REPORT_FILE, Report, load_report
-from .workspace import MANIFEST, RECIPE
+from .workspace import MANIFEST, MODEL, RECIPE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 TRIES = 4
 PATIENCE = 120.0  # seconds without a byte from the server, after which a request has failed
 LONGEST_WAIT = 300.0  # seconds between tries, whatever the server asks for
-MODEL = "model"
 # The first part of an address on the Hub that is not a user.
 _KINDS = ("models", "datasets", "spaces", "kernels", "buckets", "api")
 # What a client that reads the answer of something that is no Hub stumbles over.
@@ -210,10 +209,17 @@ def _patient_for_so_long() -> Iterator[None]:
 
     usual = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
 
+    def bounded(response: Any) -> None:
+        pause = _seconds_to_wait(response)
+        for name in ("Retry-After", "RateLimit"):
+            response.headers.pop(name, None)
+        if pause:
+            response.headers["Retry-After"] = str(round(pause))
+
     def limited() -> Any:
         client = usual()
         client.timeout = PATIENCE
-        client.event_hooks["response"].append(_with_bounded_waits)
+        client.event_hooks["response"].append(bounded)
         return client
 
     set_client_factory(limited)
@@ -221,14 +227,6 @@ def _patient_for_so_long() -> Iterator[None]:
         yield
     finally:
         set_client_factory(usual)
-
-
-def _with_bounded_waits(response: Any) -> None:
-    asked = _seconds_asked_for(response)
-    for name in ("Retry-After", "RateLimit"):
-        response.headers.pop(name, None)
-    if asked:
-        response.headers["Retry-After"] = str(round(asked))
 
 
 def _trying(
@@ -252,12 +250,13 @@ def _trying(
             if cause is None and not nonsense:
                 raise
             cause = cause or error
-            status = _status(cause)
+            response = getattr(cause, "response", None)
+            status = None if response is None else response.status_code
             if nonsense or number == TRIES or (status is not None and status < 500 and status != 429):
                 raise CheckpointError(
                     f"Cannot push to {repo_id} at {clean(api.endpoint)}: {_reason(cause, status, api.token)}"
                 ) from None
-            wait(max(2.0**number, _seconds_asked_for(getattr(cause, "response", None))))
+            wait(max(2.0**number, _seconds_to_wait(response)))
     raise AssertionError("unreachable")
 
 
@@ -269,18 +268,13 @@ def _is_from_the_net(error: BaseException) -> bool:
     return below or isinstance(error, HfHubHTTPError | ConnectionError)
 
 
-def _status(error: Any) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else response.status_code
-
-
-def _seconds_asked_for(response: Any) -> float:
+def _seconds_to_wait(response: Any) -> float:
     """What a busy server asks for, in seconds or as a date; 0 where it says nothing that can be read."""
-    asked = "" if response is None else str(response.headers.get("Retry-After", "")).strip()
-    if asked.isascii() and asked.isdigit():
-        return min(float(asked[:9]), LONGEST_WAIT)
+    header = "" if response is None else str(response.headers.get("Retry-After", "")).strip()
+    if header.isascii() and header.isdigit():
+        return min(float(header[:9]), LONGEST_WAIT)
     try:
-        seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
+        seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError, IndexError):
         return 0.0
     return min(max(seconds, 0.0), LONGEST_WAIT)
@@ -297,6 +291,6 @@ def _reason(error: BaseException, status: int | None, token: str | bool | None) 
     }.get(status or 0, "the Hub did not answer as it should; what was uploaded is kept, so push again later.")
     if isinstance(error, _NONSENSE):
         advice = "what answers there does not speak as the Hub does. Check HF_ENDPOINT and the network."
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    said = said.replace(token, "[removed]") if isinstance(token, str) else said
-    return f"{advice} ({clean(for_line(said)[:300])})"
+    answer = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    answer = answer.replace(token, "[removed]") if isinstance(token, str) else answer
+    return f"{advice} ({clean(for_line(answer)[:300])})"

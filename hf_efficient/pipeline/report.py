@@ -53,7 +53,6 @@ def measured(
     small = Reader(student, prepared.test, prepared.collator)
     dense = Reader(baseline, original.test, original.collator)
     base_model, licence = _origin(recipe, student)
-    stages = zip(recipe.folders.values(), records, strict=True)
     rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
     return Report(
         student=both.alone(),
@@ -67,11 +66,7 @@ def measured(
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(
-            *warnings,
-            *_about_zeros(both.size),
-            *(note for stage, record in stages for note in stage.note(record)),
-        ),
+        warnings=(*warnings, *_notes(recipe, records, both.size)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
         exports=tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports),
@@ -122,13 +117,19 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
     return extend_positions(teacher, length), tuple(notes)
 
 
-def _about_zeros(size: Size) -> tuple[str, ...]:
-    if not size.is_sparse:
-        return ()
-    return (
+def _notes(recipe: "Recipe", records: list[StageRecord], size: Size) -> list[str]:
+    """What a reader must know of the result and of each stage.
+
+    First what concerns whoever uses the model, which the last stages of a recipe tell; then how it was trained; then
+    its exports.
+    """
+    zeros = (
         f"{size.sparsity:.0%} of the parameters are zero. Dense kernels multiply zeros like any number: they bring no "
-        "speed-up, no fewer MACs and no smaller file.",
+        "speed-up, no fewer MACs and no smaller file."
     )
+    pairs = zip(recipe.folders.values(), records, strict=True)
+    order = sorted(pairs, key=lambda pair: (pair[0].beside is not None, pair[0].followers is None))
+    return [zeros] * size.is_sparse + [note for stage, record in order for note in stage.note(record)]
 
 
 def check_losses(recipe: "Recipe", report: Report) -> Report:
@@ -137,8 +138,9 @@ def check_losses(recipe: "Recipe", report: Report) -> Report:
     Raises:
         UnsupportedModelError: an export lost more to the teacher than its `max_loss`.
     """
-    for step in recipe.stages:
-        step.settings.check_report(report)
+    stages = [step.settings for step in recipe.stages]
+    for number, stage in enumerate(stages, 1):
+        stage.check_report(report, stages[number:])
     return report
 
 

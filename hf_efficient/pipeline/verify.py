@@ -41,15 +41,17 @@ def check_reload(
     """
     words = (str(folder), auto_class, *["trust"] * trust_remote_code)
     try:
-        done = run_module("hf_efficient.pipeline.verify", *words, timeout=limit)
+        result = run_module("hf_efficient.pipeline.verify", *words, timeout=limit)
     except TimeoutError:
         raise CheckpointError(
             f"The model in {folder} does not load in a fresh process within {limit:g} s. Give the same command again "
             "when the machine has less to do."
         ) from None
-    if done.returncode != 0:
-        raise CheckpointError(f"The model in {folder} does not load in a fresh process: {done.stderr.strip()[-500:]}")
-    if done.stdout.split()[-1:] != [expected]:
+    if result.returncode != 0:
+        raise CheckpointError(
+            f"The model in {folder} does not load in a fresh process: {result.stderr.strip()[-500:]}"
+        )
+    if result.stdout.split()[-1:] != [expected]:
         raise CheckpointError(f"The model in {folder} gives another output in a fresh process than in this one.")
 
 

@@ -30,6 +30,7 @@ from ..io.json import read_json
 from ..recipes.recipe import Recipe
 from ..reporting.schema import StageRecord
 
+MODEL = "model"
 MANIFEST = "stage.json"
 RECIPE = "recipe.yaml"
 INPUTS = "inputs.json"
@@ -108,7 +109,8 @@ class Workspace:
         record = StageRecord(
             name=name.split("-", 1)[-1], seconds=time.perf_counter() - start, settings=settings, facts=facts
         )
-        write_atomic(partial / MANIFEST, _manifest(record))
+        manifest = {"schema_version": MANIFEST_VERSION, **asdict(record)}
+        write_atomic(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _complete(partial, target)
         return target, record
 
@@ -152,10 +154,6 @@ def _complete(partial: Path, target: Path) -> None:
             f"{target} was made by something else while this run made its own, which is {partial}. Delete one of the "
             "two; then give the same command again."
         ) from error
-
-
-def _manifest(record: StageRecord) -> str:
-    return json.dumps({"schema_version": MANIFEST_VERSION, **asdict(record)}, indent=2) + "\n"
 
 
 def _read_manifest(path: Path) -> StageRecord:

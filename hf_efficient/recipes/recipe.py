@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ class Recipe:
             raise ConfigError(f"task: {unknown_name('task', self.task, TASKS)}")
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
-        _check_columns(self.task, self.data)
-        _check_tokenizer(self.task, self.model)
+        self.data.check_task(self.task)
+        self.model.check_task(self.task)
         for path, stage in self.paths.items():
             stage.check_task(path, self.task)
         try:
@@ -113,9 +113,9 @@ class Recipe:
         return cls._from_plain(parse(text, str(path)))
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> "Recipe":
+    def from_dict(cls, section: Mapping[str, Any]) -> "Recipe":
         """Read the content of a YAML file; nothing but ConfigError comes out of a faulty one."""
-        return cls._from_plain(plain(given, "recipe"))
+        return cls._from_plain(plain(section, "recipe"))
 
     @classmethod
     def _from_plain(cls, data: Any) -> "Recipe":
@@ -167,7 +167,8 @@ class Recipe:
         names = [end if ends.count(end) == 1 else key for end, key in zip(ends, self.sweep, strict=True)]
         recipes: dict[str, Recipe] = {}
         for values in itertools.product(*self.sweep.values()):
-            pairs = (f"{name}={_short(value)}" for name, value in zip(names, values, strict=True))
+            texts = (each if isinstance(each, str) else json.dumps(each, separators=(",", ":")) for each in values)
+            pairs = (f"{name}={text}" for name, text in zip(names, texts, strict=True))
             label = re.sub(r"[^\w.=,+-]+", "_", ",".join(pairs))[:100]
             if label in recipes:
                 raise ConfigError(f"sweep: two combinations are called {label!r}: is a value there twice?")
@@ -263,10 +264,6 @@ def _check_sweep(sweep: Any) -> None:
         raise ConfigError(f"sweep has {count} combinations; at most {MAX_COMBINATIONS} are run in one go.")
 
 
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
 def shipped_recipes() -> dict[str, Path]:
     """The recipes in the package, by name."""
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
@@ -289,11 +286,11 @@ def _find(path_or_name: str | Path) -> Path:
     raise ConfigError(f"No such recipe {shown(str(path_or_name))}.{hint} Give a file, or one of {', '.join(shipped)}.")
 
 
-def _read_stages(given: Any, task: str) -> tuple[Step, ...]:
-    if not isinstance(given, list) or len(given) > MAX_STAGES:
-        raise ConfigError(f"stages must be a list of at most {MAX_STAGES} stages, got {shown(given)}.")
+def _read_stages(entries: Any, task: str) -> tuple[Step, ...]:
+    if not isinstance(entries, list) or len(entries) > MAX_STAGES:
+        raise ConfigError(f"stages must be a list of at most {MAX_STAGES} stages, got {shown(entries)}.")
     steps = []
-    for index, entry in enumerate(given):
+    for index, entry in enumerate(entries):
         name = _stage_name(entry, f"stages[{index}]")
         settings = {} if entry[name] is None else entry[name]
         steps.append(Step(name, STAGES[name].read(settings, f"stages[{index}].{name}", task)))
@@ -310,27 +307,6 @@ def _stage_name(entry: Any, path: str) -> str:
     if name not in STAGES:
         raise ConfigError(f"{path}: {unknown_name('stage', name, STAGES)}")
     return name
-
-
-def _check_columns(task: str, data: DataSettings) -> None:
-    used = {f"{role}_column" for role in TASKS[task].roles}
-    used |= {"image_size"} if TASKS[task].is_of_images else {"max_length"}
-    columns = [entry.name for entry in fields(data) if entry.name.endswith("_column")]
-    for name in [*columns, "image_size"]:
-        if getattr(data, name) is not None and name not in used:
-            raise ConfigError(f"data.{name} has no meaning for task {task!r}, which uses {', '.join(sorted(used))}.")
-
-
-def _check_tokenizer(task: str, model: ModelSettings) -> None:
-    """A fresh model that reads text needs to be told how; no other may be."""
-    named = model.tokenizer is not None or model.tokenizer_size is not None
-    if named and TASKS[task].is_of_images:
-        raise ConfigError(f"model.tokenizer and model.tokenizer_size have no meaning for task {task!r}.")
-    if model.config is not None and not named and not TASKS[task].is_of_images:
-        raise ConfigError(
-            "model.tokenizer or model.tokenizer_size must be given, as a fresh model has no tokenizer: a Hub id, a "
-            "folder or bundled:NAME; or how many tokens shall be learned from the training texts, such as 4096."
-        )
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:

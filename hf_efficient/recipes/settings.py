@@ -10,10 +10,10 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 from ..data.bundled import DATASETS, MODELS, PREFIX
-from ..data.tasks import ROLES, column_name
+from ..data.tasks import ROLES, TASKS, column_name
 from ..errors import ConfigError, shown, unknown_name
 from ..io.yaml import plain
-from ..stages.settings import MAX_BATCH, MAX_STEPS, MAX_TOKENS, Settings, flag, integer, number, ruled, text
+from ..stages.settings import MAX_BATCH, MAX_STEPS, MAX_TOKENS, Settings, flag, integer, keys_of, number, ruled, text
 
 MAX_INPUT = 1 << 24  # tokens in one batch that is made up to be timed
 
@@ -57,6 +57,17 @@ class ModelSettings(Settings):
             if is_path and not os.path.isdir(path):
                 raise ConfigError(f"name_or_path: no such model folder {shown(path)}.")
 
+    def check_task(self, task: str) -> None:
+        """Raises ConfigError unless a fresh model that reads text is told how, and no other is."""
+        named = self.tokenizer is not None or self.tokenizer_size is not None
+        if named and TASKS[task].is_of_images:
+            raise ConfigError(f"model.tokenizer and model.tokenizer_size have no meaning for task {task!r}.")
+        if self.config is not None and not named and not TASKS[task].is_of_images:
+            raise ConfigError(
+                "model.tokenizer or model.tokenizer_size must be given, as a fresh model has no tokenizer: a Hub id, "
+                "a folder or bundled:NAME; or how many tokens shall be learned from the training texts, such as 4096."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """A tokenizer only where one is named."""
         optional = ("tokenizer", "tokenizer_size")
@@ -89,19 +100,20 @@ class DataSettings(_Columns):
         super().__post_init__()
         _check_bundled(self.name_or_path, "bundled data set", DATASETS)
 
+    def check_task(self, task: str) -> None:
+        """Raises ConfigError for a column or size that the task does not use."""
+        used = {column_name(role) for role in TASKS[task].roles}
+        used |= {"image_size"} if TASKS[task].is_of_images else {"max_length"}
+        columns = [name for name in keys_of(self) if name.endswith("_column")]
+        for name in [*columns, "image_size"]:
+            if getattr(self, name) is not None and name not in used:
+                uses = ", ".join(sorted(used))
+                raise ConfigError(f"data.{name} has no meaning for task {task!r}, which uses {uses}.")
+
     def to_dict(self) -> dict[str, Any]:
         """The columns of words and of questions only where they are given."""
         rare = [column_name(name) for name, role in ROLES.items() if role.is_rare]
         return {name: value for name, value in super().to_dict().items() if name not in rare or value is not None}
-
-
-def _are_lengths(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 20
-        and all(type(each) is int and 1 <= each <= MAX_TOKENS for each in value)
-        and value == sorted(set(value))
-    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,15 @@ class MeasureSettings(Settings):
     sequence_length: int | None = integer(None, 1, MAX_TOKENS, optional=True)  # tokens
     repeats: int = integer(20, 2, 100_000)
     lengths: Any = ruled(  # tokens, for latency against length; null: an eighth, a quarter, a half and all
-        None, "a rising list of up to 20 lengths in tokens, such as [128, 512]", _are_lengths, optional=True
+        None,
+        "a rising list of up to 20 lengths in tokens, such as [128, 512]",
+        lambda value: (
+            isinstance(value, list)
+            and len(value) <= 20
+            and all(type(each) is int and 1 <= each <= MAX_TOKENS for each in value)
+            and value == sorted(set(value))
+        ),
+        optional=True,
     )
     metrics: list[str] | None = ruled(  # further scores of classes: names of `measurement.scores.METRICS`
         None,

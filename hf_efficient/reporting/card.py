@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import TASKS
 from ..io.disk import write_atomic
-from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code, python_literal
+from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
 from .tables import (
@@ -28,7 +28,7 @@ from .tables import (
     markdown_structure,
     markdown_table,
 )
-from .usage import loading_snippet
+from .usage import export_snippet, loading_snippet
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -84,7 +84,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         energy=describe_energy(report.student),
         footprint=describe_footprint(report),
         snippet=Markup(loading_snippet(report, repo_id)),
-        export_snippet=_export_snippet(report, repo_id),
+        export_snippet=Markup(export_snippet(report, repo_id)),
         export_needs=markdown_code(next(iter(report.exports[0].runtime.split()), "")) if report.exports else "",
         recipe=Markup(recipe),
         fence=Markup("`" * max(3, 1 + longest_run("`", recipe))),  # longer than any run of backticks inside
@@ -124,14 +124,6 @@ def recipe_text(report: Report) -> str:
     return next((text for text in texts if for_terminal(text) == text), "")  # no control character stands in it
 
 
-def _export_snippet(report: Report, repo_id: str) -> Markup:
-    """Python that loads the first of the exports."""
-    if not report.exports:
-        return Markup()
-    place, folder = python_literal(repo_id), python_literal(report.exports[0].folder)
-    return Markup(f"model = ExportedModel.from_pretrained({place}, subfolder={folder})")
-
-
 def _said(value: Any) -> Any:
     """Without what is not set."""
     if isinstance(value, dict):
@@ -146,24 +138,24 @@ def _hub_task(task: str) -> str:
 
 def _relation(report: Report) -> str:
     """The Hub's word for what the model is to its base; `quantized` only if nothing else was done."""
-    done = {
+    steps = {
         stage.name
         for stage in report.stages
         if stage.name != "export" and (stage.name, stage.settings) != ("teacher", {})
     }
-    return "quantized" if done == {"quantize"} else "finetune"
+    return "quantized" if steps == {"quantize"} else "finetune"
 
 
 def _emissions(report: Report) -> dict[str, Any] | None:
     """Of training, in grams, as the Hub's metadata has it; None unless tracked, in a country that is known."""
-    used = report.footprint
-    if used is None or used.co2_grams is None:
+    footprint = report.footprint
+    if footprint is None or footprint.co2_grams is None:
         return None
     return {
-        "emissions": used.co2_grams,
-        "source": for_line(f"{used.tool}, {used.source}"),
+        "emissions": footprint.co2_grams,
+        "source": for_line(f"{footprint.tool}, {footprint.source}"),
         "training_type": "fine-tuning" if _hub_id(report.base_model) else "pre-training",
-        "geographical_location": None if used.country is None else for_line(str(used.country)),
+        "geographical_location": None if footprint.country is None else for_line(str(footprint.country)),
         "hardware_used": for_line(describe_machine(report)),
     }
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..io.disk import write_atomic
 from ..io.text import for_terminal
 from .card import recipe_text
-from .schema import Measurement, Report, StageRecord
+from .schema import ExportRecord, Measurement, Report, StageRecord
 from .svg import COLOURS, Line, Point, drawable, lines, scatter
 from .tables import (
     EXPORT_HEADER,
@@ -41,6 +41,7 @@ from .tables import (
     listed,
     name_export,
     result_rows,
+    scale_of,
 )
 from .usage import loading_snippet
 
@@ -64,12 +65,17 @@ def report_page(
     from jinja2 import Environment
 
     reports = [reports] if isinstance(reports, Report) else list(reports)
-    names = [_name(report) for report in reports] if names is None else list(names)
+    names = [str(each.recipe.get("name") or each.base_model) for each in reports] if names is None else list(names)
     if not reports or len(names) != len(reports):
         raise ConfigError(f"Give at least one report and one name for each, got {len(reports)} and {len(names)}.")
-    template = Environment(autoescape=True, finalize=_visible, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
+    page = Environment(
+        autoescape=True,
+        # Text without controls, such as those that turn it around; what is HTML already stays. Then it is escaped.
+        finalize=lambda value: for_terminal(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    template = page.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         title=names[0] if len(names) == 1 else f"{len(names)} results",
         results=[_result(report, name, repo_id) for report, name in zip(reports, names, strict=True)],
@@ -82,15 +88,6 @@ def report_page(
 def save_page(report: Report, folder: str | Path, repo_id: str = "path/to/this/model") -> Path:
     """Write `report.html` into a folder; complete or not at all."""
     return write_atomic(Path(folder) / PAGE, report_page(report, repo_id=repo_id))
-
-
-def _visible(value: Any) -> Any:
-    """Text without controls, such as those that turn it around; what is HTML already stays. Then it is escaped."""
-    return for_terminal(value) if type(value) is str else value
-
-
-def _name(report: Report) -> str:
-    return str(report.recipe.get("name") or report.base_model)
 
 
 def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
@@ -108,7 +105,17 @@ def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
         "exports": export_rows(report),
         "pareto": _pareto([report], [name]),
         "lengths": _lengths(report),
-        "layers": _layers(report),
+        "layers": [
+            {
+                "name": name,
+                "heads": kept(layer.heads, layer.original_heads),
+                "head_part": _percent(layer.heads, layer.original_heads),
+                "neurons": kept(layer.neurons, layer.original_neurons),
+                "neuron_part": _percent(layer.neurons, layer.original_neurons),
+                "attention": layer.attention,
+            }
+            for name, layer in zip(layer_names(report.structure), report.structure, strict=True)
+        ],
         "curves": [(stage.name, chart) for stage in report.stages if (chart := _curve(stage))],
         "timeline": _timeline(report.stages),
         "workload": describe_workload(report.student),
@@ -151,10 +158,7 @@ def _pareto(reports: Sequence[Report], names: Sequence[str]) -> str:
             teachers.add(label)
         points += _points(report.student, name, colour)
         for each in report.exports:
-            main = each.quality.main
-            scale = 100 if is_fraction(main.name) else 1
-            error, label = scale * main.standard_error, name_export(each)
-            points.append(Point(each.latency.median_ms, scale * main.value, label, colour, error, False))
+            points += _points(each, name_export(each), colour, filled=False)
     quality = reports[0].student.quality
     if quality is None:
         return ""
@@ -162,11 +166,11 @@ def _pareto(reports: Sequence[Report], names: Sequence[str]) -> str:
     return scatter(points, "median latency, ms", name, "high" if quality.main.higher_is_better else "low")
 
 
-def _points(measured: Measurement, label: str, colour: str, filled: bool = True) -> list[Point]:
+def _points(measured: Measurement | ExportRecord, label: str, colour: str, filled: bool = True) -> list[Point]:
     if measured.quality is None:
         return []
     main = measured.quality.main
-    scale = 100 if is_fraction(main.name) else 1
+    scale = scale_of(main.name)
     return [Point(measured.latency.median_ms, scale * main.value, label, colour, scale * main.standard_error, filled)]
 
 
@@ -176,20 +180,6 @@ def _lengths(report: Report) -> str:
     student = [(_float(point.sequence_length), point.student_ms) for point in report.lengths]
     teacher = [(_float(p.sequence_length), p.teacher_ms) for p in report.lengths if p.teacher_ms is not None]
     return lines([Line("teacher", "teacher", teacher), Line("student", "student", student)], "tokens", "median, ms")
-
-
-def _layers(report: Report) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "heads": kept(layer.heads, layer.original_heads),
-            "head_part": _percent(layer.heads, layer.original_heads),
-            "neurons": kept(layer.neurons, layer.original_neurons),
-            "neuron_part": _percent(layer.neurons, layer.original_neurons),
-            "attention": layer.attention,
-        }
-        for name, layer in zip(layer_names(report.structure), report.structure, strict=True)
-    ]
 
 
 def _percent(count: float, original: float) -> float:

@@ -22,7 +22,7 @@ from ..io.text import for_plot
 from .labels import Box, place_labels
 from .schema import Latency, Quality, Report
 from .svg import drawable
-from .tables import describe_machine, describe_workload, is_fraction, kept, layer_names
+from .tables import describe_machine, describe_workload, is_fraction, kept, layer_names, scale_of
 
 ACCURACY_LATENCY = "accuracy_latency.png"
 STRUCTURE = "structure.png"
@@ -104,16 +104,12 @@ class _Point:
         return self.latency.median_ms
 
     @property
-    def scale(self) -> float:
-        return 100.0 if is_fraction(self.quality.main.name) else 1.0
-
-    @property
     def y(self) -> float:
-        return self.scale * self.quality.main.value
+        return scale_of(self.quality.main.name) * self.quality.main.value
 
     @property
     def error(self) -> float:
-        return _length(self.scale * self.quality.main.standard_error)  # one sample has none
+        return _length(scale_of(self.quality.main.name) * self.quality.main.standard_error)  # one sample has none
 
 
 def _length(value: float) -> float:
@@ -162,7 +158,8 @@ def _points(reports: list[Report], labels: Sequence[str] | None) -> list[_Point]
         raise ConfigError(f"Give at least one report and one label per report, got {len(reports)} and {labels!r}.")
     points: list[_Point] = []
     for number, report in enumerate(reports):
-        names = (report.base_model.split("/")[-1], labels[number] if labels is not None else _student_name(report))
+        usual = str(report.recipe.get("name") or " + ".join(stage.name for stage in report.stages) or "student")
+        names = (report.base_model.split("/")[-1], usual if labels is None else labels[number])
         colors = (_TEACHER, _STUDENTS[number % len(_STUDENTS)])
         for filled, measured in enumerate((report.teacher, report.student)):
             if measured is None:
@@ -186,10 +183,6 @@ def _points(reports: list[Report], labels: Sequence[str] | None) -> list[_Point]
     ):
         raise DataError("Latencies of different workloads or machines cannot share a plot. Measure all the same way.")
     return points
-
-
-def _student_name(report: Report) -> str:
-    return str(report.recipe.get("name") or " + ".join(stage.name for stage in report.stages) or "student")
 
 
 def _draw_point(axes: Any, point: _Point) -> None:

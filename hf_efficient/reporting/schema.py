@@ -250,10 +250,6 @@ class LayerStructure:
     stack: str = "encoder"
 
 
-def _today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-
-
 @dataclass(frozen=True)
 class Report:
     """One compression run: where it came from, what was done, what was measured.
@@ -285,7 +281,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    created: str = field(default_factory=_today)
+    created: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     commit: str | None = field(default_factory=package_commit)
     environment: Environment = field(default_factory=Environment.collect)
     schema_version: int = SCHEMA_VERSION

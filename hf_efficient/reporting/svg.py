@@ -87,12 +87,12 @@ def _said(point: Point) -> str:
 def _front(axes: "_Axes", points: Sequence[Point], best: str) -> str:
     """The line through what nothing else beats in both."""
     sign = 1 if best == "high" else -1
-    found: list[Point] = []
+    front: list[Point] = []
     for point in sorted(points, key=lambda each: (each.x, -sign * each.y)):
-        if not found or sign * point.y > sign * found[-1].y:
-            found.append(point)
-    path = " ".join("{:.1f},{:.1f}".format(*axes.at(point.x, point.y)) for point in found)
-    return f'<polyline points="{path}" class="front"/>' if len(found) > 1 else ""
+        if not front or sign * point.y > sign * front[-1].y:
+            front.append(point)
+    path = " ".join("{:.1f},{:.1f}".format(*axes.at(point.x, point.y)) for point in front)
+    return f'<polyline points="{path}" class="front"/>' if len(front) > 1 else ""
 
 
 def _labels(axes: "_Axes", points: Sequence[Point]) -> list[tuple[float, float, str]]:

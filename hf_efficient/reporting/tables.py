@@ -63,6 +63,11 @@ def is_fraction(name: str) -> bool:
     return name.endswith(("accuracy", "retrieval@1", "f1"))
 
 
+def scale_of(name: str) -> int:
+    """What a score is multiplied by where it is shown."""
+    return 100 if is_fraction(name) else 1
+
+
 def format_score(score: Score) -> str:
     """`84.5% ± 0.6` or `3.214 ± 0.021`: value and standard error."""
     if is_fraction(score.name):
@@ -121,11 +126,11 @@ def describe_energy(measurement: Measurement) -> str:
 
 def describe_footprint(report: Report) -> str:
     """What making the student took; an empty text where it was not tracked."""
-    used = report.footprint
-    if used is None:
+    total = report.footprint
+    if total is None:
         return ""
-    co2 = "" if used.co2_grams is None else f", {used.co2_grams:.3g} g CO2eq with the power of {used.country}"
-    return f"Energy of all stages: {used.kwh:.3g} kWh{co2}; {used.source}, by {used.tool}."
+    co2 = "" if total.co2_grams is None else f", {total.co2_grams:.3g} g CO2eq with the power of {total.country}"
+    return f"Energy of all stages: {total.kwh:.3g} kWh{co2}; {total.source}, by {total.tool}."
 
 
 def describe_machine(report: Report) -> str:
@@ -188,40 +193,35 @@ def kept(count: int, original: int) -> str:
     return " of ".join(str(each) if abs(each) < 1e9 else format_count(each) for each in (count, original))
 
 
-def structure_rows(layers: Sequence[LayerStructure]) -> list[tuple[str, str, str, str]]:
-    """(layer, heads, neurons, attention), kept of original."""
-    return [
-        (name, kept(x.heads, x.original_heads), kept(x.neurons, x.original_neurons), x.attention)
-        for name, x in zip(layer_names(layers), layers, strict=True)
-    ]
-
-
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns of equal width, the first `left` of them left-aligned, a rule below the header, no trailing spaces.
 
     For a terminal: control characters are shown as escapes, long cells are cut.
     """
-    table = [tuple(for_line(cell, CELL) for cell in row) for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-
-    def line(row):
-        cells = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(table[0]), "  ".join("-" * width for width in widths), *map(line, table[1:])])
+    names, *lines = _padded([[for_line(cell, CELL) for cell in row] for row in (header, *rows)], left)
+    rule = ["-" * len(name) for name in names]
+    return "\n".join("  ".join(cells).rstrip() for cells in (names, rule, *lines))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
     """A Markdown table with aligned source text; cells are shown as they are, but for `Markup`."""
-    table = [[for_markdown(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(header))]
+    names, *lines = _padded([[for_markdown(cell) for cell in row] for row in (header, *rows)], left=1, least=3)
+    first, *others = ("-" * (len(name) + 2) for name in names)
+    rule = "|".join(["", first, *(f"{dashes[:-1]}:" for dashes in others), ""])
+    top, *body = (f"| {' | '.join(cells)} |" for cells in (names, *lines))
+    return Markup("\n".join([top, rule, *body]))
 
-    def line(row):
-        cells = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        return "| " + " | ".join(cells) + " |"
 
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return Markup("\n".join([line(table[0]), rule, *map(line, table[1:])]))
+def _padded(table: Sequence[Sequence[str]], left: int, least: int = 0) -> list[list[str]]:
+    """Cells as wide as their column; in the first `left` columns the text is on the left."""
+    widths = [max(least, *map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in table
+    ]
 
 
 HEADER = ("", "teacher", "student", "change")
@@ -233,7 +233,7 @@ def export_rows(report: Report) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for each in report.exports:
         name = each.quality.main.name
-        scale, unit = (100, " points") if is_fraction(name) else (1, "")
+        scale, unit = scale_of(name), " points" if is_fraction(name) else ""
         change = f"{scale * each.quality_difference:+.3g} ± {scale * each.quality_difference_error:.2g}{unit}"
         rows.append(
             (
@@ -273,10 +273,10 @@ def best_export(report: Report) -> ExportRecord | None:
 
     def good(export: ExportRecord) -> bool:
         better = export.quality.main.higher_is_better
-        own = loss(None if compared is None else compared.quality_difference, better)
-        lost, error = loss(export.quality_difference, better), export.quality_difference_error
-        allowed = (own if own > 0 else 0.0) + (error if error > 0 else 0.0)  # one sample has no error: nan
-        return bool(export.quality.scores) and lost <= allowed < math.inf
+        usual = loss(None if compared is None else compared.quality_difference, better)
+        error = export.quality_difference_error
+        allowed = (usual if usual > 0 else 0.0) + (error if error > 0 else 0.0)  # one sample has no error: nan
+        return bool(export.quality.scores) and loss(export.quality_difference, better) <= allowed < math.inf
 
     return max(filter(good, report.exports), key=lambda each: each.speedup, default=None)
 
@@ -315,7 +315,10 @@ def markdown_exports(report: Report) -> Markup:
 
 def markdown_structure(report: Report) -> Markup:
     """What is left of each layer, as a Markdown table; an empty text if the report does not say."""
-    rows = structure_rows(report.structure)
+    rows = [
+        (name, kept(x.heads, x.original_heads), kept(x.neurons, x.original_neurons), x.attention)
+        for name, x in zip(layer_names(report.structure), report.structure, strict=True)
+    ]
     return markdown(("layer", "heads", "neurons", "attention"), rows) if rows else Markup()
 
 
@@ -361,8 +364,11 @@ def listed(values: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
 def markdown_results(reports: Mapping[str, Report]) -> str:
     """One line for each finished recipe, for the README: quality, speed and size, and where they were measured."""
     header = ("recipe", "teacher", "student", "speed-up", "other runtimes, change", "weights", "MACs", "loads as")
-    rows = [_result(name, report) for name, report in reports.items()]
-    places = [for_markdown(f"{name}: {_where(report)}") for name, report in reports.items()]
+    rows, places = [_result(name, report) for name, report in reports.items()], []
+    for name, report in reports.items():
+        commit = f"commit {report.commit[:7]}" if report.commit else "installed package"
+        machine = f"{describe_workload(report.student)}; {describe_machine(report)}"
+        places.append(for_markdown(f"{name}: {machine}; {commit}, {report.created}."))
     return markdown(header, rows) + "\n\n" + "\n".join(places)
 
 
@@ -382,8 +388,3 @@ def _result(name: str, report: Report) -> tuple[str, ...]:
         f"{format_count(teacher.size.macs)} → {format_count(student.size.macs)}",
         report.loads_with,
     )
-
-
-def _where(report: Report) -> str:
-    commit = f"commit {report.commit[:7]}" if report.commit else "installed package"
-    return f"{describe_workload(report.student)}; {describe_machine(report)}; {commit}, {report.created}."

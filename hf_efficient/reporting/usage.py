@@ -30,6 +30,14 @@ def loading_snippet(report: Report, repo_id: str) -> str:
     return "\n".join(lines)
 
 
+def export_snippet(report: Report, repo_id: str) -> str:
+    """Python that loads the first of the exports; an empty text if there are none."""
+    if not report.exports:
+        return ""
+    place, folder = python_literal(repo_id), python_literal(report.exports[0].folder)
+    return f"model = ExportedModel.from_pretrained({place}, subfolder={folder})"
+
+
 def _call(report: Report) -> list[str]:
     if report.auto_class == "AutoModel":
         return _vectors(report)

@@ -93,7 +93,7 @@ def export(
 
     batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
     # Made before the work, so that what cannot be written is not found out after it.
-    with new_folder(folder) as partial, _without_cache(model), _on_cpu(model):
+    with new_folder(folder) as partial, _traceable(model):
         _write(model, format, _several(batches[0]), quantize, partial)
         runtime = Runtime(model, format, partial, exact=True)
         with evaluating(model, runtime):
@@ -131,14 +131,14 @@ def _tensors(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the forward of the model takes of a batch; an encoder-decoder reads its labels as its own output."""
     import torch
 
-    taken = inspect.signature(model.forward).parameters
+    arguments = inspect.signature(model.forward).parameters
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     labels = tensors.pop("labels", None)
     for name in ("start_positions", "end_positions"):  # with them the forward would give a loss
         tensors.pop(name, None)
     if labels is not None and labels.dim() == 2 and hasattr(model, "prepare_decoder_input_ids_from_labels"):
         tensors.setdefault("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(labels=labels))
-    return {name: value for name, value in tensors.items() if name in taken}
+    return {name: value for name, value in tensors.items() if name in arguments}
 
 
 def _made_up(model: Any) -> list[dict[str, Any]]:
@@ -170,11 +170,11 @@ def _several(example: dict[str, Any]) -> dict[str, Any]:
     """The example with two rows and three tokens at least: a size of 1 would be traced as the only one."""
     several = {}
     for name, value in example.items():
-        rows = 2 if value.shape[0] == 1 else 1
-        columns = 3 if value.dim() == 2 and value.shape[1] == 1 else 1
-        several[name] = (
-            value.repeat(rows, columns, *[1] * (value.dim() - 2)) if value.dim() > 1 else value.repeat(rows)
-        )
+        times = [1] * value.dim()
+        times[0] = 2 if value.shape[0] == 1 else 1
+        if value.dim() == 2 and value.shape[1] == 1:
+            times[1] = 3
+        several[name] = value.repeat(times)
     return several
 
 
@@ -247,28 +247,18 @@ def _fault(
 
 
 @contextlib.contextmanager
-def _without_cache(model: Any) -> Iterator[None]:
-    """One forward gives outputs, not keys and values for a next one."""
-    config = model.config
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before
-
-
-@contextlib.contextmanager
-def _on_cpu(model: Any) -> Iterator[None]:
-    """In eval mode and on the CPU while it is traced."""
+def _traceable(model: Any) -> Iterator[None]:
+    """In eval mode, on the CPU, and giving outputs alone: not keys and values for a next forward."""
     from ..models.modes import eval_mode
 
-    device = next(model.parameters()).device
+    device, cache = next(model.parameters()).device, getattr(model.config, "use_cache", None)
+    if cache:
+        model.config.use_cache = False
     model.to("cpu")
     try:
         with eval_mode(model):
             yield
     finally:
         model.to(device)
+        if cache:
+            model.config.use_cache = cache

@@ -17,7 +17,7 @@ is the way to speed on a CPU.
 import itertools
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,24 +44,27 @@ def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_si
         ConfigError: an unknown method, torchao is missing, or a linear whose inputs the groups do not divide.
         UnsupportedModelError: the model is quantised already.
     """
-    import transformers
-
     from ..models.loading import load_model
 
-    check_method(method)
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
     check_torchao()
     check_floats(model, "Quantise the one it was made of.")
     if method == "int4":
         check_groups(model, group_size)
+    import torch
+    import torchao.quantization as ao
+    import transformers
+
+    types: dict[str, Callable[[], Any]] = {
+        "int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig,
+        "int8": ao.Int8WeightOnlyConfig,
+        "int4": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(group_size)),
+    }
     with tempfile.TemporaryDirectory() as folder:  # transformers quantises what it loads, and nothing else
         model.save_pretrained(Path(folder))
-        config = transformers.TorchAoConfig(_torchao(method, group_size))
+        config = transformers.TorchAoConfig(types[method]())
         return load_model(type(model), folder, quantization_config=config).eval()
-
-
-def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
 
 
 def check_torchao() -> None:
@@ -116,12 +119,3 @@ def check_groups(model: "PreTrainedModel", group_size: int) -> None:
                 f"group_size={group_size} does not divide the {module.in_features} inputs of {name}. Prune with "
                 f"round_to={group_size}, or choose a smaller power of 2, or method 'int8'."
             )
-
-
-def _torchao(method: str, group_size: int) -> Any:
-    import torch
-    import torchao.quantization as ao
-
-    if method == "int4":
-        return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(group_size))
-    return {"int8_dynamic": ao.Int8DynamicActivationInt8WeightConfig, "int8": ao.Int8WeightOnlyConfig}[method]()

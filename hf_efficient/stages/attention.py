@@ -87,19 +87,19 @@ class AttentionStage(Stage):
     transfer: TransferSettings | None = None
 
     @classmethod
-    def read(cls, given: Any, path: str, task: str | None = None) -> "AttentionStage":
+    def read(cls, section: Any, path: str, task: str | None = None) -> "AttentionStage":
         extending = keys_of(LongerSettings)
-        if isinstance(given, dict) and (stacks := sorted(STACK_NAMES & given.keys())):
+        if isinstance(section, dict) and (stacks := sorted(STACK_NAMES & section.keys())):
             raise ConfigError(f"{path}: {', '.join(stacks)} must stand under `layers`.")
-        check_keys(given, [*ATTENTION_KEYS, "layers", *extending, "transfer"], path)
-        if not given:
+        check_keys(section, [*ATTENTION_KEYS, "layers", *extending, "transfer"], path)
+        if not section:
             raise ConfigError(f"{path} is empty: give a kind, as in `attention: {{kind: local, window: 64}}`.")
-        longer = read(LongerSettings, part(given, extending), path)
-        transfer = given.get("transfer")
+        longer = read(LongerSettings, part(section, extending), path)
+        transfer = section.get("transfer")
         if transfer is not None:
             transfer = read(TransferSettings, transfer, f"{path}.transfer")
-        settings = {key: value for key, value in given.items() if key in ATTENTION_KEYS}
-        layers = given.get("layers")
+        settings = {key: value for key, value in section.items() if key in ATTENTION_KEYS}
+        layers = section.get("layers")
         if not isinstance(layers, dict):
             chosen = None if layers is None else _some_layers(layers, f"{path}.layers")
             return cls(make(AttentionConfig, settings, path), chosen, longer, transfer)
@@ -195,26 +195,24 @@ def _written(config: Any) -> Any:
     return {str(key): _written(value) for key, value in config.items()}
 
 
-def _read_mixing(given: dict[str, Any], path: str) -> Mixing:
+def _read_mixing(section: dict[str, Any], path: str) -> Mixing:
     """Stack by stack if a key is the name of one, else layer by layer."""
-    if not any(key in STACK_NAMES for key in given):
-        return _read_layers(given, path)
-    for key in given:
+    if not any(key in STACK_NAMES for key in section):
+        return _read_layers(section, path)
+    for key in section:
         if key not in STACK_NAMES:
             raise ConfigError(f"{path}: {unknown_stack(key, STACK_NAMES)}")
-    return {key: _read_by_layer(value, f"{path}.{key}") for key, value in given.items()}
+    mixing: dict[str, ByLayer] = {}
+    for key, value in section.items():  # one attention for the whole stack, or a mapping of its layers
+        parts = value.items() if isinstance(value, dict) else ()
+        by_layer = any(isinstance(part, dict) and name != "options" for name, part in parts)
+        mixing[key] = (_read_layers if by_layer else _read_config)(value, f"{path}.{key}")
+    return mixing
 
 
-def _read_by_layer(given: Any, path: str) -> ByLayer:
-    """One attention for a whole stack, or a mapping of its layers."""
-    if isinstance(given, dict) and any(isinstance(value, dict) and key != "options" for key, value in given.items()):
-        return _read_layers(given, path)
-    return _read_config(given, path)
-
-
-def _read_layers(given: dict[str, Any], path: str) -> dict[int | str, AttentionConfig]:
+def _read_layers(section: dict[str, Any], path: str) -> dict[int | str, AttentionConfig]:
     configs: dict[int | str, AttentionConfig] = {
-        key: _read_config(value, f"{path}.{key}") for key, value in given.items()
+        key: _read_config(value, f"{path}.{key}") for key, value in section.items()
     }
     try:
         spread_layers(configs, MAX_LAYERS)  # how many layers there are is not known yet; the form of the keys is
@@ -223,9 +221,9 @@ def _read_layers(given: dict[str, Any], path: str) -> dict[int | str, AttentionC
     return configs
 
 
-def _read_config(given: Any, path: str) -> AttentionConfig:
-    check_keys(given, ATTENTION_KEYS, path)
-    return make(AttentionConfig, given, path)
+def _read_config(section: Any, path: str) -> AttentionConfig:
+    check_keys(section, ATTENTION_KEYS, path)
+    return make(AttentionConfig, section, path)
 
 
 def _some_layers(layers: Any, path: str) -> tuple[int, ...] | str:

@@ -110,9 +110,9 @@ class Stage(Settings):
         return None
 
     @classmethod
-    def read(cls, given: Any, path: str, task: str | None = None) -> "Stage":
+    def read(cls, section: Any, path: str, task: str | None = None) -> "Stage":
         """The stage that YAML means, in a recipe for `task`; `to_dict` gives what is read back."""
-        return read(cls, given, path)
+        return read(cls, section, path)
 
     def check_task(self, path: str, task: str) -> None:
         """Raises ConfigError if it cannot be done for this task; `path` starts the message, as `stages[1].prune`."""
@@ -144,8 +144,11 @@ class Stage(Settings):
             "which gives the same gradient.",
         )
 
-    def check_report(self, report: Report) -> None:
-        """Raises UnsupportedModelError if what it made is not what it was asked for; the result stays."""
+    def check_report(self, report: Report, after: Sequence["Stage"] = ()) -> None:
+        """Raises UnsupportedModelError if what it made is not what it was asked for; the result stays.
+
+        `after`: the stages that come after it.
+        """
 
 
 def check_length(key: str, length: int | None, limit: int) -> None:

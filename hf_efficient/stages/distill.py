@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 LENGTH_ROWS = 256  # whose average length is the one at which MACs are counted while training
 
 
-def _are_losses(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and all(type(weight) in (int, float) and 0 <= weight <= 1e6 for weight in value.values())
-        and any(value.values())
-    )
-
-
 @dataclass(frozen=True)
 class DistillStage(TrainingSettings, Stage):
     """Training against the teacher. `losses` gives the weight of each name in `distillation.terms.LOSSES`."""
@@ -43,7 +35,11 @@ class DistillStage(TrainingSettings, Stage):
     losses: dict[str, float] = ruled(
         lambda: {"kd": 1.0},
         "a mapping of losses to weights from 0 to 1e6, one of them above 0, such as {kd: 1.0, ce: 0.5}",
-        _are_losses,
+        lambda value: (
+            isinstance(value, dict)
+            and all(type(weight) in (int, float) and 0 <= weight <= 1e6 for weight in value.values())
+            and any(value.values())
+        ),
     )
     temperature: float = number(2.0, 0, 1000, above=True)
     prune: Gradual | None = ruled(  # while it is trained: a PruningCallback
@@ -79,14 +75,17 @@ class DistillStage(TrainingSettings, Stage):
                 raise ConfigError(f"{name}: {error}") from None
 
     @classmethod
-    def read(cls, given: Any, path: str, task: str | None = None) -> "DistillStage":
+    def read(cls, section: Any, path: str, task: str | None = None) -> "DistillStage":
         """Losses that are not given are those of the task, if it has its own."""
         usual = TASKS[task].losses if task in TASKS else None
-        if isinstance(given, dict) and usual is not None:
-            given = {"losses": dict(usual)} | given
-        if isinstance(given, dict) and given.get("prune") is not None:
-            given = given | {"prune": _read_gradual(given["prune"], f"{path}.prune")}
-        return read(cls, given, path)
+        if isinstance(section, dict) and usual is not None:
+            section = {"losses": dict(usual)} | section
+        if isinstance(section, dict) and section.get("prune") is not None:
+            gradual, timing = section["prune"], [name for name in keys_of(Gradual) if name != "config"]
+            check_keys(gradual, [*WHILE_TRAINING, *timing], f"{path}.prune")
+            config = make(PruningConfig, part(gradual, WHILE_TRAINING), f"{path}.prune")
+            section = section | {"prune": make(Gradual, {"config": config} | part(gradual, timing), f"{path}.prune")}
+        return read(cls, section, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Options and `prune` only where they are asked for."""
@@ -115,7 +114,7 @@ class DistillStage(TrainingSettings, Stage):
         """A teacher that reads only the beginning can answer for a whole text, and for nothing else."""
         check_length(f"{path}.max_length", self.max_length, limit)
         cut, task = self.teacher_cut(run, run.config), run.recipe.task
-        by_token = any(self.losses.get(name) for name in ("hidden", "attention", "relation"))
+        by_token = any(weight and LOSSES[name].maps_layers for name, weight in self.losses.items())
         if cut is not None and (task != "text-classification" or by_token):
             raise ConfigError(
                 f"{path}: the teacher takes {cut} tokens and the student gets more, so it can answer for a whole text "
@@ -127,7 +126,7 @@ class DistillStage(TrainingSettings, Stage):
     def teacher_cut(self, run: Run, teacher: Any) -> int | None:
         """Where the teacher's inputs must be cut, since it takes fewer tokens than the student gets; None: nowhere."""
         length, limit = self.max_length or run.recipe.data.max_length, token_limit(teacher, rotary=False)
-        needed = any(weight for name, weight in self.losses.items() if name != "ce")
+        needed = any(weight and LOSSES[name].needs_teacher for name, weight in self.losses.items())
         return limit if needed and limit is not None and length is not None and length > limit else None
 
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
@@ -158,20 +157,11 @@ class DistillStage(TrainingSettings, Stage):
         arguments = training_arguments(DistillationArguments, run, self, target, batch_size, **more)
         parameters, callbacks = student.num_parameters(), []
         if self.prune is not None:
-            config, rows = self.prune.config, first_batches(prepared, LENGTH_ROWS, self.batch_size)
+            gradual, rows = self.prune, first_batches(prepared, LENGTH_ROWS, self.batch_size)
             # Where the settings do not say at which length MACs are counted, it is that of the training rows.
-            config = dataclasses.replace(
-                config, sequence_length=config.sequence_length or average_length(rows, student)
-            )
-            gradual = self.prune
+            length = gradual.config.sequence_length or average_length(rows, student)
+            config = dataclasses.replace(gradual.config, sequence_length=length)
             callbacks.append(PruningCallback(config, gradual.start, gradual.end, gradual.every, gradual.momentum))
         trainer = make_trainer(DistillationTrainer, student, arguments, prepared, callbacks, teacher=teacher)
         fit(trainer)
         return trainer, parameters
-
-
-def _read_gradual(given: Any, path: str) -> Gradual:
-    timing = [name for name in keys_of(Gradual) if name != "config"]
-    check_keys(given, [*WHILE_TRAINING, *timing], path)
-    config = make(PruningConfig, part(given, WHILE_TRAINING), path)
-    return make(Gradual, {"config": config} | part(given, timing), path)

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from ..io.disk import remove_own
 from ..reporting.schema import Report, StageRecord
-from ..reporting.tables import format_export_change, is_fraction
+from ..reporting.tables import format_export_change, scale_of
 from ..runtimes.formats import FORMATS, NEAR, QUANTIZE, check_format, check_runtime, folder_name
 from .base import Run, Stage
 from .settings import number, one_of
@@ -90,14 +90,14 @@ class ExportStage(Stage):
             "were compared: see its own quality before you use it.",
         )
 
-    def check_report(self, report: Report) -> None:
-        if self.max_loss is None:
+    def check_report(self, report: Report, after: Sequence[Stage] = ()) -> None:
+        same = (stage for stage in after if isinstance(stage, ExportStage) and stage.beside == self.beside)
+        if self.max_loss is None or any(stage.max_loss is not None for stage in same):  # the last one counts
             return
         for record in report.exports:
             main = record.quality.main
-            lost = record.quality_difference * (-1 if main.higher_is_better else 1)
-            lost *= 100 if is_fraction(main.name) else 1
-            if record.folder == self.beside and not lost <= self.max_loss:  # not a number is too much as well
+            loss = scale_of(main.name) * record.quality_difference * (-1 if main.higher_is_better else 1)
+            if record.folder == self.beside and not loss <= self.max_loss:  # not a number is too much as well
                 raise UnsupportedModelError(
                     f"The export {record.folder} changes {main.name} by {format_export_change(record)}, and max_loss "
                     f"is {self.max_loss:g}. The result is there all the same, with its report. Allow more, or prune "

@@ -47,11 +47,11 @@ class PruneStage(Stage):
         return self.config
 
     @classmethod
-    def read(cls, given: Any, path: str, task: str | None = None) -> "PruneStage":
+    def read(cls, section: Any, path: str, task: str | None = None) -> "PruneStage":
         names, rows = keys_of(PruningConfig), keys_of(CalibrationSettings)
-        check_keys(given, [*names, *rows], path)
-        calibration = read(CalibrationSettings, part(given, rows), path)
-        config = make(PruningConfig, part(given, names), path)
+        check_keys(section, [*names, *rows], path)
+        calibration = read(CalibrationSettings, part(section, rows), path)
+        config = make(PruningConfig, part(section, names), path)
         if config.importance == "movement":
             raise ConfigError(
                 f"{path}.importance: 'movement' is learned while training. Put it in a distill stage: "

@@ -95,11 +95,11 @@ class Settings:
 S = TypeVar("S", bound=Settings)
 
 
-def read(settings: type[S], given: Any, path: str) -> S:
+def read(settings: type[S], section: Any, path: str) -> S:
     """The section made of a mapping; every message starts with the path of the faulty key."""
-    check_keys(given, keys_of(settings), path)
+    check_keys(section, keys_of(settings), path)
     try:
-        return settings(**given)
+        return settings(**section)
     except ConfigError as error:
         raise ConfigError(f"{path}.{error}") from None
 
@@ -116,15 +116,15 @@ def keys_of(config: Any) -> list[str]:
     return [entry.name for entry in dataclasses.fields(config)]
 
 
-def part(given: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+def part(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """What a mapping says under these keys, in their order."""
-    return {key: given[key] for key in keys if key in given}
+    return {key: section[key] for key in keys if key in section}
 
 
-def check_keys(given: Any, known: list[str], path: str) -> None:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(known)}, got {shown(given)}.")
-    for key in given:
+def check_keys(section: Any, known: list[str], path: str) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(known)}, got {shown(section)}.")
+    for key in section:
         if key not in known:
             name = key if isinstance(key, str) and len(key) <= 80 else shown(key)
             raise ConfigError(f"{path}.{name}: unknown key.{did_you_mean(key, known)} Known: {', '.join(known)}.")

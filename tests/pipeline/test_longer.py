@@ -107,7 +107,10 @@ def test_what_does_not_fit_stops_before_any_work(material):
         ([LONGER], {"measure": {"sequence_length": 64}}, r"measure\.sequence_length is 64.*has 48 positions"),
         ([LONGER], {"teacher": {**TRAINING, "max_length": 17}}, r"teacher\.max_length is 17.*has 16 positions"),
         ([DISTILL | {"distill": {"max_length": 32}}, LONGER], {}, r"stages\[0\]\.distill\.max_length is 32"),
-        ([LONGER, {"distill": {"losses": {"kd": 1, "hidden": 1}}}], {}, r"stages\[1\]\.distill: the teacher takes 16"),
+        *(
+            ([LONGER, {"distill": {"losses": {"kd": 1, loss: 1}}}], {}, r"stages\[1\]\.distill: the teacher takes 16")
+            for loss in ("hidden", "attention_output")
+        ),
         ([{"attention": {"positions": 12}}, LONGER], {}, "larger than the 16 positions"),
         ([{"attention": LONGER["attention"] | {"rope": "yarn"}}], {}, "rope='yarn' has no use"),
         ([{"attention": LONGER["attention"] | {"transfer": {"max_length": 64}}}], {}, r"transfer\.max_length is 64"),

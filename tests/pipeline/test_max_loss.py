@@ -42,6 +42,15 @@ def test_more_is_an_error_and_less_is_none(difference, score, most):
             assert check_losses(asked, report) is report
 
 
+def test_of_two_exports_into_one_folder_the_last_word_counts():
+    strict, generous, other = INT8 | {"max_loss": 0.1}, INT8 | {"max_loss": 5}, INT8 | {"min_agreement": 0.5}
+    report = report_of(-0.01)
+    assert check_losses(recipe(strict, generous), report) and check_losses(recipe(strict, other, generous), report)
+    for stages in [(generous, strict), (strict, other), (strict, {"format": "onnx", "max_loss": 5})]:
+        with pytest.raises(UnsupportedModelError, match=r"max_loss is 0\.1"):
+            check_losses(recipe(*stages), report)
+
+
 def test_what_gets_better_loses_nothing():
     assert check_losses(recipe(INT8 | {"max_loss": 0}), report_of(0.02))
     assert check_losses(recipe(INT8 | {"max_loss": 0}), report_of(-3.0, "perplexity", False))

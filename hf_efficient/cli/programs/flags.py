@@ -97,13 +97,19 @@ def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
     config, rest = first.parse_known_args(words)
     parser = HfArgumentParser(tuple(kinds), parents=[first])
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    values = {} if config.config is None else _read_yaml(config.config)
+    values: Any = {}
+    if (path := config.config) is not None:
+        if not path.is_file():
+            raise ConfigError(f"No such config file: {path}.")
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must be a mapping of flag names to values, got {type(values).__name__}.")
     for name in values:
         if name not in actions:
-            raise unknown_name(f"key in {config.config}", name, actions)
+            raise unknown_name(f"key in {path}", name, actions)
         actions[name].required = False
-    own = {name: value for name, value in _defaults(rest, values).items() if name in actions}
-    parser.set_defaults(**own | values)
+    usual = {name: value for name, value in _defaults(rest, values).items() if name in actions}
+    parser.set_defaults(**usual | values)
     return parser.parse_args_into_dataclasses(rest)[: len(kinds)]
 
 
@@ -113,12 +119,3 @@ def _defaults(words: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
     first.add_argument("--task", default=values.get("task"))
     task = TASKS.get(str(first.parse_known_args(words)[0].task))
     return {} if task is None or task.losses is None else {"losses": dict(task.losses)}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"No such config file: {path}.")
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must be a mapping of flag names to values, got {type(values).__name__}.")
-    return values

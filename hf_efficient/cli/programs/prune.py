@@ -10,10 +10,8 @@ heads or neurons leave, `importance.png`: their scores, layer by layer.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, PreTrainedModel
 
 from ...data.datasets import load_dataset_any
@@ -27,7 +25,7 @@ from ...models.loading import load_model, load_processor
 from ...pruning.config import PruningConfig
 from ...pruning.price.forecast import plan_table
 from ...pruning.prune import described, search
-from ...pruning.search import Search
+from ...stages.fit import first_batches
 from .pictures import plot_importance, plot_sweep
 
 PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
@@ -105,7 +103,8 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     data = _data(script, processor)
     model = load_model(TASKS[script.task].auto_class, script.model, **trust)
     check_labels(model.config, data)
-    first = search(model, script.config(script.ratios[0]), _batches(script, data))
+    batches = first_batches(data, script.calibration_samples, script.batch_size)
+    first = search(model, script.config(script.ratios[0]), batches)
     searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
     rows = [_row(script, 0.0, 0.0, model, data)]
     for ratio, one in zip(script.ratios, searches, strict=True):
@@ -117,7 +116,8 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
         if script.ratio is None:
             write_atomic(target / SWEEP, json.dumps(rows, indent=1) + "\n")
             plot_sweep(rows, target / PICTURE)
-            _plot_importance(first, target / IMPORTANCE)
+            if groups := [group for group in first.dense.groups if group.kind in first.config.unit_kinds]:
+                plot_importance(first.scores(first.dense.model, groups)[0], target / IMPORTANCE)
         else:
             show(plan_table(plan))
             small.save_pretrained(target)
@@ -125,12 +125,6 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
             if processor is not None:
                 processor.save_pretrained(target)
     return rows
-
-
-def _plot_importance(search: Search, path: Path) -> None:
-    groups = [group for group in search.dense.groups if group.kind in search.config.unit_kinds]
-    if groups:
-        plot_importance(search.scores(search.dense.model, groups)[0], path)
 
 
 def _data(script: ScriptArguments, processor: Any) -> PreparedData:
@@ -145,16 +139,11 @@ def _data(script: ScriptArguments, processor: Any) -> PreparedData:
     return prepare(rows, script.task, processor, max_length=script.max_length, **columns)
 
 
-def _batches(script: ScriptArguments, data: PreparedData) -> list[dict[str, Any]]:
-    chosen = data.train.select(range(min(script.calibration_samples, len(data.train))))
-    return [dict(batch) for batch in DataLoader(chosen, batch_size=script.batch_size, collate_fn=data.collator)]
-
-
 def _row(
     script: ScriptArguments, ratio: float, removed: float, model: PreTrainedModel, data: PreparedData
 ) -> dict[str, Any]:
-    measured = evaluate_quality(model, data.test, data.collator, script.task, batch_size=script.batch_size)
-    score = measured.quality.scores[0]
+    evaluation = evaluate_quality(model, data.test, data.collator, script.task, batch_size=script.batch_size)
+    score = evaluation.quality.scores[0]
     return {
         "ratio": ratio,
         "removed_macs": removed,
