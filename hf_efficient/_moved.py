@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 # Only what the documentation named, or what programs around the package are known to import.
+# `runners` gives what it became, the table of stages, without the functions that it had.
 MOVED = {
     "attention.convert": "conversion.convert",
     "attention.transfer": "distillation.transfer",
