@@ -16,18 +16,20 @@ from types import ModuleType
 
 def _register_configs(auto: ModuleType) -> None:
     from . import models
+    from .models.families import EFFICIENT_PREFIX
 
-    for model_type, name in models.CONFIG_NAMES.items():
-        auto.CONFIG_MAPPING._mapping[model_type] = name
+    for stock_type, stock_name in list(auto.CONFIG_MAPPING_NAMES.items()):
+        model_type = EFFICIENT_PREFIX + stock_type
+        auto.CONFIG_MAPPING._mapping[model_type] = f"Efficient{stock_name}"
         auto.CONFIG_MAPPING._modules[auto.model_type_to_module_name(model_type)] = models
 
 
 def _register_targets(constants: ModuleType) -> None:
-    from .models.families import EFFICIENT_PREFIX, FAMILIES
+    from .models.families import EFFICIENT_PREFIX
 
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
-            table.update({EFFICIENT_PREFIX + family: table[family] for family in FAMILIES if family in table})
+            table.update({EFFICIENT_PREFIX + stock_type: targets for stock_type, targets in table.items()})
 
 
 TABLES: dict[str, Callable[[ModuleType], None]] = {

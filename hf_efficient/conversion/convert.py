@@ -7,7 +7,7 @@ The result is an efficient class of the same head (`EfficientBertForSequenceClas
 as it is. `AttentionConfig(kind="full")` converts back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,14 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.config import AttentionConfig
 from ..attention.dispatch import ATTACHED
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy, ConfigAnatomy
 from ..models.block import ATTENTIONS, EfficientBlock
 from ..models.classes import with_block
-from ..models.families import is_known
+from ..models.families import CONVERT, FAMILIES
 from ..models.loading import load_config
 from ..models.rebuild import check_model, rebuild
-from ..models.stacks import config_stacks
+from ..models.stacks import ConfigStack, config_stacks
 from ..models.structure import check_fit
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
@@ -49,14 +49,25 @@ def convert_attention(
         UnsupportedModelError: the model cannot be converted, or would ignore the conversion.
         ConfigError: a layer or stack that does not exist.
     """
-    if isinstance(model, PreTrainedModel) and not is_known(model.config):
+    anatomy = _find_anatomy(check_model(model))
+    if anatomy is None:
         return convert_in_memory(model, _by_layer(config, layers))
-    anatomy = Anatomy.of(check_model(model))
     block = _converted(anatomy, config, layers)
     converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
-    if block.is_converted():
+    if block.is_converted() and anatomy.family.model_type in FAMILIES:  # what is derived has been tried already
         check_reached(converted)
     return converted
+
+
+def _find_anatomy(model: PreTrainedModel) -> Anatomy | None:
+    """None for a model whose attention can be converted in memory at best."""
+    if getattr(model.config, "efficient_in_memory", None):
+        return None
+    try:
+        anatomy = Anatomy.of(model)
+    except UnsupportedModelError:
+        return None
+    return None if anatomy.family.why_not(CONVERT) else anatomy
 
 
 def _without_replaced(anatomy: Anatomy, new: EfficientBlock) -> dict[str, torch.Tensor]:
@@ -103,6 +114,11 @@ def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | i
         entry, stack, changes = anatomy.block.stack(name), stacks[name], {}
         for key in ATTENTIONS:
             for config in wanted[key].values():
+                if config.kind != "full" and stack.entry.why_not(CONVERT):
+                    raise UnsupportedModelError(
+                        f"The attention of the {name} stack of {anatomy.family.model_type} models cannot be converted: "
+                        f"{stack.entry.why_not(CONVERT)}. Name those that can: {{{_others(stacks)}}}."
+                    )
                 check_fit(config, anatomy.family, cross=key == CROSS)
             old = getattr(entry, key) or (AttentionConfig(),) * stack.depth
             causal = key != CROSS and stack.is_causal
@@ -116,6 +132,11 @@ def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | i
         if entry.sizes or entry.is_converted():
             entries[name] = entry
     return replace(anatomy.block, stacks=entries)
+
+
+def _others(stacks: Mapping[str, ConfigStack]) -> str:
+    names = (name for name, stack in stacks.items() if not stack.entry.why_not(CONVERT))
+    return ", ".join(f"{name!r}: AttentionConfig(...)" for name in names)
 
 
 def _by_layer(config: Mixing, layers: Sequence[int] | int | str | None) -> Mixing:

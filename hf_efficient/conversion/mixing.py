@@ -66,7 +66,7 @@ def spread(mixing: Mixing, stacks: Mapping[str, int], crossed: Mapping[str, int]
     Raises:
         ConfigError: an unknown stack or layer, a layer named twice, or something else than an AttentionConfig.
     """
-    by_stack = isinstance(mixing, Mapping) and any(key in STACK_NAMES for key in mixing)
+    by_stack = isinstance(mixing, Mapping) and any(key in STACK_NAMES or key in stacks for key in mixing)
     if not by_stack:
         return {name: {"attention": spread_layers(mixing, count), CROSS: {}} for name, count in stacks.items()}
     result = {name: {"attention": {}, CROSS: {}} for name in stacks}

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import unknown_name
 from .block import EfficientBlock
 from .classes import block_of
-from .families import Family, family_of
+from .derive import family_for
+from .families import Family
 from .groups import Group, groups_of
 from .stacks import ConfigStack, ModelStack, config_stacks, model_stacks
 
@@ -33,9 +34,9 @@ class ConfigAnatomy:
     def of_config(cls, config: PreTrainedConfig) -> "ConfigAnatomy":
         """
         Raises:
-            UnsupportedModelError: the family is not in the table.
+            UnsupportedModelError: it is in no table, and could not be derived.
         """
-        return ConfigAnatomy(config, family_of(config))
+        return ConfigAnatomy(config, family_for(config))
 
     @cached_property
     def block(self) -> EfficientBlock:
@@ -60,9 +61,9 @@ class Anatomy(ConfigAnatomy):
     def of(cls, model: PreTrainedModel) -> "Anatomy":
         """
         Raises:
-            UnsupportedModelError: the family is not in the table.
+            UnsupportedModelError: it is in no table, and could not be derived.
         """
-        return cls(model.config, family_of(model.config), model)
+        return cls(model.config, family_for(model.config), model)
 
     @cached_property
     def stacks(self) -> tuple[ModelStack, ...]:

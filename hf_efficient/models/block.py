@@ -9,8 +9,8 @@
 
 Only what the stock fields cannot say is in it: an absent list means "as in the stock config". `heads` counts query
 heads, `kv_heads` key/value heads, `cross_heads` the heads of cross attention, `neurons` the FFN width, one number for
-each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. All of it is checked when
-read, and bounded by the stock sizes, before any memory is allocated.
+each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. `family` says where a model
+keeps what, if that was derived and is not in the table of families. All of it is checked when read, and bounded by the stock sizes, before any memory is allocated.
 """
 
 from collections.abc import Mapping
@@ -63,6 +63,7 @@ class EfficientBlock:
 
     stacks: dict[str, StackBlock] = field(default_factory=dict)
     kept_layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    family: Family | None = None
 
     def is_trivial(self) -> bool:
         """True if the stock class says it all: no converted attention, no size of its own."""
@@ -88,6 +89,8 @@ class EfficientBlock:
         block: dict[str, Any] = {"version": VERSION, "stacks": stacks}
         if self.kept_layers:
             block["kept_layers"] = {name: list(layers) for name, layers in self.kept_layers.items()}
+        if self.family is not None:
+            block["family"] = self.family.to_dict()
         return block
 
     @classmethod
@@ -101,13 +104,14 @@ class EfficientBlock:
                 f"The `efficient` entry of config.json has version {shown(version)}, this hf_efficient reads version "
                 f'{VERSION}. Upgrade it: pip install -U "hf-efficient".'
             )
-        _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers"))
+        _known_keys("key of the `efficient` entry", data, ("version", "stacks", "kept_layers", "family"))
         stacks = {name: _read_stack(name, entry) for name, entry in _mapping("stacks", data.get("stacks", {})).items()}
         kept_layers = {
             name: _places(f"kept_layers.{name}", layers)
             for name, layers in _mapping("kept_layers", data.get("kept_layers", {})).items()
         }
-        return cls(stacks=stacks, kept_layers=kept_layers)
+        family = Family.from_dict(data["family"]) if data.get("family") is not None else None
+        return cls(stacks=stacks, kept_layers=kept_layers, family=family)
 
 
 def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family) -> None:
@@ -138,8 +142,9 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
 
 
 def _check_sizes(entry: StackBlock, stack: ConfigStack) -> None:
-    limits = dict.fromkeys(stack.attentions, stack.num_heads)
-    limits |= {"kv_heads": stack.num_kv_heads, "neurons": stack.num_neurons}
+    limits = dict.fromkeys((kind for kind, attention in stack.attentions.items() if attention.query), stack.num_heads)
+    limits |= {"kv_heads": stack.num_kv_heads} if limits else {}
+    limits |= {"neurons": stack.num_neurons} if stack.down else {}
     for size, values in entry.sizes.items():
         if size not in limits:
             raise unknown_name(f"key of efficient.stacks.{stack.name}", size, limits)
@@ -171,17 +176,18 @@ def _check_heads(entry: StackBlock, stack: ConfigStack) -> None:
         )
 
 
-def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
+def check_stock_sizes(fields: Mapping[str, Any], family: Family | None) -> None:
     """Refuse sizes that no real model has; `fields` are those of a config that has computed nothing from them yet.
 
     Raises:
         ConfigError: a size that is not an integer from 1 to its limit; key/value heads that do not divide the heads.
     """
-    _check_limits(fields, LIMITS | ({family.max_positions: MAX_ROWS} if family.max_positions else {}))
-    for stack in family.stacks:
+    limit = family.max_positions if family else None
+    _check_limits(fields, LIMITS | ({limit: MAX_ROWS} if limit else {}))
+    for stack in family.stacks if family else ():
         sizes = fields
-        if stack.config:  # a sub-config, which may still be what config.json holds
-            part = fields.get(stack.config) or {}
+        for name in stack.config.split(".") if stack.config else ():  # it may still be what config.json holds
+            part = sizes.get(name) or {}
             sizes = vars(part) if isinstance(part, PreTrainedConfig) else _mapping("a sub-config", part)
         limits = {stack.num_layers: MAX_LAYERS, stack.hidden: MAX_WIDTH, stack.heads: MAX_HEADS}
         limits |= {stack.neurons: MAX_NEURONS} if stack.neurons else {}

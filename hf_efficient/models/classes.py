@@ -6,11 +6,12 @@
 After the stock `__init__` the mixin gives the model the structure of the block (`models.structure`). No modelling code
 is copied, and state-dict keys stay the stock ones, so a stock checkpoint loads straight into an efficient class.
 
-The classes are made here, for each entry of `families.FAMILIES`, when they are asked for. A config whose block is
+The classes are made here, for any type of transformers, when they are asked for. A config whose block is
 trivial is written as the stock config, so that the checkpoint loads anywhere: see `save_pretrained`.
 """
 
 import copy
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,11 +23,12 @@ from ..attention.dispatch import NAME, decodes_from_state, fill_missing
 from ..attention.variant import AttentionVariant
 from ..errors import UnsupportedModelError
 from .block import EfficientBlock, check_block, check_stock_sizes
-from .families import EFFICIENT_PREFIX, FAMILIES, Family, family_of
+from .families import EFFICIENT_PREFIX, FAMILIES, family_of, find_family
 from .saving import LOADER, write_loader
 from .structure import apply_block
 
 # What `to_dict` adds and a constructor must not get back.
+EFFICIENT = "Efficient"  # before the name of a stock class
 _NOT_FIELDS = ("model_type", "transformers_version", "auto_map", "efficient")
 
 
@@ -37,16 +39,17 @@ class EfficientConfigMixin:
 
     def __post_init__(self, **kwargs):
         fields = {self.attribute_map.get(name, name): value for name, value in (vars(self) | kwargs).items()}
-        family = family_of(self)
-        check_stock_sizes(fields, family)
+        check_stock_sizes(fields, find_family(self))
         super().__post_init__(**kwargs)
         self.block()
-        # A config is the first thing that anything needs of a family: only now are its model classes worth making.
-        register_models(family)
+        # A config is the first thing that anything needs of a type: only now are its model classes worth making.
+        register_models(self._stock_class)
 
     def block(self) -> EfficientBlock:
         """The parsed and checked `efficient` block."""
-        block = EfficientBlock() if self.efficient is None else EfficientBlock.from_dict(self.efficient)
+        if self.efficient is None:
+            return EfficientBlock()
+        block = EfficientBlock.from_dict(self.efficient)
         check_block(block, self, family_of(self))
         return block
 
@@ -64,40 +67,34 @@ class EfficientConfigMixin:
         """Nothing: transformers would copy this installed source file into every checkpoint."""
 
 
-def stock_config_class(family: Family) -> type[PreTrainedConfig]:
-    """`BertConfig` for BERT."""
-    return getattr(transformers, family.config_name)
-
-
-def _class_name(family: Family) -> str:
-    return f"Efficient{family.config_name}"
+def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+    """`BertConfig` for a BERT's config and for its efficient one."""
+    return config._stock_class if isinstance(config, EfficientConfigMixin) else type(config)
 
 
 @cache
-def efficient_config_class(family: Family) -> type[PreTrainedConfig]:
-    """`EfficientBertConfig` for BERT."""
-    stock = stock_config_class(family)
+def efficient_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`EfficientBertConfig` for `BertConfig`."""
     body = {
         "__module__": __package__,
         "__doc__": f"[`{stock.__name__}`] plus an `efficient` block; see `hf_efficient.models.block`.",
         "__annotations__": {"efficient": dict | None},
         "efficient": None,
-        "model_type": EFFICIENT_PREFIX + family.model_type,
+        "model_type": EFFICIENT_PREFIX + stock.model_type,
+        "_stock_class": stock,
     }
-    return type(_class_name(family), (EfficientConfigMixin, stock), body)
-
-
-def find_config_class(name: str) -> type[PreTrainedConfig]:
-    """An efficient config class by its name."""
-    return next(efficient_config_class(family) for family in FAMILIES.values() if name == _class_name(family))
+    return type(f"{EFFICIENT}{stock.__name__}", (EfficientConfigMixin, stock), body)
 
 
 def with_block(config: PreTrainedConfig, block: EfficientBlock, **changes: Any) -> PreTrainedConfig:
     """A new efficient config: this one with another block and other stock fields."""
-    config_class = efficient_config_class(family_of(config))
+    config_class = efficient_config_class(stock_config_class(config))
+    family = family_of(config)
+    if family.model_type not in FAMILIES:  # so that it need not be derived where the checkpoint is loaded
+        block = replace(block, family=family)
     efficient = _make(config_class, config, efficient=block.to_dict(), **changes)
     if efficient.architectures:
-        efficient.architectures = [f"Efficient{name.removeprefix('Efficient')}" for name in efficient.architectures]
+        efficient.architectures = [f"{EFFICIENT}{name.removeprefix(EFFICIENT)}" for name in efficient.architectures]
     return efficient
 
 
@@ -105,9 +102,9 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The stock config with the same fields. Of the block only `kept_layers` stays: a note that changes nothing."""
     layers = block_of(config).kept_layers
     note = {"efficient": EfficientBlock(kept_layers=layers).to_dict()} if layers else {}
-    stock = _make(stock_config_class(family_of(config)), config, **note)
+    stock = _make(stock_config_class(config), config, **note)
     if stock.architectures:
-        stock.architectures = [name.removeprefix("Efficient") for name in stock.architectures]
+        stock.architectures = [name.removeprefix(EFFICIENT) for name in stock.architectures]
     return stock
 
 
@@ -192,46 +189,46 @@ def _refuse_saving_part(kind: str, *args: Any, **kwargs: Any) -> None:
 
 
 @cache
-def auto_classes(family: Family) -> dict[str, tuple[type, type[PreTrainedModel]]]:
-    """Every `AutoModel*` that has a class for the family: its name, itself, and the stock class it gives."""
+def auto_classes(stock: type[PreTrainedConfig]) -> dict[str, tuple[type, type[PreTrainedModel]]]:
+    """Every `AutoModel*` that has a class for a stock config class: its name, itself, and the stock class it gives."""
     classes = {}
     for name, auto in vars(modeling_auto).items():
         mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
-        if name.startswith("AutoModel") and mapping is not None and stock_config_class(family) in mapping:
-            classes[name] = (auto, stock_classes(auto, family)[0])
+        if name.startswith("AutoModel") and mapping is not None and stock in mapping:
+            classes[name] = (auto, stock_classes(auto, stock)[0])
     return classes
 
 
-def stock_classes(auto: Any, family: Family) -> tuple[type[PreTrainedModel], ...]:
-    """All that an `AutoModel*` may give for the family: of several, the config's `architectures` names one (DeiT)."""
-    stock = auto._model_mapping[stock_config_class(family)]
-    return stock if isinstance(stock, tuple) else (stock,)
+def stock_classes(auto: Any, stock: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:
+    """All that an `AutoModel*` may give for a config class: of several, the config's `architectures` names one (DeiT)."""
+    classes = auto._model_mapping[stock]
+    return classes if isinstance(classes, tuple) else (classes,)
 
 
 @cache
-def efficient_class(stock: type[PreTrainedModel], family: Family) -> type[PreTrainedModel]:
-    """`EfficientBertForSequenceClassification` for `BertForSequenceClassification`."""
+def efficient_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """`EfficientBertForSequenceClassification` for `BertForSequenceClassification` and `BertConfig`."""
     body = {
         "__module__": __package__,
         "__doc__": f"[`{stock.__name__}`] with the structure that its config's `efficient` block describes.",
-        "config_class": efficient_config_class(family),
+        "config_class": efficient_config_class(config),
         "_stock_class": stock,
     }
-    return type(f"Efficient{stock.__name__}", (EfficientMixin, stock), body)
+    return type(f"{EFFICIENT}{stock.__name__}", (EfficientMixin, stock), body)
 
 
 @cache
-def register_models(family: Family) -> None:
-    """Make every `AutoModel*` of the family know the efficient classes, and load old checkpoints as the stock does."""
+def register_models(stock: type[PreTrainedConfig]) -> None:
+    """Make every `AutoModel*` know the efficient classes, and load old checkpoints as the stock does."""
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
 
-    config_class = efficient_config_class(family)
-    names = {family.model_type: config_class.model_type}
-    for auto, _ in auto_classes(family).values():
-        efficient = tuple(efficient_class(stock, family) for stock in stock_classes(auto, family))
+    config_class = efficient_config_class(stock)
+    names = {stock.model_type: config_class.model_type}
+    for auto, _ in auto_classes(stock).values():
+        efficient = tuple(efficient_class(one, stock) for one in stock_classes(auto, stock))
         auto._model_mapping.register(config_class, efficient if len(efficient) > 1 else efficient[0], exist_ok=True)
         names |= {one._stock_class.__name__: one.__name__ for one in efficient}
     for stock_name, efficient_name in names.items():
@@ -242,18 +239,19 @@ def register_models(family: Family) -> None:
 
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
     """The `auto_map` of config.json: where `trust_remote_code=True` finds each class."""
-    family = family_of(config)
-    classes = {"AutoConfig": efficient_config_class(family).__name__}
-    for name, (auto, _) in auto_classes(family).items():
-        allowed = [efficient_class(stock, family).__name__ for stock in stock_classes(auto, family)]
+    stock = stock_config_class(config)
+    classes = {"AutoConfig": efficient_config_class(stock).__name__}
+    for name, (auto, _) in auto_classes(stock).items():
+        allowed = [efficient_class(one, stock).__name__ for one in stock_classes(auto, stock)]
         classes[name] = next((one for one in allowed if one in (config.architectures or ())), allowed[0])
     return {auto: f"{LOADER}.{name}" for auto, name in classes.items()}
 
 
-def find_model_class(name: str) -> type[PreTrainedModel]:
-    """An efficient model class by its name: what `from hf_efficient.models import Efficient...` calls."""
-    stock = getattr(transformers, name.removeprefix("Efficient"), None)
-    is_model = isinstance(stock, type) and issubclass(stock, PreTrainedModel) and stock.config_class is not None
-    if not is_model or stock.config_class.model_type not in FAMILIES:
-        raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
-    return efficient_class(stock, FAMILIES[stock.config_class.model_type])
+def find_class(name: str) -> type:
+    """An efficient config or model class by its name: what `from hf_efficient.models import Efficient...` calls."""
+    stock = getattr(transformers, name.removeprefix(EFFICIENT), None) if name.startswith(EFFICIENT) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig) and stock.model_type:
+        return efficient_config_class(stock)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel) and stock.config_class is not None:
+        return efficient_class(stock, stock.config_class)
+    raise AttributeError(f"module {__package__!r} has no attribute {name!r}")

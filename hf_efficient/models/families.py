@@ -12,17 +12,23 @@ Paths are relative: a stack's `layers` to the base model, all others to one laye
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+# What can be done with a model; each may be refused for itself.
+CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "layers")
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,18 @@ class Attention:
     """One attention module of a layer.
 
     `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
-    `Conv1D`s. A path that stands for several of query, key and value is one fused linear: its outputs are those of
-    each, one block after another (only without grouped queries). `head_attributes` and `width_attributes` are the
+    `Conv1D`s; empty where heads cannot be told apart. A path that stands for several of query, key and value is one
+    fused linear: its outputs are those of each, one block after another, or `interleaved`, those of one key/value head
+    with its queries after another. `head_attributes` and `width_attributes` are the
     integers that the module keeps beside its weights: the number of query heads, and heads x head_dim.
     """
 
     module: str
-    query: str
-    key: str
-    value: str
-    output: str
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    output: str = ""
+    interleaved: bool = False
     head_attributes: tuple[str, ...] = ()
     width_attributes: tuple[str, ...] = ()
 
@@ -54,21 +62,24 @@ class Stack:
             that is named twice is one fused linear with a block of outputs for each.
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
-        config: the sub-config with the fields below, where a model is made of several (CLIP).
+        config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
         num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
             `neurons` is `None` where no field can say any width.
         count_neurons: the FFN width of a config, where it is not simply in the field.
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
             `None` where it accepts none (then pruned heads need the efficient class).
+        num_neurons: the FFN width itself, where the entry belongs to one config and no field says it.
+        causal: its self-attention sees no later tokens; `None`: by its name.
         sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
+        refusals: of a derived entry, why it lacks which of the `ABILITIES`.
     """
 
     name: str
     layers: str
     attention: Attention
-    up: tuple[str, ...]
-    down: str
+    up: tuple[str, ...] = ()
+    down: str = ""
     gated_up: tuple[str, ...] = ()
     gated_down: str | None = None
     cross_attention: Attention | None = None
@@ -81,11 +92,26 @@ class Stack:
     count_neurons: Callable[[PreTrainedConfig], int] | None = None
     kv_heads: str | None = None
     head_dim: str | None = None
+    num_neurons: int | None = None
+    causal: bool | None = None
     sees_patches: bool = False
+    refusals: tuple[tuple[str, str], ...] = ()
+
+    def why_not(self, ability: str) -> str | None:
+        """Why this stack lacks an ability; None: it has it."""
+        return dict(self.refusals).get(ability)
+
+    def without(self, ability: str, why: str) -> Stack:
+        """The same stack, but that it does not say what the ability needs."""
+        refused = replace(self, refusals=tuple(sorted({**dict(self.refusals), ability: why}.items())))
+        if ability == HEADS:
+            cross = self.cross_attention and Attention(self.cross_attention.module)
+            return replace(refused, attention=Attention(self.attention.module), cross_attention=cross)
+        return replace(refused, up=(), down="") if ability == NEURONS else refused
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""
-        return getattr(config, self.config) if self.config else config
+        return attrgetter(self.config)(config) if self.config else config
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,7 @@ class Family:
 
     model_type: str
     config_name: str
-    stacks: tuple[Stack, ...]
+    stacks: tuple[Stack, ...] = ()
     norm: str | None = None
     heads_divide_hidden: bool = False
     gated: str | None = None
@@ -129,6 +155,34 @@ class Family:
     sinusoidal: bool = False
     relative_bias: str | None = None
     encoder_sizes_cache: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json: what differs from the defaults. Only derived entries are written, which hold no code."""
+        return _to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Family:
+        """
+        Raises:
+            ConfigError: anything that no derived entry says.
+        """
+        family = _from_dict(cls, data, "family")
+        if not family.stacks:
+            raise ConfigError("efficient.family has no stacks.")
+        return family
+
+    def without(self, ability: str, why: str, stack: str) -> Family:
+        """The same entry, but that it does not say of one stack what the ability needs."""
+        return replace(
+            self, stacks=tuple(one.without(ability, why) if one.name == stack else one for one in self.stacks)
+        )
+
+    def why_not(self, ability: str) -> str | None:
+        """Why models of this family lack an ability in all their stacks; None: one at least has it."""
+        reasons = {stack.name: stack.why_not(ability) for stack in self.stacks}
+        if not all(reasons.values()):
+            return None
+        return "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
     @property
     def deepest(self) -> str | None:
@@ -469,28 +523,65 @@ _GENERATIVE = (_LLAMA, _MISTRAL, _QWEN3, _GEMMA3, _GPT2, _T5, _BART, _MARIAN, _W
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_VISION, *_GENERATIVE)}
 
 EFFICIENT_PREFIX = "efficient_"
+MAX_STACKS, MAX_NAMES, MAX_TEXT = 16, 64, 500
+
+_OTHERS: dict[str, Family] = {}  # by `_key` of the config: derived entries, each for configs of one structure
+_OWN: dict[str, Family] = {}  # by model type: what `register_family` was given
+
+
+def register_family(family: Family) -> None:
+    """Say of a model type of your own where it keeps what; nothing is derived for it then.
+
+    Raises:
+        ConfigError: transformers' own table has the type, or the entry names no stack.
+    """
+    if family.model_type in FAMILIES or not family.stacks:
+        reason = "is in the table already" if family.stacks else "has no stacks"
+        raise ConfigError(f"A family of type {family.model_type!r} cannot be registered: it {reason}.")
+    _OWN[family.model_type] = family
+
+
+def remember(config: PreTrainedConfig, family: Family) -> None:
+    """From now on `family_of` gives this entry for configs with these fields."""
+    _OTHERS[_key(config)] = family
+
+
+def _key(config: PreTrainedConfig) -> str:
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("efficient", "auto_map")}
+    return f"{config.model_type.removeprefix(EFFICIENT_PREFIX)} {json.dumps(fields, sort_keys=True, default=str)}"
+
+
+def stock_type(config: PreTrainedConfig) -> str:
+    """`bert` for a stock config and for an efficient one."""
+    return config.model_type.removeprefix(EFFICIENT_PREFIX)
+
+
+def find_family(config: PreTrainedConfig) -> Family | None:
+    """The entry for a stock or an efficient config, if there is one already: written, registered, kept in the
+    `efficient` block, or derived before."""
+    model_type = stock_type(config)
+    known = FAMILIES.get(model_type) or _OWN.get(model_type)
+    if known is None and config.model_type != model_type:
+        block = getattr(config, "efficient", None)
+        return Family.from_dict(block["family"]) if isinstance(block, dict) and "family" in block else None
+    return known or (_OTHERS.get(_key(config)) if _OTHERS else None)
 
 
 def is_known(config: PreTrainedConfig) -> bool:
-    """True if the family of a stock or efficient config is in the table."""
-    return config.model_type.removeprefix(EFFICIENT_PREFIX) in FAMILIES
+    """True if `family_of` has an entry for a stock or efficient config."""
+    return find_family(config) is not None
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The entry for a stock or an efficient config.
+    """The entry for a stock or an efficient config. `derive.family_for` makes one where there is none yet.
 
     Raises:
-        UnsupportedModelError: the model type is not in the table.
+        UnsupportedModelError: there is none.
     """
-    model_type = config.model_type.removeprefix(EFFICIENT_PREFIX)
-    if not is_known(config):
-        raise UnsupportedModelError(
-            f"Models of type {model_type!r} are not in the table of families. Known: {', '.join(sorted(FAMILIES))}. "
-            "A family can be added if its attention goes through transformers' attention interface "
-            "(DeBERTa, MPNet, Longformer, Falcon and others do not): see CONTRIBUTING.md. Without an entry, "
-            "the attention of such a model can be converted in memory (`convert_attention`); nothing else."
-        )
-    return FAMILIES[model_type]
+    family = find_family(config)
+    if family is None:
+        raise UnsupportedModelError(f"Nothing is known yet of how models of type {stock_type(config)!r} are built.")
+    return family
 
 
 def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
@@ -511,3 +602,56 @@ def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
         return limit - family.first_position(text)
     rope = getattr(text, "rope_parameters", None) or {}
     return int(limit * rope["factor"]) if rope.get("rope_type") == "dynamic" else limit  # where the scaling sets in
+
+
+def _to_dict(entry: Any) -> dict[str, Any]:
+    written = {}
+    for one in fields(entry):
+        value = getattr(entry, one.name)
+        if value != one.default:
+            parts = [_to_dict(part) for part in value] if one.name == "stacks" else value
+            written[one.name] = _to_dict(value) if isinstance(value, Attention) else parts
+    return written
+
+
+def _from_dict(kind: type, data: Any, where: str) -> Any:
+    """An entry of a config.json, which may come from a stranger: names and small numbers alone."""
+    known = {one.name: one for one in fields(kind) if one.name != "count_neurons"}
+    if not isinstance(data, dict) or any(name not in known for name in data):
+        raise ConfigError(f"efficient.{where} must be a mapping with some of {', '.join(known)}; got {shown(data)}.")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        place = f"{where}.{name}"
+        if name == "stacks":
+            if not isinstance(value, list | tuple) or len(value) > MAX_STACKS:
+                raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} stacks.")
+            values[name] = tuple(_from_dict(Stack, one, f"{place}[{i}]") for i, one in enumerate(value))
+        elif name in ("attention", "cross_attention"):
+            values[name] = None if value is None else _from_dict(Attention, value, place)
+        elif name == "refusals":
+            values[name] = tuple((str(ability), str(why)[:MAX_TEXT]) for ability, why in _pairs(value, place))
+        else:
+            values[name] = _plain(value, place)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"efficient.{where} is not complete: {error}") from error
+
+
+def _pairs(value: Any, where: str) -> list[tuple]:
+    if not isinstance(value, list | tuple) or any(not isinstance(one, list | tuple) or len(one) != 2 for one in value):
+        raise ConfigError(f"efficient.{where} must be a list of pairs.")
+    return [tuple(one) for one in value[: len(ABILITIES)]]
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A path of names, a switch, a number, or a few names."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple) and len(value) <= MAX_NAMES and all(isinstance(one, str) for one in value):
+        return tuple(_plain(one, where) for one in value)
+    if isinstance(value, str) and len(value) <= MAX_TEXT and re.fullmatch(r"[\w.\-]*", value) and "__" not in value:
+        return value
+    if type(value) is int and 0 <= value <= 1 << 20:
+        return value
+    raise ConfigError(f"efficient.{where} must be a name, a path of names, a switch or a small number, got {shown(value)}.")

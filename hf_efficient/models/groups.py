@@ -10,7 +10,6 @@ together.
         print(group.stack, group.kind, group.layers, group.units)
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -28,30 +27,37 @@ from .stacks import ModelStack
 class Slice:
     """The rows or columns of one parameter that units own.
 
-    `name` is its path inside the member, `dim` the dimension of the units, `width` how many rows a unit has there. A
-    fused linear has `parts` blocks of them, one after another, and a unit has `width` rows of every block.
+    `name` is its path inside the member, `dim` the dimension of the units, `widths` how many rows a unit has there: in
+    a fused linear one number for each of its blocks, which stand one after another and each hold all units.
     """
 
     name: str
     dim: int
-    width: int = 1
-    parts: int = 1
+    widths: tuple[int, ...] = (1,)
+
+    @property
+    def width(self) -> int:
+        """The rows of one unit, all blocks together."""
+        return sum(self.widths)
 
     def count(self, tensor: torch.Tensor) -> int:
         """How many units a tensor of this shape holds."""
-        return tensor.shape[self.dim] // (self.parts * self.width)
+        return tensor.shape[self.dim] // self.width
 
     def rows(self, units: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """The row numbers of these units in a tensor of this shape, on its device."""
-        # [parts, 1] starts of the blocks + [units * width] places within one
-        blocks = torch.arange(self.parts) * (tensor.shape[self.dim] // self.parts)
-        return (blocks[:, None] + expand(units, self.width)).flatten().to(tensor.device)
+        count, start, rows = self.count(tensor), 0, []
+        for width in self.widths:  # block by block
+            rows.append(start + expand(units, width))
+            start += count * width
+        return torch.cat(rows).to(tensor.device)
 
     def by_unit(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[units, numbers of a unit]`: a tensor of this shape, unit by unit."""
-        # [rows, ...] -> [parts, units, width, ...] -> [units, parts * width * ...]
-        blocks = tensor.movedim(self.dim, 0).unflatten(0, (self.parts, -1, self.width))
-        return blocks.transpose(0, 1).flatten(1)
+        count = self.count(tensor)
+        # [rows, ...] -> of each block [units, width * ...] -> [units, numbers]
+        blocks = tensor.movedim(self.dim, 0).split([count * width for width in self.widths])
+        return torch.cat([block.unflatten(0, (count, -1)).flatten(1) for block in blocks], 1)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def groups_of(stack: ModelStack) -> list[Group]:
     groups = [group for index in range(len(stack.layers)) for group in _layer_groups(index, stack)]
     for kind in stack.attentions if stack.family.relative_bias else ():  # the heads of all layers are one group
         alike = [group for group in groups if group.kind == kind]
+        if not alike:
+            continue
         layers = tuple(layer for group in alike for layer in group.layers)
         members = tuple(member for group in alike for member in group.members)
         union = replace(alike[0], layers=layers, members=members)
@@ -106,14 +114,18 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
     wide = stack.group_size * width  # all query heads of one key/value head: they leave together
     groups = []
     for kind, attention in stack.attentions.items():
+        if not attention.query:  # its heads cannot be told apart
+            continue
         inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
-        member = _member(layer, place, inputs, (attention.output, wide), _learned(attention, layer, wide))
+        learned = _learned(attention, layer, wide)
+        member = _member(layer, place, inputs, (attention.output, wide), learned, attention.interleaved)
         if stack.family.relative_bias and kind == "heads" and index == 0:
-            table = Slice(f"{stack.family.relative_bias}.weight", 1, stack.group_size)
+            table = Slice(f"{stack.family.relative_bias}.weight", 1, (stack.group_size,))
             member = replace(member, others=(*member.others, table))
         groups.append(_group(layer, stack.name, kind, index, member))
-    ups = ((up, 1) for up in stack.up)
-    groups.append(_group(layer, stack.name, "neurons", index, _member(layer, place, ups, (stack.down, 1))))
+    if stack.down:
+        ups = ((up, 1) for up in stack.up)
+        groups.append(_group(layer, stack.name, "neurons", index, _member(layer, place, ups, (stack.down, 1))))
     return groups
 
 
@@ -128,16 +140,21 @@ def _member(
     writers: Iterable[tuple[str, int]],
     reader: tuple[str, int],
     others: tuple[Slice, ...] = (),
+    interleaved: bool = False,
 ) -> Member:
     """From the linears that make the units and the one that reads them, with how many rows a unit has in each."""
+    widths: dict[str, tuple[int, ...]] = {}
+    for path, width in writers:  # a path that is named twice is one fused linear
+        widths[path] = (*widths.get(path, ()), width)
     inputs, biases = [], []
-    for (path, width), parts in Counter(writers).items():  # a path that is named twice is one fused linear
+    for path, blocks in widths.items():
         linear = layer.get_submodule(path)
-        inputs.append(Slice(f"{path}.weight", output_dim(linear), width, parts))
+        blocks = (sum(blocks),) if interleaved else blocks
+        inputs.append(Slice(f"{path}.weight", output_dim(linear), blocks))
         if linear.bias is not None:
-            biases.append(Slice(f"{path}.bias", 0, width, parts))
+            biases.append(Slice(f"{path}.bias", 0, blocks))
     path, width = reader
-    output = Slice(f"{path}.weight", input_dim(layer.get_submodule(path)), width)
+    output = Slice(f"{path}.weight", input_dim(layer.get_submodule(path)), (width,))
     return Member(place, tuple(inputs), output, (*biases, *others))
 
 
@@ -149,7 +166,7 @@ def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, 
     linear = layer.get_submodule(attention.output)
     units = linear.weight.shape[input_dim(linear)] // wide  # those that are there now, not those of the config
     return tuple(
-        Slice(f"{attention.module}.{ATTACHED}.{name}", 0, len(parameter) // units)
+        Slice(f"{attention.module}.{ATTACHED}.{name}", 0, (len(parameter) // units,))
         for name, parameter in variant.named_parameters()
     )
 

@@ -19,7 +19,6 @@ from ..attention.dispatch import ATTACHED
 from ..errors import CheckpointError, UnsupportedModelError
 from .checks import check_floats, check_has_weights
 from .classes import EfficientConfigMixin, EfficientMixin, block_of, efficient_class, stock_config
-from .families import family_of
 
 _QUIET = RLock()  # what transformers shows is set for all threads
 
@@ -27,14 +26,14 @@ _QUIET = RLock()  # what transformers shows is set for all threads
 def class_for(model: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class with the same head as `model` that `config` asks for: the stock or the efficient one."""
     stock = model._stock_class if isinstance(model, EfficientMixin) else type(model)
-    return efficient_class(stock, family_of(config)) if isinstance(config, EfficientConfigMixin) else stock
+    return efficient_class(stock, config._stock_class) if isinstance(config, EfficientConfigMixin) else stock
 
 
 def check_model(model: object) -> PreTrainedModel:
     """Refuse what cannot be rebuilt, before any work.
 
     Raises:
-        UnsupportedModelError: not a transformers model, a quantised one, or one outside the table of families.
+        UnsupportedModelError: not a transformers model, or a quantised one.
     """
     if not isinstance(model, PreTrainedModel):
         what = f"A transformers model is needed, got {type(model).__name__}"
@@ -44,7 +43,6 @@ def check_model(model: object) -> PreTrainedModel:
             f"{what}. For a PEFT model, call `merge_and_unload()` first, or change the base model and add the "
             "adapters afterwards."
         )
-    family_of(model.config)
     check_floats(model, "Convert or prune it first and quantise the result.")
     return model
 

@@ -4,8 +4,9 @@ for stack in model_stacks(model, family):
     print(stack.name, stack.num_heads, stack.layers[0])
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,6 +31,18 @@ class ConfigStack:
         """The config that holds the sizes of this stack."""
         return self.entry.own_config(self.config)
 
+    def changed(self, fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """The changes of a config so far, and these of the sizes of this stack."""
+        if not self.entry.config:
+            return fields | changes
+        first, *rest = self.entry.config.split(".")
+        whole = fields.get(first) or getattr(self.config, first).to_dict()
+        part = whole
+        for name in rest:
+            part = part[name]
+        part.update(changes)
+        return fields | {first: whole}
+
     @property
     def depth(self) -> int:
         return getattr(self.sizes, self.entry.num_layers)
@@ -43,6 +56,8 @@ class ConfigStack:
     def num_neurons(self) -> int:
         if self.entry.count_neurons:
             return self.entry.count_neurons(self.sizes)
+        if self.entry.num_neurons:
+            return self.entry.num_neurons
         assert self.entry.neurons, f"{self.name}: neither `neurons` nor `count_neurons`"
         return getattr(self.sizes, self.entry.neurons)
 
@@ -68,6 +83,8 @@ class ConfigStack:
     @property
     def is_causal(self) -> bool:
         """Its self-attention sees no later tokens: decoders, the text of CLIP, and encoders used as decoders."""
+        if self.entry.causal is not None:
+            return self.entry.causal
         return self.name in ("decoder", "text") or getattr(self.config, "is_decoder", False)
 
     @property
@@ -94,6 +111,11 @@ class ConfigStack:
     @property
     def _is_gated(self) -> bool:
         return self.family.gated is not None and bool(getattr(self.config, self.family.gated))
+
+    def per_layer(self, kept: Sequence[int]) -> dict[str, list]:
+        """Config fields with one entry for each layer, for the layers that stay."""
+        lists = {name: getattr(self.sizes, name, None) for name in self.family.per_layer}
+        return {n: [values[layer] for layer in kept] for n, values in lists.items() if isinstance(values, list | tuple)}
 
     def has_window(self, layer: int) -> bool:
         """The stock config gives the layer a sliding window of its own."""

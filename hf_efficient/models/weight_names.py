@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from ..attention.dispatch import ATTACHED
 from ..errors import CheckpointError
 from .classes import EfficientConfigMixin, efficient_class
-from .families import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ def _saved_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
     if not isinstance(model.config, kind.config_class):
         return None
     is_efficient = isinstance(model.config, EfficientConfigMixin)
-    return efficient_class(kind, family_of(model.config)) if is_efficient else kind
+    return efficient_class(kind, model.config._stock_class) if is_efficient else kind
 
 
 def _listed(keys: list[str]) -> str:

@@ -30,7 +30,7 @@ from ...errors import CheckpointError, ConfigError, DataError, shown
 from ...io.codec import decode
 from ...io.disk import inside
 from ...io.json import read_json
-from ...models.classes import find_model_class
+from ...models.classes import find_class
 from ...models.loading import load_config
 from ...training.batch import Batch, forward_names
 from ..answers import Answer
@@ -182,7 +182,7 @@ class TeacherCache:
         config = load_config(self.folder)
         kind = getattr(transformers, name, None)
         try:
-            kind = find_model_class(name) if kind is None else kind
+            kind = find_class(name) if kind is None else kind
         except AttributeError:
             kind = None
         is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel

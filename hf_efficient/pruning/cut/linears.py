@@ -43,7 +43,7 @@ def find_linears(anatomy: Anatomy) -> list[Linear]:
             reads |= {attention.query: own, attention.key: read, attention.value: read, attention.output: own}
         reads |= dict.fromkeys((*stack.up, stack.down), own)
         for place in map(stack.layer_prefix, range(len(stack.layers))):
-            linears += [Linear(f"{place}.{path}", place, whose) for path, whose in reads.items()]
+            linears += [Linear(f"{place}.{path}", place, whose) for path, whose in reads.items() if path]
     return linears
 
 

@@ -10,13 +10,13 @@ uniform result is a stock model; the rest goes into the `efficient` block.
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
 from ...models.block import EfficientBlock, StackBlock
 from ...models.classes import with_block
+from ...models.cutting import cut_layers, cut_units
 from ...models.families import EFFICIENT_PREFIX
 from ...models.rebuild import rebuild
 from ...models.stacks import ModelStack
@@ -35,18 +35,10 @@ def apply_plan(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedModel:
         ConfigError: the plan lets a first layer go that has to stay.
     """
     check_plan(anatomy, plan)
-    state = dict(anatomy.model.state_dict())
     # Units first: their groups are named by the layers of the dense model, which then get new numbers.
-    for group in anatomy.groups:
-        if group.name in plan.units:
-            units = torch.tensor(plan.units[group.name])
-            for member in group.members:
-                for part in member.slices:
-                    name = f"{member.prefix}.{part.name}"
-                    # along part.dim: parts x units x width, of which units become fewer
-                    state[name] = state[name].index_select(part.dim, part.rows(units, state[name]))
+    state = cut_units(anatomy.model.state_dict(), anatomy.groups, plan.units)
     for stack in anatomy.stacks:
-        state = _renumber(state, stack, kept_layers(stack, plan))
+        state = cut_layers(state, stack, kept_layers(stack, plan))
     return rebuild(anatomy.model, planned_config(anatomy, plan), state)
 
 
@@ -58,11 +50,9 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
     unsaid: Sizes = {}  # what the stock config has no field for
     for stack in anatomy.stacks:
         changes, unsaid[stack.name] = _stock_fields(stack, sizes)
-        kept, family = layers[stack.name], stack.family
-        changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(family.of_depth)
-        changes |= {name: [getattr(stack.sizes, name)[layer] for layer in kept] for name in family.per_layer}
-        part = stack.entry.config  # of CLIP: each tower has a config of its own
-        fields |= {part: stack.sizes.to_dict() | changes} if part else changes
+        kept = layers[stack.name]
+        changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(stack.family.of_depth)
+        fields = stack.changed(fields, changes | stack.per_layer(kept))
     return with_block(anatomy.config, _new_block(anatomy, layers, unsaid), **fields)
 
 
@@ -115,23 +105,6 @@ def kept_layers(stack: ModelStack, plan: PruningPlan) -> tuple[int, ...]:
     return plan.layers.get(stack.name, tuple(range(len(stack.layers))))
 
 
-def _renumber(state: dict[str, torch.Tensor], stack: ModelStack, kept: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Drop the layers that are not kept and close the gaps."""
-    new_index = {old: index for index, old in enumerate(kept)}
-    bias = stack.family.relative_bias
-    result = {}
-    for key, value in state.items():
-        if not key.startswith(f"{stack.prefix}."):
-            result[key] = value
-            continue
-        number, rest = key[len(stack.prefix) + 1 :].split(".", 1)
-        if bias and rest.startswith(f"{bias}."):
-            result[key] = value  # T5 keeps the one table of all layers in layer 0, whichever layer that is now
-        elif int(number) in new_index:
-            result[f"{stack.prefix}.{new_index[int(number)]}.{rest}"] = value
-    return result
-
-
 def _sizes(anatomy: Anatomy, plan: PruningPlan, layers: Layers) -> Sizes:
     """How many units each kept layer has after the plan."""
     counts: dict[tuple[str, str, int], int] = {}
@@ -142,7 +115,7 @@ def _sizes(anatomy: Anatomy, plan: PruningPlan, layers: Layers) -> Sizes:
     for stack in anatomy.stacks:
         kinds = sorted({kind for name, kind, _ in counts if name == stack.name})
         own = {kind: tuple(counts[stack.name, kind, layer] for layer in layers[stack.name]) for kind in kinds}
-        if stack.group_size > 1:  # a unit of `heads` is a key/value head with its query heads
+        if stack.group_size > 1 and "heads" in own:  # a unit of `heads` is a key/value head with its query heads
             own |= {"kv_heads": own["heads"], "heads": tuple(n * stack.group_size for n in own["heads"])}
         sizes[stack.name] = own
     return sizes
@@ -154,7 +127,7 @@ def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict
     unsaid = dict(sizes[stack.name])
     neurons = _counts(("neurons",), "neurons", stack, sizes)
     if len(neurons) == 1 and (stack.entry.neurons or neurons == {stack.num_neurons}):
-        del unsaid["neurons"]
+        unsaid.pop("neurons", None)
         if stack.entry.neurons and neurons != {stack.num_neurons}:
             fields[stack.entry.neurons] = neurons.pop()
     heads = _counts(HEADS, "heads", stack, sizes)
@@ -191,7 +164,8 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
     for stack in anatomy.stacks:
         kept, entry = layers[stack.name], old.stack(stack.name)
         # What the stock config says anyway need not be said twice.
-        stock = dict.fromkeys(HEADS, stack.num_heads) | {"kv_heads": stack.num_kv_heads, "neurons": stack.num_neurons}
+        stock = dict.fromkeys(HEADS, stack.num_heads) | {"kv_heads": stack.num_kv_heads}
+        stock |= {"neurons": stack.num_neurons} if stack.down else {}
         own = {kind: values for kind, values in sizes[stack.name].items() if set(values) != {stock[kind]}}
         small = StackBlock(
             attention=tuple(entry.attention[i] for i in kept) if entry.attention else (),

@@ -123,8 +123,8 @@ def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def find_blocks(stack: ConfigStack) -> list[Block]:
     """The blocks of a layer, in the order in which they run."""
-    attentions = [Block(attention.query, attention.output) for attention in stack.attentions.values()]
-    return [*attentions, Block(stack.up[0], stack.down)]
+    blocks = [Block(attention.query, attention.output) for attention in stack.attentions.values() if attention.query]
+    return [*blocks, Block(stack.up[0], stack.down)] if stack.down else blocks
 
 
 class _Fit:

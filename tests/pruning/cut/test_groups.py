@@ -118,7 +118,7 @@ def test_t5_decoder_sees_back_and_encoder_sees_both_sides():
 
 def test_rows_of_a_fused_linear():
     """Two parts of 3 units of width 2 along dimension 1: unit u has columns 2u, 2u + 1 of each part."""
-    part, weight = Slice("c_attn.weight", dim=1, width=2, parts=2), torch.arange(24.0).reshape(2, 12)
+    part, weight = Slice("c_attn.weight", dim=1, widths=(2, 2)), torch.arange(24.0).reshape(2, 12)
     assert part.count(weight) == 3
     assert part.rows(torch.tensor([0, 2]), weight).tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
     by_unit = part.by_unit(weight)

@@ -1,0 +1,43 @@
+"""The weights of a smaller model: units and layers cut out of a state dict.
+
+state = cut_units(model.state_dict(), anatomy.groups, {"encoder.0.neurons": (1, 3, 4)})
+state = cut_layers(state, stack, kept=(0, 2))
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .groups import Group
+from .stacks import ModelStack
+
+
+def cut_units(state: Mapping[str, Tensor], groups: Iterable[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Only the units that are kept, of the groups that are named."""
+    small = dict(state)
+    for group in groups:
+        if group.name in kept:
+            units = torch.tensor(kept[group.name])
+            for member in group.members:
+                for part in member.slices:
+                    name = f"{member.prefix}.{part.name}"
+                    # along part.dim: blocks of units x width, of which units become fewer
+                    small[name] = small[name].index_select(part.dim, part.rows(units, small[name]))
+    return small
+
+
+def cut_layers(state: Mapping[str, Tensor], stack: ModelStack, kept: Sequence[int]) -> dict[str, Tensor]:
+    """Without the layers of a stack that are not kept, and with the gaps closed."""
+    new_index = {old: index for index, old in enumerate(kept)}
+    bias, small = stack.family.relative_bias, {}
+    for key, value in state.items():
+        if not key.startswith(f"{stack.prefix}."):
+            small[key] = value
+            continue
+        number, rest = key[len(stack.prefix) + 1 :].split(".", 1)
+        if bias and rest.startswith(f"{bias}."):
+            small[key] = value  # T5 keeps the one table of all layers in layer 0, whichever layer that is now
+        elif int(number) in new_index:
+            small[f"{stack.prefix}.{new_index[int(number)]}.{rest}"] = value
+    return small

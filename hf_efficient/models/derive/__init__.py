@@ -1,0 +1,65 @@
+"""What a model of any architecture is made of, found from the model itself and proven before it is used.
+
+    family = family_for(config)          # written, kept in the `efficient` block, or derived now
+
+A tiny model of the same architecture is made by rule (`tiny`), run and disturbed (`observe`, `roles`), described
+(`entry`), and the description tried on it (`proof`). It takes a second or two, once for configs of one structure.
+"""
+
+from threading import RLock
+
+from transformers import PreTrainedConfig
+
+from ...errors import UnsupportedModelError
+from ..families import Family, find_family, remember, stock_type
+from .entry import make_entry
+from .proof import prove
+from .tiny import tiny_config, tiny_inputs, tiny_model
+
+_DERIVING = RLock()  # the table of attention functions is there once for all threads
+_ENTRIES: dict[str, Family | UnsupportedModelError] = {}  # by the tiny config
+
+
+def family_for(config: PreTrainedConfig) -> Family:
+    """The entry for a stock or an efficient config; where there is none yet it is derived, proven and remembered.
+
+    Raises:
+        UnsupportedModelError: it cannot be derived; the message says why.
+    """
+    family = find_family(config)
+    if family is None:
+        with _DERIVING:
+            family = _derive(config)
+            remember(config, family)
+    return family
+
+
+def _derive(config: PreTrainedConfig) -> Family:
+    try:
+        small = tiny_config(config)
+        key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
+        if key not in _ENTRIES:
+            _ENTRIES[key] = _made(small)
+        entry = _ENTRIES[key]
+    except Exception as error:  # whatever the code of a config may raise
+        entry = error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(_said(error))
+    if isinstance(entry, UnsupportedModelError):
+        raise UnsupportedModelError(
+            f"How models of type {stock_type(config)!r} are built could not be found out: {str(entry).rstrip('.')}."
+        ) from entry
+    return entry
+
+
+def _made(small: PreTrainedConfig) -> Family | UnsupportedModelError:
+    try:
+        model = tiny_model(small)
+        inputs = tiny_inputs(model)
+        return prove(make_entry(model, inputs), model, inputs)
+    except UnsupportedModelError as error:
+        return error
+    except Exception as error:  # whatever the code of a model may raise
+        return UnsupportedModelError(_said(error))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,309 @@
+"""From what was found in a tiny model to a `Family`: its stacks, where they keep what, and the config fields.
+
+    family = make_entry(tiny_model(tiny_config(config)), inputs)
+    family.refusals                                           # {"neurons": "encoder: a mixture of experts"}
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..families import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from .observe import Call, LayerRun, observing, run
+from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
+
+# The standard name of each size, then other names that models have for it.
+FIELDS = {
+    "heads": "num_attention_heads num_heads n_head n_heads attention_heads encoder_attention_heads "
+    "decoder_attention_heads",
+    "kv_heads": "num_key_value_heads num_kv_heads n_head_kv kv_heads",
+    "layers": "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers "
+    "num_encoder_layers depth layers",
+    "hidden": "hidden_size d_model dim n_embd embed_dim hidden_dim encoder_hidden_size decoder_hidden_size",
+    "neurons": "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_hidden_size "
+    "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
+    "head_dim": "head_dim d_kv attention_head_dim kv_channels",
+}
+NAMES = (("vision", "visio|visual|image|pixel"), ("audio", "audio|speech|acoustic"), ("text", "text|language"))
+
+
+@dataclass
+class Place:
+    """A list of layers and the attention modules in it: self-attention and cross attention, each path with the layers
+    that have it."""
+
+    own: dict[str, list[int]] = field(default_factory=dict)
+    cross: dict[str, list[int]] = field(default_factory=dict)
+    is_causal: bool = False
+    is_biased: bool = False
+
+
+def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
+    """
+    Raises:
+        NotDerivable: nothing of the model can be described.
+    """
+    with observing(model) as calls:
+        run(model, inputs, **without_cache(model))
+    if not calls:
+        raise NotDerivable("it does not call transformers' attention interface")
+    base = model.base_model
+    places, refusals = _places(base, calls), []
+    stacks, norms = [], set()
+    names = _stack_names(places)
+    relative_bias = None
+    for path, place in places.items():
+        try:
+            if not path:
+                raise NotDerivable("attention outside of a list of layers")
+            stack, norm, why = _make_stack(model, path, names[path], place, inputs)
+        except NotDerivable as reason:
+            refusals.append(f"{names[path]}: {reason}")
+            continue
+        if place.is_biased:
+            try:
+                relative_bias = _shared_table(base.get_submodule(path), stack.attention.module)
+            except NotDerivable as reason:
+                why |= {CONVERT: str(reason), HEADS: str(reason), LAYERS: str(reason)}
+        for ability, reason in why.items():
+            stack = stack.without(ability, reason)
+        stacks.append(stack)
+        norms.add(norm)
+    if not stacks:
+        raise NotDerivable("; ".join(refusals))
+    config = model.config
+    return Family(
+        model_type=config.model_type,
+        config_name=type(config).__name__,
+        stacks=tuple(stacks),
+        norm=norms.pop() if len(norms) == 1 else None,
+        per_layer=_per_layer(stacks, config),
+        relative_bias=relative_bias,
+        **_positions(model, inputs),
+    )
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") and model.can_generate() else {}
+
+
+def _places(base: nn.Module, calls: list[Call]) -> dict[str, Place]:
+    """Lists of layers, by their paths in the base model, in the order in which data flows."""
+    modules = dict(base.named_modules())
+    names = {module: name for name, module in modules.items()}
+    places: dict[str, Place] = {}
+    for call in calls:
+        path, index, inside = _layer_of(modules, names[call.module])
+        place = places.setdefault(path, Place())
+        layers = (place.cross if call.is_cross else place.own).setdefault(inside, [])
+        if index not in layers:
+            layers.append(index)
+        place.is_causal |= call.is_causal and not call.is_cross
+        place.is_biased |= call.has_bias and not call.is_cross
+    return places
+
+
+def _layer_of(modules: Mapping[str, nn.Module], name: str) -> tuple[str, int, str]:
+    """The list of layers that holds a module, its number there, and its path in the layer: the innermost list of
+    modules that are alike."""
+    parts, candidates = name.split("."), []
+    for end in range(len(parts) - 1, 0, -1):
+        path = ".".join(parts[:end])
+        if parts[end].isdigit() and isinstance(modules.get(path), nn.ModuleList | nn.Sequential):
+            kinds = Counter(type(one).__name__ for one in modules[path])
+            candidates.append((len(kinds) == 1, path, int(parts[end]), ".".join(parts[end + 1 :])))
+    if not candidates:
+        return "", 0, name
+    alike = [one for one in candidates if one[0]]
+    return (alike[0] if alike else candidates[-1])[1:]
+
+
+def _stack_names(places: Mapping[str, Place]) -> dict[str, str]:
+    """`encoder`, `decoder`, `text`, `vision`, `audio`; the path where two would have the same."""
+    if len(places) == 1:
+        return {path: "decoder" if place.is_causal else "encoder" for path, place in places.items()}
+    names = {}
+    for path, place in places.items():
+        known = next((name for name, words in NAMES if re.search(words, path)), None)
+        side = re.search("encoder|decoder", path)
+        names[path] = known or (side[0] if side else "decoder" if place.is_causal else "encoder")
+    often = Counter(names.values())
+    return {path: name if often[name] == 1 else path.replace(".", "_") or "model" for path, name in names.items()}
+
+
+def _make_stack(
+    model: PreTrainedModel, path: str, name: str, place: Place, inputs: Mapping[str, Tensor]
+) -> tuple[Stack, str | None, dict[str, str]]:
+    """The entry of one stack, the place of its norms, and why it lacks which ability."""
+    layers = model.base_model.get_submodule(path)
+    why: dict[str, str] = {}
+    if not place.own:
+        raise NotDerivable("its layers have cross attention alone")
+    if len(place.own) > 1 or len(place.cross) > 1:
+        raise NotDerivable("several attentions of the same sort in one layer")
+    [(inside, indices)] = place.own.items()
+    if len(indices) < len(layers):
+        raise NotDerivable("some layers have no softmax attention")
+    if len({type(layer) for layer in layers}) > 1:
+        why[LAYERS] = "its layers are of several classes"
+    first = LayerRun(model, layers[indices[0]], inputs)
+    call = attention_call(first.base, first.layer.get_submodule(inside))
+    attention, cross = Attention(inside), None
+    try:
+        attention = attention_roles(first, inside)
+    except NotDerivable as reason:
+        why[HEADS] = str(reason)
+    for path_of_cross in place.cross:
+        try:
+            cross = attention_roles(first, path_of_cross)
+        except NotDerivable as reason:
+            cross = Attention(path_of_cross)
+            why.setdefault(HEADS, f"cross attention: {reason}")
+    up, down, count = (), "", None
+    try:
+        neurons = neuron_roles(first)
+        up, down, count = neurons.up, neurons.down, neurons.count
+        others = [neuron_roles(LayerRun(model, layer, inputs)) for layer in list(layers)[1:]]
+        if any(other != neurons for other in others):
+            raise NotDerivable("the FFNs of its layers are unlike each other")
+    except NotDerivable as reason:
+        up, down, count = (), "", None
+        why[NEURONS] = str(reason)
+    readers = [attention.output, *([cross.output] if cross else []), down]
+    norm = norm_place(first, readers) if all(readers) else None
+    own, where = _own_config(model, first.layer.get_submodule(inside), Heads.of(call), len(layers))
+    fields = _fields(own, path, Heads.of(call), len(layers), first, attention, count, why)
+    stack = Stack(
+        name=name, layers=path, attention=attention, cross_attention=cross, up=up, down=down,
+        config=where or None, causal=place.is_causal, sees_patches=name == "vision", **fields,
+    )
+    return stack, norm, why
+
+
+def _own_config(model: PreTrainedModel, attention: nn.Module, sizes: Heads, depth: int) -> tuple[PreTrainedConfig, str]:
+    """The config with the sizes of a stack, and its path in that of the model: the one that the attention reads, or
+    the first that says these numbers of heads and layers."""
+    configs = dict(_nested(model.config))
+    own = getattr(attention, "config", None)
+    for path, config in configs.items():
+        if config is own:
+            return config, path
+    for path, config in configs.items():
+        if _field(config, "heads", sizes.heads) and _field(config, "layers", depth):
+            return config, path
+    raise NotDerivable("no config says how many heads and layers it has")
+
+
+def _nested(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig) and not name.startswith("_"):
+            yield from _nested(value, f"{path}.{name}" if path else name)
+
+
+def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str) -> str | None:
+    """The field of a config that holds a size, under one of the names for its role."""
+    for name in (*first, *FIELDS[role].split()):
+        real = config.attribute_map.get(name, name)
+        value = vars(config).get(real)
+        if size is not None and type(value) is int and value == size:
+            return real
+    return None
+
+
+def _fields(
+    own: PreTrainedConfig, path: str, sizes: Heads, depth: int, layer: LayerRun, attention: Attention,
+    neurons: int | None, why: dict[str, str],
+) -> dict[str, Any]:
+    """The names of the config fields of a stack; what has none is refused in `why`."""
+    side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+    wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
+    fields: dict[str, Any] = {
+        "heads": _field(own, "heads", sizes.heads, f"{side}_attention_heads"),
+        "num_layers": _field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
+        "hidden": _field(own, "hidden", wide if wide is not None else _any_hidden(own)),
+        "neurons": _field(own, "neurons", neurons, f"{side}_ffn_dim"),
+        "kv_heads": _field(own, "kv_heads", sizes.kv_heads),
+    }
+    head_dim = _field(own, "head_dim", sizes.dim)
+    fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
+    if fields["num_layers"] is None:
+        raise NotDerivable(f"no config field says that it has {depth} layers")
+    if fields["heads"] is None or fields["hidden"] is None:
+        raise NotDerivable("no config field says how many heads it has, or how wide it is")
+    if fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
+        raise NotDerivable("no config field says how many key/value heads it has")
+    if head_dim is None and getattr(own, fields["hidden"]) != sizes.dim * sizes.heads:
+        raise NotDerivable("no config field says how wide a head is")
+    if neurons is not None and fields["neurons"] is None:
+        fields["num_neurons"] = neurons  # for this one config
+    return fields
+
+
+def _any_hidden(config: PreTrainedConfig) -> int | None:
+    names = (config.attribute_map.get(name, name) for name in FIELDS["hidden"].split())
+    return next((value for name in names if type(value := vars(config).get(name)) is int), None)
+
+
+def _shared_table(layers: nn.ModuleList, attention: str) -> str:
+    """The path in a layer of the relative position bias of the first, which all layers share."""
+    tables = [
+        {name for name, module in layer.get_submodule(attention).named_modules() if isinstance(module, nn.Embedding)}
+        for layer in layers
+    ]
+    if len(tables[0]) != 1 or any(tables[1:]):
+        raise NotDerivable("a position bias that is not one table in the first layer")
+    return f"{attention}.{tables[0].pop()}"
+
+
+def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]:
+    """Fields of the configs that are lists with one entry for each layer of their stack."""
+    names = set()
+    for stack in stacks:
+        own = stack.own_config(config)
+        depth = getattr(own, stack.num_layers)
+        known = getattr(type(own), "__dataclass_fields__", {})
+        names |= {
+            name
+            for name, value in vars(own).items()
+            if isinstance(value, list | tuple) and len(value) == depth and name in known and re.search("layer|type|pattern", name)
+        }
+    return tuple(sorted(names))
+
+
+def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tables of absolute positions, and the row of the first token: seen in a run."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return {}
+    rows: dict[str, int] = {}
+    base = model.base_model
+
+    def note(name: str, args: tuple) -> None:
+        ids = args[0] if args else None
+        if isinstance(ids, Tensor) and ids.ndim and ids.shape[-1] > 1 and not ids.is_floating_point():
+            last = ids.reshape(-1, ids.shape[-1])[-1]  # the second text has no padding
+            if (last.diff() == 1).all():
+                rows[name] = int(last[0])
+
+    tables = {n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - limit <= 8}
+    hooks = [m.register_forward_pre_hook(lambda m, args, name=n: note(name, args)) for n, m in tables.items()]
+    try:
+        run(model, inputs, **without_cache(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, table in tables.items():  # OPT adds its offset itself
+        if name not in rows and "pos" in name and table.num_embeddings > limit:
+            rows[name] = table.num_embeddings - limit
+    entry: dict[str, Any] = {"max_positions": "max_position_embeddings", "positions": tuple(rows)}
+    first, pad = max(rows.values(), default=0), config.pad_token_id
+    if first and first == (pad or 0) + 1 and all(tables[name].num_embeddings == limit for name in rows):
+        return entry | {"positions_after_pad": True}
+    return entry | {"position_offset": first}

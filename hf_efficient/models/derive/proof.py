@@ -1,0 +1,216 @@
+"""Is a derived entry right? Each ability is tried on the tiny model and compared with what must come out.
+
+- `convert`: local attention with everything in view gives the model's own output, and with a small window that of the
+  model's own attention under a banded mask.
+- `heads`, `neurons`: cut out of some layers, the model gives what it gives when they contribute nothing.
+- `layers`: without one layer it gives what it gives when that layer hands on its input.
+
+What fails is switched off, with the reason. The comparisons would notice: each also checks that the change matters.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...attention.config import MAX_WINDOW, AttentionConfig
+from ...errors import UnsupportedModelError
+from ..block import EfficientBlock, StackBlock
+from ..classes import with_block
+from ..cutting import cut_layers, cut_units
+from ..families import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, remember
+from ..groups import Group, groups_of, output_module
+from ..rebuild import rebuild
+from ..stacks import ModelStack, model_stacks
+from .entry import without_cache
+from .observe import observing, run
+from .roles import NotDerivable
+
+TOLERANCE = 1e-4  # of the largest number
+WINDOW = 4
+SKIPPED = ("past_key_values", "cache_params", "attentions", "rope_deltas", "states")
+
+
+def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
+    """The entry with those of its abilities that the tiny model proves, stack by stack.
+
+    Raises:
+        NotDerivable: none is left.
+    """
+    expected = _outputs(model, inputs)
+    proofs: dict[str, Callable[..., None]] = {CONVERT: _convert, HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}
+    for name in [stack.name for stack in family.stacks]:
+        for ability, proof in proofs.items():
+            stack = next(stack for stack in model_stacks(model, family) if stack.name == name)
+            if stack.entry.why_not(ability) is None:
+                remember(model.config, family)
+                try:
+                    proof(Trial(stack, family, model, inputs, expected))
+                except Exception as error:  # whatever the code of a model may raise
+                    reason = " ".join(str(error).split())[:200]
+                    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
+                    family = family.without(ability, f"{kind}{reason}", name)
+    if all(family.why_not(ability) for ability in ABILITIES):
+        raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
+    return family
+
+
+@dataclass
+class Trial:
+    """One stack of a tiny model, and what the model gives for the inputs."""
+
+    stack: ModelStack
+    family: Family
+    model: PreTrainedModel
+    inputs: Mapping[str, Tensor]
+    expected: dict[str, Tensor]
+
+    def rebuilt(self, entry: StackBlock, state: dict | None = None, **changes: Any) -> PreTrainedModel:
+        block = EfficientBlock(stacks={self.stack.name: entry} if entry != StackBlock() else {}, family=self.family)
+        return rebuild(self.model, with_block(self.model.config, block, **changes), state).eval()
+
+    def compare(self, small: PreTrainedModel, wanted: dict[str, Tensor], what: str) -> None:
+        """
+        Raises:
+            NotDerivable: it gives something else than what is wanted, or that is what the model gave before.
+        """
+        outputs = _outputs(small, self.inputs)
+        for name, right in wanted.items():
+            left = outputs.get(name)
+            if left is None or left.shape != right.shape:
+                shape = "nothing" if left is None else f"the shape {list(left.shape)}"
+                raise NotDerivable(f"{what}, {name} of a tiny model has {shape} instead of {list(right.shape)}")
+        worst = _distance(outputs, wanted, self.inputs)
+        if not worst <= TOLERANCE:
+            raise NotDerivable(f"{what}, the output of a tiny model is {worst:.1e} off")
+
+    def check_matters(self, wanted: dict[str, Tensor], what: str) -> None:
+        if not _distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE:
+            raise NotDerivable(f"{what}, the output of a tiny model stays the same")
+
+
+def _convert(trial: Trial) -> None:
+    stack = trial.stack
+    modules = {layer.get_submodule(stack.entry.attention.module) for layer in stack.layers}
+
+    def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
+        return _banded(mask, queries, keys, stack.is_causal) if module in modules else mask
+
+    for window, change in ((MAX_WINDOW, None), (WINDOW, masked)):
+        attention = AttentionConfig("local", window=window, global_tokens=0)
+        converted = trial.rebuilt(StackBlock(attention=(attention,) * len(stack.layers)))
+        with observing(trial.model, masked=change):
+            wanted = _outputs(trial.model, trial.inputs)
+        trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
+    trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
+
+
+def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
+    """A mask `[..., queries, keys]` that also hides what is too far away."""
+    i, j = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)[None]
+    far = (i - j >= WINDOW) | (j > i) if causal else (i - j).abs() > WINDOW
+    if mask is None:
+        return torch.zeros(1, 1, queries, keys).masked_fill(far, torch.finfo(torch.float32).min)
+    return mask & ~far if mask.dtype == torch.bool else mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
+def _heads(trial: Trial) -> None:
+    for kind in trial.stack.attentions:
+        _units(trial, kind)
+
+
+def _neurons(trial: Trial) -> None:
+    _units(trial, "neurons")
+
+
+def _units(trial: Trial, kind: str) -> None:
+    """One unit leaves the first layer, another the last; those between keep all, so that layers become unlike."""
+    stack, model = trial.stack, trial.model
+    groups = [group for group in groups_of(stack) if group.kind == kind]
+    gone = {groups[0].name: 0} | ({groups[-1].name: groups[-1].units - 1} if len(groups) > 1 else {})
+    kept = {group.name: [unit for unit in range(group.units) if unit != gone.get(group.name)] for group in groups}
+    counts = {layer: len(kept[group.name]) for group in groups for layer in group.layers}
+    sizes = {kind: tuple(counts[layer] for layer in sorted(counts))}
+    if kind == "heads" and stack.group_size > 1:
+        sizes |= {"kv_heads": sizes["heads"], "heads": tuple(count * stack.group_size for count in sizes["heads"])}
+    small = trial.rebuilt(StackBlock(sizes=sizes), cut_units(model.state_dict(), groups, kept))
+    with ExitStack() as hooks:
+        for group in groups:
+            if group.name in gone:
+                _silence(model, group, gone[group.name], hooks)
+        wanted = _outputs(model, trial.inputs)
+    trial.compare(small, wanted, f"without some {kind}")
+    trial.check_matters(wanted, f"without some {kind}")
+
+
+def _silence(model: PreTrainedModel, group: Group, unit: int, hooks: ExitStack) -> None:
+    """The linear that reads the units gets zeros from one of them."""
+    for member in group.members:
+        reader, width = output_module(model, member), member.output.width
+
+        def without(module: nn.Module, args: tuple, width: int = width) -> tuple:
+            given = args[0].clone()
+            given[..., unit * width : (unit + 1) * width] = 0
+            return (given, *args[1:])
+
+        hooks.callback(reader.register_forward_pre_hook(without).remove)
+
+
+def _layers(trial: Trial) -> None:
+    stack = trial.stack
+    if len(stack.layers) < 2:
+        raise NotDerivable("there is one layer alone")
+    for index in range(len(stack.layers)):
+        kept = [layer for layer in range(len(stack.layers)) if layer != index]
+        changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept)
+        state = cut_layers(trial.model.state_dict(), stack, kept)
+        small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
+        handle = stack.layers[index].register_forward_hook(_hand_on, with_kwargs=True)
+        try:
+            wanted = _outputs(trial.model, trial.inputs)
+        finally:
+            handle.remove()
+        trial.compare(small, wanted, f"without layer {index}")
+        trial.check_matters(wanted, f"without layer {index}")
+
+
+def _hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    given = (*args, *kwargs.values())
+    states = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
+    return states if isinstance(output, Tensor) else (states, *output[1:])
+
+
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All floating-point tensors that a model gives, by their names."""
+    tensors: dict[str, Tensor] = {}
+    _collect(run(model, inputs, **without_cache(model)), "output", tensors)
+    return tensors
+
+
+def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
+    if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+        tensors[name] = output
+    parts = output if isinstance(output, Mapping) else {}
+    parts = dict(enumerate(output)) if isinstance(output, list | tuple) else parts
+    for key, value in parts.items():
+        if key not in SKIPPED:
+            _collect(value, f"{name}.{key}", tensors)
+
+
+def _distance(outputs: dict[str, Tensor], wanted: dict[str, Tensor], inputs: Mapping[str, Tensor]) -> float:
+    """The largest difference at real tokens, as a part of the largest number of its tensor."""
+    worst = 0.0
+    for name, right in wanted.items():
+        left, mask = outputs[name], inputs.get("attention_mask")
+        if mask is not None and mask.shape == right.shape[:2]:
+            left, right = left[mask.bool()], right[mask.bool()]
+        finite = right.isfinite()
+        if finite.any():
+            left, right = left[finite].double(), right[finite].double()
+            error = ((left - right).abs().max() / right.abs().max().clamp(min=1e-6)).item()
+            worst = max(worst, error if error == error else float("inf"))
+    return worst

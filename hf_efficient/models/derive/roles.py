@@ -1,0 +1,282 @@
+"""Which linear of a layer does what, found by disturbing one and seeing what changes.
+
+- The linear that *reads* the heads is the one whose input is the attention's output.
+- The linears that *make* query, key and value are those whose noise arrives there without passing another such linear.
+- The units of a maker belong to the heads whose query, key or value they change.
+- A *neuron* is an output of one linear that changes exactly one input of another.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModelError
+from ..families import Attention
+from .observe import SMALL, Call, LayerRun, Seen, differs
+
+QKV = "qkv"
+# Integers beside the weights that are heads x head_dim; others of the same value may be the hidden size.
+WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_head_size", "hidden_size")
+
+
+class NotDerivable(UnsupportedModelError):
+    """What stands in the way of an ability, in one line."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The sizes of one attention. `value_dim` differs from `dim` in latent attention (MLA)."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, call: Call) -> "Heads":
+        return cls(call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3])
+
+
+def attention_call(seen: Seen, module: nn.Module) -> Call:
+    """The one call that an attention module makes.
+
+    Raises:
+        NotDerivable: it makes none, or several.
+    """
+    calls = [call for call in seen.calls if call.module is module]
+    if len(calls) != 1:
+        raise NotDerivable(f"{type(module).__name__} calls attention {len(calls)} times in one forward of its layer")
+    return calls[0]
+
+
+def attention_roles(layer: LayerRun, path: str) -> Attention:
+    """The projections of the attention module at a path inside the layer.
+
+    Raises:
+        NotDerivable: heads that are not separate units of one linear each.
+    """
+    module = layer.layer.get_submodule(path)
+    call = attention_call(layer.base, module)
+    sizes = Heads.of(call)
+    if sizes.value_dim != sizes.dim:
+        raise NotDerivable("values of another width than queries (latent attention)")
+    for name, parameter in module.named_parameters(recurse=False):
+        raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
+    readers = [name for name, given in layer.base.inputs.items() if _is_same(given, call.output)]
+    if len(readers) != 1:
+        raise NotDerivable(f"{len(readers)} linears read the heads as they are")
+    makers = dict(zip(QKV, (_maker(layer, module, letter) for letter in range(3)), strict=True))
+    together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
+    owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
+    layouts = {name: _layout(owners[name], together[name], sizes) for name in owners}
+    if len(set(layouts.values())) > 1:
+        raise NotDerivable(f"projections of several layouts: {layouts}")
+    integers = {name: value for name, value in vars(module).items() if type(value) is int}
+    return Attention(
+        module=path,
+        query=makers["q"],
+        key=makers["k"],
+        value=makers["v"],
+        output=readers[0],
+        interleaved=next(iter(layouts.values())) == "interleaved",
+        head_attributes=tuple(
+            name
+            for name, value in integers.items()
+            if value == sizes.heads and "head" in name and not any(word in name for word in ("dim", "size", "kv", "key", "group"))
+        ),
+        width_attributes=tuple(
+            name for name, value in integers.items() if value == sizes.heads * sizes.dim and name in WIDTHS
+        ),
+    )
+
+
+def _is_same(given: Tensor, output: Tensor) -> bool:
+    flat = output.reshape(-1)
+    return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
+
+
+def _maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
+    """The last linear on the way to query, key or value."""
+    base = attention_call(layer.base, module).tensors[letter]
+    arriving = []
+    for name in layer.linears:
+        calls = [call for call in layer.disturbed(name).calls if call.module is module]
+        if calls and differs(calls[0].tensors[letter], base):
+            arriving.append(name)
+    last = [
+        name
+        for name in arriving
+        if not any(
+            other != name and differs(layer.disturbed(name).inputs.get(other), layer.base.inputs[other])
+            for other in arriving
+        )
+    ]
+    if len(last) != 1:
+        raise NotDerivable(f"{len(last)} linears make the {('queries', 'keys', 'values')[letter]}")
+    return last[0]
+
+
+def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: Call) -> list[set[tuple[str, int]]]:
+    """For each output of a linear that makes these of query, key and value, the heads that it reaches: {("q", 0)}."""
+    output = layer.base.outputs[name]
+    owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
+    for units in _rounds(output):
+        call = attention_call(layer.run(name, units), module)
+        for letter, new, old in zip(QKV, call.tensors, base.tensors, strict=True):
+            if letter not in letters:
+                continue
+            if new.shape != old.shape or (new.shape[0], new.shape[2]) != units.shape:
+                raise NotDerivable("attention is not computed token by token of its projections")
+            hit = (new - old).abs().amax(-1) > SMALL * old.abs().max()  # [batch, heads, length]
+            if (hit.any(1) & (units < 0)).any():
+                raise NotDerivable("a projection reaches other tokens than its own")
+            for row, head, token in hit.nonzero().tolist():
+                owners[units[row, token]].add((letter, head))
+    return owners
+
+
+def _rounds(output: Tensor) -> Iterator[Tensor]:
+    """`[batch, length]` tensors that together give every unit of an output a token."""
+    if output.ndim != 3:
+        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
+    places = output.shape[0] * output.shape[1]
+    for first in range(0, output.shape[2], places):
+        units = torch.full((places,), -1)
+        count = min(places, output.shape[2] - first)
+        units[:count] = torch.arange(first, first + count)
+        yield units.view(output.shape[:2])
+
+
+def _layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:
+    """How the units of a linear that makes these of query, key and value lie: in `blocks`, q | k | v, or `interleaved`,
+    one key/value head after another, each with its queries.
+
+    Raises:
+        NotDerivable: they lie otherwise, or a unit reaches several heads.
+    """
+    counts = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
+    group = sizes.heads // sizes.kv_heads
+    blocks = [{(letter, head)} for letter in letters for head in range(counts[letter]) for _ in range(sizes.dim)]
+    if owners == blocks:
+        return "blocks"
+    interleaved = [
+        {(letter, head)}
+        for unit in range(sizes.kv_heads)
+        for letter in letters
+        for head in (range(unit * group, (unit + 1) * group) if letter == "q" else (unit,))
+        for _ in range(sizes.dim)
+    ]
+    if owners == interleaved:
+        return "interleaved"
+    if any(len({head for letter, head in one if letter == other}) > 1 for one in owners for other in letters):
+        raise NotDerivable("an output of a projection belongs to several heads (a norm over all of them)")
+    raise NotDerivable("the heads lie in the projections in an order of their own")
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The linears of an FFN: those that widen, in the order of `families.Stack.up`, and the one that narrows."""
+
+    up: tuple[str, ...]
+    down: str
+    count: int
+
+
+def neuron_roles(layer: LayerRun) -> Neurons:
+    """
+    Raises:
+        NotDerivable: there is no FFN, there are several, or its neurons lie in an order of their own.
+    """
+    for name, module in layer.layer.named_modules():
+        is_expert = "expert" in f"{name} {type(module).__name__}".lower()
+        if is_expert and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            raise NotDerivable("a mixture of experts")
+        if is_expert and isinstance(module, nn.ModuleList):
+            raise NotDerivable("a mixture of experts")
+    attending = _attending(layer)
+    pairs: list[tuple[str, str, list[int | None]]] = []
+    rest = [name for name in layer.linears if name not in attending]
+    for name in rest:
+        seen = layer.disturbed(name)
+        for other in rest:
+            if other != name and differs(seen.inputs.get(other), layer.base.inputs[other]):
+                mapping = _mapping(layer, name, other)
+                if mapping is not None:
+                    pairs.append((name, other, mapping))
+    downs = list(dict.fromkeys(down for _, down, _ in pairs))
+    if len(downs) != 1:
+        raise NotDerivable(f"{len(downs) or 'no'} FFNs in one layer")
+    count = layer.base.inputs[downs[0]].shape[-1]
+    up: list[str] = []
+    for name, _, mapping in pairs:
+        if mapping != list(range(count)) * (len(mapping) // count):
+            raise NotDerivable("the neurons lie in the linear in an order of their own")
+        up += [name] * (len(mapping) // count)
+    return Neurons(tuple(up), downs[0], count)
+
+
+def _mapping(layer: LayerRun, name: str, other: str) -> list[int | None] | None:
+    """For each output of one linear the one input of another that it changes; None if one changes several."""
+    output, given = layer.base.outputs[name], layer.base.inputs[other]
+    if output.ndim not in (2, 3) or given.shape[:-1] != output.shape[:-1]:
+        return None
+    mapping: list[int | None] = [None] * output.shape[-1]
+    flat = output if output.ndim == 3 else output[None]
+    if flat.shape[0] * flat.shape[1] < 4:
+        return None
+    for first in _rounds(flat):
+        for shift in (0, 1, 3):  # at one token alone its gate, or a ReLU, may be closed
+            units = first.view(-1).roll(shift).view(first.shape)
+            units = units if output.ndim == 3 else units[0]
+            seen = layer.run(name, units).inputs.get(other)
+            if seen is None or seen.shape != given.shape:
+                return None
+            hit = (seen - given).abs() > SMALL * given.abs().max()
+            if (hit.any(-1) & (units < 0)).any() or (hit.sum(-1) > 1).any():
+                return None
+            for place in (hit.any(-1) & (units >= 0)).nonzero().tolist():
+                where = tuple(place)
+                mapping[int(units[where])] = int(hit[where].nonzero()[0])
+    return mapping if None not in mapping else None
+
+
+def _attending(layer: LayerRun) -> set[str]:
+    """The linears that make or read the heads of any attention of the layer."""
+    names = set()
+    for index, call in enumerate(layer.base.calls):
+        names |= {name for name, given in layer.base.inputs.items() if _is_same(given, call.output)}
+        for letter in range(3):
+            arriving = set()
+            for name in layer.linears:
+                calls = layer.disturbed(name).calls
+                if index < len(calls) and differs(calls[index].tensors[letter], call.tensors[letter]):
+                    arriving.add(name)
+            for name in arriving:
+                inputs = layer.disturbed(name).inputs
+                if not any(other != name and differs(inputs.get(other), layer.base.inputs[other]) for other in arriving):
+                    names.add(name)
+    return names
+
+
+def norm_place(layer: LayerRun, readers: Sequence[str]) -> str | None:
+    """How the blocks of a layer, which end in these linears, meet the residual stream: `"pre"`, `"post"`, or None for anything else."""
+    result, states = layer.base.result, layer.states
+    if result is None or states is None or states.shape != result.shape:
+        return None
+    blocks = [layer.base.outputs[name] for name in readers]
+    if all(block.numel() == result.numel() for block in blocks):
+        total = states + sum(block.reshape(result.shape) for block in blocks)
+        if torch.allclose(total, result, rtol=1e-4, atol=1e-4):
+            return "pre"
+    norms = [module for module in layer.layer.modules() if "norm" in type(module).__name__.lower()]
+    given: list[Tensor] = []
+    hooks = [norm.register_forward_hook(lambda m, a, o: given.append(o)) for norm in norms]
+    try:
+        last = layer.run().result
+    finally:
+        for hook in hooks:
+            hook.remove()
+    is_post = any(isinstance(one, Tensor) and one.shape == last.shape and torch.equal(one, last) for one in given)
+    return "post" if is_post else None
