@@ -38,7 +38,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*head_dim|.*head_size|d_kv|kv_channels", HEAD_DIM),
     (r".*lora_rank|.*_rank", 16),
     (r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner", NEURONS),
-    (r".*hidden_size.*|d_model|dim|.*embed_dim|n_embd|.*_dim|.*embedding_size|.*output_size", HIDDEN),
+    (r".*hidden_size.*|d_model|dim|.*embed_dim|n_embd|.*_dim|.*embedding_size|.*(output|projection)_size", HIDDEN),
     (r"n_routed_experts|.*num_experts|num_local_experts", 4),
     (r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|topk_group|moe_k", 2),
     (r".*(image_size|img_size)", 32),
@@ -84,10 +84,17 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif isinstance(value, int) and not KEPT.fullmatch(name):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
             fields[name] = max(min(value, size), KV_HEADS if size == KV_HEADS else 0)  # one alone could not be cut
+        elif isinstance(value, list | tuple) and re.fullmatch("depths|num_heads|num_attention_heads", name):
+            fields[name] = [2 if name == "depths" else HEADS] * len(value)  # of the stages of a hierarchical model
         elif isinstance(value, list | tuple) and depth and len(value) == depth > LAYERS:
             fields[name] = _few_entries(value)
         elif isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
             fields[name] = _short_rope(copy.deepcopy(value))
+    if "depths" in own and isinstance(fields.get("image_size"), int):
+        fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
+    if "vision_config" in fields and isinstance(text := fields.get("text_config"), dict):
+        if isinstance(rope := text.get("rope_parameters"), dict):  # some models have long sections where none are said
+            rope.setdefault("mrope_section", [2, 1, 1])
     heads = [name for name in fields if re.fullmatch(SIZES[3][0], name)]
     for name in fields:  # without grouped queries there, none here
         if re.fullmatch(SIZES[2][0], name) and any(own.get(name) == own.get(other) for other in heads):
@@ -189,6 +196,8 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         try:
             generator = torch.Generator().manual_seed(2)
             inputs = {name: made[name](model.config, generator) for name in dict.fromkeys(names_tried)}
+            if "pixel_values" in inputs and "image_grid_thw" in names:
+                inputs |= _patches(model.config, generator)
             if "pixel_values" in inputs and "input_ids" in inputs:
                 _put_image_tokens(model, inputs)
             with torch.no_grad():
@@ -235,18 +244,32 @@ _MAKERS: dict[str, Callable[[PreTrainedConfig, torch.Generator], Tensor]] = {
 }
 
 
+def _patches(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images as Qwen's models and their kin read them: patches of all images one after another, and their grids."""
+    vision = config.vision_config
+    rows = columns = 2 * getattr(vision, "spatial_merge_size", 2)
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+    numbers = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    return {
+        "pixel_values": torch.randn(ROWS * rows * columns, numbers, generator=generator),
+        "image_grid_thw": torch.tensor([[1, rows, columns]] * ROWS),
+    }
+
+
 def _put_image_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     """A model that reads images among its tokens wants as many image tokens as it makes of an image."""
-    config = model.config
-    token = next((getattr(config, name, None) for name in ("image_token_id", "image_token_index")), None)
+    token = next((getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")), None)
     if token is None or not hasattr(model, "get_image_features"):
         return
+    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
     with torch.no_grad():
-        features = model.get_image_features(pixel_values=inputs["pixel_values"])
+        features = model.get_image_features(**images)
     features = getattr(features, "pooler_output", features)
-    count = sum(part.shape[-2] if part.ndim == 2 else part.shape[:-1].numel() for part in features) if isinstance(features, list | tuple) else features.shape[:-1].numel()
-    count //= ROWS
-    images = torch.full((ROWS, count), token)
-    inputs["input_ids"] = torch.cat([images, inputs["input_ids"]], 1)
+    parts = features if isinstance(features, list | tuple) else [features]
+    count = sum(part.shape[:-1].numel() for part in parts) // ROWS
+    tokens = torch.full((ROWS, count), token)
+    inputs["input_ids"] = torch.cat([tokens, inputs["input_ids"]], 1)
     if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.cat([torch.ones_like(images), inputs["attention_mask"]], 1)
+        inputs["attention_mask"] = torch.cat([torch.ones_like(tokens), inputs["attention_mask"]], 1)
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()
