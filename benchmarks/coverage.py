@@ -9,7 +9,6 @@ with a head; attention converted, heads, neurons and layers pruned, each result 
 """
 
 import argparse
-import copy
 import json
 import os
 import sys
@@ -33,11 +32,20 @@ from hf_efficient.errors import HfEfficientError
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive.proof import _distance, _outputs
 from hf_efficient.models.derive.tiny import model_classes, tiny_config, tiny_inputs, tiny_model
-from hf_efficient.models.families import ABILITIES, FAMILIES
+from hf_efficient.models.families import ABILITIES
 from hf_efficient.models.heads import auto_class_of_architecture
 
-HEAD_CLASSES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification", "ForMaskedLM",
-                "ForImageClassification", "ForAudioClassification", "ForCTC", "ForObjectDetection")
+HEAD_CLASSES = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "LMHeadModel",
+    "ForSequenceClassification",
+    "ForMaskedLM",
+    "ForImageClassification",
+    "ForAudioClassification",
+    "ForCTC",
+    "ForObjectDetection",
+)
 PRUNED = {"heads": "head", "neurons": "neuron", "layers": "layer"}
 SECONDS = 120
 
@@ -89,7 +97,11 @@ def try_type(model_type: str) -> dict:
                 with tempfile.TemporaryDirectory() as folder:
                     changed.save_pretrained(folder)
                     auto = auto_class_of_architecture(type(changed).__name__.removeprefix("Efficient"))
-                    loaded = getattr(transformers, auto).from_pretrained(folder) if auto else type(changed).from_pretrained(folder)
+                    loaded = (
+                        getattr(transformers, auto).from_pretrained(folder)
+                        if auto
+                        else type(changed).from_pretrained(folder)
+                    )
                 again = _outputs(loaded.eval(), inputs)
                 own, other = changed.state_dict(), loaded.state_dict()
                 same = own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
@@ -127,8 +139,13 @@ def _convert(model: PreTrainedModel) -> PreTrainedModel:
 def _prune(model: PreTrainedModel, part: str) -> PreTrainedModel:
     for ratio in (0.3, 0.1):
         config = PruningConfig(
-            ratio=ratio, importance="magnitude", layer_importance="magnitude", granularity=(part,), reconstruct=False,
-            round_to=1, sequence_length=8,
+            ratio=ratio,
+            importance="magnitude",
+            layer_importance="magnitude",
+            granularity=(part,),
+            reconstruct=False,
+            round_to=1,
+            sequence_length=8,
         )
         try:
             return prune(model, config)
@@ -139,7 +156,11 @@ def _prune(model: PreTrainedModel, part: str) -> PreTrainedModel:
 
 def _said(error: Exception) -> str:
     trace = traceback.extract_tb(error.__traceback__)[-1]
-    own = "" if isinstance(error, HfEfficientError) else f"{type(error).__name__} at {Path(trace.filename).name}:{trace.lineno}: "
+    own = (
+        ""
+        if isinstance(error, HfEfficientError)
+        else f"{type(error).__name__} at {Path(trace.filename).name}:{trace.lineno}: "
+    )
     return own + " ".join(str(error).split())[:400]
 
 
@@ -182,7 +203,9 @@ def main() -> None:
             rows.append(row)
             print(row["type"], row["abilities"], round(row.get("total_seconds", 0), 1), flush=True)
     counts = {ability: sum(row["abilities"].get(ability, False) for row in rows) for ability in ABILITIES}
-    counts["heads or neurons"] = sum(row["abilities"].get("heads", False) or row["abilities"].get("neurons", False) for row in rows)
+    counts["heads or neurons"] = sum(
+        row["abilities"].get("heads", False) or row["abilities"].get("neurons", False) for row in rows
+    )
     counts["built"] = sum("model" not in row["why"] for row in rows)
     result = {"transformers": transformers.__version__, "types": len(rows), "counts": counts, "rows": rows}
     args.output.write_text(json.dumps(result, indent=1))

@@ -218,7 +218,14 @@ CASES = {
 
 # Every family with every side its inputs can be padded on, and every Auto class with every head it gives.
 PADDED_CASES = [(name, side) for name, case in CASES.items() for side in case.paddings]
-HEADS = [(name, auto) for name in CASES for auto in auto_classes(FAMILIES[name])]
+
+
+def config_class(name: str) -> type[PreTrainedConfig]:
+    """The stock config class of a family."""
+    return getattr(transformers, FAMILIES[name].config_name)
+
+
+HEADS = [(name, auto) for name in CASES for auto in auto_classes(config_class(name))]
 
 # One family of every build: split and joined projections, grouped keys, images, rotary, relative, two stacks, nested.
 BUILDS = ("bert", "modernbert", "vit", "llama", "gpt2", "t5", "bart", "clip")

@@ -42,6 +42,7 @@ LIMITS |= dict.fromkeys(("embedding_size", "projection_dim", "pooler_output_size
 LIMITS |= dict.fromkeys(("image_size", "patch_size"), MAX_PIXELS)
 LIMITS |= dict.fromkeys(("num_channels", "num_mel_bins", "relative_attention_num_buckets"), MAX_HEADS)
 LIMITS |= dict.fromkeys(("encoder_stride", "mlp_ratio"), MAX_LAYERS)
+MAY_BE_NONE = ("type_vocab_size", "projection_dim")  # 0: there is no such table (DeBERTa, DPR)
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,12 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family | None) -> None:
 
 def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
     for name, limit in limits.items():
+        low = 0 if name in MAY_BE_NONE else 1
+        kinds = (int, float) if name == "mlp_ratio" else (int,)
         value = fields.get(name)
         for number in value if isinstance(value, list | tuple) else (value,):
-            if number is not None and (type(number) is not int or not 0 < number <= limit):
-                raise ConfigError(f"config.json has {name}={shown(value)}; hf_efficient accepts 1 to {limit}.")
+            if number is not None and (type(number) not in kinds or not low <= number <= limit):
+                raise ConfigError(f"config.json has {name}={shown(value)}; hf_efficient accepts {low} to {limit}.")
 
 
 def _read_stack(name: str, data: Any) -> StackBlock:

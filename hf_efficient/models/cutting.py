@@ -13,7 +13,9 @@ from .groups import Group
 from .stacks import ModelStack
 
 
-def cut_units(state: Mapping[str, Tensor], groups: Iterable[Group], kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def cut_units(
+    state: Mapping[str, Tensor], groups: Iterable[Group], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
     """Only the units that are kept, of the groups that are named."""
     small = dict(state)
     for group in groups:

@@ -38,8 +38,9 @@ class Attention:
     `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
     `Conv1D`s; empty where heads cannot be told apart. A path that stands for several of query, key and value is one
     fused linear: its outputs are those of each, one block after another, or `interleaved`, those of one key/value head
-    with its queries after another. `head_attributes` and `width_attributes` are the
-    integers that the module keeps beside its weights: the number of query heads, and heads x head_dim.
+    with its queries after another. `head_attributes`, `kv_attributes` and
+    `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
+    key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
     """
 
     module: str
@@ -49,7 +50,9 @@ class Attention:
     output: str = ""
     interleaved: bool = False
     head_attributes: tuple[str, ...] = ()
+    kv_attributes: tuple[str, ...] = ()
     width_attributes: tuple[str, ...] = ()
+    reads_config: bool = False
 
 
 @dataclass(frozen=True)
@@ -654,4 +657,6 @@ def _plain(value: Any, where: str) -> Any:
         return value
     if type(value) is int and 0 <= value <= 1 << 20:
         return value
-    raise ConfigError(f"efficient.{where} must be a name, a path of names, a switch or a small number, got {shown(value)}.")
+    raise ConfigError(
+        f"efficient.{where} must be a name, a path of names, a switch or a small number, got {shown(value)}."
+    )

@@ -115,7 +115,9 @@ class ConfigStack:
     def per_layer(self, kept: Sequence[int]) -> dict[str, list]:
         """Config fields with one entry for each layer, for the layers that stay."""
         lists = {name: getattr(self.sizes, name, None) for name in self.family.per_layer}
-        return {n: [values[layer] for layer in kept] for n, values in lists.items() if isinstance(values, list | tuple)}
+        return {
+            n: [values[layer] for layer in kept] for n, values in lists.items() if isinstance(values, list | tuple)
+        }
 
     def has_window(self, layer: int) -> bool:
         """The stock config gives the layer a sliding window of its own."""

@@ -3,6 +3,7 @@
 apply_block(model, EfficientBlock.from_dict(config.efficient))    # in the __init__ of every efficient class
 """
 
+import copy
 from collections import Counter
 
 from torch import nn
@@ -38,7 +39,7 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
         if size in entry.sizes:
             heads = entry.sizes[size][index]
             shape = HeadShape(heads, entry.sizes.get("kv_heads", entry.sizes[size])[index], stack.head_width)
-            _resize_attention(layer, attention, shape)
+            _resize_attention(layer, attention, shape, stack)
             if table and size == "heads" and index == 0:  # [buckets, heads], one for the whole stack
                 bias = layer.get_submodule(table)
                 bias.weight = nn.Parameter(bias.weight[:, :heads].clone())
@@ -78,16 +79,22 @@ def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> N
         )
 
 
-def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape) -> None:
+def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, stack: ModelStack) -> None:
     outputs = Counter({attention.query: shape.heads * shape.dim})  # of a fused linear: the sum
     outputs.update({attention.key: shape.kv_heads * shape.dim})
     outputs.update({attention.value: shape.kv_heads * shape.dim})
     for path, count in outputs.items():
         resize_linear(layer.get_submodule(path), outputs=count)
     resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * shape.dim)
-    # The forward reads its sizes from plain integers beside the weights.
-    module = layer.get_submodule(attention.module)
-    for name in attention.head_attributes:
-        setattr(module, name, shape.heads)
-    for name in attention.width_attributes:
-        setattr(module, name, shape.heads * shape.dim)
+    # The forward reads its sizes from plain integers beside the weights, or from a config that it shares.
+    module, entry = layer.get_submodule(attention.module), stack.entry
+    numbers = dict.fromkeys(attention.head_attributes, shape.heads)
+    numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
+    numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
+    for name, number in numbers.items():
+        setattr(module, name, number)
+    if attention.reads_config:
+        module.config = copy.copy(module.config)
+        for field, number in ((entry.heads, shape.heads), (entry.kv_heads, shape.kv_heads)):
+            if field:
+                setattr(module.config, field, number)

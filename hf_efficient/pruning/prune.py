@@ -37,7 +37,6 @@ from .score.stream import Batch
 from .search import Cutter, Search, is_kept, kept_groups
 from .weights import check_data, check_learned, prune_weights
 
-
 PARTS = {"head": HEADS, "neuron": NEURONS, "layer": LAYERS}  # what granularity calls it -> the ability
 
 

@@ -30,6 +30,7 @@ from ..families import (
     HEADS,
     PADDED_CASES,
     TWO_STACKS,
+    config_class,
     make_inputs,
     make_model,
     position_ids,
@@ -43,7 +44,7 @@ NARROW = AttentionConfig(kind="local", window=2)
 LINEAR = AttentionConfig(kind="linear")
 WITH_LINEAR = [name for name, family in FAMILIES.items() if not family.relative_bias]
 OWN_WINDOW = [(name, side) for name, side in PADDED_CASES if CASES[name].own_window]
-STOCK_HEADS = {auto_classes(FAMILIES[name])[auto][1]: name for name, auto in HEADS}
+STOCK_HEADS = {auto_classes(config_class(name))[auto][1]: name for name, auto in HEADS}
 
 
 def kinds(model, attention="heads"):

@@ -11,14 +11,13 @@ from hf_efficient import ConfigError
 from hf_efficient.attention.config import AttentionConfig
 from hf_efficient.models.block import EfficientBlock, StackBlock
 from hf_efficient.models.classes import efficient_config_class
-from hf_efficient.models.families import FAMILIES
 
-from ..families import make_config
+from ..families import config_class, make_config
 
 
 def read(name, block, **fields):
     config = make_config(name).to_dict() | {"efficient": block} | fields
-    return efficient_config_class(FAMILIES[name])(**{k: v for k, v in config.items() if k != "model_type"})
+    return efficient_config_class(config_class(name))(**{k: v for k, v in config.items() if k != "model_type"})
 
 
 def encoder(**entry):

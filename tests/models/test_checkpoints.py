@@ -20,7 +20,7 @@ from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.rebuild import is_portable, rebuild
 from hf_efficient.models.saving import LOADER
 
-from ..families import CASES, HEADS, make_inputs, make_model
+from ..families import CASES, HEADS, config_class, make_inputs, make_model
 
 LOCAL = AttentionConfig(kind="local", window=2)
 NOTHING_WRONG = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -40,18 +40,18 @@ def pruned(name):
         sizes |= {"kv_heads": (1, 1, 1)} if stack.group_size > 1 else {}
         stacks[stack.name] = StackBlock(attention=(LOCAL, AttentionConfig(), LOCAL), sizes=sizes)
     config = with_block(model.config, EfficientBlock(stacks=stacks))
-    return efficient_class(CASES[name].head, FAMILIES[name])(config).eval()
+    return efficient_class(CASES[name].head, config_class(name))(config).eval()
 
 
 @pytest.mark.parametrize(("name", "auto_name"), HEADS)
 def test_every_head_loads_a_stock_checkpoint_and_round_trips(name, auto_name, tmp_path):
-    auto, stock_class = auto_classes(FAMILIES[name])[auto_name]
+    auto, stock_class = auto_classes(config_class(name))[auto_name]
     stock = make_model(name, stock_class)
     stock.save_pretrained(tmp_path / "stock")
     config = efficient_config(tmp_path / "stock", attention=LOCAL)
     model, info = auto.from_pretrained(tmp_path / "stock", config=config, output_loading_info=True)
     assert {key: info[key] for key in NOTHING_WRONG} == NOTHING_WRONG
-    assert type(model) is efficient_class(stock_class, FAMILIES[name])
+    assert type(model) is efficient_class(stock_class, config_class(name))
 
     inputs = make_inputs(name, CASES[name].paddings[0], stock)
     expected = outputs(model, inputs)
@@ -98,7 +98,7 @@ def test_the_config_says_which_of_two_classes_an_auto_class_gives(tmp_path):
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["auto_map"]["AutoModelForImageClassification"] == f"{LOADER}.Efficient{head.__name__}"
     for one in (model, auto.from_pretrained(tmp_path / "saved")):
-        assert type(one) is efficient_class(head, FAMILIES["deit"])
+        assert type(one) is efficient_class(head, config_class("deit"))
         assert torch.equal(outputs(one, inputs), outputs(convert_attention(stock, LOCAL), inputs))
 
 
@@ -125,7 +125,7 @@ def test_saving_again_writes_the_same_files(name, tmp_path):
     assert f"{LOADER}.py" in contents[0]
     auto_map = json.loads(contents[0]["config.json"])["auto_map"]
     assert auto_map["AutoConfig"] == f"{LOADER}.Efficient{FAMILIES[name].config_name}"
-    assert auto_map.keys() == {"AutoConfig", *auto_classes(FAMILIES[name])}
+    assert auto_map.keys() == {"AutoConfig", *auto_classes(config_class(name))}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,7 +146,7 @@ def test_a_trivial_block_is_saved_as_a_stock_checkpoint(name, tmp_path):
     stock.config.architectures = [type(stock).__name__]
     full = AttentionConfig(kind="full")
     efficient = with_block(stock.config, EfficientBlock({Anatomy.of(stock).stacks[0].name: StackBlock((full,) * 3)}))
-    model = efficient_class(type(stock), FAMILIES[name])(efficient)
+    model = efficient_class(type(stock), config_class(name))(efficient)
     model.load_state_dict(stock.state_dict())
     assert is_portable(model) and not is_portable(convert_attention(stock, LOCAL))
     model.save_pretrained(tmp_path)

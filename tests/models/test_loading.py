@@ -13,10 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prune
 from hf_efficient.errors import CheckpointError, ConfigError
 from hf_efficient.models.classes import auto_classes
-from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.loading import auto_class_of, load_model, load_processor
 from hf_efficient.runtimes.quantization import quantize
-from tests.families import CASES, make_config, make_inputs, make_model
+from tests.families import CASES, config_class, make_config, make_inputs, make_model
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -44,7 +43,7 @@ def drop(folder, part):
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_stock_class_saves_loads_with_it_as_it_was(name, tmp_path):
     config = make_config(name)
-    for auto, (_, stock) in auto_classes(FAMILIES[config.model_type]).items():
+    for auto, (_, stock) in auto_classes(config_class(config.model_type)).items():
         model = stock(make_config(name)).eval()
         folder = saved(model, tmp_path / auto)
         loaded = load_model(auto, folder)

@@ -5,10 +5,9 @@ import pytest
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.models.block import EfficientBlock
 from hf_efficient.models.classes import efficient_class, with_block
-from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.saving import LOADER
 
-from ..families import CASES, make_config, make_model
+from ..families import CASES, config_class, make_config, make_model
 from ..processes import run_fresh, save_with_expectation
 
 pytestmark = pytest.mark.processes
@@ -59,7 +58,7 @@ def test_without_the_package_the_error_says_how_to_get_it(answers):
 def test_a_portable_checkpoint_loads_where_the_package_is_not_imported(tmp_path):
     for name, case in CASES.items():
         trivial = with_block(make_config(name), EfficientBlock())
-        model = efficient_class(case.head, FAMILIES[name])(trivial).eval()
+        model = efficient_class(case.head, config_class(name))(trivial).eval()
         save_with_expectation(model, name, tmp_path / "portable")
     answer = run_fresh(tmp_path / "portable", "stock", home=tmp_path / "home")["stock"]
     assert answer.pop("plugin_imported") is False

@@ -1,7 +1,7 @@
 """From what was found in a tiny model to a `Family`: its stacks, where they keep what, and the config fields.
 
-    family = make_entry(tiny_model(tiny_config(config)), inputs)
-    family.refusals                                           # {"neurons": "encoder: a mixture of experts"}
+family = make_entry(tiny_model(tiny_config(config)), inputs)
+family.refusals                                           # {"neurons": "encoder: a mixture of experts"}
 """
 
 import re
@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..families import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from .observe import Call, LayerRun, observing, run
 from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
+from .unseen import unseen_attention
 
 # The standard name of each size, then other names that models have for it.
 FIELDS = {
@@ -23,7 +25,7 @@ FIELDS = {
     "decoder_attention_heads",
     "kv_heads": "num_key_value_heads num_kv_heads n_head_kv kv_heads",
     "layers": "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers "
-    "num_encoder_layers depth layers",
+    "num_encoder_layers depth layers inner_group_num",
     "hidden": "hidden_size d_model dim n_embd embed_dim hidden_dim encoder_hidden_size decoder_hidden_size",
     "neurons": "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_hidden_size "
     "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
@@ -50,28 +52,27 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
     """
     with observing(model) as calls:
         run(model, inputs, **without_cache(model))
-    if not calls:
-        raise NotDerivable("it does not call transformers' attention interface")
     base = model.base_model
-    places, refusals = _places(base, calls), []
-    stacks, norms = [], set()
+    places: dict[str, Place | None] = dict(_places(base, calls))
+    places |= dict.fromkeys(_unseen_places(base, [path for path in places if path]))
+    if not places:
+        raise NotDerivable("it has no list of layers with attention")
+    stacks, norms, refusals, relative_bias = [], set(), [], None
     names = _stack_names(places)
-    relative_bias = None
     for path, place in places.items():
         try:
             if not path:
                 raise NotDerivable("attention outside of a list of layers")
-            stack, norm, why = _make_stack(model, path, names[path], place, inputs)
+            stack, norm = _make_stack(model, path, names[path], place, inputs)
         except NotDerivable as reason:
             refusals.append(f"{names[path]}: {reason}")
             continue
-        if place.is_biased:
+        if place is not None and place.is_biased:
             try:
                 relative_bias = _shared_table(base.get_submodule(path), stack.attention.module)
             except NotDerivable as reason:
-                why |= {CONVERT: str(reason), HEADS: str(reason), LAYERS: str(reason)}
-        for ability, reason in why.items():
-            stack = stack.without(ability, reason)
+                for ability in (CONVERT, HEADS, LAYERS):
+                    stack = stack.without(ability, str(reason))
         stacks.append(stack)
         norms.add(norm)
     if not stacks:
@@ -89,7 +90,9 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") and model.can_generate() else {}
+    return (
+        {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") and model.can_generate() else {}
+    )
 
 
 def _places(base: nn.Module, calls: list[Call]) -> dict[str, Place]:
@@ -123,69 +126,115 @@ def _layer_of(modules: Mapping[str, nn.Module], name: str) -> tuple[str, int, st
     return (alike[0] if alike else candidates[-1])[1:]
 
 
-def _stack_names(places: Mapping[str, Place]) -> dict[str, str]:
+def _unseen_places(base: nn.Module, seen: list[str]) -> list[str]:
+    """Lists of modules that are alike, outside of those in which attention was seen: what has tokens meet in it is
+    found later. Lists inside lists are parts of layers."""
+    paths: list[str] = []
+    for path, module in base.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(one) for one in module}) == 1
+        inside = [f"{other}." for other in (*seen, *paths)]
+        holds = any(f"{other}.".startswith(f"{path}.") for other in seen)
+        if is_list and not holds and not any(f"{path}.".startswith(other) for other in inside):
+            paths.append(path)
+    return [path for path in paths if _has_linears(base.get_submodule(path))]
+
+
+def _has_linears(layers: nn.Module) -> bool:
+    return sum(isinstance(module, nn.Linear | Conv1D) for module in layers[0].modules()) >= 2
+
+
+def _stack_names(places: Mapping[str, Place | None]) -> dict[str, str]:
     """`encoder`, `decoder`, `text`, `vision`, `audio`; the path where two would have the same."""
     if len(places) == 1:
-        return {path: "decoder" if place.is_causal else "encoder" for path, place in places.items()}
+        return {path: "decoder" if place and place.is_causal else "encoder" for path, place in places.items()}
     names = {}
     for path, place in places.items():
         known = next((name for name, words in NAMES if re.search(words, path)), None)
         side = re.search("encoder|decoder", path)
-        names[path] = known or (side[0] if side else "decoder" if place.is_causal else "encoder")
+        names[path] = known or (side[0] if side else "decoder" if place and place.is_causal else "encoder")
     often = Counter(names.values())
     return {path: name if often[name] == 1 else path.replace(".", "_") or "model" for path, name in names.items()}
 
 
-def _make_stack(
-    model: PreTrainedModel, path: str, name: str, place: Place, inputs: Mapping[str, Tensor]
-) -> tuple[Stack, str | None, dict[str, str]]:
-    """The entry of one stack, the place of its norms, and why it lacks which ability."""
-    layers = model.base_model.get_submodule(path)
-    why: dict[str, str] = {}
+@dataclass
+class Found:
+    """The attention of the first layer of a stack."""
+
+    attention: Attention
+    sizes: Heads
+    is_causal: bool
+    cross: Attention | None = None
+    why: dict[str, str] = field(default_factory=dict)
+
+
+def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
     if not place.own:
         raise NotDerivable("its layers have cross attention alone")
     if len(place.own) > 1 or len(place.cross) > 1:
         raise NotDerivable("several attentions of the same sort in one layer")
     [(inside, indices)] = place.own.items()
-    if len(indices) < len(layers):
+    if len(indices) < depth:
         raise NotDerivable("some layers have no softmax attention")
+    call = attention_call(layer.base, layer.layer.get_submodule(inside))
+    found = Found(Attention(inside), Heads.of(call), place.is_causal)
+    try:
+        found.attention = attention_roles(layer, inside)
+    except NotDerivable as reason:
+        found.why[HEADS] = str(reason)
+    for path in place.cross:
+        try:
+            found.cross = attention_roles(layer, path)
+        except NotDerivable as reason:
+            found.cross = Attention(path)
+            found.why.setdefault(HEADS, f"cross attention: {reason}")
+    return found
+
+
+def _make_stack(
+    model: PreTrainedModel, path: str, name: str, place: Place | None, inputs: Mapping[str, Tensor]
+) -> tuple[Stack, str | None]:
+    """The entry of one stack, and the place of its norms."""
+    layers = model.base_model.get_submodule(path)
+    first = LayerRun(model, layers[0], inputs)
+    if place is None:
+        found = Found(*unseen_attention(first), why={CONVERT: "it computes its attention itself"})
+    else:
+        found = _seen_attention(first, place, len(layers))
+    why = found.why
     if len({type(layer) for layer in layers}) > 1:
         why[LAYERS] = "its layers are of several classes"
-    first = LayerRun(model, layers[indices[0]], inputs)
-    call = attention_call(first.base, first.layer.get_submodule(inside))
-    attention, cross = Attention(inside), None
-    try:
-        attention = attention_roles(first, inside)
-    except NotDerivable as reason:
-        why[HEADS] = str(reason)
-    for path_of_cross in place.cross:
-        try:
-            cross = attention_roles(first, path_of_cross)
-        except NotDerivable as reason:
-            cross = Attention(path_of_cross)
-            why.setdefault(HEADS, f"cross attention: {reason}")
     up, down, count = (), "", None
     try:
-        neurons = neuron_roles(first)
-        up, down, count = neurons.up, neurons.down, neurons.count
-        others = [neuron_roles(LayerRun(model, layer, inputs)) for layer in list(layers)[1:]]
-        if any(other != neurons for other in others):
+        neurons = neuron_roles(first, found.attention)
+        if any(neuron_roles(LayerRun(model, layer, inputs), found.attention) != neurons for layer in list(layers)[1:]):
             raise NotDerivable("the FFNs of its layers are unlike each other")
+        up, down, count = neurons.up, neurons.down, neurons.count
     except NotDerivable as reason:
-        up, down, count = (), "", None
         why[NEURONS] = str(reason)
-    readers = [attention.output, *([cross.output] if cross else []), down]
+    readers = [found.attention.output, *([found.cross.output] if found.cross else []), down]
     norm = norm_place(first, readers) if all(readers) else None
-    own, where = _own_config(model, first.layer.get_submodule(inside), Heads.of(call), len(layers))
-    fields = _fields(own, path, Heads.of(call), len(layers), first, attention, count, why)
+    own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
+    fields = _fields(own, path, found.sizes, len(layers), first, found.attention, count)
     stack = Stack(
-        name=name, layers=path, attention=attention, cross_attention=cross, up=up, down=down,
-        config=where or None, causal=place.is_causal, sees_patches=name == "vision", **fields,
+        name=name,
+        layers=path,
+        attention=found.attention,
+        cross_attention=found.cross,
+        up=up,
+        down=down,
+        config=where or None,
+        causal=found.is_causal,
+        sees_patches=name == "vision",
+        **fields,
     )
-    return stack, norm, why
+    for ability, reason in why.items():
+        stack = stack.without(ability, reason)
+    return stack, norm
 
 
-def _own_config(model: PreTrainedModel, attention: nn.Module, sizes: Heads, depth: int) -> tuple[PreTrainedConfig, str]:
+def _own_config(
+    model: PreTrainedModel, attention: nn.Module, sizes: Heads, depth: int
+) -> tuple[PreTrainedConfig, str]:
     """The config with the sizes of a stack, and its path in that of the model: the one that the attention reads, or
     the first that says these numbers of heads and layers."""
     configs = dict(_nested(model.config))
@@ -217,10 +266,15 @@ def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str) -
 
 
 def _fields(
-    own: PreTrainedConfig, path: str, sizes: Heads, depth: int, layer: LayerRun, attention: Attention,
-    neurons: int | None, why: dict[str, str],
+    own: PreTrainedConfig,
+    path: str,
+    sizes: Heads,
+    depth: int,
+    layer: LayerRun,
+    attention: Attention,
+    neurons: int | None,
 ) -> dict[str, Any]:
-    """The names of the config fields of a stack; what has none is refused in `why`."""
+    """The names of the config fields of a stack"""
     side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
     fields: dict[str, Any] = {
@@ -271,7 +325,10 @@ def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]
         names |= {
             name
             for name, value in vars(own).items()
-            if isinstance(value, list | tuple) and len(value) == depth and name in known and re.search("layer|type|pattern", name)
+            if isinstance(value, list | tuple)
+            and len(value) == depth
+            and name in known
+            and re.search("layer|type|pattern", name)
         }
     return tuple(sorted(names))
 
@@ -292,7 +349,9 @@ def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
             if (last.diff() == 1).all():
                 rows[name] = int(last[0])
 
-    tables = {n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - limit <= 8}
+    tables = {
+        n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - limit <= 8
+    }
     hooks = [m.register_forward_pre_hook(lambda m, args, name=n: note(name, args)) for n, m in tables.items()]
     try:
         run(model, inputs, **without_cache(model))

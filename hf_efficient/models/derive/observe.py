@@ -1,12 +1,12 @@
 """Watch a model run: who calls the attention interface, and what changes where when something is disturbed.
 
-    with observing(model) as calls:
-        model(**inputs)
-    calls[0].module, calls[0].query.shape
+with observing(model) as calls:
+    model(**inputs)
+calls[0].module, calls[0].query.shape
 
-    layer = LayerRun(model, "encoder.layer.0", inputs)
-    seen = layer.run({"attention.self.query": None})      # noise on all outputs of one linear
-    seen.inputs["attention.output.dense"]                 # what the other linears then get
+layer = LayerRun(model, "encoder.layer.0", inputs)
+seen = layer.run({"attention.self.query": None})      # noise on all outputs of one linear
+seen.inputs["attention.output.dense"]                 # what the other linears then get
 """
 
 import copy
@@ -53,9 +53,7 @@ Masked = Callable[[nn.Module, Tensor | None, int, int], Tensor | None]
 
 
 @contextmanager
-def observing(
-    model: PreTrainedModel, masked: Masked | None = None
-) -> Iterator[list[Call]]:
+def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[list[Call]]:
     """Calls of attention while the model runs, each computed as the model itself does it.
 
     Parameters:
@@ -172,11 +170,19 @@ class LayerRun:
             self._whole[name] = self.run(name)
         return self._whole[name]
 
-    def run(self, name: str | None = None, units: Tensor | None = None) -> Seen:
+    def disturbed_token(self, name: str, row: int, token: int) -> Seen:
+        """A run with noise on the outputs of one linear for one token; made once."""
+        key = f"{name} {row} {token}"
+        if key not in self._whole:
+            self._whole[key] = self.run(name, place=(row, token))
+        return self._whole[key]
+
+    def run(self, name: str | None = None, units: Tensor | None = None, place: tuple[int, int] | None = None) -> Seen:
         """A run with noise on the outputs of one linear.
 
         Parameters:
             units: `[batch, length]`, at each token the one unit that is disturbed, -1 for none; None disturbs all.
+            place: the row and the token that are disturbed; None: all.
         """
         seen, noise = Seen(), torch.Generator().manual_seed(3)
 
@@ -184,13 +190,16 @@ class LayerRun:
             if isinstance(output, Tensor) and args:  # a router gives several things
                 seen.inputs.setdefault(path, args[0].detach().clone())
                 seen.outputs.setdefault(path, output.detach().clone())
-            if path != name:
+            if path != name or (hasattr(self, "base") and output.shape != self.base.outputs[path].shape):
                 return None
             extra = torch.randn(output.shape, generator=noise)
+            if place is not None:
+                extra[:, [token for token in range(extra.shape[1]) if token != place[1]]] = 0
+                extra[[row for row in range(len(extra)) if row != place[0]]] = 0
             if units is None:
                 return output + extra * output.abs().mean().clamp(min=1e-3)
-            place = torch.zeros_like(output).scatter_(-1, units.clamp(min=0)[..., None], 1.0)
-            return output + place * (units >= 0)[..., None] * (extra.abs() + 2) * output.abs().max()
+            where = torch.zeros_like(output).scatter_(-1, units.clamp(min=0)[..., None], 1.0)
+            return output + where * (units >= 0)[..., None] * (extra.abs() + 2) * output.abs().max()
 
         with ExitStack() as hooks:
             for path, linear in self.linears.items():

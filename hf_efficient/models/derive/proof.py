@@ -10,7 +10,7 @@ What fails is switched off, with the reason. The comparisons would notice: each 
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
-from ..families import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, remember
+from ..families import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack, remember
 from ..groups import Group, groups_of, output_module
 from ..rebuild import rebuild
 from ..stacks import ModelStack, model_stacks
@@ -51,11 +51,33 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
                 try:
                     proof(Trial(stack, family, model, inputs, expected))
                 except Exception as error:  # whatever the code of a model may raise
+                    if ability == HEADS and (other := _second_try(stack, family, model, inputs, expected)):
+                        family = other
+                        continue
                     reason = " ".join(str(error).split())[:200]
                     kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
                     family = family.without(ability, f"{kind}{reason}", name)
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
+    return family
+
+
+def _second_try(
+    stack: ModelStack,
+    family: Family,
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    expected: dict[str, Tensor],
+) -> Family | None:
+    """The entry by which the attention reads its head counts from its config, if that works."""
+    entry = _with_own_config(stack.entry)
+    family = replace(family, stacks=tuple(entry if one.name == stack.name else one for one in family.stacks))
+    stack = next(one for one in model_stacks(model, family) if one.name == stack.name)
+    try:
+        remember(model.config, family)
+        _heads(Trial(stack, family, model, inputs, expected))
+    except Exception:
+        return None
     return family
 
 
@@ -121,6 +143,12 @@ def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tenso
 def _heads(trial: Trial) -> None:
     for kind in trial.stack.attentions:
         _units(trial, kind)
+
+
+def _with_own_config(entry: Stack) -> Stack:
+    """The same stack, whose attention reads its sizes from its config."""
+    cross = entry.cross_attention and replace(entry.cross_attention, reads_config=True)
+    return replace(entry, attention=replace(entry.attention, reads_config=True), cross_attention=cross)
 
 
 def _neurons(trial: Trial) -> None:

@@ -6,6 +6,7 @@
 - A *neuron* is an output of one linear that changes exactly one input of another.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,10 +71,9 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     makers = dict(zip(QKV, (_maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
-    layouts = {name: _layout(owners[name], together[name], sizes) for name in owners}
+    layouts = {name: layout(owners[name], together[name], sizes) for name in owners}
     if len(set(layouts.values())) > 1:
         raise NotDerivable(f"projections of several layouts: {layouts}")
-    integers = {name: value for name, value in vars(module).items() if type(value) is int}
     return Attention(
         module=path,
         query=makers["q"],
@@ -81,15 +81,22 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
         value=makers["v"],
         output=readers[0],
         interleaved=next(iter(layouts.values())) == "interleaved",
-        head_attributes=tuple(
-            name
-            for name, value in integers.items()
-            if value == sizes.heads and "head" in name and not any(word in name for word in ("dim", "size", "kv", "key", "group"))
-        ),
-        width_attributes=tuple(
-            name for name, value in integers.items() if value == sizes.heads * sizes.dim and name in WIDTHS
-        ),
+        **integers_of(module, sizes),
     )
+
+
+def integers_of(module: nn.Module, sizes: Heads) -> dict[str, tuple[str, ...]]:
+    """The integers that an attention module keeps beside its weights and that count heads."""
+    integers = {name: value for name, value in vars(module).items() if type(value) is int}
+    heads = [name for name, value in integers.items() if value == sizes.heads and "head" in name]
+    heads = [name for name in heads if not any(word in name for word in ("dim", "size", "kv", "key", "group"))]
+    kv_heads = [n for n, value in integers.items() if value == sizes.kv_heads and re.search("kv|key_value", n)]
+    widths = [name for name, value in integers.items() if value == sizes.heads * sizes.dim and name in WIDTHS]
+    return {
+        "head_attributes": tuple(heads),
+        "kv_attributes": tuple(name for name in kv_heads if "group" not in name and "head" in name),
+        "width_attributes": tuple(widths),
+    }
 
 
 def _is_same(given: Tensor, output: Tensor) -> bool:
@@ -149,7 +156,7 @@ def _rounds(output: Tensor) -> Iterator[Tensor]:
         yield units.view(output.shape[:2])
 
 
-def _layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:
+def layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:
     """How the units of a linear that makes these of query, key and value lie: in `blocks`, q | k | v, or `interleaved`,
     one key/value head after another, each with its queries.
 
@@ -184,8 +191,9 @@ class Neurons:
     count: int
 
 
-def neuron_roles(layer: LayerRun) -> Neurons:
-    """
+def neuron_roles(layer: LayerRun, attention: Attention) -> Neurons:
+    """Those outside of the attention that was found, and of any other that is seen.
+
     Raises:
         NotDerivable: there is no FFN, there are several, or its neurons lie in an order of their own.
     """
@@ -195,7 +203,7 @@ def neuron_roles(layer: LayerRun) -> Neurons:
             raise NotDerivable("a mixture of experts")
         if is_expert and isinstance(module, nn.ModuleList):
             raise NotDerivable("a mixture of experts")
-    attending = _attending(layer)
+    attending = _attending(layer) | {attention.query, attention.key, attention.value, attention.output}
     pairs: list[tuple[str, str, list[int | None]]] = []
     rest = [name for name in layer.linears if name not in attending]
     for name in rest:
@@ -255,7 +263,9 @@ def _attending(layer: LayerRun) -> set[str]:
                     arriving.add(name)
             for name in arriving:
                 inputs = layer.disturbed(name).inputs
-                if not any(other != name and differs(inputs.get(other), layer.base.inputs[other]) for other in arriving):
+                if not any(
+                    other != name and differs(inputs.get(other), layer.base.inputs[other]) for other in arriving
+                ):
                     names.add(name)
     return names
 

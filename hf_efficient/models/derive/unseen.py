@@ -1,0 +1,157 @@
+"""The heads of a model that computes its attention itself, found without seeing a query, key or value.
+
+Attention is where tokens meet. One linear *reads* the heads: the first whose input changes at other tokens than the one
+that was disturbed. Of the linears before it, a unit that changes the reader
+
+- at its own token alone, in all units of one head, belongs to a *query*;
+- at other tokens, in all units of one head, to a *key*;
+- at other tokens, in one unit (of each query head of its group), to a *value*.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from ..families import Attention
+from .observe import SMALL, LayerRun, differs
+from .roles import Heads, NotDerivable, integers_of, layout
+
+ROW, TOKEN = 1, 2  # of what is disturbed: the second text has no padding
+
+
+def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
+    """The projections of the only attention of a layer, its sizes, and whether it sees no later tokens.
+
+    Raises:
+        NotDerivable: tokens do not meet in one place, or heads are not separate units.
+    """
+    reader, effects = _reader(layer)
+    makers = _makers(layer, reader)
+    sets: dict[str, list[tuple[str, frozenset[int]]]] = {name: [] for name in makers}
+    is_causal = True
+    for name in makers:
+        for unit in range(layer.base.outputs[name].shape[-1]):
+            hit = _hit(layer, name, unit, reader)  # [tokens, units of the reader]
+            own = frozenset(hit[TOKEN].nonzero().flatten().tolist())
+            others = hit.clone()
+            others[TOKEN] = False
+            is_causal &= not bool(others[:TOKEN].any())
+            far = frozenset(others.any(0).nonzero().flatten().tolist())
+            sets[name].append(("away", far) if far else ("here", own))
+    return _described(layer, reader, sets, is_causal)
+
+
+def _reader(layer: LayerRun) -> tuple[str, set[str]]:
+    """The linear that reads the heads, and all linears after it in which tokens have met."""
+    met = {
+        other
+        for name in layer.linears
+        if layer.base.outputs[name].ndim == 3
+        for other in layer.linears
+        if other != name and _meets(layer, name, other)
+    }
+    first = [
+        name
+        for name in met
+        if not any(
+            other != name and differs(layer.disturbed(other).inputs.get(name), layer.base.inputs[name])
+            for other in met
+        )
+    ]
+    if len(first) != 1:
+        raise NotDerivable(f"its tokens meet in {len(first) or 'no'} places")
+    return first[0], met
+
+
+def _meets(layer: LayerRun, name: str, other: str) -> bool:
+    given = layer.base.inputs[other]
+    if given.ndim != 3 or given.shape[:2] != layer.base.outputs[name].shape[:2]:
+        return False
+    hit = _difference(layer.disturbed_token(name, ROW, TOKEN).inputs.get(other), given)[ROW].any(-1)
+    hit[TOKEN] = False
+    return bool(hit.any())
+
+
+def _difference(new: Tensor | None, old: Tensor) -> Tensor:
+    if new is None or new.shape != old.shape:
+        return torch.zeros_like(old, dtype=torch.bool)
+    return (new - old).abs() > SMALL * old.abs().max()
+
+
+def _makers(layer: LayerRun, reader: str) -> list[str]:
+    """The last linears before the reader."""
+    given = layer.base.inputs[reader]
+    arriving = [n for n in layer.linears if n != reader and differs(layer.disturbed(n).inputs.get(reader), given)]
+    return [
+        name
+        for name in arriving
+        if layer.base.outputs[name].shape[:2] == given.shape[:2]
+        and not any(
+            other != name and differs(layer.disturbed(name).inputs.get(other), layer.base.inputs[other])
+            for other in arriving
+        )
+    ]
+
+
+def _hit(layer: LayerRun, name: str, unit: int, reader: str) -> Tensor:
+    units = torch.full(layer.base.outputs[name].shape[:2], -1)
+    units[ROW, TOKEN] = unit
+    return _difference(layer.run(name, units).inputs.get(reader), layer.base.inputs[reader])[ROW]
+
+
+def _described(
+    layer: LayerRun, reader: str, sets: dict[str, list[tuple[str, frozenset[int]]]], is_causal: bool
+) -> tuple[Attention, Heads, bool]:
+    width = layer.base.inputs[reader].shape[-1]
+    here = Counter(len(units) for one in sets.values() for where, units in one if where == "here" and units)
+    if not here:
+        raise NotDerivable("no linear makes the queries")
+    dim = here.most_common(1)[0][0]
+    away = [units for one in sets.values() for where, units in one if where == "away"]
+    group = max(min((len(units) for units in away), default=1), 1)  # a value reaches one unit of each query head
+    if width % (dim * group) or dim < 2:
+        raise NotDerivable("its heads are not separate units of the linear that reads them")
+    sizes = Heads(width // dim, width // dim // group, dim, dim)
+    owners: dict[str, list[set[tuple[str, int]]]] = {name: [] for name in sets}
+    for name, units_of in sets.items():
+        for where, units in units_of:
+            letter = "q" if where == "here" else "v" if len(units) == group else "k"
+            span = {"q": dim, "k": dim * group}.get(letter)
+            first = min(units, default=0)
+            if span and units != set(range(first, first + span)):
+                raise NotDerivable("an output of a projection belongs to several heads")
+            owners[name].append({(letter, first // dim if letter == "q" else first // (dim * group))})
+    letters = {
+        name: "".join(dict.fromkeys(one for units in found for one, _ in sorted(units)))
+        for name, found in owners.items()
+    }
+    if sorted("".join(letters.values())) != ["k", "q", "v"]:
+        raise NotDerivable(f"several linears make queries, keys or values: {letters}")
+    layouts = {layout(owners[name], letters[name], sizes) for name in owners}
+    if len(layouts) > 1:
+        raise NotDerivable("projections of several layouts")
+    maker = {letter: name for name, held in letters.items() for letter in held}
+    path = _common(maker.values())
+    module = layer.layer.get_submodule(path)
+    attention = Attention(
+        module=path,
+        query=maker["q"],
+        key=maker["k"],
+        value=maker["v"],
+        output=reader,
+        interleaved=layouts == {"interleaved"},
+        **integers_of(module, sizes),
+    )
+    return attention, sizes, is_causal
+
+
+def _common(paths) -> str:
+    """The module that holds them all."""
+    parts = [path.split(".")[:-1] for path in paths]
+    common = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
