@@ -15,7 +15,6 @@ import io
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +190,8 @@ def check_runtime(format: str) -> None:
 
 def runtime_version(format: str) -> str:
     """`onnxruntime 1.32.0`."""
+    from importlib.metadata import version
+
     name = FORMATS[format].runtime
     return f"{name} {version(name)}"
 
