@@ -163,11 +163,7 @@ class StateLayer(CacheLayerMixin):
         """Nothing: the state was not offloaded."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: no token can be taken out of a state.
-
-        Raises:
-            UnsupportedModelError: always, for 0 tokens too: who asks means to take some later.
-        """
+        """UnsupportedModelError, for 0 tokens too: none can be taken out of a state, as who asks means to later."""
         raise UnsupportedModelError(
             f"Assisted and contrastive decoding take tokens back from the cache, but {self.config.kind!r} attention "
             "keeps a state out of which none can be taken. Generate without assistant_model, prompt_lookup_num_tokens "
@@ -255,11 +251,7 @@ def _find_state(
 
 
 def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_keys: bool) -> CacheLayerMixin:
-    """What serves a converted layer instead of a stock layer.
-
-    Raises:
-        UnsupportedModelError: the stock layer has forgotten tokens.
-    """
+    """What serves a converted layer instead of a stock layer; UnsupportedModelError if that has forgotten tokens."""
     tokens = int(layer.get_seq_length())
     max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else -1
     if keeps_state and not tokens:

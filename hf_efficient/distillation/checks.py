@@ -18,11 +18,7 @@ from .terms import LOSSES, check_losses
 def check_models(
     student: nn.Module, teacher: nn.Module | None, losses: Collection[str], *, truncate_vocabulary: bool = False
 ) -> Head:
-    """Compare student and teacher, where there is one; gives the student's head.
-
-    Raises:
-        UnsupportedModelError: models whose heads, vocabularies or labels cannot be compared.
-    """
+    """The student's head; UnsupportedModelError if heads, vocabularies or labels cannot be compared."""
     head = head_of(student)
     check_losses(losses, headless=head.kind == "embeddings")
     if teacher is None:
@@ -61,11 +57,7 @@ def _check_student(student: nn.Module, head: Head) -> None:
 
 
 def check_alone(args: Any) -> None:
-    """Whether nothing is asked of a teacher that is not there.
-
-    Raises:
-        ConfigError: a setting of the teacher.
-    """
+    """ConfigError for a setting of the teacher, where there is none."""
     for name in ("teacher_dtype", "teacher_max_length", "share_encoder"):
         if getattr(args, name):
             raise ConfigError(f"{name}={getattr(args, name)!r} needs a teacher, and none was given. Leave it out.")

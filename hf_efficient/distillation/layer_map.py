@@ -78,11 +78,7 @@ def layer_pairs(
 def map_layers(
     student: nn.Module, teacher: nn.Module, layer_map: LayerMap, stacks: tuple[str, ...]
 ) -> dict[str, Pairs]:
-    """The pairs of every stack of these two models.
-
-    Raises:
-        ConfigError: the map does not fit the models.
-    """
+    """The pairs of every stack of these two models; ConfigError if the map does not fit them."""
     student_depths, teacher_depths = depths(student, stacks), depths(teacher, stacks)
     kept = kept_layers(student, stacks)
     if isinstance(layer_map, dict) and set(layer_map) != set(stacks):

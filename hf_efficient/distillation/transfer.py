@@ -276,11 +276,7 @@ def _stack_of(path: str) -> str:
 
 
 def check_learned(attentions: dict[str, _Attention]) -> None:
-    """Refuse a model in which there is nothing to fit.
-
-    Raises:
-        UnsupportedModelError: no converted attention, or none with learned parts.
-    """
+    """UnsupportedModelError if there is nothing to fit: no converted attention, or none with learned parts."""
     if any(attention.is_learned for attention in attentions.values()):
         return
     kinds = sorted({attention.variant.config.kind for attention in attentions.values()})

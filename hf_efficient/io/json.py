@@ -32,11 +32,7 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """What a file holds, as UTF-8.
-
-    Raises:
-        OSError, ValueError: no such file, not a file, too large, not UTF-8.
-    """
+    """What a file holds, as UTF-8; OSError or ValueError if it is none, is too large, or is not UTF-8."""
     if not path.is_file():
         raise ValueError("it is not a file" if path.exists() else "there is no such file")
     size = path.stat().st_size

@@ -26,11 +26,7 @@ ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
 
 def load_config(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedConfig:
-    """The config of a Hub id, a folder, or a bundled model; `options`: of `AutoConfig.from_pretrained`.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """The config of a Hub id, a folder or a bundled model; CheckpointError if there is none that can be loaded."""
     folder = _folder(name)
     if folder is not None:
         check_links(folder)

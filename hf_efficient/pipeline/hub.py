@@ -115,11 +115,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _checked_token(token: str | None) -> str | None:
-    """The token that is sent; it is never shown, whatever is wrong with it.
-
-    Raises:
-        ConfigError: it could not stand in a header.
-    """
+    """The token that is sent, and never shown; ConfigError if it could not stand in a header."""
     from huggingface_hub import get_token
 
     secret = token.strip() if token is not None else get_token()

@@ -158,11 +158,7 @@ FORMATS: dict[str, Format] = {
 
 
 def check_format(format: str, quantize: str | None = None) -> Format:
-    """The format of that name.
-
-    Raises:
-        ConfigError: an unknown name, or one that does not quantise.
-    """
+    """The format of that name; ConfigError for an unknown one, or one that does not quantise."""
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
     if quantize is not None and quantize not in QUANTIZE:
@@ -176,11 +172,7 @@ def check_format(format: str, quantize: str | None = None) -> Format:
 
 
 def check_runtime(format: str) -> None:
-    """Before any long work: is what makes and runs this format installed?
-
-    Raises:
-        ConfigError: it is not; the message has the pip command.
-    """
+    """Before any long work: ConfigError, with the pip command, unless what makes and runs this format is installed."""
     chosen = FORMATS[format]
     if missing := [name for name in chosen.packages if find_spec(name) is None]:
         raise ConfigError(f'format {format!r} needs {", ".join(missing)}. Run `pip install "{chosen.install}"`.')

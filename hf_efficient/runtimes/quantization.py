@@ -68,11 +68,7 @@ def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_si
 
 
 def check_torchao() -> None:
-    """Before any long work.
-
-    Raises:
-        ConfigError: torchao is not installed.
-    """
+    """Before any long work: ConfigError if torchao is not installed."""
     if find_spec("torchao") is None:
         raise ConfigError('Quantisation needs torchao. Run `pip install "hf-efficient[quant]"`.')
 

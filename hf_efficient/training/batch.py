@@ -79,11 +79,7 @@ def forward_names(model: nn.Module) -> frozenset[str]:
 
 
 def head_of(model: nn.Module) -> Head:
-    """Read the head from the model's class, its config, and what its forward takes and gives.
-
-    Raises:
-        UnsupportedModelError: a head whose losses are not defined here.
-    """
+    """By the model's class, config and forward; UnsupportedModelError for a head whose losses are not known."""
     base, names = base_of(model), forward_names(model)
     stacks = ("encoder", "decoder") if "decoder_input_ids" in names else ("encoder",)
     auto = next(filter(None, (auto_class_of_architecture(kind.__name__) for kind in type(base).__mro__)), None)
@@ -158,11 +154,7 @@ class Batch:
         return SINGLE_LABEL if self.labels is None or not self.labels.is_floating_point() else MULTI_LABEL
 
     def label_targets(self) -> tuple[Tensor, Tensor]:
-        """Labels aligned with the logits, and where they count.
-
-        Raises:
-            DataError: there are no labels.
-        """
+        """Labels aligned with the logits, and where they count; DataError if there are no labels."""
         if self.labels is None:
             raise DataError(
                 f"The `ce` loss needs labels, this batch has only {', '.join(self.inputs)}. Add a `labels` column, or "

@@ -87,11 +87,7 @@ class ScriptArguments(DataArguments):
 
 
 def read(words: Sequence[str]) -> tuple[ScriptArguments, DistillationArguments]:
-    """The flags of `scripts/distill.py`.
-
-    Raises:
-        ConfigError: an unknown key in the YAML file, a value that is not allowed, or losses of another task.
-    """
+    """The flags of `scripts/distill.py`; ConfigError for what is not allowed, or losses of another task."""
     script, args = parse(words, (ScriptArguments, DistillationArguments))
     check_losses(args.losses, headless=not TASKS[script.task].trains)
     if script.teacher is None and (needing := [name for name in args.losses if LOSSES[name].needs_teacher]):

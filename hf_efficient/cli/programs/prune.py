@@ -82,11 +82,7 @@ class ScriptArguments:
 
 
 def parse(words: Sequence[str]) -> ScriptArguments:
-    """Read the flags.
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
+    """Read the flags; ConfigError for a value that is not allowed."""
     return HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(list(words))[0]
 
 

@@ -171,11 +171,7 @@ class TeacherCache:
         return len(self._rows)
 
     def skeleton(self) -> PreTrainedModel:
-        """The teacher without its weights, on the meta device: its class, config and forward.
-
-        Raises:
-            CheckpointError: a config or a class that is not the teacher's.
-        """
+        """The teacher without weights, on the meta device; CheckpointError for a class or config not the teacher's."""
         path, name = self.folder / CONFIG, self.manifest.model_class
         if self.manifest.is_sealed and digest_of(path) != self.manifest.config:
             raise CheckpointError(f"{path} is not the file that cache_teacher wrote. Take it from a good copy.")
@@ -234,11 +230,7 @@ class TeacherCache:
         return _Collator(self, collate)
 
     def find(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of the teacher's answers to a batch.
-
-        Raises:
-            DataError: an example that is not in the cache.
-        """
+        """The tensors of the teacher's answers to a batch; DataError for an example that is not in the cache."""
         batch = Batch(dict(inputs), self.layout.task)
         keys = row_keys(batch, self.manifest.inputs)
         places = np.searchsorted(self._heads, _heads(keys)).clip(max=len(self) - 1)
@@ -287,11 +279,7 @@ def seal(shard: Path, manifest: Manifest) -> str:
 
 
 def open_shard(path: Path, manifest: Manifest) -> "Dataset":
-    """A shard that is as it was written, for this cache.
-
-    Raises:
-        CheckpointError: it is cut short, changed, or of another cache, or parts of it are missing.
-    """
+    """A shard as it was written, for this cache; CheckpointError if it is cut short, changed, or of another cache."""
     import datasets
 
     try:
@@ -367,11 +355,7 @@ def _arrays(column: Any) -> list[np.ndarray]:
 
 
 def _heads(keys: list[bytes]) -> np.ndarray:
-    """The first 64 bits of each key; two examples that share them would be told apart by the rest.
-
-    Raises:
-        CheckpointError: something else than keys.
-    """
+    """The first 64 bits of each key (CheckpointError if it is none); the rest tells two apart that share them."""
     if any(key is None or len(key) != KEY_BYTES for key in keys):
         raise CheckpointError("The cache has keys that are none. Make it again, with cache_teacher.")
     return np.frombuffer(b"".join(key[:8] for key in keys), dtype=np.uint64)

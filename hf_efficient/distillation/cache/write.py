@@ -191,11 +191,7 @@ def _layout(teacher: PreTrainedModel, choice: Choice) -> Layout:
 
 
 def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> Manifest:
-    """A new cache, or one to go on with; its manifest.
-
-    Raises:
-        CheckpointError: the folder holds something else.
-    """
+    """The manifest of a new cache, or of one to go on with; CheckpointError if the folder holds something else."""
     if (folder / MANIFEST).is_file():
         there = Manifest.read(folder)
         differing = [name for name, value in vars(manifest).items() if getattr(there, name) != value]
@@ -224,11 +220,7 @@ def _write_shard(
     collate: Callable[[list], Any],
     batch_size: int,
 ) -> None:
-    """Nothing where the shard is there already, of these examples.
-
-    Raises:
-        CheckpointError: the shard is there, of other examples or damaged.
-    """
+    """Nothing where it is there already; CheckpointError if it has other examples, or is damaged."""
     import datasets
 
     layout = manifest.layout
