@@ -36,12 +36,7 @@ def writes(model: Any) -> bool:
 
 @torch.no_grad()
 def write(
-    model: PreTrainedModel,
-    batch: Batch,
-    *,
-    max_new_tokens: int,
-    sampling: float | None,
-    num_beams: int = 1,
+    model: PreTrainedModel, batch: Batch, *, max_new_tokens: int, sampling: float | None, num_beams: int = 1
 ) -> dict[str, Any]:
     """The inputs of a batch with what `model` writes in place of the labels.
 

@@ -138,11 +138,7 @@ def _projections(
 
 
 def _to_record(
-    model: nn.Module,
-    side: int,
-    losses: Mapping[str, Loss],
-    pairs: Mapping[str, Mapping[str, Pairs]],
-    head: Head,
+    model: nn.Module, side: int, losses: Mapping[str, Loss], pairs: Mapping[str, Mapping[str, Pairs]], head: Head
 ) -> Modules:
     """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
     places = {

@@ -174,11 +174,7 @@ class DistillationTrainer(ProjectionTrainer):
         return {part: mask.sum() for part, mask in masks}
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss of the step.
 
