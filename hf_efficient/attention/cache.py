@@ -64,11 +64,8 @@ class StateLayer(CacheLayerMixin):
         """Nothing: the state comes with the first tokens."""
 
     def expect(self, config: AttentionConfig) -> None:
-        """Get ready for one call of the attention that the state belongs to.
-
-        Raises:
-            UnsupportedModelError: the state is of another attention, or lacks tokens of a call that failed.
-        """
+        """Get ready for one call of the attention that the state belongs to; UnsupportedModelError if it is that of
+        another one, or lacks tokens of a call that failed."""
         if not self.tokens:
             self.config = config
         if self.config is not config and self.config != config:
@@ -84,11 +81,8 @@ class StateLayer(CacheLayerMixin):
         self.expected = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new tokens, and give back their keys and values alone.
-
-        Raises:
-            UnsupportedModelError: the layer was not made ready: the caller would take these for all keys.
-        """
+        """Count the new tokens, and give back their keys and values alone; UnsupportedModelError if the layer was not
+        made ready: the caller would take these for all keys."""
         if not self.expected:
             raise UnsupportedModelError(
                 f"This cache holds a state of {self.config.kind!r} attention, no keys. Only the model that filled it "

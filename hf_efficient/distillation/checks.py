@@ -64,11 +64,7 @@ def check_alone(args: Any) -> None:
 
 
 def check_cut(head: Head, losses: Collection[str], length: int | None) -> None:
-    """Refuse a teacher that reads only the beginning of a text where it has to say something about all of it.
-
-    Raises:
-        ConfigError: a task with an answer for each token, or a loss that compares tokens.
-    """
+    """ConfigError if a teacher that reads only the beginning of a text has to say something about all of it."""
     if length is None:
         return
     if head.kind != "examples":
@@ -85,11 +81,7 @@ def check_cut(head: Head, losses: Collection[str], length: int | None) -> None:
 
 
 def check_shared_encoder(head: Head, student: nn.Module, teacher: nn.Module, losses: Collection[str]) -> None:
-    """Whether the student's encoder is the teacher's, so that one run serves both.
-
-    Raises:
-        ConfigError: models without an encoder of their own, other weights in it, or losses that look into it.
-    """
+    """ConfigError unless the student's encoder is the teacher's, and no loss looks into it: one run serves both."""
     if len(head.stacks) < 2 or head.kind != "tokens":
         raise ConfigError("share_encoder=True is for encoder-decoders that generate, such as T5, BART and Whisper.")
     by_layer = [name for name in losses if LOSSES[name].maps_layers]
@@ -111,11 +103,7 @@ def check_shared_encoder(head: Head, student: nn.Module, teacher: nn.Module, los
 
 
 def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: bool) -> None:
-    """Whether the student can write what it is trained on, and the teacher say something about it.
-
-    Raises:
-        ConfigError: a model that does not generate, labels that would be the student's own, or a cached teacher.
-    """
+    """ConfigError unless the student can write what it is trained on, and a live teacher judge it, without labels."""
     if not writes(student):
         raise ConfigError(f"on_policy is for {GENERATING}; got {type(base_of(student)).__name__}.")
     if "ce" in losses:
@@ -128,11 +116,8 @@ def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: b
 
 
 def check_sharded(args: Any, *, teaches_itself: bool) -> None:
-    """Whether `DistillationArguments` can be honoured under FSDP, where a weight is whole only while its layer runs.
-
-    Raises:
-        ConfigError: a student that generates, or that is its own teacher.
-    """
+    """ConfigError for a student under FSDP, where a weight is whole only while its layer runs, that generates or is
+    its own teacher."""
     if args.on_policy:
         raise ConfigError("on_policy does not work under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
     if teaches_itself:

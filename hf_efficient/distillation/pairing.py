@@ -70,11 +70,8 @@ class Pairing:
 def pair(
     student: nn.Module, teacher: nn.Module | None, args: DistillationArguments, cache: TeacherCache | None = None
 ) -> Pairing:
-    """Compare the models, and find what the losses need of them; without a teacher, of the student alone.
-
-    Raises:
-        ConfigError, UnsupportedModelError: models that cannot be compared so, or would silently be trained wrongly.
-    """
+    """Compare the models, and find what the losses need of them (without a teacher, of the student alone); raises for
+    models that cannot be compared so, or would silently be trained wrongly."""
     head = check_models(student, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
     losses = {name: LOSSES[name] for name in args.losses}
     if teacher is None:

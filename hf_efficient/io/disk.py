@@ -104,11 +104,8 @@ def check_empty(folder: str | os.PathLike) -> Path:
 
 @contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name when the work within is done; after an error it goes.
-
-    Raises:
-        CheckpointError: `folder` is not new or empty.
-    """
+    """A temporary folder beside `folder`, which must be new or empty and is replaced by it when the work within is
+    done; after an error it goes."""
     target = check_empty(folder)
     target = Path(os.path.realpath(target)) if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,11 +122,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def own_folder(folder: str | os.PathLike) -> Path:
-    """A folder of a fixed name that belongs to us, made if it is not there.
-
-    Raises:
-        CheckpointError: a file or a link stands in its place, or a link in it: what we write would go elsewhere.
-    """
+    """A folder of a fixed name that belongs to us, made if it is not there; CheckpointError for a file or a link in
+    its place, or a link in it: what we write would go elsewhere."""
     target = Path(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is a link or a file, where a folder of this run belongs. Remove it.")

@@ -19,11 +19,7 @@ MAX_DEPTH = 100
 
 
 def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        CheckpointError: no such file, not a file, too large, not UTF-8, not JSON; it names the file.
-    """
+    """The value in a JSON file; CheckpointError, with its name, if it is none, too large, not UTF-8 or not JSON."""
     target = Path(path)
     try:
         return parse_json(read_text(target, max_bytes))

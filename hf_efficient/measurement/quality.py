@@ -325,11 +325,8 @@ def _exp(loss: float) -> float:
 
 
 def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
-    """Second minus first in the main score, with the paired standard error (formulas in the module docstring).
-
-    Raises:
-        DataError: the two were not evaluated on the same samples and labels in the same order.
-    """
+    """Second minus first in the main score, with the paired standard error (formulas in the module docstring);
+    DataError unless both were evaluated on the same samples and labels in the same order."""
     same = torch.equal(first.count, second.count) and torch.equal(first.targets, second.targets)
     if not same or first.quality.task != second.quality.task:
         raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")

@@ -74,11 +74,8 @@ def check_torchao() -> None:
 
 
 def check_pruned_groups(model: "PreTrainedModel", prunings: "Sequence[PruningConfig]", group_size: int) -> None:
-    """Whether the groups will divide the inputs of every linear after pruning; `model` may be on the meta device.
-
-    Raises:
-        ConfigError: they do not, or not for sure; it names what to set.
-    """
+    """ConfigError, with what to set, unless the groups will surely divide the inputs of every linear after pruning;
+    `model` may be on the meta device."""
     import torch
 
     from ..models.anatomy import Anatomy

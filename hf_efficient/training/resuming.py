@@ -53,10 +53,7 @@ SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def check_state(checkpoint: str | Path) -> None:
-    """
-    Raises:
-        CheckpointError: trainer_state.json is not what a training writes.
-    """
+    """CheckpointError if trainer_state.json is not what a training writes."""
     with clear_faults(checkpoint, STATE):
         try:
             values = read_json(Path(checkpoint, STATE))
@@ -116,10 +113,7 @@ def check_schedule(state: Any, expected: Mapping[str, Any]) -> None:
 
 
 def check_moments(optimizer: Any) -> None:
-    """
-    Raises:
-        ValueError: what was saved of a weight has not its shape.
-    """
+    """ValueError if what was saved of a weight has not its shape."""
     for weight, moments in optimizer.state.items():
         for name in SHAPED:
             if torch.is_tensor(moments.get(name)) and moments[name].shape != weight.shape:

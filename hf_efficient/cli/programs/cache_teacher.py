@@ -58,11 +58,7 @@ def read(words: Sequence[str]) -> CacheArguments:
 
 
 def run(script: CacheArguments) -> TeacherCache:
-    """Ask the teacher about both splits.
-
-    Raises:
-        CheckpointError, ConfigError, DataError, UnsupportedModelError: see `cache_teacher` and `prepare`.
-    """
+    """Ask the teacher about both splits; raises as `cache_teacher` and `prepare` do."""
     state = PartialState(cpu=script.use_cpu)
     processor = script.load_processor()
     with state.main_process_first():

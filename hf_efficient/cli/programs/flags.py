@@ -78,11 +78,8 @@ class DataArguments(_Columns):
 
 
 def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
-    """Read the flags, and below them the YAML file of `--config`, into one instance of each dataclass.
-
-    Raises:
-        ConfigError: an unknown key in the file, or a value that is not allowed.
-    """
+    """Read the flags, and below them the YAML file of `--config`, into one instance of each dataclass; ConfigError
+    for an unknown key in the file, or a value that is not allowed."""
     first = ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path, help="YAML file with the names of these flags; a flag wins over it.")
     config, rest = first.parse_known_args(words)

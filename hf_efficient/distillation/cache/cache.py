@@ -76,10 +76,7 @@ class Manifest:
     config: str = ""
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: numbers that no cache has.
-        """
+        """ValueError for numbers that no cache has."""
         numbers = {"rows": (self.rows, MAX_ROWS), "shard_size": (self.shard_size, MAX_ROWS)}
         for name, (value, most) in numbers.items():
             if not 1 <= value <= most:
@@ -110,10 +107,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """
-        Raises:
-            CheckpointError: there is none, or it cannot be read.
-        """
+        """CheckpointError if there is none, or it cannot be read."""
         path = folder / MANIFEST
         if not path.is_file():
             raise CheckpointError(
@@ -197,11 +191,7 @@ class TeacherCache:
         return model
 
     def check(self, args: Any, pairs: Mapping[str, Mapping[str, Pairs]]) -> None:
-        """Whether the losses of these `DistillationArguments` find here what they need.
-
-        Raises:
-            ConfigError: losses that look into the teacher, or settings that the cache was not made for.
-        """
+        """ConfigError for losses that look into the teacher, or settings that the cache was not made for."""
         layout = self.layout
         for name in args.losses:
             if LOSSES[name].needs_attentions:
@@ -246,10 +236,7 @@ class TeacherCache:
         return self.layout.unpack(batch, columns)
 
     def answer(self, batch: Batch) -> Answer:
-        """
-        Raises:
-            DataError: the batch was not made by `collator`.
-        """
+        """DataError if the batch was not made by `collator`."""
         if not any(name.startswith(PREFIX) for name in batch.inputs):
             raise DataError("The batch has no teacher's answers with it: it must come from cache.collator(...).")
         return self.layout.answer(batch)
@@ -298,10 +285,7 @@ def open_shard(path: Path, manifest: Manifest) -> "Dataset":
 
 
 def _check_seal(path: Path, manifest: Manifest) -> None:
-    """
-    Raises:
-        OSError, ValueError: other files than the seal says, or a seal of another cache.
-    """
+    """OSError or ValueError for other files than the seal says, or a seal of another cache."""
     sealed: Seal = decode(Seal, read_json(path / SEAL), str(path / SEAL))
     if sealed.cache != manifest.identity:
         raise ValueError("it belongs to the cache of another teacher or of other settings")
@@ -313,10 +297,7 @@ def _check_seal(path: Path, manifest: Manifest) -> None:
 
 
 def _check_rows(shard: Any, name: str, manifest: Manifest) -> None:
-    """
-    Raises:
-        ValueError: a table that does not hold what the manifest says.
-    """
+    """ValueError for a table that does not hold what the manifest says."""
     expected = min(manifest.shard_size, manifest.rows - manifest.shards.index(name) * manifest.shard_size)
     if len(shard) != expected:
         raise ValueError(f"{len(shard)} of {expected} examples")

@@ -63,10 +63,7 @@ class Layout:
     sampled: int | None = None
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: what no teacher has; a manifest may say anything, and these numbers decide about memory.
-        """
+        """ValueError for what no teacher has; a manifest may say anything, and these numbers decide about memory."""
         head = self.task
         numbers = {
             "classes": (self.classes, 0, MAX_CLASSES),
