@@ -67,7 +67,7 @@ def try_type(model_type: str) -> dict:
         config = tiny_config(CONFIG_MAPPING[model_type]())
         model = tiny_model(config)
         inputs = tiny_inputs(model)
-        before = _outputs(model, inputs)
+        _outputs(model, inputs)
     except Exception as error:
         row["why"]["model"] = _said(error)
         return row
@@ -83,14 +83,14 @@ def try_type(model_type: str) -> dict:
     row["stacks"] = [stack.name for stack in family.stacks]
     for stack in family.stacks:
         row["why"] |= {f"{stack.name}.{ability}": why for ability, why in stack.refusals}
-    for model in (model, *_head_model(config, type(model))):
-        inputs = tiny_inputs(model)
-        before = _outputs(model, inputs)
+    for one in (model, *_head_model(config, type(model))):
+        inputs = tiny_inputs(one)
+        before = _outputs(one, inputs)
         for ability in ABILITIES:
             if family.why_not(ability):
                 continue
             try:
-                changed = _convert(model) if ability == "convert" else _prune(model, PRUNED[ability])
+                changed = _convert(one) if ability == "convert" else _prune(one, PRUNED[ability])
                 after = _outputs(changed, inputs)
                 if ability == "convert" and (apart := _distance(after, before, inputs)) > 1e-4:
                     raise AssertionError(f"silent wrong: {apart:.1e} off")
@@ -110,7 +110,7 @@ def try_type(model_type: str) -> dict:
                 row["abilities"].setdefault(ability, True)
             except Exception as error:
                 row["abilities"][ability] = False
-                row["why"].setdefault(ability, f"{type(model).__name__}: {_said(error)}")
+                row["why"].setdefault(ability, f"{type(one).__name__}: {_said(error)}")
     row["total_seconds"] = time.perf_counter() - start
     return row
 

@@ -116,7 +116,7 @@ def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | i
             for config in wanted[key].values():
                 if config.kind != "full" and stack.entry.why_not(CONVERT):
                     raise UnsupportedModelError(
-                        f"The attention of the {name} stack of {anatomy.family.model_type} models cannot be converted: "
+                        f"The attention of the {name} of {anatomy.family.model_type} models cannot be converted: "
                         f"{stack.entry.why_not(CONVERT)}. Name those that can: {{{_others(stacks)}}}."
                     )
                 check_fit(config, anatomy.family, cross=key == CROSS)

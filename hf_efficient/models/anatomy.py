@@ -18,7 +18,7 @@ from ..errors import unknown_name
 from .block import EfficientBlock
 from .classes import block_of
 from .derive import family_for
-from .families import Family
+from .families import LAYERS, Family
 from .groups import Group, groups_of
 from .stacks import ConfigStack, ModelStack, config_stacks, model_stacks
 
@@ -46,6 +46,11 @@ class ConfigAnatomy:
     @cached_property
     def stacks(self) -> tuple[ConfigStack, ...]:
         return config_stacks(self.config, self.family)
+
+    @cached_property
+    def droppable(self) -> frozenset[str]:
+        """The stacks that can lose layers."""
+        return frozenset(stack.name for stack in self.stacks if stack.entry.why_not(LAYERS) is None)
 
     def stack(self, name: str) -> ConfigStack:
         return _named(self.stacks, name)

@@ -9,8 +9,9 @@
 
 Only what the stock fields cannot say is in it: an absent list means "as in the stock config". `heads` counts query
 heads, `kv_heads` key/value heads, `cross_heads` the heads of cross attention, `neurons` the FFN width, one number for
-each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. `family` says where a model
-keeps what, if that was derived and is not in the table of families. All of it is checked when read, and bounded by the stock sizes, before any memory is allocated.
+each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. `family` says where a
+model keeps what, if that was derived and is not in the table of families. All of it is checked when read, and bounded
+by the stock sizes, before any memory is allocated.
 """
 
 from collections.abc import Mapping

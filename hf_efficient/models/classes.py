@@ -200,7 +200,7 @@ def auto_classes(stock: type[PreTrainedConfig]) -> dict[str, tuple[type, type[Pr
 
 
 def stock_classes(auto: Any, stock: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:
-    """All that an `AutoModel*` may give for a config class: of several, the config's `architectures` names one (DeiT)."""
+    """All that an `AutoModel*` may give for a config class: of several, `architectures` names one (DeiT)."""
     classes = auto._model_mapping[stock]
     return classes if isinstance(classes, tuple) else (classes,)
 

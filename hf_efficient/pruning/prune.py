@@ -215,7 +215,7 @@ def _sizes_only(anatomy: Anatomy, config: PruningConfig, length: int) -> Pruning
         return PruningPlan()
     layers = {}
     if "layer" in units.granularity:
-        later_first = {key: float(-key[1]) for key in costs.layers}
+        later_first = {key: float(-key[1]) for key in costs.layers if key[0] in anatomy.droppable}
         share, family = units.layer_share * costs.total, anatomy.family
         exact = not units.unit_kinds
         layers = choose_layers(later_first, costs.layers, share, exact, family.deepest, family.first_stays)

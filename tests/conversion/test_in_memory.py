@@ -1,4 +1,7 @@
-"""Models outside the table of families: converted in memory, or refused with the reason."""
+"""Models that are converted in memory, or refused with the reason: what is left where nothing can be derived.
+
+Most of the models here can be derived; they stand for those that cannot.
+"""
 
 import copy
 import functools
@@ -14,11 +17,12 @@ from hf_efficient import (
     AttentionConfig,
     ConfigError,
     UnsupportedModelError,
-    convert_attention,
     extend_positions,
     transfer_attention,
 )
 from hf_efficient.attention.dispatch import ATTACHED, NAME
+from hf_efficient.conversion.in_memory import convert_in_memory
+from hf_efficient.conversion.mixing import only
 from hf_efficient.models.families import FAMILIES
 
 from ..families import VOCABULARY
@@ -53,6 +57,10 @@ MODELS = {
     ),
 }
 GENERATING = ["opt", "pythia", "phi", "qwen2", "mbart"]
+
+
+def convert_attention(model, config, layers=None):
+    return convert_in_memory(model, only(config, layers) if isinstance(config, AttentionConfig) else config)
 
 
 def make(name, **changes):

@@ -26,6 +26,11 @@ def family_for(config: PreTrainedConfig) -> Family:
     Raises:
         UnsupportedModelError: it cannot be derived; the message says why.
     """
+    if getattr(config, "efficient_in_memory", None):
+        raise UnsupportedModelError(
+            f"This {stock_type(config)} model was converted in memory (`convert_attention`); nothing else can be done "
+            "with it, for no config could say what it is."
+        )
     family = find_family(config)
     if family is None:
         with _DERIVING:

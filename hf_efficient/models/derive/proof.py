@@ -48,10 +48,11 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
             stack = next(stack for stack in model_stacks(model, family) if stack.name == name)
             if stack.entry.why_not(ability) is None:
                 remember(model.config, family)
+                trial = Trial(stack, family, model, inputs, expected)
                 try:
-                    proof(Trial(stack, family, model, inputs, expected))
+                    proof(trial)
                 except Exception as error:  # whatever the code of a model may raise
-                    if ability == HEADS and (other := _second_try(stack, family, model, inputs, expected)):
+                    if ability == HEADS and (other := _second_try(trial)):
                         family = other
                         continue
                     reason = " ".join(str(error).split())[:200]
@@ -59,25 +60,6 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
                     family = family.without(ability, f"{kind}{reason}", name)
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
-    return family
-
-
-def _second_try(
-    stack: ModelStack,
-    family: Family,
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    expected: dict[str, Tensor],
-) -> Family | None:
-    """The entry by which the attention reads its head counts from its config, if that works."""
-    entry = _with_own_config(stack.entry)
-    family = replace(family, stacks=tuple(entry if one.name == stack.name else one for one in family.stacks))
-    stack = next(one for one in model_stacks(model, family) if one.name == stack.name)
-    try:
-        remember(model.config, family)
-        _heads(Trial(stack, family, model, inputs, expected))
-    except Exception:
-        return None
     return family
 
 
@@ -113,6 +95,20 @@ class Trial:
     def check_matters(self, wanted: dict[str, Tensor], what: str) -> None:
         if not _distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE:
             raise NotDerivable(f"{what}, the output of a tiny model stays the same")
+
+
+def _second_try(trial: Trial) -> Family | None:
+    """The entry by which the attention reads its head counts from its config, if that works."""
+    name, entry = trial.stack.name, _with_own_config(trial.stack.entry)
+    stacks = tuple(entry if one.name == name else one for one in trial.family.stacks)
+    family = replace(trial.family, stacks=stacks)
+    stack = next(one for one in model_stacks(trial.model, family) if one.name == name)
+    try:
+        remember(trial.model.config, family)
+        _heads(replace(trial, stack=stack, family=family))
+    except Exception:  # whatever the code of a model may raise
+        return None
+    return family
 
 
 def _convert(trial: Trial) -> None:

@@ -157,8 +157,8 @@ def _rounds(output: Tensor) -> Iterator[Tensor]:
 
 
 def layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:
-    """How the units of a linear that makes these of query, key and value lie: in `blocks`, q | k | v, or `interleaved`,
-    one key/value head after another, each with its queries.
+    """How the units of a linear that makes these of query, key and value lie: in `blocks`, q | k | v, or
+    `interleaved`, one key/value head after another, each with its queries.
 
     Raises:
         NotDerivable: they lie otherwise, or a unit reaches several heads.
@@ -271,7 +271,8 @@ def _attending(layer: LayerRun) -> set[str]:
 
 
 def norm_place(layer: LayerRun, readers: Sequence[str]) -> str | None:
-    """How the blocks of a layer, which end in these linears, meet the residual stream: `"pre"`, `"post"`, or None for anything else."""
+    """How the blocks of a layer, which end in these linears, meet the residual stream: `"pre"`, `"post"`, or None for
+    anything else."""
     result, states = layer.base.result, layer.states
     if result is None or states is None or states.shape != result.shape:
         return None

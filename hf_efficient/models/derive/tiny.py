@@ -93,9 +93,9 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = _short_rope(copy.deepcopy(value))
     if "depths" in own and isinstance(fields.get("image_size"), int):
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
-    if "vision_config" in fields and isinstance(text := fields.get("text_config"), dict):
-        if isinstance(rope := text.get("rope_parameters"), dict):  # some models have long sections where none are said
-            rope.setdefault("mrope_section", [2, 1, 1])
+    text = fields.get("text_config") if "vision_config" in fields else None
+    if text and isinstance(text.get("rope_parameters"), dict):  # some models have long sections where none are said
+        text["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
     heads = [name for name in fields if re.fullmatch(SIZES[3][0], name)]
     for name in fields:  # without grouped queries there, none here
         if re.fullmatch(SIZES[2][0], name) and any(own.get(name) == own.get(other) for other in heads):
@@ -179,7 +179,7 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs with which a tiny model runs: two texts, one of them padded, images, sounds; the most that it takes at once.
+    """Inputs with which a tiny model runs: two texts, one of them padded, images, sounds; the most that it takes.
 
     Raises:
         UnsupportedModelError: it runs with none of them.

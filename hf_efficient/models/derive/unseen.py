@@ -1,7 +1,7 @@
 """The heads of a model that computes its attention itself, found without seeing a query, key or value.
 
-Attention is where tokens meet. One linear *reads* the heads: the first whose input changes at other tokens than the one
-that was disturbed. Of the linears before it, a unit that changes the reader
+Attention is where tokens meet. One linear *reads* the heads: the first whose input changes at other tokens than the
+one that was disturbed. Of the linears before it, a unit that changes the reader
 
 - at its own token alone, in all units of one head, belongs to a *query*;
 - at other tokens, in all units of one head, to a *key*;
@@ -26,7 +26,7 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
     Raises:
         NotDerivable: tokens do not meet in one place, or heads are not separate units.
     """
-    reader, effects = _reader(layer)
+    reader = _reader(layer)
     makers = _makers(layer, reader)
     sets: dict[str, list[tuple[str, frozenset[int]]]] = {name: [] for name in makers}
     is_causal = True
@@ -42,8 +42,8 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
     return _described(layer, reader, sets, is_causal)
 
 
-def _reader(layer: LayerRun) -> tuple[str, set[str]]:
-    """The linear that reads the heads, and all linears after it in which tokens have met."""
+def _reader(layer: LayerRun) -> str:
+    """The linear that reads the heads: the first in whose input tokens have met."""
     met = {
         other
         for name in layer.linears
@@ -61,7 +61,7 @@ def _reader(layer: LayerRun) -> tuple[str, set[str]]:
     ]
     if len(first) != 1:
         raise NotDerivable(f"its tokens meet in {len(first) or 'no'} places")
-    return first[0], met
+    return first[0]
 
 
 def _meets(layer: LayerRun, name: str, other: str) -> bool:

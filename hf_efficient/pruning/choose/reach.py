@@ -36,7 +36,8 @@ def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> No
     kept: dict[str, tuple[int, ...]] = {}
     if "layer" in config.granularity:
         share, family = config.layer_share if config.unit_kinds else 1.0, anatomy.family
-        kept = choose_layers(whole, whole, share * costs.total, False, family.deepest, family.first_stays)
+        scores = {key: cost for key, cost in whole.items() if key[0] in anatomy.droppable}
+        kept = choose_layers(scores, whole, share * costs.total, False, family.deepest, family.first_stays)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
     outside = costs.total - sum(whole.values())  # of a measured latency: embeddings and head
     highest = 1 - (sum(least.values()) + outside) / costs.total

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.dispatch import variant_of
 from ...models.anatomy import Anatomy
+from ...models.families import HEADS, NEURONS
 from ...models.groups import Group, unit_parameters
 from ..methods import METRICS
 from ..plan import PruningPlan
@@ -104,6 +105,14 @@ def layer_costs(anatomy: Anatomy, metric: str, length: int) -> dict[tuple[str, i
         share = group.units * unit_cost(anatomy, group, metric, length) // len(group.layers)
         for layer in group.layers:
             costs[group.stack, layer] = costs.get((group.stack, layer), 0) + share
+    for stack in anatomy.stacks:
+        if stack.entry.why_not(HEADS) or stack.entry.why_not(NEURONS):  # experts, and what else has no units
+            for index, layer in enumerate(stack.layers):
+                groups = [one for one in anatomy.groups if one.stack == stack.name and index in one.layers]
+                members = [member for group in groups for member in group.members]
+                known = {id(weight) for member in members for weight, _ in unit_parameters(anatomy.model, member)}
+                rest = sum(p.numel() for p in layer.parameters() if p.ndim > 1 and id(p) not in known)
+                costs[stack.name, index] = costs.get((stack.name, index), 0) + length * rest
     return costs
 
 

@@ -168,8 +168,9 @@ def _states(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def _layers(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], nn.Module]]:
+    """Those that may leave."""
     for stack in anatomy.stacks:
-        for index, layer in enumerate(stack.layers):
+        for index, layer in enumerate(stack.layers if stack.name in anatomy.droppable else ()):
             yield (stack.name, index), layer
 
 
