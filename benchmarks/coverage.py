@@ -81,6 +81,8 @@ def try_type(model_type: str) -> dict:
         return row
     row["seconds"] = time.perf_counter() - start
     row["stacks"] = [stack.name for stack in family.stacks]
+    row["left_out"] = list(family.left_out)
+    row["whole"] = not family.left_out and not any(stack.why_not("convert") for stack in family.stacks)
     for stack in family.stacks:
         row["why"] |= {f"{stack.name}.{ability}": why for ability, why in stack.refusals}
     for one in (model, *_head_model(config, type(model))):
@@ -137,7 +139,7 @@ def _convert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _prune(model: PreTrainedModel, part: str) -> PreTrainedModel:
-    for ratio in (0.3, 0.1):
+    for ratio in (0.3, 0.1, 0.03):
         config = PruningConfig(
             ratio=ratio,
             importance="magnitude",
@@ -206,6 +208,7 @@ def main() -> None:
     counts["heads or neurons"] = sum(
         row["abilities"].get("heads", False) or row["abilities"].get("neurons", False) for row in rows
     )
+    counts["converted whole"] = sum(row["abilities"].get("convert", False) and row["whole"] for row in rows)
     counts["built"] = sum("model" not in row["why"] for row in rows)
     result = {"transformers": transformers.__version__, "types": len(rows), "counts": counts, "rows": rows}
     args.output.write_text(json.dumps(result, indent=1))

@@ -107,6 +107,11 @@ def efficient_config(
 def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | int | str | None) -> EfficientBlock:
     """The block with the attentions that `mixing` names, in all stacks of the family: a class may leave one out."""
     stacks = {stack.name: stack for stack in config_stacks(anatomy.config, anatomy.family)}
+    if anatomy.family.left_out and isinstance(mixing, AttentionConfig):
+        raise UnsupportedModelError(
+            f"{anatomy.family.model_type} models have attention in {', '.join(anatomy.family.left_out)} too, which "
+            f"cannot be converted and would stay dense. Name what is to be converted: {{{_others(stacks)}}}."
+        )
     depths = {name: stack.depth for name, stack in stacks.items()}
     crossed = {name: depths[name] for name, stack in stacks.items() if stack.cross}
     entries = {}

@@ -41,6 +41,7 @@ class Attention:
     with its queries after another. `head_attributes`, `kv_attributes` and
     `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
     key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
+    `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
     """
 
     module: str
@@ -53,6 +54,7 @@ class Attention:
     kv_attributes: tuple[str, ...] = ()
     width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
+    per_head: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Family:
             of the stack. It ties the heads of all layers: they can only be pruned together.
         encoder_sizes_cache: `generate` makes as many cache layers as the *encoder* has (seen in 5.23: a stock T5 with
             a decoder deeper than its encoder raises IndexError), so the decoder must not become the deeper one.
+        left_out: of a derived entry, lists of layers that it does not describe, which stay as they are.
     """
 
     model_type: str
@@ -158,6 +161,7 @@ class Family:
     sinusoidal: bool = False
     relative_bias: str | None = None
     encoder_sizes_cache: bool = False
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json: what differs from the defaults. Only derived entries are written, which hold no code."""
@@ -194,7 +198,7 @@ class Family:
 
     def first_position(self, config: PreTrainedConfig) -> int:
         """The row of a position table that belongs to the first token of a text."""
-        return config.pad_token_id + 1 if self.positions_after_pad else self.position_offset
+        return (getattr(config, "pad_token_id", None) or 0) + 1 if self.positions_after_pad else self.position_offset
 
 
 def _encoder(layers: str, attention: Attention, up: tuple[str, ...], down: str, **fields) -> Stack:

@@ -118,6 +118,7 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
             continue
         inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
         learned = _learned(attention, layer, wide)
+        learned += tuple(Slice(_inside(attention.module, name), 0, (stack.group_size,)) for name in attention.per_head)
         member = _member(layer, place, inputs, (attention.output, wide), learned, attention.interleaved)
         if stack.family.relative_bias and kind == "heads" and index == 0:
             table = Slice(f"{stack.family.relative_bias}.weight", 1, (stack.group_size,))
@@ -156,6 +157,11 @@ def _member(
     path, width = reader
     output = Slice(f"{path}.weight", input_dim(layer.get_submodule(path)), (width,))
     return Member(place, tuple(inputs), output, (*biases, *others))
+
+
+def _inside(module: str, name: str) -> str:
+    """The path of a parameter of a module, which may be the layer itself."""
+    return f"{module}.{name}" if module else name
 
 
 def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, ...]:

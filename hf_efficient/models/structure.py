@@ -93,6 +93,8 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
     for name, number in numbers.items():
         setattr(module, name, number)
+    for name in attention.per_head:
+        setattr(module, name, nn.Parameter(getattr(module, name)[: shape.heads].clone()))
     if attention.reads_config:
         module.config = copy.copy(module.config)
         for field, number in ((entry.heads, shape.heads), (entry.kv_heads, shape.kv_heads)):

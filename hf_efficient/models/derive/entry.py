@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...errors import UnsupportedModelError
 from ..families import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from .observe import Call, LayerRun, observing, run
 from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
@@ -57,15 +58,15 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
     places |= dict.fromkeys(_unseen_places(base, [path for path in places if path]))
     if not places:
         raise NotDerivable("it has no list of layers with attention")
-    stacks, norms, refusals, relative_bias = [], set(), [], None
+    stacks, norms, refusals, relative_bias = [], set(), {}, None
     names = _stack_names(places)
     for path, place in places.items():
         try:
             if not path:
                 raise NotDerivable("attention outside of a list of layers")
             stack, norm = _make_stack(model, path, names[path], place, inputs)
-        except NotDerivable as reason:
-            refusals.append(f"{names[path]}: {reason}")
+        except UnsupportedModelError as reason:
+            refusals[path] = f"{names[path]}: {reason}"
             continue
         if place is not None and place.is_biased:
             try:
@@ -76,7 +77,7 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         stacks.append(stack)
         norms.add(norm)
     if not stacks:
-        raise NotDerivable("; ".join(refusals))
+        raise NotDerivable("; ".join(refusals.values()))
     config = model.config
     return Family(
         model_type=config.model_type,
@@ -85,6 +86,7 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         norm=norms.pop() if len(norms) == 1 else None,
         per_layer=_per_layer(stacks, config),
         relative_bias=relative_bias,
+        left_out=tuple(path for path in refusals if path),
         **_positions(model, inputs),
     )
 
@@ -362,7 +364,7 @@ def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
         if name not in rows and "pos" in name and table.num_embeddings > limit:
             rows[name] = table.num_embeddings - limit
     entry: dict[str, Any] = {"max_positions": "max_position_embeddings", "positions": tuple(rows)}
-    first, pad = max(rows.values(), default=0), config.pad_token_id
+    first, pad = max(rows.values(), default=0), getattr(config, "pad_token_id", None)
     if first and first == (pad or 0) + 1 and all(tables[name].num_embeddings == limit for name in rows):
         return entry | {"positions_after_pad": True}
     return entry | {"position_offset": first}

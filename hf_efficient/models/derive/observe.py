@@ -61,7 +61,10 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
     """
     calls: list[Call] = []
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ):
+        mask = attention_mask
         is_cross = query.shape[2] != key.shape[2] or bool(getattr(module, "is_cross_attention", False))
         if masked is not None and not is_cross:
             mask = masked(module, mask, query.shape[2], key.shape[2])

@@ -63,8 +63,10 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     sizes = Heads.of(call)
     if sizes.value_dim != sizes.dim:
         raise NotDerivable("values of another width than queries (latent attention)")
-    for name, parameter in module.named_parameters(recurse=False):
-        raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
+    own = dict(module.named_parameters(recurse=False))
+    for name, parameter in own.items():
+        if parameter.shape[0] != sizes.heads or sizes.heads in parameter.shape[1:]:
+            raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
     readers = [name for name, given in layer.base.inputs.items() if _is_same(given, call.output)]
     if len(readers) != 1:
         raise NotDerivable(f"{len(readers)} linears read the heads as they are")
@@ -81,6 +83,7 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
         value=makers["v"],
         output=readers[0],
         interleaved=next(iter(layouts.values())) == "interleaved",
+        per_head=tuple(own),
         **integers_of(module, sizes),
     )
 
