@@ -42,6 +42,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*hidden_size.*|d_model|dim|.*embed_dim|n_embd|.*_dim|.*embedding_size|.*(output|projection)_size", HIDDEN),
     (r"n_routed_experts|.*num_experts|num_local_experts", 4),
     (r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|topk_group|moe_k", 2),
+    (r"mm_tokens_per_image", 4),
     (r".*(image_size|img_size)", 32),
     (r"patch_size", 8),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", POSITIONS),
@@ -84,13 +85,17 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = min(value, VOCABULARY - 1 - number % 20) if isinstance(value, int) else value
         elif isinstance(value, int) and not KEPT.fullmatch(name):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
-            fields[name] = max(min(value, size), KV_HEADS if size == KV_HEADS else 0)  # one alone could not be cut
+            fields[name] = size if re.fullmatch(SIZES[2][0], name) else min(value, size)  # one could not be cut
+        elif name in ("image_size", "patch_size") and isinstance(value, list | tuple):
+            fields[name] = [min(one, 32 if name == "image_size" else 8) for one in value]
         elif isinstance(value, list | tuple) and re.fullmatch("depths|num_heads|num_attention_heads", name):
             fields[name] = [2 if name == "depths" else HEADS] * len(value)  # of the stages of a hierarchical model
         elif isinstance(value, list | tuple) and depth and len(value) == depth > LAYERS:
             fields[name] = _few_entries(value)
         elif isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
             fields[name] = _short_rope(copy.deepcopy(value))
+    if "spatial_merge_size" in own and "window_size" in own:
+        fields["window_size"] = own["spatial_merge_size"] * 2 * fields.get("patch_size", 8)
     if "depths" in own and isinstance(fields.get("image_size"), int):
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
     text = fields.get("text_config") if "vision_config" in fields else None
@@ -264,7 +269,11 @@ def _put_image_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None
         return
     images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
     with torch.no_grad():
-        features = model.get_image_features(**images)
+        try:
+            features = model.get_image_features(**images)
+        except ValueError:  # of Idefics and its kin a text may have several images: [rows, images, channels, ...]
+            inputs["pixel_values"] = images["pixel_values"] = images["pixel_values"][:, None]
+            features = model.get_image_features(**images)
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, list | tuple) else [features]
     count = sum(part.shape[:-1].numel() for part in parts) // ROWS
