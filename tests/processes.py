@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .families import CASES, make_inputs
+from .families import CASES, Inputs, make_inputs
 
 ROOT = Path(__file__).parents[1]
 # A name that does not exist is passed over in silence.
@@ -138,13 +138,14 @@ def _main(words: list[str], cwd: str, env: dict[str, str], prints: str | None) -
         runpy.run_path(first, run_name="__main__")
 
 
-def save_with_expectation(model: PreTrainedModel, name: str, folder: Path) -> None:
-    """A checkpoint with what `tests.fresh` needs to load and judge it."""
-    path, inputs = folder / name, make_inputs(name)
+def save_with_expectation(model: PreTrainedModel, name: str, folder: Path, inputs: Inputs | None = None) -> None:
+    """A checkpoint with what `tests.fresh` needs to load and judge it; `inputs` for a type outside of the table."""
+    path, auto = folder / name, CASES[name].auto if inputs is None else "AutoModel"
+    inputs = make_inputs(name) if inputs is None else inputs
     model.save_pretrained(path)
     with torch.no_grad():
         save_file(inputs | {"expected": model(**inputs)[0].contiguous()}, path / "expected.safetensors")
-    (path / "auto.txt").write_text(CASES[name].auto)
+    (path / "auto.txt").write_text(auto)
 
 
 def run_fresh(folder: Path, *scenarios: str, home: Path) -> dict[str, dict]:

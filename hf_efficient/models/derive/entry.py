@@ -52,7 +52,7 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         NotDerivable: nothing of the model can be described.
     """
     with observing(model) as calls:
-        run(model, inputs, **without_cache(model))
+        run(model, inputs)
     base = model.base_model
     places: dict[str, Place | None] = dict(_places(base, calls))
     places |= dict.fromkeys(_unseen_places(base, [path for path in places if path]))
@@ -88,12 +88,6 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         relative_bias=relative_bias,
         left_out=tuple(path for path in refusals if path),
         **_positions(model, inputs),
-    )
-
-
-def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    return (
-        {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") and model.can_generate() else {}
     )
 
 
@@ -257,12 +251,12 @@ def _nested(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, Pre
             yield from _nested(value, f"{path}.{name}" if path else name)
 
 
-def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str) -> str | None:
+def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str, mapped: bool = True) -> str | None:
     """The field of a config that holds a size, under one of the names for its role."""
     for name in (*first, *FIELDS[role].split()):
         real = config.attribute_map.get(name, name)
         value = vars(config).get(real)
-        if size is not None and type(value) is int and value == size:
+        if size is not None and type(value) is int and value == size and (mapped or real == name):
             return real
     return None
 
@@ -284,7 +278,7 @@ def _fields(
         "num_layers": _field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
         "hidden": _field(own, "hidden", wide if wide is not None else _any_hidden(own)),
         "neurons": _field(own, "neurons", neurons, f"{side}_ffn_dim"),
-        "kv_heads": _field(own, "kv_heads", sizes.kv_heads),
+        "kv_heads": _field(own, "kv_heads", sizes.kv_heads, mapped=False),  # Whisper calls other heads by this name
     }
     head_dim = _field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
@@ -356,7 +350,7 @@ def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
     }
     hooks = [m.register_forward_pre_hook(lambda m, args, name=n: note(name, args)) for n, m in tables.items()]
     try:
-        run(model, inputs, **without_cache(model))
+        run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

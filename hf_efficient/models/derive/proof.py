@@ -26,7 +26,6 @@ from ..families import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
 from ..groups import Group, groups_of, output_module
 from ..rebuild import rebuild
 from ..stacks import ModelStack, model_stacks
-from .entry import without_cache
 from .observe import observing, run
 from .roles import NotDerivable
 
@@ -211,7 +210,7 @@ def _hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All floating-point tensors that a model gives, by their names."""
     tensors: dict[str, Tensor] = {}
-    _collect(run(model, inputs, **without_cache(model)), "output", tensors)
+    _collect(run(model, inputs), "output", tensors)
     return tensors
 
 

@@ -176,10 +176,12 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
                 if parameter.ndim == 3:
                     parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
     for name, parameter in model.named_parameters():
-        is_scale = re.search(r"(norm|lambda|gamma|scale)[^.]*(\.weight)?$", name) and parameter.ndim == 1
-        if is_scale and 0 < parameter.abs().mean() < 0.1:
-            parameter.fill_(0.5)  # layer scales of 1e-6 hide what a layer does
+        if parameter.ndim == 1 and re.search(r"(lambda|gamma|scale)[^.]*(\.weight)?$", name):
+            parameter.fill_(0.7)  # layer scales of 1e-6 hide what a layer does, and of 1 that they are there
     model.tie_weights()
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "use_cache", False) is True:
+            module.config.use_cache = False  # a layer runs again and again on the same tokens
     return model
 
 

@@ -1,0 +1,211 @@
+"""Entries that are derived: those of the table come out as they are written, others are proven and can be used."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_efficient import AttentionConfig, ConfigError, PruningConfig, UnsupportedModelError, convert_attention, prune
+from hf_efficient.models.anatomy import Anatomy
+from hf_efficient.models.derive import family_for
+from hf_efficient.models.derive.entry import make_entry
+from hf_efficient.models.derive.proof import prove
+from hf_efficient.models.derive.tiny import tiny_config, tiny_inputs, tiny_model
+from hf_efficient.models.families import ABILITIES, FAMILIES, Attention, Family, Stack
+from hf_efficient.models.rebuild import is_portable
+from hf_efficient.models.stacks import config_stacks
+
+from ...families import make_config
+from ...helpers import assert_close, selected
+from ...processes import run_fresh, save_with_expectation
+
+# What can be done with types outside of the table, by their default configs: everything, or these.
+EVERYTHING = set(ABILITIES)
+PRUNED = EVERYTHING - {"convert"}
+TYPES = {
+    "qwen2": EVERYTHING,
+    "opt": EVERYTHING,
+    "gpt_neox": EVERYTHING,  # query, key and value of one head after another in one linear
+    "phi3": EVERYTHING,  # fused under grouped queries; the forward reads head counts from the config
+    "mt5": EVERYTHING,
+    "mbart": EVERYTHING,
+    "siglip": EVERYTHING,
+    "wav2vec2": EVERYTHING,
+    "llava": EVERYTHING,
+    "qwen3_moe": EVERYTHING - {"neurons"},
+    "gpt_oss": {"heads", "layers"},  # attention sinks, one of each head
+    "gemma2": PRUNED,  # softcap
+    "gptj": PRUNED,  # attention of its own
+    "mpnet": {"neurons", "layers"},
+    "albert": {"convert", "heads", "neurons"},  # one layer for all
+}
+FAST = ("gpt_neox", "phi3", "gpt_oss", "gptj", "albert", "opt")
+
+
+BY_SIZE = PruningConfig(ratio=0.2, importance="magnitude", layer_importance="magnitude", round_to=1, reconstruct=False)
+
+
+def make(model_type, **changes):
+    """A tiny model and inputs for it."""
+    model = tiny_model(tiny_config(CONFIG_MAPPING[model_type](**changes)))
+    return model, tiny_inputs(model)
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs)[0]
+
+
+def described(family, config):
+    """Where an entry says that things are, whatever it calls them."""
+    roles = []
+    for stack in config_stacks(config, family):
+        attentions = {
+            kind: (a.module, a.query, a.key, a.value, a.output, set(a.head_attributes))
+            for kind, a in stack.attentions.items()
+        }
+        entry = stack.entry
+        fields = (entry.num_layers, entry.heads, entry.kv_heads or entry.heads, entry.hidden, entry.config)
+        fields = tuple(config.attribute_map.get(name, name) for name in fields)
+        sizes = (stack.num_heads, stack.num_kv_heads, stack.head_width, stack.num_neurons, stack.is_causal)
+        roles.append((entry.layers, attentions, sorted(stack.up), stack.down, fields, sizes))
+    return sorted(roles, key=lambda one: one[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_derived_is_what_is_written(name):
+    config = tiny_config(make_config(name))
+    model = tiny_model(config)
+    derived = make_entry(model, tiny_inputs(model))
+    written = FAMILIES[name]
+    assert described(derived, config) == described(written, config)
+    assert derived.relative_bias == written.relative_bias
+    assert derived.norm in (written.norm, None)
+    assert set(written.per_layer) <= set(derived.per_layer)
+
+
+@pytest.mark.parametrize(("name",), selected([(name,) for name in TYPES], lambda name: name in FAST))
+def test_types_outside_of_the_table(name):
+    model, _ = make(name)
+    family = family_for(model.config)
+    assert {ability for ability in ABILITIES if family.why_not(ability) is None} == TYPES[name]
+    assert family_for(model.config) is family  # remembered
+    assert Family.from_dict(json.loads(json.dumps(family.to_dict()))) == family
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("phi3", "head"), ("gpt_neox", "head"), ("opt", "neuron"), ("gptj", "layer")]
+)
+def test_pruned_saved_and_loaded(name, part, tmp_path):
+    model, inputs = make(name)
+    config = PruningConfig(
+        ratio=0.2,
+        granularity=(part,),
+        importance="magnitude",
+        layer_importance="magnitude",
+        round_to=1,
+        reconstruct=False,
+    )
+    small = prune(model, config)
+    assert small.num_parameters() < model.num_parameters()
+    small.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded, inputs), outputs(small, inputs))
+    again = prune(loaded, replace(config, ratio=0.02))  # the result is a model like any other
+    assert again.num_parameters() < small.num_parameters()
+
+
+def test_a_plain_result_is_a_stock_model(tmp_path):
+    model, _ = make("opt")
+    small = prune(model, replace(BY_SIZE, ratio=0.34, granularity=("layer",)))
+    assert is_portable(small) and type(small) is type(model)
+    small.save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "OPTModel"
+
+
+@pytest.mark.processes
+def test_it_loads_in_a_fresh_process_with_the_package_or_by_trust(tmp_path):
+    model, inputs = make("opt")
+    converted = convert_attention(model, AttentionConfig("local", window=3))
+    assert type(converted).__name__ == "EfficientOPTModel"
+    assert converted.config.efficient["family"]["model_type"] == "opt"  # so that nothing is derived there
+    save_with_expectation(converted, "opt", tmp_path, inputs)
+    answers = run_fresh(tmp_path, "imported", "trusted", home=tmp_path / "home")
+    assert answers["imported"]["opt"]["equal"] and answers["trusted"]["opt"]["equal"]
+
+
+def test_a_window_matters_and_a_wide_one_does_not():
+    model, inputs = make("opt")
+    wide = convert_attention(model, AttentionConfig("local", window=64))
+    narrow = convert_attention(model, AttentionConfig("local", window=2))
+    real = inputs["attention_mask"].bool()
+    assert_close(outputs(wide, inputs)[real], outputs(model, inputs)[real], 1e-5)
+    assert not torch.allclose(outputs(narrow, inputs)[real], outputs(model, inputs)[real], atol=1e-3)
+
+
+def test_what_cannot_be_removed_is_refused_with_the_reason():
+    moe = make("qwen3_moe")[0]
+    with pytest.raises(
+        UnsupportedModelError, match=r"neurons of qwen3_moe .* mixture of experts\. .*\('head', 'layer'\)"
+    ):
+        prune(moe, BY_SIZE)
+    with pytest.raises(UnsupportedModelError, match=r"layers of albert .* one layer alone"):
+        prune(make("albert")[0], replace(BY_SIZE, granularity=("layer",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (
+            lambda stack: replace(
+                stack, attention=replace(stack.attention, interleaved=True, query=stack.attention.value)
+            ),
+            {"heads"},
+        ),
+        (lambda stack: replace(stack, attention=replace(stack.attention, module="fc1")), {"convert", "heads"}),
+        (lambda stack: replace(stack, up=("fc1", "fc1")), {"neurons"}),
+        (lambda stack: replace(stack, causal=False), {"convert"}),
+        (lambda stack: replace(stack, layers="decoder.layers.0"), EVERYTHING),
+    ],
+    ids=["projection", "module", "neurons", "causality", "layers"],
+)
+def test_a_wrong_entry_is_not_proven(change, refused):
+    """The proofs notice a mistake of every sort, and only switch off what is wrong."""
+    model, inputs = make("opt")
+    entry = make_entry(model, inputs)
+    wrong = replace(entry, stacks=(change(entry.stacks[0]),))
+    try:
+        proven = prove(wrong, model, inputs)
+    except UnsupportedModelError:
+        assert refused == EVERYTHING
+    else:
+        assert {ability for ability in ABILITIES if proven.why_not(ability)} == refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stacks": []}, "no stacks"),
+        ({"stacks": "encoder"}, "list of at most"),
+        ({"model_type": "../../etc"}, "path of names"),
+        ({"surprise": 1}, "must be a mapping with some of"),
+        ({"stacks": [{"name": "a", "layers": "__class__", "attention": {"module": "x"}}]}, "path of names"),
+        ({"stacks": [{"name": "a", "layers": "l", "attention": {"module": "x", "query": 1 << 40}}]}, "small number"),
+        ({"stacks": [{"name": "a", "layers": "l", "count_neurons": "os.system"}]}, "must be a mapping"),
+        ({"stacks": [{"name": "a"}]}, "not complete"),
+    ],
+)
+def test_an_entry_of_a_stranger_is_read_with_care(change, message):
+    data = Family("opt", "OPTConfig", (Stack("decoder", "decoder.layers", Attention("self_attn")),)).to_dict()
+    assert Family.from_dict(data).stacks[0].name == "decoder"
+    with pytest.raises(ConfigError, match=message):
+        Family.from_dict(data | change)
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(UnsupportedModelError, match="'resnet' are built could not be found out"):
+        Anatomy.of(transformers.ResNetModel(transformers.ResNetConfig()))
