@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from hf_efficient import Recipe
 from hf_efficient.cli import app, base, parse_overrides
 from hf_efficient.errors import ConfigError, HfEfficientError
 
 from ..commands import cli
 from ..families import make_model
+from ..pipeline.tiny import TINY
 from ..reporting.samples import sample_report
 
 
@@ -239,7 +241,8 @@ def test_measure_prints_a_table_and_json(place):
 def test_a_plan_is_one_json_document(place):
     alone = json.loads(cli("plan", str(place / "tiny"), "--json", "--output", str(place / "plan.json")).stdout)
     assert alone == json.loads((place / "plan.json").read_text()) and alone["config"]["sequence_length"] == 32
-    rounds = json.loads(cli("plan", "bbc-news-rounds", "--json").stdout)
+    (place / "rounds.yaml").write_text(Recipe.from_dict(TINY | {"stages": [TINY["stages"][1]] * 3}).to_yaml())
+    rounds = json.loads(cli("plan", str(place / "rounds.yaml"), "--json").stdout)
     assert len(rounds) == 3 and all(each["format"] == alone["format"] for each in rounds)
 
 
@@ -311,12 +314,7 @@ def test_a_result_is_shown_and_its_card_written_anew(tmp_path):
     assert "# fast" in printed and not (one / "README.md").exists()
 
 
-def test_a_run_goes_on_by_its_folder(tmp_path, monkeypatch):
-    from hf_efficient import Recipe
-
-    from ..pipeline.tiny import TINY
-
-    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *_: None)  # in a process; tested elsewhere
+def test_a_run_goes_on_by_its_folder(tmp_path, quick_end):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(Recipe.from_dict(TINY | {"teacher": {"max_steps": 1}, "stages": []}).to_yaml())
     folder = str(tmp_path / "out")

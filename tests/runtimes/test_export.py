@@ -121,7 +121,9 @@ def test_onnx_runtime_keeps_its_fast_norms_and_moves_few_tensors(exported, tmp_p
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnxruntime.InferenceSession(exported("onnx")[1].folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        exported("onnx")[1].folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
     found = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
     assert found.count("LayerNormalization") == 5 and "SkipLayerNormalization" not in found
     assert found.count("Transpose") <= 2 * 5, "query, key, value, output; the key of the global tokens' scores"
