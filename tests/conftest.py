@@ -1,5 +1,6 @@
 """One thread, no network, fixed seeds: what every test may rely on."""
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Hashable
@@ -58,6 +59,12 @@ def pytest_collection_modifyitems(config, items):
         left_out |= set(rows) - {item_of[values] for values in covering(list(item_of), *strength)}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: accelerate collects garbage after each training, and looked at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _hashable(value):

@@ -7,6 +7,7 @@ environment, forked from one that has torch, transformers and the package import
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -129,6 +130,7 @@ def _printed(folder: Path) -> tuple[str, str]:
 
 def _main(words: list[str], cwd: str, env: dict[str, str], prints: str | None) -> None:
     """In the fork: what `python` does with its command line."""
+    gc.freeze()  # what is imported by now, as in conftest.py
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -15,15 +15,15 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import TASKS
 from ..errors import ConfigError, DataError, unknown_name
-from ..reporting.schema import Score
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ..reporting.schema import Score
 
 # name -> whether higher is better; computed by metrics/classes/classes.py
 METRICS: dict[str, bool] = {
@@ -41,11 +41,8 @@ DRAWS = 100
 
 
 def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
-    """Whether metrics may be loaded for a task; nothing is imported or fetched.
-
-    Raises:
-        ConfigError: an unknown name or a foreign metric that is not trusted, or a task without classes.
-    """
+    """ConfigError for an unknown metric, a foreign one that is not trusted, or a task without classes; nothing is
+    imported or fetched."""
     if names and "label" not in TASKS[task].columns:
         known = ", ".join(name for name, entry in TASKS.items() if "label" in entry.columns)
         raise ConfigError(f"metrics are computed from classes, which {task} has not. Tasks that have: {known}.")
@@ -58,11 +55,10 @@ def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
 
 
 def load_metrics(names: Sequence[str], *, trusted: bool = False) -> dict[str, Any]:
-    """The `evaluate` metric of each name, by `metrics/classes`, from the Hub or from a path.
+    """The `evaluate` metric of each name, by `metrics/classes`, from the Hub or from a path; ConfigError if it cannot
+    be loaded, such as without a network, or is foreign and not trusted."""
+    from importlib.resources import as_file, files
 
-    Raises:
-        ConfigError: it cannot be loaded, such as without a network, or is foreign and not trusted.
-    """
     import evaluate
 
     metrics = {}
@@ -86,11 +82,8 @@ def load_metrics(names: Sequence[str], *, trusted: bool = False) -> dict[str, An
 def compute_scores(
     metrics: Mapping[str, Any], predictions: "np.ndarray", references: "np.ndarray", classes: int
 ) -> dict[str, float]:
-    """Every number that the metrics give for classes `[n]`; a metric's name comes first where it gives several.
-
-    Raises:
-        DataError: a metric that cannot be computed from classes, or gives no number.
-    """
+    """Every number that the metrics give for classes `[n]`; a metric's name comes first where it gives several, and
+    DataError where it gives none."""
     scores: dict[str, float] = {}
     for name, metric in metrics.items():
         options = {}
@@ -112,7 +105,7 @@ def compute_scores(
 
 def further_scores(
     metrics: Mapping[str, Any], predictions: Any, targets: Any, count: Any, classes: int
-) -> tuple[Score, ...]:
+) -> "tuple[Score, ...]":
     """The scores of the metrics with their standard errors.
 
     Parameters:
@@ -120,6 +113,8 @@ def further_scores(
         count: `[n]` how many of them belong to each sample.
     """
     import numpy as np
+
+    from ..reporting.schema import Score
 
     if not metrics:
         return ()
