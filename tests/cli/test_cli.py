@@ -241,8 +241,7 @@ def test_measure_prints_a_table_and_json(place):
 def test_a_plan_is_one_json_document(place):
     alone = json.loads(cli("plan", str(place / "tiny"), "--json", "--output", str(place / "plan.json")).stdout)
     assert alone == json.loads((place / "plan.json").read_text()) and alone["config"]["sequence_length"] == 32
-    (place / "rounds.yaml").write_text(Recipe.from_dict(TINY | {"stages": [TINY["stages"][1]] * 3}).to_yaml())
-    rounds = json.loads(cli("plan", str(place / "rounds.yaml"), "--json").stdout)
+    rounds = json.loads(cli("plan", "bbc-news-rounds", "--json").stdout)
     assert len(rounds) == 3 and all(each["format"] == alone["format"] for each in rounds)
 
 
