@@ -16,7 +16,6 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 SHORTER = {  # page -> what stands there, and what is run instead but with --thorough
     "README": ("sequence_length=512", "sequence_length=64"),
     "deploy": ("num_hidden_layers=2", "num_hidden_layers=1"),
-    "tokens-and-questions": ('bundled_dataset("bbc-news")["text"]', 'bundled_dataset("bbc-news")["text"][:100]'),
 }
 
 
