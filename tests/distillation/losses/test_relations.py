@@ -129,7 +129,7 @@ def test_every_task_learns_from_attentions(case, tmp_path):
     metrics = copied.evaluate()
     assert metrics["eval_loss_attention"] == pytest.approx(0, abs=1e-9)
     assert metrics["eval_loss_relation"] == pytest.approx(0, abs=1e-9)
-    trainer = make_trainer(case, tmp_path, losses=BOTH, max_steps=8, learning_rate=0.02)
+    trainer = make_trainer(case, tmp_path, losses=BOTH, max_steps=3, learning_rate=0.02)
     before, start = trainer.evaluate(), weights(trainer.model)
     trainer.train()
     after = trainer.evaluate()
@@ -146,6 +146,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
     assert torch.allclose(*found, rtol=1e-12)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("losses", [{"relation": 1.0}, {"attention": 1.0}, {"attention_output": 1.0, "ce": 1.0}])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_keeps_the_gradients_of_what_looks_into_attentions(losses, reentrant, tmp_path):
