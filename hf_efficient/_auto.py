@@ -10,7 +10,6 @@ PEFT knows by model type which linears to adapt; an efficient model has the line
 import importlib.util
 import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 
@@ -36,7 +35,7 @@ TABLES: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class _AfterImport(MetaPathFinder):
+class _AfterImport:
     """Finds one module as Python would, and registers in it once it has run."""
 
     def __init__(self, name: str, register: Callable[[ModuleType], None]):

@@ -6,7 +6,6 @@ from hf_efficient.bundled import bundled_model      # hf_efficient.data.bundled,
 import importlib
 import sys
 import warnings
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -30,7 +29,7 @@ MOVED = {
 }
 
 
-class _Moved(Loader):
+class _Moved:
     """Gives the module that has another name now."""
 
     def __init__(self, new: str):
@@ -46,7 +45,7 @@ class _Moved(Loader):
         module.__spec__ = self.spec  # the import has just written the old name over it
 
 
-class _OldNames(MetaPathFinder):
+class _OldNames:
     """Asked last, so a module that is really there wins."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

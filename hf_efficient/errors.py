@@ -3,7 +3,6 @@
 They subclass the built-in exception a caller would expect, so `except ValueError` keeps working.
 """
 
-import difflib
 from collections.abc import Iterable
 
 from .io.secrets import without_secrets
@@ -71,5 +70,7 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 
 def nearest(given: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The name that was most likely meant, if one is like it."""
+    import difflib
+
     near = difflib.get_close_matches(given[:80], list(known), 1, cutoff) if isinstance(given, str) else []
     return near[0] if near else None

@@ -90,7 +90,7 @@ def arguments_table() -> str:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.value.keywords}
             default = given["default"] if "default" in given else given["default_factory"].body
-            meaning = ast.literal_eval(given["metadata"])["help"].replace("||", "\\|\\|")
+            meaning = ast.literal_eval(given["help"]).replace("||", "\\|\\|")
             rows.append(f"| `{ast.unparse(node.target)}` | `{ast.unparse(default)}` | {meaning} |")
     return "\n".join(rows)
 

@@ -64,11 +64,8 @@ class StateLayer(CacheLayerMixin):
         """Nothing: the state comes with the first tokens."""
 
     def expect(self, config: AttentionConfig) -> None:
-        """Get ready for one call of the attention that the state belongs to.
-
-        Raises:
-            UnsupportedModelError: the state is of another attention, or lacks tokens of a call that failed.
-        """
+        """Get ready for one call of the attention that the state belongs to; UnsupportedModelError if it is that of
+        another one, or lacks tokens of a call that failed."""
         if not self.tokens:
             self.config = config
         if self.config is not config and self.config != config:
@@ -84,11 +81,8 @@ class StateLayer(CacheLayerMixin):
         self.expected = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new tokens, and give back their keys and values alone.
-
-        Raises:
-            UnsupportedModelError: the layer was not made ready: the caller would take these for all keys.
-        """
+        """Count the new tokens, and give back their keys and values alone; UnsupportedModelError if the layer was not
+        made ready: the caller would take these for all keys."""
         if not self.expected:
             raise UnsupportedModelError(
                 f"This cache holds a state of {self.config.kind!r} attention, no keys. Only the model that filled it "
@@ -163,11 +157,7 @@ class StateLayer(CacheLayerMixin):
         """Nothing: the state was not offloaded."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: no token can be taken out of a state.
-
-        Raises:
-            UnsupportedModelError: always, for 0 tokens too: who asks means to take some later.
-        """
+        """UnsupportedModelError, for 0 tokens too: none can be taken out of a state, as who asks means to later."""
         raise UnsupportedModelError(
             f"Assisted and contrastive decoding take tokens back from the cache, but {self.config.kind!r} attention "
             "keeps a state out of which none can be taken. Generate without assistant_model, prompt_lookup_num_tokens "
@@ -255,11 +245,7 @@ def _find_state(
 
 
 def _in_place_of(layer: Any, config: AttentionConfig, keeps_state: bool, keeps_keys: bool) -> CacheLayerMixin:
-    """What serves a converted layer instead of a stock layer.
-
-    Raises:
-        UnsupportedModelError: the stock layer has forgotten tokens.
-    """
+    """What serves a converted layer instead of a stock layer; UnsupportedModelError if that has forgotten tokens."""
     tokens = int(layer.get_seq_length())
     max_length = layer.get_max_length() if isinstance(layer, StaticLayer) else -1
     if keeps_state and not tokens:

@@ -135,11 +135,7 @@ class AttentionVariant(nn.Module):
 
 
 def identity_values(key: Tensor) -> Tensor:
-    """[B,K,S,S]: values with which attention gives its own weights.
-
-    Raises:
-        UnsupportedModelError: so many keys that a full matrix is out of the question.
-    """
+    """[B,K,S,S]: values with which attention gives its own weights; UnsupportedModelError for too many keys."""
     batch, kv_heads, seen = key.shape[:3]
     if seen > MAX_WEIGHTS:
         raise UnsupportedModelError(

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..runtimes.formats import FORMATS, check_format, check_runtime, folder_name
 from .base import app, load, print_json, print_text, quiet_libraries
 
 
@@ -36,15 +35,18 @@ def push(
     print_text(f"Pushed: {result.url} ({audience})" if result.url else f"Nothing was uploaded to {repo_id} (dry run).")
 
 
+def format_names(incomplete: str) -> list[str]:
+    """For the shell."""
+    from ..runtimes.formats import FORMATS
+
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
     format: Annotated[
-        str,
-        typer.Option(
-            help="onnx, openvino, executorch or torch.",
-            autocompletion=lambda incomplete: [name for name in FORMATS if name.startswith(incomplete)],
-        ),
+        str, typer.Option(help="onnx, openvino, executorch or torch.", autocompletion=format_names)
     ] = "onnx",
     quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx).")] = None,
     min_agreement: Annotated[
@@ -62,6 +64,7 @@ def export(
     """
     from ..io.disk import check_empty
     from ..runtimes.export import export as run
+    from ..runtimes.formats import check_format, check_runtime, folder_name
 
     check_format(format, quantize)
     check_runtime(format)

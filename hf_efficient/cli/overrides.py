@@ -9,11 +9,8 @@ from ..errors import ConfigError, nearest
 
 
 def parse_overrides(arguments: Sequence[str], options: Sequence[str] = ()) -> dict[str, str]:
-    """Dotted key -> text, as written. `options`: the command's own ones, of which an unknown key may be a misspelling.
-
-    Raises:
-        ConfigError: no option, one without a value, or a misspelt one.
-    """
+    """Dotted key -> text, as written; ConfigError for no option, one without a value, or one that looks like a
+    misspelling of `options`, the command's own ones."""
     overrides: dict[str, str] = {}
     rest = list(arguments)
     while rest:

@@ -45,12 +45,7 @@ def measure(
     loaded, other = load(model, task), None if baseline is None else load(baseline, task)
     lengths = [fitting_length(each.config, sequence_length, 512) for each in (loaded, other) if each is not None]
     measurement = run(
-        loaded,
-        baseline=other,
-        batch_size=batch_size,
-        sequence_length=min(lengths),
-        repeats=repeats,
-        energy=energy,
+        loaded, baseline=other, batch_size=batch_size, sequence_length=min(lengths), repeats=repeats, energy=energy
     )
     if as_json:
         print_json(asdict(measurement))

@@ -89,11 +89,7 @@ def _choose(mixing: Mixing, places: list[str]) -> dict[int, AttentionConfig]:
 
 
 def _named_parts(mixing: Mixing, places: list[str]) -> dict[str, Any]:
-    """The parts of the model whose attention `mixing` names; empty where its keys are layers.
-
-    Raises:
-        ConfigError: a name beside others that is none of a part with self-attention.
-    """
+    """The parts of the model whose attention `mixing` names; none where its keys are layers, ConfigError if mixed."""
     keys = mixing if isinstance(mixing, Mapping) else {}
     parts = {key for key in keys if isinstance(key, str) and any(_is_inside(place, key) for place in places)}
     for key in keys if parts else ():

@@ -72,11 +72,7 @@ class _Recorder:
 
 
 def first_run(model: PreTrainedModel) -> tuple[Inputs, Any]:
-    """Inputs that the base model runs with, and its stock output for them.
-
-    Raises:
-        UnsupportedModelError: it runs with none that can be made up.
-    """
+    """Inputs that the base model runs with, and its stock output; UnsupportedModelError if none can be made up."""
     problem: Exception | None = None
     for main_only in (True, False):
         try:

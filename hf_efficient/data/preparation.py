@@ -105,11 +105,7 @@ def prepare(
 
 
 def check_labels(model_config: Any, prepared: PreparedData) -> None:
-    """Refuse a model whose classes are not those of the data.
-
-    Raises:
-        DataError: another number of labels, or the same names in another order.
-    """
+    """DataError if the model has not the data's classes: another number, or the same names in another order."""
     if prepared.num_labels is None:
         return
     known = [model_config.id2label[index] for index in sorted(model_config.id2label)]

@@ -161,11 +161,7 @@ class Masking:
 
 
 def check_tokenizer(task: str, needs: Collection[str], tokenizer: Any) -> None:
-    """Whether the tokenizer can do what the task needs.
-
-    Raises:
-        ConfigError: no mask token; no character offsets; padding on the left, which would shift the answers.
-    """
+    """ConfigError for no mask token, no character offsets, or padding on the left, which would shift the answers."""
     if "mask_token" in needs and tokenizer.mask_token is None:
         raise ConfigError(f"{task} needs a tokenizer with a mask token; this one has none. See task causal-lm.")
     if "offsets" in needs and not tokenizer.is_fast:

@@ -18,11 +18,7 @@ from ..training.batch import base_of
 
 
 def own_base(student: nn.Module, args: Any) -> PreTrainedModel:
-    """The base model of a PEFT student, for `DistillationArguments` that leave it as it is.
-
-    Raises:
-        ConfigError: a student without adapters, or settings that would change the base under the student.
-    """
+    """The base model of a PEFT student; ConfigError without adapters, or if settings would change the base."""
     if not isinstance(student, PeftModel):
         raise ConfigError(
             f"losses={list(args.losses)} need a teacher. Give teacher=AutoModelFor....from_pretrained(...) or a "

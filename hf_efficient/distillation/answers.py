@@ -63,11 +63,11 @@ def agreement(
 
 def read_answer(batch: Batch, outputs: Any, attentions: Mapping[Place, Projected]) -> Answer:
     """From the outputs of a transformers model."""
-    stacks = batch.task.stacks
+    stacks = batch.head.stacks
     states = {}
     for stack in stacks:
         layers = outputs.get(f"{stack}_hidden_states" if len(stacks) > 1 else "hidden_states") or ()
         states |= {(stack, position): state for position, state in enumerate(layers) if state is not None}
-    last = outputs.last_hidden_state if batch.task.kind == "embeddings" else None
+    last = outputs.last_hidden_state if batch.head.kind == "embeddings" else None
     encoded = outputs.get("encoder_last_hidden_state")
     return Answer(batch.logits(outputs), states, last, encoded=encoded, attentions=attentions)

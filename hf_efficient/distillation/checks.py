@@ -10,27 +10,23 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.heads import PREPARE, shifts_labels
-from ..training.batch import Task, base_of, task_of
+from ..training.batch import Head, base_of, head_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
 
 
 def check_models(
     student: nn.Module, teacher: nn.Module | None, losses: Collection[str], *, truncate_vocabulary: bool = False
-) -> Task:
-    """Compare student and teacher, where there is one; gives the student's task.
-
-    Raises:
-        UnsupportedModelError: models whose heads, vocabularies or labels cannot be compared.
-    """
-    task = task_of(student)
-    check_losses(losses, headless=task.kind == "embeddings")
+) -> Head:
+    """The student's head; UnsupportedModelError if heads, vocabularies or labels cannot be compared."""
+    head = head_of(student)
+    check_losses(losses, headless=head.kind == "embeddings")
     if teacher is None:
-        _check_student(student, task)
-        return task
-    teacher_task = task_of(teacher)
+        _check_student(student, head)
+        return head
+    teacher_head = head_of(teacher)
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
-    if task.kind != teacher_task.kind or task.stacks != teacher_task.stacks:
+    if head.kind != teacher_head.kind or head.stacks != teacher_head.stacks:
         raise UnsupportedModelError(f"{names} do different things. Load both with the same AutoModelFor... class.")
     sizes = _vocabularies(student, teacher)
     if len(set(sizes)) > 1 and not truncate_vocabulary:
@@ -40,14 +36,14 @@ def check_models(
             "models with different tokenizers cannot be compared token by token."
         )
     if "kd" in losses:
-        _check_labels(task, teacher_task, student, teacher)
-    _check_student(student, task)
+        _check_labels(head, teacher_head, student, teacher)
+    _check_student(student, head)
     # A fresh config leaves problem_type open until its first labels; the trained teacher's does not.
-    return replace(task, problem=task.problem or teacher_task.problem)
+    return replace(head, problem=head.problem or teacher_head.problem)
 
 
-def _check_student(student: nn.Module, task: Task) -> None:
-    if task.kind == "tokens" and len(task.stacks) == 2 and not shifts_labels(base_of(student)):
+def _check_student(student: nn.Module, head: Head) -> None:
+    if head.kind == "tokens" and len(head.stacks) == 2 and not shifts_labels(base_of(student)):
         raise UnsupportedModelError(
             f"{type(base_of(student)).__name__} has no {PREPARE}, and its config no "
             "decoder_start_token_id and pad_token_id, so student and teacher cannot be given the same decoder inputs. "
@@ -61,25 +57,17 @@ def _check_student(student: nn.Module, task: Task) -> None:
 
 
 def check_alone(args: Any) -> None:
-    """Whether nothing is asked of a teacher that is not there.
-
-    Raises:
-        ConfigError: a setting of the teacher.
-    """
+    """ConfigError for a setting of the teacher, where there is none."""
     for name in ("teacher_dtype", "teacher_max_length", "share_encoder"):
         if getattr(args, name):
             raise ConfigError(f"{name}={getattr(args, name)!r} needs a teacher, and none was given. Leave it out.")
 
 
-def check_cut(task: Task, losses: Collection[str], length: int | None) -> None:
-    """Refuse a teacher that reads only the beginning of a text where it has to say something about all of it.
-
-    Raises:
-        ConfigError: a task with an answer for each token, or a loss that compares tokens.
-    """
+def check_cut(head: Head, losses: Collection[str], length: int | None) -> None:
+    """ConfigError if a teacher that reads only the beginning of a text has to say something about all of it."""
     if length is None:
         return
-    if task.kind != "examples":
+    if head.kind != "examples":
         raise ConfigError(
             f"teacher_max_length={length} is for tasks with one answer for a whole text. Extend the teacher's "
             "positions, cut the data at its length, or train without it: losses={'ce': 1.0}."
@@ -92,13 +80,9 @@ def check_cut(task: Task, losses: Collection[str], length: int | None) -> None:
         )
 
 
-def check_shared_encoder(task: Task, student: nn.Module, teacher: nn.Module, losses: Collection[str]) -> None:
-    """Whether the student's encoder is the teacher's, so that one run serves both.
-
-    Raises:
-        ConfigError: models without an encoder of their own, other weights in it, or losses that look into it.
-    """
-    if len(task.stacks) < 2 or task.kind != "tokens":
+def check_shared_encoder(head: Head, student: nn.Module, teacher: nn.Module, losses: Collection[str]) -> None:
+    """ConfigError unless the student's encoder is the teacher's, and no loss looks into it: one run serves both."""
+    if len(head.stacks) < 2 or head.kind != "tokens":
         raise ConfigError("share_encoder=True is for encoder-decoders that generate, such as T5, BART and Whisper.")
     by_layer = [name for name in losses if LOSSES[name].maps_layers]
     if by_layer:
@@ -119,11 +103,7 @@ def check_shared_encoder(task: Task, student: nn.Module, teacher: nn.Module, los
 
 
 def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: bool) -> None:
-    """Whether the student can write what it is trained on, and the teacher say something about it.
-
-    Raises:
-        ConfigError: a model that does not generate, labels that would be the student's own, or a cached teacher.
-    """
+    """ConfigError unless the student can write what it is trained on, and a live teacher judge it, without labels."""
     if not writes(student):
         raise ConfigError(f"on_policy is for {GENERATING}; got {type(base_of(student)).__name__}.")
     if "ce" in losses:
@@ -136,11 +116,8 @@ def check_on_policy(student: nn.Module, losses: Collection[str], *, is_cached: b
 
 
 def check_sharded(args: Any, *, teaches_itself: bool) -> None:
-    """Whether `DistillationArguments` can be honoured under FSDP, where a weight is whole only while its layer runs.
-
-    Raises:
-        ConfigError: a student that generates, or that is its own teacher.
-    """
+    """ConfigError for a student under FSDP, where a weight is whole only while its layer runs, that generates or is
+    its own teacher."""
     if args.on_policy:
         raise ConfigError("on_policy does not work under FSDP, whose shards do not generate. Use DDP or ZeRO-2.")
     if teaches_itself:
@@ -179,12 +156,12 @@ def _vocabularies(student: nn.Module, teacher: nn.Module) -> list[int]:
     return [size for size in sizes if size is not None]
 
 
-def _check_labels(task: Task, teacher_task: Task, student: nn.Module, teacher: nn.Module) -> None:
-    problems = {task.problem, teacher_task.problem} - {None}
-    if task.num_labels != teacher_task.num_labels or len(problems) == 2:
+def _check_labels(head: Head, teacher_head: Head, student: nn.Module, teacher: nn.Module) -> None:
+    problems = {head.problem, teacher_head.problem} - {None}
+    if head.num_labels != teacher_head.num_labels or len(problems) == 2:
         raise UnsupportedModelError(
-            f"The student has {task.num_labels} labels (problem_type {task.problem}), the teacher "
-            f"{teacher_task.num_labels} (problem_type {teacher_task.problem}). Load the student with the teacher's "
+            f"The student has {head.num_labels} labels (problem_type {head.problem}), the teacher "
+            f"{teacher_head.num_labels} (problem_type {teacher_head.problem}). Load the student with the teacher's "
             "num_labels and problem_type, or leave `kd` out of losses."
         )
     orders = [[name for _, name in sorted((base_of(m).config.id2label or {}).items())] for m in (student, teacher)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import DataError, shown
 from ..models.inputs import check_range
-from ..training.batch import IGNORED, Task, base_of, task_of
+from ..training.batch import IGNORED, Head, base_of, head_of
 
 IDS = ("input_ids", "decoder_input_ids")
 
@@ -47,7 +47,7 @@ class CheckedCollator(Collator):
         tables = [base.get_input_embeddings() for base in reading]
         sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
         self.ids = min(sizes, default=None)
-        self.labels = _label_count(task_of(models[0]), bases[0])
+        self.labels = _label_count(head_of(models[0]), bases[0])
 
     def __call__(self, rows: list) -> Any:
         try:
@@ -73,11 +73,11 @@ class CheckedCollator(Collator):
         return batch
 
 
-def _label_count(task: Task, model: Any) -> tuple[int, str] | None:
+def _label_count(head: Head, model: Any) -> tuple[int, str] | None:
     """How many labels there are, and what they are; None where any number is one."""
-    if task.kind in ("causal_lm", "tokens") and not task.num_labels:
+    if head.kind in ("causal_lm", "tokens") and not head.num_labels:
         output = model.get_output_embeddings()
         return None if output is None else (output.weight.shape[0], "the tokens of its output")
-    if task.num_labels > 1 and task.kind in ("examples", "tokens"):
-        return task.num_labels, f"its {task.num_labels} classes"
+    if head.num_labels > 1 and head.kind in ("examples", "tokens"):
+        return head.num_labels, f"its {head.num_labels} classes"
     return None

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, default_data_collato
 
 from ..errors import ConfigError, DataError
 from ..models.modes import eval_mode
-from ..training.batch import IGNORED, Batch, Task, base_of, forward_names, task_of
+from ..training.batch import IGNORED, Batch, Head, base_of, forward_names, head_of
 from .collating import CheckedCollator
 
 if TYPE_CHECKING:
@@ -31,17 +31,12 @@ GENERATING = "models that write: AutoModelForCausalLM and AutoModelForSeq2SeqLM"
 def writes(model: Any) -> bool:
     """Whether a model can continue or answer a text, token by token. Whisper's `generate` has ways of its own."""
     reads = "input_ids" in forward_names(model)
-    return reads and task_of(model).kind in ("causal_lm", "tokens") and base_of(model).can_generate()
+    return reads and head_of(model).kind in ("causal_lm", "tokens") and base_of(model).can_generate()
 
 
 @torch.no_grad()
 def write(
-    model: PreTrainedModel,
-    batch: Batch,
-    *,
-    max_new_tokens: int,
-    sampling: float | None,
-    num_beams: int = 1,
+    model: PreTrainedModel, batch: Batch, *, max_new_tokens: int, sampling: float | None, num_beams: int = 1
 ) -> dict[str, Any]:
     """The inputs of a batch with what `model` writes in place of the labels.
 
@@ -52,7 +47,7 @@ def write(
         DataError: a batch without token ids.
     """
     base: Any = base_of(model)
-    if "input_ids" not in batch.inputs and batch.task.kind == "causal_lm":
+    if "input_ids" not in batch.inputs and batch.head.kind == "causal_lm":
         raise DataError("Generation needs input_ids; this batch has none.")
     own = base.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -69,7 +64,7 @@ def write(
         **({"temperature": sampling, "top_k": 0, "top_p": 1.0} if sampling is not None else {}),
     )
     with eval_mode(model):
-        if batch.task.kind == "causal_lm":
+        if batch.head.kind == "causal_lm":
             prompts = _prompts(batch)
             ids, mask = _padded(prompts, padding, left=True)
             written = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
@@ -112,7 +107,7 @@ def teacher_texts(
     for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} must be 1 or more, got {value!r}.")
-    task, names = task_of(teacher), forward_names(teacher)
+    head, names = head_of(teacher), forward_names(teacher)
     rows = dataset.remove_columns([name for name in dataset.column_names if name not in names])
     collate = CheckedCollator(data_collator, teacher)
     texts: list[dict[str, list]] = []
@@ -120,9 +115,9 @@ def teacher_texts(
         inputs = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         placed = {k: v.to(teacher.device) if torch.is_tensor(v) else v for k, v in dict(inputs).items()}
         written = write(
-            teacher, Batch(placed, task), max_new_tokens=max_new_tokens, sampling=None, num_beams=num_beams
+            teacher, Batch(placed, head), max_new_tokens=max_new_tokens, sampling=None, num_beams=num_beams
         )
-        texts += _unpadded(written, task)
+        texts += _unpadded(written, head)
     return datasets.Dataset.from_list(texts)
 
 
@@ -163,7 +158,7 @@ def _padded(rows: list[Tensor], padding: int, *, left: bool = False) -> tuple[Te
     return ids, mask
 
 
-def _unpadded(inputs: dict[str, Any], task: Task) -> list[dict[str, list]]:
+def _unpadded(inputs: dict[str, Any], head: Head) -> list[dict[str, list]]:
     """The rows of a batch, for a `Dataset`."""
     tensors = {name: value.cpu() for name, value in inputs.items() if torch.is_tensor(value)}
     mask = tensors.get("attention_mask")
@@ -172,7 +167,7 @@ def _unpadded(inputs: dict[str, Any], task: Task) -> list[dict[str, list]]:
         row = {}
         for name, value in tensors.items():
             own = value[index]
-            if name == "labels" and len(task.stacks) == 2:
+            if name == "labels" and len(head.stacks) == 2:
                 own = own[own != IGNORED]
             elif mask is not None and value.shape == mask.shape:
                 own = own[mask[index].bool()]

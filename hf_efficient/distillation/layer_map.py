@@ -53,11 +53,7 @@ def layer_pairs(
     teacher_layers: int,
     kept: Sequence[int] | None = None,
 ) -> Pairs:
-    """The pairs of one stack, checked against both depths.
-
-    Raises:
-        ConfigError: an unknown name, a list that is not one of pairs, a position that a model does not have.
-    """
+    """The pairs of one stack; ConfigError for an unknown name, a list of no pairs, or a position beyond a depth."""
     if not isinstance(layer_map, str):
         return _check_pairs(layer_map, student_layers, teacher_layers)
     if layer_map == "auto" and kept is not None:
@@ -78,11 +74,7 @@ def layer_pairs(
 def map_layers(
     student: nn.Module, teacher: nn.Module, layer_map: LayerMap, stacks: tuple[str, ...]
 ) -> dict[str, Pairs]:
-    """The pairs of every stack of these two models.
-
-    Raises:
-        ConfigError: the map does not fit the models.
-    """
+    """The pairs of every stack of these two models; ConfigError if the map does not fit them."""
     student_depths, teacher_depths = depths(student, stacks), depths(teacher, stacks)
     kept = kept_layers(student, stacks)
     if isinstance(layer_map, dict) and set(layer_map) != set(stacks):
@@ -97,11 +89,8 @@ def map_layers(
 def map_attentions(
     student: nn.Module, teacher: nn.Module, layer_map: LayerMap | None, stacks: tuple[str, ...]
 ) -> dict[str, Pairs]:
-    """As `map_layers`, for what only layers have: no embeddings. `None` pairs the last layers alone.
-
-    Raises:
-        ConfigError: the map does not fit the models, or a stack has nothing but embeddings in it.
-    """
+    """As `map_layers`, for what only layers have: no embeddings, nor a stack of nothing else. `None` pairs the last
+    layers alone."""
     if layer_map is None:
         ends = depths(student, stacks), depths(teacher, stacks)
         return {stack: [(ends[0][stack], ends[1][stack])] for stack in stacks}

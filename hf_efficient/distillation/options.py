@@ -19,6 +19,11 @@ SOFT_POSITIONS = ("labels", "attended")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _option(*, help: str, **default: Any) -> Any:
+    """As transformers' `HfArg`, which is not light."""
+    return field(metadata={"help": help}, **default)
+
+
 @dataclass
 class DistillationOptions:
     """What `DistillationArguments` has beside `TrainingArguments`; the help of each field says what it means.
@@ -27,113 +32,86 @@ class DistillationOptions:
         ConfigError: a value that is not allowed.
     """
 
-    losses: dict | str | None = field(
+    losses: dict | str | None = _option(
         default_factory=lambda: {"ce": 1.0, "kd": 1.0},
-        metadata={
-            "help": 'Weight of each loss, on the command line as JSON: \'{"ce": 1, "kd": 1}\'. '
-            "ce: hard labels; kd: the teacher's soft labels; hidden: hidden states of mapped layers; attention: "
-            "attention weights of mapped layers; relation: relations among queries, keys and values (MiniLM v2); "
-            "attention_output: what the attentions of mapped layers give; embedding: pooled vectors of models without "
-            "a head."
-        },
+        help='Weight of each loss, on the command line as JSON: \'{"ce": 1, "kd": 1}\'. '
+        "ce: hard labels; kd: the teacher's soft labels; hidden: hidden states of mapped layers; attention: "
+        "attention weights of mapped layers; relation: relations among queries, keys and values (MiniLM v2); "
+        "attention_output: what the attentions of mapped layers give; embedding: pooled vectors of models without "
+        "a head.",
     )
-    temperature: float = field(
-        default=2.0, metadata={"help": "Both models' logits are divided by it before the kd divergence."}
+    temperature: float = _option(default=2.0, help="Both models' logits are divided by it before the kd divergence.")
+    temperature_final: float | None = _option(
+        default=None, help="The temperature goes in equal steps from `temperature` to this one; default: it stays."
     )
-    temperature_final: float | None = field(
-        default=None,
-        metadata={"help": "The temperature goes in equal steps from `temperature` to this one; default: it stays."},
+    temperature_squared: bool = _option(
+        default=True, help="Multiply kd by temperature^2, so that its gradient does not shrink with the temperature."
     )
-    temperature_squared: bool = field(
-        default=True,
-        metadata={"help": "Multiply kd by temperature^2, so that its gradient does not shrink with the temperature."},
-    )
-    divergence: str = field(
+    divergence: str = _option(
         default="forward",
-        metadata={"help": "Divergence of kd: forward, KL(teacher || student); reverse, KL(student || teacher); jsd."},
+        help="Divergence of kd: forward, KL(teacher || student); reverse, KL(student || teacher); jsd.",
     )
-    jsd_beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in the mixture of jsd, in (0, 1)."})
-    soft_positions: str = field(
+    jsd_beta: float = _option(default=0.5, help="Weight of the teacher in the mixture of jsd, in (0, 1).")
+    soft_positions: str = _option(
         default="labels",
-        metadata={
-            "help": "Tokens on which kd is computed: labels (where a label counts; all tokens that are not padding if "
-            "there are no labels) or attended (all tokens that are not padding)."
-        },
+        help="Tokens on which kd is computed: labels (where a label counts; all tokens that are not padding if "
+        "there are no labels) or attended (all tokens that are not padding).",
     )
-    hidden_loss: str = field(
-        default="mse", metadata={"help": "Distance of hidden states: mse, or cosine (1 - cosine similarity)."}
+    hidden_loss: str = _option(
+        default="mse", help="Distance of hidden states: mse, or cosine (1 - cosine similarity)."
     )
-    attention_loss: str = field(
-        default="kl",
-        metadata={"help": "Distance of attentions: kl of the weights (MiniLM), or mse of the scores (TinyBERT)."},
+    attention_loss: str = _option(
+        default="kl", help="Distance of attentions: kl of the weights (MiniLM), or mse of the scores (TinyBERT)."
     )
-    relation_heads: int | None = field(
+    relation_heads: int | None = _option(
+        default=None, help="Into how many heads relation cuts queries, keys and values; default: the teacher's heads."
+    )
+    relation_layers: list | str | dict | None = _option(
         default=None,
-        metadata={"help": "Into how many heads relation cuts queries, keys and values; default: the teacher's heads."},
+        help="Which layers relation compares, as in layer_map; default: the last ones. For teachers of 24 "
+        "layers and more one of the upper middle is better (Wang et al. 2021): [[6, 19]].",
     )
-    relation_layers: list | str | dict | None = field(
-        default=None,
-        metadata={
-            "help": "Which layers relation compares, as in layer_map; default: the last ones. For teachers of 24 "
-            "layers and more one of the upper middle is better (Wang et al. 2021): [[6, 19]]."
-        },
+    embedding_loss: str = _option(
+        default="cosine", help="Distance of embeddings: cosine (1 - cosine similarity), or mse."
     )
-    embedding_loss: str = field(
-        default="cosine", metadata={"help": "Distance of embeddings: cosine (1 - cosine similarity), or mse."}
+    pooling: str = _option(
+        default="mean", help="The embedding of a text: mean of its tokens, cls (the first one) or last (the last one)."
     )
-    pooling: str = field(
-        default="mean",
-        metadata={"help": "The embedding of a text: mean of its tokens, cls (the first one) or last (the last one)."},
-    )
-    layer_map: list | str | dict | None = field(
+    layer_map: list | str | dict | None = _option(
         default="auto",
-        metadata={
-            "help": "Which teacher layer each student layer learns from: auto (the layers that the student kept of "
-            "its teacher, else uniform), uniform, last, linspace, or JSON pairs [[student, teacher], ...] in which 0 "
-            'is the embeddings; for encoder-decoders also {"encoder": ..., "decoder": ...}.'
-        },
+        help="Which teacher layer each student layer learns from: auto (the layers that the student kept of "
+        "its teacher, else uniform), uniform, last, linspace, or JSON pairs [[student, teacher], ...] in which 0 "
+        'is the embeddings; for encoder-decoders also {"encoder": ..., "decoder": ...}.',
     )
-    truncate_vocabulary: bool = field(
+    truncate_vocabulary: bool = _option(
         default=False,
-        metadata={
-            "help": "Compare only the entries that both vocabularies have: for models with the same tokenizer whose "
-            "embeddings are padded to different sizes."
-        },
+        help="Compare only the entries that both vocabularies have: for models with the same tokenizer whose "
+        "embeddings are padded to different sizes.",
     )
-    share_encoder: bool = field(
+    share_encoder: bool = _option(
         default=False,
-        metadata={
-            "help": "The student keeps the teacher's encoder (distil-whisper): it is frozen, and run once for both. "
-            "For encoder-decoders."
-        },
+        help="The student keeps the teacher's encoder (distil-whisper): it is frozen, and run once for both. "
+        "For encoder-decoders.",
     )
-    on_policy: float = field(
+    on_policy: float = _option(
         default=0.0,
-        metadata={
-            "help": "Fraction of optimizer steps, 0 to 1, whose texts the student writes itself, after the prompts of "
-            "the data, and the teacher judges (GKD). For causal and seq2seq models, without ce."
-        },
+        help="Fraction of optimizer steps, 0 to 1, whose texts the student writes itself, after the prompts of "
+        "the data, and the teacher judges (GKD). For causal and seq2seq models, without ce.",
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens that the student writes with on_policy."})
-    sampling_temperature: float = field(
-        default=1.0, metadata={"help": "At which the student draws its tokens with on_policy."}
-    )
-    compile_student: str | None = field(
+    max_new_tokens: int = _option(default=128, help="Most tokens that the student writes with on_policy.")
+    sampling_temperature: float = _option(default=1.0, help="At which the student draws its tokens with on_policy.")
+    compile_student: str | None = _option(
         default=None,
-        metadata={
-            "help": "Run the student's forward through torch.compile with this backend, such as inductor; in place of "
-            "torch_compile, which would compile the losses anew at every step."
-        },
+        help="Run the student's forward through torch.compile with this backend, such as inductor; in place of "
+        "torch_compile, which would compile the losses anew at every step.",
     )
-    teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Cast the teacher to float32, bfloat16 or float16; default: as it was loaded."}
+    teacher_dtype: str | None = _option(
+        default=None, help="Cast the teacher to float32, bfloat16 or float16; default: as it was loaded."
     )
-    teacher_max_length: int | None = field(
+    teacher_max_length: int | None = _option(
         default=None,
-        metadata={
-            "help": "The teacher gets only the first so many tokens of each text, where it takes fewer than the "
-            "student; for tasks with one answer for a whole text. Default: all of them."
-        },
+        help="The teacher gets only the first so many tokens of each text, where it takes fewer than the "
+        "student; for tasks with one answer for a whole text. Default: all of them.",
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """One student and one teacher, checked against each other: what of them is compared, and where to find it.
 
 pairing = pair(student, teacher, args)
-pairing.task, pairing.pairs["hidden"], pairing.projections
+pairing.head, pairing.pairs["hidden"], pairing.projections
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.token_masks import counts_columns, first_positions
-from ..training.batch import Batch, Task, base_of, forward_names
+from ..training.batch import Batch, Head, base_of, forward_names
 from .arguments import DistillationArguments
 from .cache.cache import TeacherCache
 from .checks import check_cut, check_models, check_on_policy, check_shared_encoder, common_vocabulary
@@ -39,7 +39,7 @@ class Pairing:
         vocabulary: how many entries both vocabularies share, where one of them is padded.
     """
 
-    task: Task
+    head: Head
     losses: Mapping[str, Loss]
     pairs: Mapping[str, Mapping[str, Pairs]]
     projections: nn.ModuleDict
@@ -70,52 +70,49 @@ class Pairing:
 def pair(
     student: nn.Module, teacher: nn.Module | None, args: DistillationArguments, cache: TeacherCache | None = None
 ) -> Pairing:
-    """Compare the models, and find what the losses need of them; without a teacher, of the student alone.
-
-    Raises:
-        ConfigError, UnsupportedModelError: models that cannot be compared so, or would silently be trained wrongly.
-    """
-    task = check_models(student, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
+    """Compare the models, and find what the losses need of them (without a teacher, of the student alone); raises for
+    models that cannot be compared so, or would silently be trained wrongly."""
+    head = check_models(student, teacher, args.losses, truncate_vocabulary=args.truncate_vocabulary)
     losses = {name: LOSSES[name] for name in args.losses}
     if teacher is None:
         names = {"student": forward_names(student), "teacher": frozenset()}
         counted = {"student": counts_columns(base_of(student), names["student"]), "teacher": False}
-        return Pairing(task, losses, {}, nn.ModuleDict(), names, counted, {"student": {}, "teacher": {}}, None)
-    check_cut(task, args.losses, args.teacher_max_length)
+        return Pairing(head, losses, {}, nn.ModuleDict(), names, counted, {"student": {}, "teacher": {}}, None)
+    check_cut(head, args.losses, args.teacher_max_length)
     if args.on_policy:
         check_on_policy(student, args.losses, is_cached=cache is not None)
     if args.share_encoder:
-        check_shared_encoder(task, student, teacher, args.losses)
-    pairs = _pairs(student, teacher, args, losses, task)
+        check_shared_encoder(head, student, teacher, args.losses)
+    pairs = _pairs(student, teacher, args, losses, head)
     if cache is not None:
         cache.check(args, pairs)
     sides = dict(zip(SIDES, (student, teacher), strict=True))
     names = {side: forward_names(model) for side, model in sides.items()}
     return Pairing(
-        task=task,
+        head=head,
         losses=losses,
         pairs=pairs,
         projections=_projections(student, teacher, losses, pairs).to(args.device),
         names=names,
         counts_columns={side: counts_columns(base_of(model), names[side]) for side, model in sides.items()},
         recorded={
-            side: _to_record(model, index, losses, pairs, task) for index, (side, model) in enumerate(sides.items())
+            side: _to_record(model, index, losses, pairs, head) for index, (side, model) in enumerate(sides.items())
         },
         vocabulary=common_vocabulary(student, teacher) if args.truncate_vocabulary else None,
     )
 
 
 def _pairs(
-    student: nn.Module, teacher: nn.Module, args: DistillationArguments, losses: Mapping[str, Loss], task: Task
+    student: nn.Module, teacher: nn.Module, args: DistillationArguments, losses: Mapping[str, Loss], head: Head
 ) -> dict[str, dict[str, Pairs]]:
     """The layers that each loss compares, by stack."""
     pairs = {}
     for name, loss in losses.items():
         if loss.needs_attentions:
             layer_map = args.relation_layers if name == "relation" else args.layer_map
-            pairs[name] = map_attentions(student, teacher, layer_map, task.stacks)
+            pairs[name] = map_attentions(student, teacher, layer_map, head.stacks)
         elif loss.maps_layers:
-            pairs[name] = map_layers(student, teacher, args.layer_map, task.stacks)
+            pairs[name] = map_layers(student, teacher, args.layer_map, head.stacks)
     return pairs
 
 
@@ -138,11 +135,7 @@ def _projections(
 
 
 def _to_record(
-    model: nn.Module,
-    side: int,
-    losses: Mapping[str, Loss],
-    pairs: Mapping[str, Mapping[str, Pairs]],
-    task: Task,
+    model: nn.Module, side: int, losses: Mapping[str, Loss], pairs: Mapping[str, Mapping[str, Pairs]], head: Head
 ) -> Modules:
     """The attentions of one model that a loss looks into; side 0 is the student, 1 the teacher."""
     places = {
@@ -154,4 +147,4 @@ def _to_record(
     }
     if not places:
         return {}
-    return {place: module for place, module in self_attentions(model, task.stacks).items() if place in places}
+    return {place: module for place, module in self_attentions(model, head.stacks).items() if place in places}

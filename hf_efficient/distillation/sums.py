@@ -120,7 +120,7 @@ class Compared:
 
     @property
     def is_causal(self) -> bool:
-        return self.stack == "decoder" or self.batch.task.is_causal
+        return self.stack == "decoder" or self.batch.head.is_causal
 
     def states(self) -> tuple[Tensor, Tensor]:
         """The hidden states of both, [B, T, width]."""

@@ -162,11 +162,7 @@ def register_loss(loss: Loss) -> None:
 
 
 def check_losses(losses: Collection[str], *, headless: bool) -> None:
-    """Whether a model with a head, or without one, has what the losses compare.
-
-    Raises:
-        ConfigError: a loss of logits without a head, or of embeddings with one.
-    """
+    """ConfigError for a loss of logits without a head, or of embeddings with one."""
     refused = "logits" if headless else "embeddings"
     wrong = [name for name in losses if LOSSES[name].compares == refused]
     if not wrong:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..errors import ConfigError
 from ..models.checks import take_floats
 from ..models.modes import eval_mode
-from ..training.batch import Batch, Task, base_of, first_tokens
+from ..training.batch import Batch, Head, base_of, first_tokens
 from ..training.forward import call_inside
 from ..training.trainers import Counts
 from .adapters import own_base, without_adapters
@@ -118,8 +118,8 @@ class DistillationTrainer(ProjectionTrainer):
             encoder.requires_grad_(False)
 
     @property
-    def task(self) -> Task:
-        return self.pairing.task
+    def head(self) -> Head:
+        return self.pairing.head
 
     @property
     def pairs(self) -> Mapping[str, Mapping[str, Pairs]]:
@@ -166,7 +166,7 @@ class DistillationTrainer(ProjectionTrainer):
         return self._counts(self._batch(inputs))
 
     def _batch(self, inputs: dict[str, Any], rows: int | None = None) -> Batch:
-        return Batch(inputs, self.task, soft_positions=self.args.soft_positions, rows=rows)
+        return Batch(inputs, self.head, soft_positions=self.args.soft_positions, rows=rows)
 
     def _counts(self, batch: Batch) -> Counts:
         """The number of positions of each part of each loss in one batch."""
@@ -174,11 +174,7 @@ class DistillationTrainer(ProjectionTrainer):
         return {part: mask.sum() for part, mask in masks}
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss of the step.
 
@@ -286,7 +282,7 @@ class DistillationTrainer(ProjectionTrainer):
 
     def _outputs(self, logits: Tensor | None) -> Any:
         """As `Trainer` gives them to `compute_metrics`: the start and end logits of spans apart."""
-        return tuple(logits.unbind(1)) if logits is not None and self.task.kind == "spans" else logits
+        return tuple(logits.unbind(1)) if logits is not None and self.head.kind == "spans" else logits
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`; the losses are means over all positions of the data set, not means of batch means."""

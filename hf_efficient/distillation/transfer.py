@@ -33,7 +33,7 @@ from ..models.families import is_known
 from ..models.heads import PREPARE, SINGLE_LABEL
 from ..models.modes import eval_mode
 from ..models.token_masks import counts_columns, first_positions
-from ..training.batch import Batch, Task, forward_names
+from ..training.batch import Batch, Head, forward_names
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
 from .losses.losses import hidden_loss
@@ -127,7 +127,7 @@ class TransferTrainer(StepTrainer):
         self._stacks = list(dict.fromkeys(attention.stack for attention in self.attentions.values()))
         self._shift = getattr(model, PREPARE, None)  # where labels make the decoder's inputs
         two = "decoder_input_ids" in self._names
-        self.task = Task("tokens" if two else "examples", SINGLE_LABEL, 0, ("encoder", "decoder")[: 1 + two])
+        self.head = Head("tokens" if two else "examples", SINGLE_LABEL, 0, ("encoder", "decoder")[: 1 + two])
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer.train`; only the learned parts collect gradients meanwhile."""
@@ -185,7 +185,7 @@ class TransferTrainer(StepTrainer):
         """What the forward takes, never labels: no loss of the model's own, and no more logits than it must make."""
         kwargs = {name: value for name, value in inputs.items() if name in self._names - {"labels"}}
         if self._shift is not None and inputs.get("labels") is not None and inputs.get("decoder_input_ids") is None:
-            kwargs["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.task).labels)
+            kwargs["decoder_input_ids"] = self._shift(labels=Batch(inputs, self.head).labels)
         if counts_columns(self.model, self._names):
             kwargs |= first_positions(inputs)
         return kwargs | {n: v for n, v in {"use_cache": False, "logits_to_keep": 1}.items() if n in self._names}
@@ -194,10 +194,10 @@ class TransferTrainer(StepTrainer):
         """The real queries of each stack, `[B, T]`; `[B]` for images."""
         if self._shift is None:  # labels that say nothing about positions
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        masks = Batch(inputs, self.task, rows=rows).token_masks()
+        masks = Batch(inputs, self.head, rows=rows).token_masks()
         if "vision" in self._stacks:
             images = {"pixel_values": inputs["pixel_values"]}
-            masks["vision"] = Batch(images, self.task, rows=rows).token_masks()["encoder"]
+            masks["vision"] = Batch(images, self.head, rows=rows).token_masks()["encoder"]
         return {stack: masks.get(stack, masks["encoder"]) for stack in self._stacks}
 
     def prediction_step(
@@ -276,11 +276,7 @@ def _stack_of(path: str) -> str:
 
 
 def check_learned(attentions: dict[str, _Attention]) -> None:
-    """Refuse a model in which there is nothing to fit.
-
-    Raises:
-        UnsupportedModelError: no converted attention, or none with learned parts.
-    """
+    """UnsupportedModelError if there is nothing to fit: no converted attention, or none with learned parts."""
     if any(attention.is_learned for attention in attentions.values()):
         return
     kinds = sorted({attention.variant.config.kind for attention in attentions.values()})

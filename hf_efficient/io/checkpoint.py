@@ -46,11 +46,7 @@ class Tensor:
 
 
 def check_links(folder: Path) -> None:
-    """Files that loading reads lie in the folder, or in the Hub's cache.
-
-    Raises:
-        CheckpointError: a link leads elsewhere.
-    """
+    """CheckpointError if a file that loading reads lies neither in the folder nor in the Hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     roots = [folder.resolve(), Path(HF_HUB_CACHE).resolve()]
@@ -70,11 +66,7 @@ def check_links(folder: Path) -> None:
 
 
 def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: see `read_json`; or it holds something else.
-    """
+    """The object in a JSON file; CheckpointError as `read_json`, or if it holds something else."""
     value = read_json(path, max_bytes=max_bytes)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold an object {{...}}, got {shown(value)}. Take it from a good copy.")
@@ -82,11 +74,7 @@ def read_mapping(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def check_processor(folder: Path, images: bool) -> None:
-    """The files that a tokenizer or an image processor is made of are objects, and their classes names.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """CheckpointError unless the files of a tokenizer or image processor are objects, and their classes names."""
     for name in _PROCESSOR if images else _TOKENIZER:
         if (folder / name).is_file():
             data = read_mapping(folder / name)

@@ -77,11 +77,7 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> Path:
 
 
 def check_name(folder: str | os.PathLike) -> Path:
-    """The folder as a path, if its name is text: safetensors and tokenizers open no other.
-
-    Raises:
-        CheckpointError: it holds bytes that are not UTF-8.
-    """
+    """The folder as a path; CheckpointError if its name is not UTF-8: safetensors and tokenizers open no other."""
     try:
         os.fspath(folder).encode("utf-8")
     except UnicodeEncodeError:
@@ -93,11 +89,7 @@ def check_name(folder: str | os.PathLike) -> Path:
 
 
 def check_empty(folder: str | os.PathLike) -> Path:
-    """The folder as a path, if it is new or empty.
-
-    Raises:
-        CheckpointError: it is not empty, a file, or a link to nowhere, or its name is not UTF-8.
-    """
+    """The folder as a path; CheckpointError if it is not empty, a file, a link to nowhere, or of a name not UTF-8."""
     target = check_name(folder)
     if target.is_file():
         raise CheckpointError(f"{target} is a file. Choose another output folder.")
@@ -112,11 +104,8 @@ def check_empty(folder: str | os.PathLike) -> Path:
 
 @contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name when the work within is done; after an error it goes.
-
-    Raises:
-        CheckpointError: `folder` is not new or empty.
-    """
+    """A temporary folder beside `folder`, which must be new or empty and is replaced by it when the work within is
+    done; after an error it goes."""
     target = check_empty(folder)
     target = Path(os.path.realpath(target)) if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +122,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def own_folder(folder: str | os.PathLike) -> Path:
-    """A folder of a fixed name that belongs to us, made if it is not there.
-
-    Raises:
-        CheckpointError: a file or a link stands in its place, or a link in it: what we write would go elsewhere.
-    """
+    """A folder of a fixed name that belongs to us, made if it is not there; CheckpointError for a file or a link in
+    its place, or a link in it: what we write would go elsewhere."""
     target = Path(folder)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is a link or a file, where a folder of this run belongs. Remove it.")
@@ -148,11 +134,7 @@ def own_folder(folder: str | os.PathLike) -> Path:
 
 
 def own_file(path: str | os.PathLike) -> Path:
-    """The place of a file of a fixed name that belongs to us, and that others open for us.
-
-    Raises:
-        CheckpointError: a link, a folder or a device stands there.
-    """
+    """The place of a file of ours that others open for us; CheckpointError if something else stands there."""
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise CheckpointError(f"{target} is a link or a folder, where a file of this run belongs. Remove it.")
@@ -166,11 +148,7 @@ def remove_own(folder: str | os.PathLike) -> None:
 
 
 def inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
-    """`folder / name`, if that lies in the folder once all links are followed.
-
-    Raises:
-        CheckpointError: it leads out of the folder.
-    """
+    """`folder / name`; CheckpointError if that leads out of the folder once all links are followed."""
     path = Path(folder) / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise CheckpointError(f"{path} leads out of {os.fspath(folder)}. Put a copy of the file there in its place.")
@@ -178,11 +156,7 @@ def inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
 
 
 def check_inside(folder: str | os.PathLike) -> None:
-    """Nothing in the folder is a link that leads out of it.
-
-    Raises:
-        CheckpointError: something is.
-    """
+    """CheckpointError if something in the folder is a link that leads out of it."""
     for path in Path(folder).rglob("*"):
         inside(folder, path.relative_to(folder))
 

@@ -19,11 +19,7 @@ MAX_DEPTH = 100
 
 
 def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        CheckpointError: no such file, not a file, too large, not UTF-8, not JSON; it names the file.
-    """
+    """The value in a JSON file; CheckpointError, with its name, if it is none, too large, not UTF-8 or not JSON."""
     target = Path(path)
     try:
         return parse_json(read_text(target, max_bytes))
@@ -32,11 +28,7 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """What a file holds, as UTF-8.
-
-    Raises:
-        OSError, ValueError: no such file, not a file, too large, not UTF-8.
-    """
+    """What a file holds, as UTF-8; OSError or ValueError if it is none, is too large, or is not UTF-8."""
     if not path.is_file():
         raise ValueError("it is not a file" if path.exists() else "there is no such file")
     size = path.stat().st_size

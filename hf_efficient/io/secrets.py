@@ -13,7 +13,8 @@ from typing import Any
 
 REMOVED = "[removed]"
 
-_KEYS = re.compile(
+# Patterns are strings, which `re` compiles at the first use and keeps: whoever imports the package waits for none.
+_KEYS = (
     r"(?<![A-Za-z0-9])(?:"
     r"(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
     r"|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|gl[a-z]{1,5}-[\w-]{16,}"  # GitHub, GitLab
@@ -25,27 +26,25 @@ _KEYS = re.compile(
     r")"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)"
 )
-_IN_URL = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/?#]{1,200}@")
-_BEARER = re.compile(r"\b(bearer\s+)(?=\S{0,500}[0-9._=])[\w.~+/=-]{8,}", re.IGNORECASE)
-_HEADER = re.compile(
-    r"\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:(?:basic|token|digest|bearer)\s+)?)[^\s\"',;]{6,}", re.I
-)
-_ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]{1,64})([\"']?\s{0,3}[=:]\s{0,3}[\"']?)([^\s\"'&,;()\[\]{}<>]{1,200})")
-_OPTION = re.compile(r"(?<!\S)(--[\w.-]{1,64})(\s{1,3})([^\s\"'-][^\s\"']{0,200})")
-_REST = re.compile(r"[^\s\"'&,;()\[\]{}<>]*")
+_IN_URL = r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,20}://)[^\s/?#]{1,200}@"
+_BEARER = r"(?i)\b(bearer\s+)(?=\S{0,500}[0-9._=])[\w.~+/=-]{8,}"
+_HEADER = r"(?i)\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:(?:basic|token|digest|bearer)\s+)?)[^\s\"',;]{6,}"
+_ASSIGNED = r"(?<![\w.-])([\w.-]{1,64})([\"']?\s{0,3}[=:]\s{0,3}[\"']?)([^\s\"'&,;()\[\]{}<>]{1,200})"
+_OPTION = r"(?<!\S)(--[\w.-]{1,64})(\s{1,3})([^\s\"'-][^\s\"']{0,200})"
+_REST = r"[^\s\"'&,;()\[\]{}<>]*"
 
-_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_PART = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+"
 _OWNERS = (
     "hub|hf|huggingface|api|auth|access|refresh|session|bearer|oauth|github|gitlab|slack|secret|jwt|csrf|wandb|openai"
 )
 _OWNERS += "|anthropic|aws|azure|google|personal|client|private|account|signing|ssh|encryption|shared|storage|service"
 # In a name without its separators.
-_NAME = re.compile(
+_NAME = (
     r"passw(?:or)?ds?|passphrase|pwds?$|secrets?(?!ary)|credential|authori[sz]ation|cookies?$|auth$|signature$|^sig$"
     rf"|(?:{_OWNERS})(?:keys?(?:id|value)?$|tokens?(?!i[sz]))"
 )
 # What stands before `token` where it is one of a tokenizer, or a count of them.
-_OF_TOKENIZERS = re.compile(
+_OF_TOKENIZERS = (
     r"pad|padding|eos|bos|unk|unknown|mask|cls|sep|special|image|video|audio|boi|eoi|boa|eoa|start|end"
     r"|begin|max|min|num|new|global|sink|target|source|input|output|generated|prompt|extra|added|additional"
     r"|stop|prefix|suffix|text|real|first|last|next|previous|query|total|per|all|number|of|language|lang"
@@ -56,14 +55,14 @@ _OF_TOKENIZERS = re.compile(
 
 def is_secret(name: str, value: Any = "") -> bool:
     """Whether a setting of this name holds a secret: `hub_token`, `apiKeys`, `Authorization`, in any spelling."""
-    words = [word.lower() for word in _PART.findall(name[:200])]
+    words = [word.lower() for word in re.findall(_PART, name[:200])]
     if not words or value is None or isinstance(value, bool):
         return False
-    if _NAME.search("".join(words)):
+    if re.search(_NAME, "".join(words)):
         return not (isinstance(value, (int, float)) and words[-1].startswith("token"))
     if words[-1] not in ("token", "tokens") or isinstance(value, (int, float)):
         return False
-    of_tokenizer = len(words) > 1 and _OF_TOKENIZERS.fullmatch(words[-2]) is not None
+    of_tokenizer = len(words) > 1 and re.fullmatch(_OF_TOKENIZERS, words[-2]) is not None
     shown_as_one = isinstance(value, str) and re.fullmatch(r"[<\[].{0,40}[>\]]|\d*", value)
     return not of_tokenizer and not shown_as_one and (words[-1] == "token" or len(words) == 1)
 
@@ -80,18 +79,18 @@ def without_secrets(text: str, secrets: Iterable[str | None] = ()) -> str:
         forms |= {urllib.parse.quote(secret, safe="", errors="replace"), *secret.split()}
     for form in sorted((form for form in forms if len(form) >= 4), key=len, reverse=True):
         text = text.replace(form, REMOVED)
-    text = _IN_URL.sub(r"\1", _KEYS.sub(REMOVED, text))
-    text = _HEADER.sub(rf"\1{REMOVED}", _BEARER.sub(rf"\1{REMOVED}", text))
+    text = re.sub(_IN_URL, r"\1", re.sub(_KEYS, REMOVED, text))
+    text = re.sub(_HEADER, rf"\1{REMOVED}", re.sub(_BEARER, rf"\1{REMOVED}", text))
     return _without_values(_OPTION, _without_values(_ASSIGNED, text))
 
 
-def _without_values(pattern: "re.Pattern[str]", text: str) -> str:
+def _without_values(pattern: str, text: str) -> str:
     """The text without the values of secrets that `pattern` finds: (name, what stands between, value)."""
     parts, end, place = [], 0, 0
-    while match := pattern.search(text, place):
+    while match := re.compile(pattern).search(text, place):
         if _is_secret_value(*match.groups()):
             parts += [text[end : match.start(3)], REMOVED]
-            rest = _REST.match(text, match.end())
+            rest = re.compile(_REST).match(text, match.end())
             end = place = rest.end() if rest else match.end()
         else:
             place = match.end(2)  # the value may be a name of the next: `error: token=...`

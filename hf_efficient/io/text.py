@@ -11,14 +11,14 @@ import re
 
 # What changes a screen instead of being shown: C0 and C1 controls but tab and newline, marks that turn the direction
 # of text, invisible separators and letters, and halves of characters, which cannot be encoded.
-_CONTROLS = re.compile(
+_CONTROLS = (
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_MARKDOWN = re.compile(r"[\\`*\[\]{}#|~$]|(?<![^\W_])_+|_+(?![^\W_])")  # an underscore within a word means nothing
+_MARKDOWN = r"[\\`*\[\]{}#|~$]|(?<![^\W_])_+|_+(?![^\W_])"  # an underscore within a word means nothing
 # What begins a list, a rule, a heading or the rule of a table where it stands first in a line.
-_FIRST = re.compile(r"[-+](?=\s|$)|[-=:](?=[-=:\s]*$)|(?<=\d)[.)](?=\s|$)")
+_FIRST = r"[-+](?=\s|$)|[-=:](?=[-=:\s]*$)|(?<=\d)[.)](?=\s|$)"
 # What our own texts have beyond ASCII.
 _TWINS = {"±": "+-", "→": "->", "\u00d7": "x", "…": "...", "\u2013": "-", "\u2014": "-"}
 PLAIN = "hf_efficient.plain"  # an error handler for streams, as "replace" is one
@@ -26,7 +26,7 @@ PLAIN = "hf_efficient.plain"  # an error handler for streams, as "replace" is on
 
 def for_terminal(text: str) -> str:
     """The text with every control character shown as its escape; lines and tabs stay."""
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return re.sub(_CONTROLS, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def show(text: str) -> None:
@@ -51,8 +51,8 @@ def for_markdown(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     line = "".join(_ENTITIES.get(character, character) for character in for_line(str(value)))
-    line = _MARKDOWN.sub(lambda match: "".join(f"\\{character}" for character in match[0]), line)
-    first = _FIRST.search(line, 0, 12)
+    line = re.sub(_MARKDOWN, lambda match: "".join(f"\\{character}" for character in match[0]), line)
+    first = re.compile(_FIRST).search(line, 0, 12)
     if first and (first.start() == 0 or line[: first.start()].isdigit()):
         line = f"{line[: first.start()]}\\{line[first.start() :]}"
     return Markup(line)

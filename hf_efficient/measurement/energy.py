@@ -26,11 +26,7 @@ _COUNTERS = ("intel_rapl", "intel_power_gadget")
 
 
 def check_energy(country: str | None = None) -> None:
-    """Before any long work.
-
-    Raises:
-        ConfigError: codecarbon is missing, or knows no such country.
-    """
+    """Before any long work: ConfigError if codecarbon is missing, or knows no such country."""
     if find_spec("codecarbon") is None:
         raise ConfigError('Measuring energy needs codecarbon. Run `pip install "hf-efficient[energy]"`.')
     if country is not None and (len(country) != 3 or not country.isalpha() or not country.isupper()):
@@ -63,11 +59,7 @@ def measure_energy(forward: Callable[[], Any], batch_size: int, seconds: float |
 
 
 def tracked(work: Callable[[], Any], country: str | None = None) -> tuple[Any, Footprint]:
-    """What `work` returns, and what it used: processor, memory and GPUs of this process.
-
-    Raises:
-        ConfigError: codecarbon is missing.
-    """
+    """What `work` returns, and what it used: processor, memory and GPUs of this process (needs codecarbon)."""
     check_energy(country)
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     import codecarbon

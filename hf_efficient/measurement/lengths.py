@@ -27,11 +27,7 @@ def measure_lengths(
     rounds: int = 10,
     threads: int | None = None,
 ) -> tuple[LengthPoint, ...]:
-    """Median times at each of `lengths` (tokens), in their order; none for a model that reads no tokens.
-
-    Raises:
-        ConfigError: as `compare_latency` and `dummy_inputs` say.
-    """
+    """Median times at each of `lengths` (tokens), in their order; none for a model that reads no tokens."""
     if student.main_input_name != "input_ids":
         return ()
     models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}

@@ -78,11 +78,7 @@ class QualityDifference:
 
 
 def task_of(model: torch.nn.Module) -> str:
-    """The task that the model's head was made for.
-
-    Raises:
-        UnsupportedModelError: a head without a known task.
-    """
+    """The task that the model's head was made for; UnsupportedModelError if none is known."""
     name = type(model).__name__
     auto = auto_class_of_architecture(name)
     heads = {task: entry for task, entry in TASKS.items() if entry.class_endings}
@@ -151,11 +147,7 @@ def evaluate_quality(
 
 
 def _embeddings(model: Any, loader: Iterable[Mapping[str, Any]], pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[rows, width]` pooled over real tokens, of length 1, and the number of the pair of each row.
-
-    Raises:
-        DataError: rows that are not pairs.
-    """
+    """`[rows, width]` pooled over real tokens, of length 1, and each row's pair; DataError if they are not pairs."""
     vectors, numbers = [], []
     for batch in tqdm(loader, desc="evaluate", disable=None, leave=False):
         if PAIR not in batch:
@@ -333,11 +325,8 @@ def _exp(loss: float) -> float:
 
 
 def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
-    """Second minus first in the main score, with the paired standard error (formulas in the module docstring).
-
-    Raises:
-        DataError: the two were not evaluated on the same samples and labels in the same order.
-    """
+    """Second minus first in the main score, with the paired standard error (formulas in the module docstring);
+    DataError unless both were evaluated on the same samples and labels in the same order."""
     same = torch.equal(first.count, second.count) and torch.equal(first.targets, second.targets)
     if not same or first.quality.task != second.quality.task:
         raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")

@@ -16,11 +16,7 @@ CHUNK = 1024  # queries compared at once
 
 
 def find_pairs(vectors: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - 1 / rank of the own second text, and the index of the nearest one: both `[n]`.
-
-    Raises:
-        DataError: rows 2i and 2i + 1 do not belong together.
-    """
+    """1 - 1 / rank of the own second text, and the index of the nearest: `[n]`; DataError if rows are not pairs."""
     if len(pairs) % 2 or not torch.equal(pairs[::2], pairs[1::2]) or len(pairs[::2].unique()) < len(pairs) // 2:
         raise DataError("The rows are not pairs: rows 2i and 2i + 1 need the same number `pair`, and no others.")
     queries, others = vectors[::2], vectors[1::2]

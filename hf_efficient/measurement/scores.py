@@ -41,11 +41,8 @@ DRAWS = 100
 
 
 def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
-    """Whether metrics may be loaded for a task; nothing is imported or fetched.
-
-    Raises:
-        ConfigError: an unknown name or a foreign metric that is not trusted, or a task without classes.
-    """
+    """ConfigError for an unknown metric, a foreign one that is not trusted, or a task without classes; nothing is
+    imported or fetched."""
     if names and "label" not in TASKS[task].columns:
         known = ", ".join(name for name, entry in TASKS.items() if "label" in entry.columns)
         raise ConfigError(f"metrics are computed from classes, which {task} has not. Tasks that have: {known}.")
@@ -58,11 +55,8 @@ def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
 
 
 def load_metrics(names: Sequence[str], *, trusted: bool = False) -> dict[str, Any]:
-    """The `evaluate` metric of each name, by `metrics/classes`, from the Hub or from a path.
-
-    Raises:
-        ConfigError: it cannot be loaded, such as without a network, or is foreign and not trusted.
-    """
+    """The `evaluate` metric of each name, by `metrics/classes`, from the Hub or from a path; ConfigError if it cannot
+    be loaded, such as without a network, or is foreign and not trusted."""
     import evaluate
 
     metrics = {}
@@ -86,11 +80,7 @@ def load_metrics(names: Sequence[str], *, trusted: bool = False) -> dict[str, An
 def compute_scores(
     metrics: Mapping[str, Any], predictions: "np.ndarray", references: "np.ndarray", classes: int
 ) -> dict[str, float]:
-    """Every number that the metrics give for classes `[n]`; a metric's name comes first where it gives several.
-
-    Raises:
-        DataError: a metric that cannot be computed from classes, or gives no number.
-    """
+    """Every number that the metrics give for classes `[n]`, by name; DataError if there is none."""
     scores: dict[str, float] = {}
     for name, metric in metrics.items():
         options = {}

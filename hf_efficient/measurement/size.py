@@ -54,11 +54,7 @@ def count_weight_bytes(model: torch.nn.Module) -> int:
 
 
 def bytes_on_disk(folder: str | Path) -> int:
-    """Bytes of the weight files that `from_pretrained` would read from a checkpoint folder.
-
-    Raises:
-        CheckpointError: the folder has no weight files.
-    """
+    """Bytes of the weight files that `from_pretrained` would read from the folder; CheckpointError if it has none."""
     folder = Path(folder)
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         files = list(folder.glob(pattern))

@@ -31,10 +31,7 @@ class ConfigAnatomy:
 
     @classmethod
     def of_config(cls, config: PreTrainedConfig) -> "ConfigAnatomy":
-        """
-        Raises:
-            UnsupportedModelError: the family is not in the table.
-        """
+        """UnsupportedModelError if the family is not in the table."""
         return ConfigAnatomy(config, family_of(config))
 
     @cached_property
@@ -58,10 +55,7 @@ class Anatomy(ConfigAnatomy):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Anatomy":
-        """
-        Raises:
-            UnsupportedModelError: the family is not in the table.
-        """
+        """UnsupportedModelError if the family is not in the table."""
         return cls(model.config, family_of(model.config), model)
 
     @cached_property

@@ -172,11 +172,8 @@ def _check_heads(entry: StackBlock, stack: ConfigStack) -> None:
 
 
 def check_stock_sizes(fields: Mapping[str, Any], family: Family) -> None:
-    """Refuse sizes that no real model has; `fields` are those of a config that has computed nothing from them yet.
-
-    Raises:
-        ConfigError: a size that is not an integer from 1 to its limit; key/value heads that do not divide the heads.
-    """
+    """ConfigError for sizes that no real model has, or key/value heads that do not divide the heads; `fields` are
+    those of a config that has computed nothing from them yet."""
     _check_limits(fields, LIMITS | ({family.max_positions: MAX_ROWS} if family.max_positions else {}))
     for stack in family.stacks:
         sizes = fields

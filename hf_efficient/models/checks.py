@@ -42,11 +42,7 @@ def take_floats(model: Any) -> None:
 
 
 def check_floats(model: Any, advice: str) -> None:
-    """Refuse weights that are not the floats which pruning, converting and exporting work on.
-
-    Raises:
-        UnsupportedModelError: the model is quantised; `advice` says what to do.
-    """
+    """UnsupportedModelError if the model is quantised: others work on floats; `advice` says what to do."""
     take_floats(model)
     if is_quantized(model):
         raise UnsupportedModelError(
@@ -56,11 +52,7 @@ def check_floats(model: Any, advice: str) -> None:
 
 
 def check_has_weights(model: "PreTrainedModel") -> None:
-    """Refuse a model of which a part is on meta, as after `init_empty_weights` or where weights wait on a disk.
-
-    Raises:
-        UnsupportedModelError: it has tensors without values.
-    """
+    """UnsupportedModelError if a part has no values, as after `init_empty_weights` or with weights on a disk."""
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise UnsupportedModelError(

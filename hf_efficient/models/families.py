@@ -477,11 +477,7 @@ def is_known(config: PreTrainedConfig) -> bool:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The entry for a stock or an efficient config.
-
-    Raises:
-        UnsupportedModelError: the model type is not in the table.
-    """
+    """The entry for a stock or an efficient config; UnsupportedModelError if the model type is not in the table."""
     model_type = config.model_type.removeprefix(EFFICIENT_PREFIX)
     if not is_known(config):
         raise UnsupportedModelError(

@@ -106,11 +106,7 @@ def _pixels(model, batch_size: int, generator: torch.Generator) -> dict[str, tor
 
 
 def check_range(values: torch.Tensor, count: int, what: str, meaning: str) -> None:
-    """Refuse ids and labels that a model has no row or class for; `what` they are, and what the `count` numbers mean.
-
-    Raises:
-        DataError: one is below 0, or `count` and more.
-    """
+    """DataError unless each of `what` (ids, labels) is from 0 to below `count`, the number of rows or classes."""
     if not values.numel():
         return
     low, high = (int(end) for end in torch.aminmax(values))

@@ -26,11 +26,7 @@ ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
 
 def load_config(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedConfig:
-    """The config of a Hub id, a folder, or a bundled model; `options`: of `AutoConfig.from_pretrained`.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """The config of a Hub id, a folder or a bundled model; CheckpointError if there is none that can be loaded."""
     folder = _folder(name)
     if folder is not None:
         check_links(folder)
@@ -114,11 +110,7 @@ def _skeleton(auto: Any, config: PreTrainedConfig, folder: Path) -> PreTrainedMo
 
 
 def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
-    """The Auto class for the head that a checkpoint was saved with, by its config: `AutoModelForCausalLM`.
-
-    Raises:
-        CheckpointError: the config names no class, or one that no Auto class makes.
-    """
+    """The Auto class for the head that a checkpoint was saved with; CheckpointError if its config names none."""
     config = load_config(name, trust_remote_code=trust_remote_code)
     [architecture, *_] = config.architectures or [""]
     auto_class = auto_class_of_architecture(architecture)

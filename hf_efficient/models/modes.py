@@ -34,11 +34,7 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[int]:
-    """Run with this many CPU threads (None: as they are); yields the number in use.
-
-    Raises:
-        ConfigError: not a positive integer.
-    """
+    """Run with this many CPU threads (None: as they are; ConfigError if not positive); yields the number in use."""
     before = torch.get_num_threads()
     if threads is not None:
         check_positive("threads", threads, otherwise=" or None")

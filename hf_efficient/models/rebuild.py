@@ -31,11 +31,7 @@ def class_for(model: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrain
 
 
 def check_model(model: object) -> PreTrainedModel:
-    """Refuse what cannot be rebuilt, before any work.
-
-    Raises:
-        UnsupportedModelError: not a transformers model, a quantised one, or one outside the table of families.
-    """
+    """Before any work: UnsupportedModelError for no transformers model, a quantised one, or an unknown family."""
     if not isinstance(model, PreTrainedModel):
         what = f"A transformers model is needed, got {type(model).__name__}"
         if isinstance(model, str):

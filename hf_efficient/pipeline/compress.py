@@ -108,11 +108,7 @@ def plan_recipe(recipe: Recipe | str | Path, *, trust_remote_code: bool = False)
 
 
 def check(run: "Run") -> None:
-    """Everything that can be wrong with data and model, before any long work.
-
-    Raises:
-        ConfigError, DataError, UnsupportedModelError, CheckpointError: as the part that is wrong says.
-    """
+    """All that can be wrong with data and model, before any long work; raises as the part that is wrong does."""
     from ..measurement.energy import check_energy
     from ..measurement.scores import load_metrics
     from ..models.families import family_of, token_limit

@@ -33,11 +33,8 @@ WAVES = ("theta", "base", "timescale")
 
 
 def fresh_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
-    """The config of a model that is trained from nothing, and reads what its tokenizer makes.
-
-    Raises:
-        ConfigError: an unknown model type or field, an absurd size, or a value that the config class refuses.
-    """
+    """The config of a model that is trained from nothing, and reads what its tokenizer makes; ConfigError for a type,
+    field, size or value that it cannot have."""
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if fields["model_type"] not in known:
         raise unknown_name("model.config.model_type", fields["model_type"], known.keys())
@@ -56,11 +53,7 @@ def fresh_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
 
 
 def check_fresh(build: Callable[[], PreTrainedModel]) -> None:
-    """`build` makes the model without memory for its weights: does it, does that read inputs, would it fit here?
-
-    Raises:
-        ConfigError: one of these does not hold.
-    """
+    """ConfigError unless `build` makes a model, without memory for weights, that reads inputs and would fit here."""
     from ..models.inputs import dummy_inputs
     from ..models.modes import evaluating
 

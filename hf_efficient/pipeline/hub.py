@@ -115,11 +115,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _checked_token(token: str | None) -> str | None:
-    """The token that is sent; it is never shown, whatever is wrong with it.
-
-    Raises:
-        ConfigError: it could not stand in a header.
-    """
+    """The token that is sent, and never shown; ConfigError if it could not stand in a header."""
     from huggingface_hub import get_token
 
     secret = token.strip() if token is not None else get_token()
@@ -132,11 +128,8 @@ def _checked_token(token: str | None) -> str | None:
 
 
 def _operations(contents: dict[str, Path | bytes]) -> list[Any]:
-    """The parts of the commit, new for each try: an operation remembers what became of it.
-
-    Raises:
-        CheckpointError: a file that cannot be read, or has a name that no repository takes.
-    """
+    """The parts of the commit, new for each try, as an operation remembers what became of it; CheckpointError for a
+    file that cannot be read, or has a name that no repository takes."""
     from huggingface_hub import CommitOperationAdd
 
     operations = []
@@ -152,11 +145,8 @@ def _operations(contents: dict[str, Path | bytes]) -> list[Any]:
 
 
 def collect(source: Path, report: Report, repo_id: str) -> dict[str, Path | bytes]:
-    """Path in the repository -> file or content, in order. Hidden and half-written files stay behind.
-
-    Raises:
-        CheckpointError: a link leads out of the folder: what lies there was not meant to be published.
-    """
+    """Path in the repository -> file or content, in order, without hidden and half-written files; CheckpointError if
+    a link leads out of the folder: what lies there was not meant to be published."""
     import yaml
 
     contents: dict[str, Path | bytes] = {}

@@ -133,11 +133,7 @@ def _notes(recipe: "Recipe", records: list[StageRecord], size: Size) -> list[str
 
 
 def check_losses(recipe: "Recipe", report: Report) -> Report:
-    """The report, if what the stages made is as good as they were asked for.
-
-    Raises:
-        UnsupportedModelError: an export lost more to the teacher than its `max_loss`.
-    """
+    """The report; UnsupportedModelError if an export lost more to the teacher than its `max_loss`."""
     stages = [step.settings for step in recipe.stages]
     for number, stage in enumerate(stages, 1):
         stage.check_report(report, stages[number:])

@@ -34,11 +34,7 @@ def output_digest(model) -> str:
 def check_reload(
     folder: str | Path, auto_class: str, expected: str, trust_remote_code: bool = False, limit: float = LIMIT
 ) -> None:
-    """Load `folder` in a fresh process and compare its output digest.
-
-    Raises:
-        CheckpointError: it does not load, takes more than `limit` seconds, or gives another output.
-    """
+    """CheckpointError unless a fresh process loads `folder` within `limit` seconds and computes the same digest."""
     words = (str(folder), auto_class, *["trust"] * trust_remote_code)
     try:
         result = run_module("hf_efficient.pipeline.verify", *words, timeout=limit)

@@ -124,11 +124,7 @@ class Workspace:
 
 
 def taken_lock(folder: Path) -> FileLock:
-    """The lock of a folder that exists, which this process has from here on.
-
-    Raises:
-        CheckpointError: another process has it.
-    """
+    """The lock of a folder that exists, for this process from here on; CheckpointError if another one has it."""
     lock = FileLock(own_file(folder / LOCK))
     try:
         lock.acquire(timeout=0)

@@ -55,12 +55,7 @@ class PruningCallback(TrainerCallback):
     """
 
     def __init__(
-        self,
-        config: PruningConfig,
-        start: float = 0.05,
-        end: float = 0.7,
-        every: int = 10,
-        momentum: float = 0.9,
+        self, config: PruningConfig, start: float = 0.05, end: float = 0.7, every: int = 10, momentum: float = 0.9
     ):
         self.settings = Gradual(config, start, end, every, momentum)
         self.removal: Removal

@@ -21,10 +21,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def read(cls, text: object) -> "Pattern":
-        """
-        Raises:
-            ConfigError: not `'n:m'`, or not 0 < n < m <= 32.
-        """
+        """ConfigError unless it is `'n:m'` with 0 < n < m <= 32."""
         match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text) if isinstance(text, str) else None
         n, m = (int(number) for number in match.groups()) if match else (0, 0)
         if not 0 < n < m <= MAX_GROUP:
@@ -43,11 +40,8 @@ class Pattern(NamedTuple):
         return 1 - self.n / self.m
 
     def check(self, ratio: float, rest: tuple[str, ...], steps: int, round_to: int) -> None:
-        """Compare it with what else is asked for; `rest` is what leaves beside single weights.
-
-        Raises:
-            ConfigError: another ratio than that of the pattern, several steps, neurons left in other multiples.
-        """
+        """ConfigError for another ratio than the pattern's, several steps, or neurons in other multiples; `rest` is
+        what leaves beside single weights."""
         if not rest and abs(ratio - self.zeros) > 1e-6:
             raise ConfigError(
                 f"mask_structure='{self}' makes the fraction {self.zeros:.4g} of the weights zero, got ratio={ratio}. "
@@ -70,11 +64,7 @@ class Pattern(NamedTuple):
 
 
 def check_weight_importance(importance: str, reconstruct: bool, across_matrices: bool) -> None:
-    """`across_matrices`: whether weights of different matrices are compared.
-
-    Raises:
-        ConfigError: the importance cannot do what is asked for.
-    """
+    """ConfigError if it cannot do what is asked for; `across_matrices`: weights of different ones are compared."""
     if importance == "obs" and not reconstruct:
         raise ConfigError(
             "importance='obs' chooses and updates weights together, so reconstruct=False cannot be honoured. "

@@ -118,11 +118,7 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> "PruningPlan":
-        """Read what `to_dict` wrote, perhaps edited.
-
-        Raises:
-            ConfigError: not a plan, an unknown key, or lists that do not hold numbers.
-        """
+        """Read what `to_dict` wrote, perhaps edited; ConfigError for no plan, unknown keys or lists not of numbers."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ConfigError(f'This is not a pruning plan: it needs "format": "{FORMAT}".')
         if data.get("version") != VERSION:

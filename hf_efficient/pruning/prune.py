@@ -80,11 +80,7 @@ def prune(
 
 
 def search(model: PreTrainedModel, config: PruningConfig | None, calibration: Iterable[Batch] | None) -> Search:
-    """Everything checked before any long work: its `plan` is what prune keeps, `at` is for other ratios.
-
-    Raises:
-        ConfigError, DataError, UnsupportedModelError: as `prune`.
-    """
+    """Checked before any long work, and raises, as `prune`; its `plan` is what prune keeps, `at` another ratio."""
     config, (anatomy, batches) = _check_config(config), _checked(model, calibration)
     if "weight" in config.granularity:
         raise ConfigError(

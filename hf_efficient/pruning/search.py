@@ -85,11 +85,7 @@ class Search:
         return self.cutter.batches
 
     def at(self, ratio: float) -> "Search":
-        """The same search for another ratio; both share what they find out about the dense model.
-
-        Raises:
-            ConfigError: a ratio that cannot be reached.
-        """
+        """The same search for another ratio; ConfigError if that cannot be reached. Both share the dense model."""
         config = replace(self.config, ratio=ratio)
         check_reachable(self.dense, config, self.costs)
         return replace(self, config=config)

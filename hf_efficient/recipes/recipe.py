@@ -151,11 +151,8 @@ class Recipe:
         }
 
     def combinations(self) -> dict[str, "Recipe"]:
-        """A recipe for each combination of the sweep, by a label such as `ratio=0.5,kind=local`; none without one.
-
-        Raises:
-            ConfigError: a combination that is no recipe; the message starts with its label.
-        """
+        """A recipe for each combination of the sweep, by a label such as `ratio=0.5,kind=local`, with which the
+        message of one that is no recipe starts; none without one."""
         return dict(self._combinations)
 
     @cached_property

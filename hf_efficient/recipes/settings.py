@@ -159,11 +159,7 @@ class MeasureSettings(Settings):
         self.check_input(None)
 
     def check_input(self, usual: int | None) -> None:
-        """The largest batch that is timed can be held; `usual`: tokens where `sequence_length` is null.
-
-        Raises:
-            ConfigError: it cannot.
-        """
+        """ConfigError if the largest timed batch cannot be held; `usual`: tokens where `sequence_length` is null."""
         length = max(self.sequence_length or usual or 1, *(self.lengths or [1]))
         if self.batch_size * length > MAX_INPUT:
             raise ConfigError(

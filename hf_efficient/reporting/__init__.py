@@ -4,14 +4,6 @@ from hf_efficient.reporting import load_report
 report = load_report("out")
 """
 
-from .schema import (
-    Comparison,
-    DatasetFacts,
-    LayerStructure,
-    Measurement,
-    Report,
-    StageRecord,
-    load_report,
-)
+from .schema import Comparison, DatasetFacts, LayerStructure, Measurement, Report, StageRecord, load_report
 
 __all__ = ["Comparison", "DatasetFacts", "LayerStructure", "Measurement", "Report", "StageRecord", "load_report"]

@@ -330,11 +330,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str, source: str = "this report") -> "Report":
-        """Read back `to_json` exactly; `source` names the file in errors.
-
-        Raises:
-            CheckpointError: not JSON, not a report, damaged, or written by a newer hf_efficient.
-        """
+        """Read back `to_json` exactly; CheckpointError, which names `source`, for a damaged or a newer report."""
         try:
             data = parse_json(text, halves=True)  # of a path that is no text: `clean` shows it escaped
         except ValueError as error:

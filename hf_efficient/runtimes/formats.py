@@ -15,7 +15,6 @@ import io
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,11 +158,7 @@ FORMATS: dict[str, Format] = {
 
 
 def check_format(format: str, quantize: str | None = None) -> Format:
-    """The format of that name.
-
-    Raises:
-        ConfigError: an unknown name, or one that does not quantise.
-    """
+    """The format of that name; ConfigError for an unknown one, or one that does not quantise."""
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
     if quantize is not None and quantize not in QUANTIZE:
@@ -177,11 +172,7 @@ def check_format(format: str, quantize: str | None = None) -> Format:
 
 
 def check_runtime(format: str) -> None:
-    """Before any long work: is what makes and runs this format installed?
-
-    Raises:
-        ConfigError: it is not; the message has the pip command.
-    """
+    """Before any long work: ConfigError, with the pip command, unless what makes and runs this format is installed."""
     chosen = FORMATS[format]
     if missing := [name for name in chosen.packages if find_spec(name) is None]:
         raise ConfigError(f'format {format!r} needs {", ".join(missing)}. Run `pip install "{chosen.install}"`.')
@@ -191,6 +182,8 @@ def check_runtime(format: str) -> None:
 
 def runtime_version(format: str) -> str:
     """`onnxruntime 1.32.0`."""
+    from importlib.metadata import version
+
     name = FORMATS[format].runtime
     return f"{name} {version(name)}"
 

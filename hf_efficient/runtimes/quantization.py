@@ -68,21 +68,14 @@ def quantize(model: "PreTrainedModel", method: str = "int8_dynamic", *, group_si
 
 
 def check_torchao() -> None:
-    """Before any long work.
-
-    Raises:
-        ConfigError: torchao is not installed.
-    """
+    """Before any long work: ConfigError if torchao is not installed."""
     if find_spec("torchao") is None:
         raise ConfigError('Quantisation needs torchao. Run `pip install "hf-efficient[quant]"`.')
 
 
 def check_pruned_groups(model: "PreTrainedModel", prunings: "Sequence[PruningConfig]", group_size: int) -> None:
-    """Whether the groups will divide the inputs of every linear after pruning; `model` may be on the meta device.
-
-    Raises:
-        ConfigError: they do not, or not for sure; it names what to set.
-    """
+    """ConfigError, with what to set, unless the groups will surely divide the inputs of every linear after pruning;
+    `model` may be on the meta device."""
     import torch
 
     from ..models.anatomy import Anatomy

@@ -1,7 +1,7 @@
 """What a batch means for the losses: which labels belong to which outputs, and which positions count.
 
-    task = task_of(model)                          # Task(kind="causal_lm", ...)
-    batch = Batch(inputs, task)
+    head = head_of(model)                          # Head(kind="causal_lm", ...)
+    batch = Batch(inputs, head)
     labels, mask = batch.label_targets()           # aligned with the logits: y[t + 1] for a causal model
     logits = batch.logits(model(**inputs))         # one tensor, whatever the head calls its outputs
 
@@ -20,50 +20,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..data.tasks import TASKS
 from ..errors import DataError, UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..models.families import is_known
 from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, auto_class_of_architecture, decoder_inputs
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
 
-# How labels and logits are aligned, by the Auto class of the model's class.
-KINDS = {
-    "AutoModelForCausalLM": "causal_lm",
+# How labels and logits are aligned, by the Auto class of the model's class: that of a task, or one like it.
+AUTO_KINDS = {task.auto_class: task.kind for task in TASKS.values()} | {
     "AutoModelForSeq2SeqLM": "causal_lm",  # "tokens" where there is a decoder of its own
     "AutoModelForSpeechSeq2Seq": "causal_lm",
     "AutoModelForImageTextToText": "causal_lm",
-    "AutoModelForMaskedLM": "tokens",
-    "AutoModelForTokenClassification": "tokens",
-    "AutoModelForSequenceClassification": "examples",
-    "AutoModelForImageClassification": "examples",
     "AutoModelForAudioClassification": "examples",
     "AutoModelForVideoClassification": "examples",
-    "AutoModelForQuestionAnswering": "spans",
     "AutoModelForDocumentQuestionAnswering": "spans",
-    "AutoModel": "embeddings",
     "AutoModelForTextEncoding": "embeddings",
 }
 # For classes that no Auto class makes: the loss that transformers gives them (`PreTrainedModel.loss_type`).
-LOSS_KINDS = {
-    "ForCausalLM": "causal_lm",
-    "ForConditionalGeneration": "causal_lm",
-    "ForMaskedLM": "tokens",
-    "ForTokenClassification": "tokens",
-    "ForSequenceClassification": "examples",
-    "ForImageClassification": "examples",
-    "ForAudioClassification": "examples",
-    "ForVideoClassification": "examples",
-    "ForQuestionAnswering": "spans",
-}
+LOSS_KINDS = {auto.removeprefix("AutoModel"): kind for auto, kind in AUTO_KINDS.items() if auto != "AutoModel"}
+LOSS_KINDS["ForConditionalGeneration"] = "causal_lm"
 # What the forward of each kind takes and gives beside its inputs.
 TAKES = {"spans": "start_positions"}
 GIVES = {"spans": "start_logits", "embeddings": "last_hidden_state"}
-TASK_KINDS = ("causal_lm", "tokens", "examples", "spans", "embeddings")
+KINDS = ("causal_lm", "tokens", "examples", "spans", "embeddings")
 LABELS = frozenset({"labels", "start_positions", "end_positions"})
 
 
 @dataclass(frozen=True)
-class Task:
+class Head:
     """What a model's head predicts.
 
     kind: `causal_lm` (logits[t] predict labels[t + 1]), `tokens` (logits[t] predict labels[t]), `examples`, `spans`
@@ -93,16 +78,12 @@ def forward_names(model: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
-def task_of(model: nn.Module) -> Task:
-    """Read the task from the model's class, its config, and what its forward takes and gives.
-
-    Raises:
-        UnsupportedModelError: a head whose losses are not defined here.
-    """
+def head_of(model: nn.Module) -> Head:
+    """By the model's class, config and forward; UnsupportedModelError for a head whose losses are not known."""
     base, names = base_of(model), forward_names(model)
     stacks = ("encoder", "decoder") if "decoder_input_ids" in names else ("encoder",)
     auto = next(filter(None, (auto_class_of_architecture(kind.__name__) for kind in type(base).__mro__)), None)
-    kind = KINDS.get(auto or "") if auto is not None else LOSS_KINDS.get(base.loss_type or "")
+    kind = AUTO_KINDS.get(auto or "") if auto is not None else LOSS_KINDS.get(base.loss_type or "")
     if kind is None and auto is None and base.get_output_embeddings() is not None and base.can_generate():
         kind = "causal_lm"  # GPT2DoubleHeadsModel
     if kind is None and auto is None and not type(base).__module__.startswith("transformers."):
@@ -120,7 +101,7 @@ def task_of(model: nn.Module) -> Task:
         kind = "tokens"
     is_decoder = is_known(base.config) and [stack.name for stack in Anatomy.of(base).stacks] == ["decoder"]
     has_classes = kind == "examples" or "ForTokenClassification" in (auto or base.loss_type or "")
-    return Task(
+    return Head(
         kind=kind,
         problem=base.config.problem_type if kind == "examples" else SINGLE_LABEL,
         num_labels=base.config.num_labels if has_classes else 0,
@@ -148,17 +129,17 @@ class Batch:
 
     Parameters:
         inputs: the collated tensors by name.
-        task: the student's.
+        head: the student's.
         soft_positions: for soft labels of token models, `labels` (where a label counts, if there are labels) or
             `attended` (everything that is not padding).
         rows: only the first `rows` examples count (a sampler repeats examples to fill the last batch).
     """
 
-    def __init__(self, inputs: dict[str, Any], task: Task, *, soft_positions: str = "labels", rows: int | None = None):
-        self.labels = _labels(inputs, task)
-        is_moved = task.kind != "spans" and self.labels is not inputs.get("labels")
+    def __init__(self, inputs: dict[str, Any], head: Head, *, soft_positions: str = "labels", rows: int | None = None):
+        self.labels = _labels(inputs, head)
+        is_moved = head.kind != "spans" and self.labels is not inputs.get("labels")
         self.inputs = {**inputs, "labels": self.labels} if is_moved else inputs
-        self.task = task
+        self.head = head
         self.soft_positions = soft_positions
         first = self.labels if self.labels is not None else next(v for v in inputs.values() if torch.is_tensor(v))
         self.size, self.device = first.shape[0], first.device
@@ -166,37 +147,33 @@ class Batch:
 
     @property
     def problem(self) -> str:
-        if self.task.problem is not None:
-            return self.task.problem
-        if self.task.num_labels == 1:
+        if self.head.problem is not None:
+            return self.head.problem
+        if self.head.num_labels == 1:
             return REGRESSION
         return SINGLE_LABEL if self.labels is None or not self.labels.is_floating_point() else MULTI_LABEL
 
     def label_targets(self) -> tuple[Tensor, Tensor]:
-        """Labels aligned with the logits, and where they count.
-
-        Raises:
-            DataError: there are no labels.
-        """
+        """Labels aligned with the logits, and where they count; DataError if there are no labels."""
         if self.labels is None:
             raise DataError(
                 f"The `ce` loss needs labels, this batch has only {', '.join(self.inputs)}. Add a `labels` column, or "
                 'train on the teacher alone with losses={"kd": 1.0}.'
             )
         labels = self.labels
-        if self.task.kind == "spans":  # positions behind the end of a text that was cut are nowhere in it
+        if self.head.kind == "spans":  # positions behind the end of a text that was cut are nowhere in it
             tokens = self.token_masks()["encoder"]
             inside = (labels >= 0) & (labels < tokens.shape[1])
             return labels, self._real(inside & tokens.gather(1, labels.clamp(0, tokens.shape[1] - 1)))
-        if self.task.kind in ("causal_lm", "tokens"):
-            mask = self.token_masks()[self.task.stacks[-1]]
-            labels = real_labels(labels, mask, ahead=int(self.task.kind == "causal_lm"))
-        if self.task.kind == "causal_lm":
+        if self.head.kind in ("causal_lm", "tokens"):
+            mask = self.token_masks()[self.head.stacks[-1]]
+            labels = real_labels(labels, mask, ahead=int(self.head.kind == "causal_lm"))
+        if self.head.kind == "causal_lm":
             labels = torch.cat([labels[:, 1:], labels.new_full((self.size, 1), IGNORED)], dim=1)
-        if self.task.kind != "examples" or self.problem == SINGLE_LABEL:
-            labels = labels.view(self.size) if self.task.kind == "examples" else labels
+        if self.head.kind != "examples" or self.problem == SINGLE_LABEL:
+            labels = labels.view(self.size) if self.head.kind == "examples" else labels
             return labels, self._real(labels != IGNORED)
-        labels = labels.view(self.size, self.task.num_labels)
+        labels = labels.view(self.size, self.head.num_labels)
         return labels, self._real(torch.ones_like(labels, dtype=torch.bool))
 
     def label_mask(self) -> Tensor:
@@ -208,16 +185,16 @@ class Batch:
 
         [batch, length] for tokens; [batch] or [batch, labels] for examples; [batch, 2] for spans.
         """
-        if self.task.kind == "spans":
+        if self.head.kind == "spans":
             return self._real(torch.ones((self.size, 2), dtype=torch.bool, device=self.device))
-        if self.task.kind == "embeddings":
+        if self.head.kind == "embeddings":
             return self.example_mask()
-        if self.task.kind == "examples":
-            shape = (self.size,) if self.problem == SINGLE_LABEL else (self.size, self.task.num_labels)
+        if self.head.kind == "examples":
+            shape = (self.size,) if self.problem == SINGLE_LABEL else (self.size, self.head.num_labels)
             return self._real(torch.ones(shape, dtype=torch.bool, device=self.device))
         if self.labels is not None and self.soft_positions == "labels":
             return self.label_targets()[1]
-        return self.token_masks()[self.task.stacks[-1]]
+        return self.token_masks()[self.head.stacks[-1]]
 
     def model_inputs(self, names: Collection[str], model: PreTrainedModel) -> dict[str, Any]:
         """What a forward that takes `names` is given: never labels, and for seq2seq the decoder inputs of `model`.
@@ -225,7 +202,7 @@ class Batch:
         So no model computes a loss of its own, and both get the same decoder inputs.
         """
         inputs = {name: value for name, value in self.inputs.items() if name in names and name not in LABELS}
-        seq2seq = self.task.kind == "tokens" and len(self.task.stacks) == 2
+        seq2seq = self.head.kind == "tokens" and len(self.head.stacks) == 2
         if seq2seq and inputs.get("decoder_input_ids") is None and self.labels is not None:
             inputs["decoder_input_ids"] = decoder_inputs(model, self.labels)
         if "use_cache" in names:
@@ -241,9 +218,9 @@ class Batch:
 
         An answer cannot begin or end in padding: the logits of spans are the lowest number there.
         """
-        if self.task.kind == "embeddings":
+        if self.head.kind == "embeddings":
             return None
-        if self.task.kind != "spans":
+        if self.head.kind != "spans":
             return outputs.logits
         return self.span_logits(outputs.start_logits, outputs.end_logits)
 
@@ -260,9 +237,9 @@ class Batch:
                 raise DataError(
                     f"`{name}` has shape {tuple(mask.shape)}; distillation needs [batch, length] (1 token, 0 padding)."
                 )
-        say_positions = self.task.kind == "tokens"
+        say_positions = self.head.kind == "tokens"
         inputs = {name: value for name, value in self.inputs.items() if say_positions or name != "labels"}
-        masks = token_masks(inputs, has_decoder=len(self.task.stacks) == 2)
+        masks = token_masks(inputs, has_decoder=len(self.head.stacks) == 2)
         return {stack: self._real(mask) for stack, mask in masks.items()}
 
     def _real(self, mask: Tensor) -> Tensor:
@@ -272,14 +249,14 @@ class Batch:
         return mask
 
 
-def _labels(inputs: dict[str, Any], task: Task) -> Tensor | None:
+def _labels(inputs: dict[str, Any], head: Head) -> Tensor | None:
     """`labels`; of spans [batch, 2] from `start_positions` and `end_positions`.
 
     Those from which a decoder's inputs are made begin in the first column.
     """
-    if task.kind != "spans":
+    if head.kind != "spans":
         labels = inputs.get("labels")
-        is_read = task.kind == "tokens" and len(task.stacks) == 2 and inputs.get("decoder_input_ids") is None
+        is_read = head.kind == "tokens" and len(head.stacks) == 2 and inputs.get("decoder_input_ids") is None
         return from_first(labels) if is_read and labels is not None else labels
     ends = [inputs.get("start_positions"), inputs.get("end_positions")]
     return None if any(end is None for end in ends) else torch.stack([end.flatten() for end in ends], dim=1)

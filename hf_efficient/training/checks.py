@@ -7,11 +7,7 @@ from ..errors import ConfigError
 
 
 def check_run(args: TrainingArguments, *, fsdp_version: int | None, zero_stage: int | None = None) -> None:
-    """Refuse ways of running in which the loss would be wrong.
-
-    Raises:
-        ConfigError: nn.DataParallel, the first version of FSDP, or ZeRO-3.
-    """
+    """ConfigError where the loss would be wrong: nn.DataParallel, the first version of FSDP, or ZeRO-3."""
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         raise ConfigError(
             f"One process sees {args.n_gpu} GPUs and would use nn.DataParallel, which cannot run the losses. "

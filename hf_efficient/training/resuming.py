@@ -53,10 +53,7 @@ SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def check_state(checkpoint: str | Path) -> None:
-    """
-    Raises:
-        CheckpointError: trainer_state.json is not what a training writes.
-    """
+    """CheckpointError if trainer_state.json is not what a training writes."""
     with clear_faults(checkpoint, STATE):
         try:
             values = read_json(Path(checkpoint, STATE))
@@ -88,11 +85,7 @@ def check_state(checkpoint: str | Path) -> None:
 
 @contextmanager
 def clear_faults(checkpoint: str | Path, name: str) -> Iterator[None]:
-    """Whatever fails within is the fault of the file `name`.
-
-    Raises:
-        CheckpointError: it names the file, what is wrong, and what to do.
-    """
+    """Whatever fails within becomes a CheckpointError that names the file `name`, what is wrong, and what to do."""
     try:
         yield
     except (HfEfficientError, MemoryError, KeyboardInterrupt):
@@ -109,11 +102,7 @@ def clear_faults(checkpoint: str | Path, name: str) -> Iterator[None]:
 
 
 def check_schedule(state: Any, expected: Mapping[str, Any]) -> None:
-    """Whether what was saved of a scheduler is of the kind that it keeps.
-
-    Raises:
-        ValueError: other fields, or something else in the place of a number.
-    """
+    """ValueError if what was saved of a scheduler has other fields than it keeps, or no number in a number's place."""
     if not isinstance(state, dict) or state.keys() != expected.keys():
         raise ValueError(f"it holds {shown(state)}")
     for name, value in expected.items():
@@ -124,10 +113,7 @@ def check_schedule(state: Any, expected: Mapping[str, Any]) -> None:
 
 
 def check_moments(optimizer: Any) -> None:
-    """
-    Raises:
-        ValueError: what was saved of a weight has not its shape.
-    """
+    """ValueError if what was saved of a weight has not its shape."""
     for weight, moments in optimizer.state.items():
         for name in SHAPED:
             if torch.is_tensor(moments.get(name)) and moments[name].shape != weight.shape:

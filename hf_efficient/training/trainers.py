@@ -63,11 +63,7 @@ class ExactTrainer(Trainer):
     _resumed: str | None = None  # the checkpoint that training goes on from
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer.train`.
-
-        Raises:
-            CheckpointError: the checkpoint to resume from is damaged.
-        """
+        """As in `Trainer.train`; CheckpointError if the checkpoint to resume from is damaged."""
         self._first_broken = None
         resume = args[0] if args else kwargs.get("resume_from_checkpoint")
         checkpoint = get_last_checkpoint(self.args.output_dir) if resume is True else resume

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from hf_efficient.data.preparation import check_labels, prepare
 from hf_efficient.errors import ConfigError, DataError
-from hf_efficient.training.batch import Batch, task_of
+from hf_efficient.training.batch import Batch, head_of
 
 from .tiny import rows as animals
 
@@ -170,7 +170,7 @@ def test_answers_become_the_tokens_that_hold_them(tokenizer):
     lost = prepare(questions(), "question-answering", tokenizer, max_length=8)
     assert (lost.train["start_positions"][0], lost.train["end_positions"][0]) == (0, 0)
     batch = ready.collator([ready.train[0], ready.train[1]])
-    task = task_of(transformers.BertForQuestionAnswering(transformers.BertConfig(num_hidden_layers=1, vocab_size=20)))
+    task = head_of(transformers.BertForQuestionAnswering(transformers.BertConfig(num_hidden_layers=1, vocab_size=20)))
     assert Batch(batch, task).label_targets()[0].tolist() == [[6, 7], [0, 0]]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from hf_efficient.distillation.generation import teacher_texts, write
 from hf_efficient.errors import ConfigError
-from hf_efficient.training.batch import Batch, task_of
+from hf_efficient.training.batch import Batch, head_of
 
 from .caching import collate_rows, make_cache, rows_of
 from .tiny import bert, collate, examples, make_pair
@@ -15,7 +15,7 @@ from .training import make_trainer, weights
 
 def stopping(case, model):
     """One of the tokens that it writes third becomes the one that ends a text."""
-    free = write(model.eval(), Batch(collate(examples(case)), task_of(model)), max_new_tokens=6, sampling=None)
+    free = write(model.eval(), Batch(collate(examples(case)), head_of(model)), max_new_tokens=6, sampling=None)
     labels = free["labels"][0]
     model.generation_config.eos_token_id = int(labels[labels != -100][2])
     return model
@@ -40,7 +40,7 @@ def prompt_of(row):
 def test_a_causal_student_goes_on_from_its_prompts():
     student = stopping("llama", make_pair("llama")[0])
     rows = examples("llama")
-    inputs = write(student, Batch(collate(rows), task_of(student)), max_new_tokens=6, sampling=None)
+    inputs = write(student, Batch(collate(rows), head_of(student)), max_new_tokens=6, sampling=None)
     lengths = set()
     for index, row in enumerate(rows):
         prompt = prompt_of(row)
@@ -56,7 +56,7 @@ def test_a_causal_student_goes_on_from_its_prompts():
 def test_a_seq2seq_student_answers_its_inputs():
     student = stopping("t5", make_pair("t5")[0])
     rows = examples("t5")
-    inputs = write(student, Batch(collate(rows), task_of(student)), max_new_tokens=6, sampling=None)
+    inputs = write(student, Batch(collate(rows), head_of(student)), max_new_tokens=6, sampling=None)
     for index, row in enumerate(rows):
         answer = [student.config.decoder_start_token_id]
         for _ in range(6):

@@ -30,7 +30,7 @@ from transformers import (
 
 from hf_efficient import DistillationTrainer, PruningConfig, TeacherCache, build_student, cache_teacher, prune
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
-from hf_efficient.training.batch import task_of
+from hf_efficient.training.batch import head_of
 
 from ..families import make_model
 from .tiny import arguments
@@ -90,7 +90,7 @@ def test_ce_is_the_loss_that_the_model_computes_itself(name, tmp_path):
     make, rows_of, kind = HEADS[name]
     torch.manual_seed(0)
     student = make().eval()
-    assert task_of(student).kind == kind
+    assert head_of(student).kind == kind
     rows = rows_of(3)
     rows[0]["labels"] = rows[0]["labels"][:-2] + [-100, -100]
     batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
@@ -178,7 +178,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 def test_other_heads_are_refused(kind, config):
     """Some have a name like those that are known."""
     with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} cannot be distilled"):
-        task_of(kind(config))
+        head_of(kind(config))
 
 
 def test_class_of_ones_own_is_what_it_comes_from():
@@ -199,10 +199,10 @@ def test_class_of_ones_own_is_what_it_comes_from():
         def forward(self, input_ids, labels=None):
             return self.table(input_ids)
 
-    assert task_of(Tagger(make_model("marian").config)).kind == "tokens"
-    assert task_of(Own(BertConfig(**SMALL))).kind == "embeddings"
+    assert head_of(Tagger(make_model("marian").config)).kind == "tokens"
+    assert head_of(Own(BertConfig(**SMALL))).kind == "embeddings"
     with pytest.raises(UnsupportedModelError):
-        task_of(OwnLabels(BertConfig(**SMALL)))
+        head_of(OwnLabels(BertConfig(**SMALL)))
     encoder = T5EncoderModel(T5Config(d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=8, vocab_size=30))
-    assert task_of(encoder).kind == "embeddings"
+    assert head_of(encoder).kind == "embeddings"
     assert isinstance(make_model("whisper"), WhisperForConditionalGeneration)

@@ -27,7 +27,7 @@ from hf_efficient.distillation.cache.cache import TeacherCache
 from hf_efficient.distillation.cache.write import cache_teacher
 from hf_efficient.distillation.generation import teacher_texts, write
 from hf_efficient.distillation.trainer import DistillationTrainer
-from hf_efficient.training.batch import Batch, task_of
+from hf_efficient.training.batch import Batch, head_of
 
 from .tiny import LABELS, PAD, VOCABULARY, arguments, bert, examples, llama, t5
 
@@ -210,12 +210,12 @@ def test_labels_at_padding_do_not_count():
         (llama(), [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]),
         (bert(head=BertForMaskedLM), mask.tolist()),
     ):
-        assert Batch(inputs, task_of(model)).label_targets()[1].long().tolist() == expected
+        assert Batch(inputs, head_of(model)).label_targets()[1].long().tolist() == expected
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_an_answer_in_padding_does_not_count(side):
-    task = task_of(bert(head=BertForQuestionAnswering, num_labels=2))
+    task = head_of(bert(head=BertForQuestionAnswering, num_labels=2))
     batch = collator(side)([{"input_ids": [3, 4, 5, 6]}, {"input_ids": [3, 4]}])
     first = torch.tensor([0, 0 if side == "left" else 3])
     ends = {"start_positions": first, "end_positions": torch.tensor([3, 3 if side == "left" else 1])}
@@ -229,7 +229,7 @@ def test_what_is_written_does_not_depend_on_padding():
     rows = examples("llama", 6)
     settings = {"max_new_tokens": 4, "sampling": None}
     right, left = (
-        write(student, Batch(collator(side)(rows), task_of(student)), **settings) for side in ("right", "left")
+        write(student, Batch(collator(side)(rows), head_of(student)), **settings) for side in ("right", "left")
     )
     assert all(torch.equal(right[name], left[name]) for name in right)
     table = datasets.Dataset.from_list([dict(row) for row in rows])
@@ -249,7 +249,7 @@ def bart(head):
 def test_the_decoder_of_a_classifier_reads_the_moved_text():
     """A position counts if the token in it and the one behind it are real: as many as there are tokens, each row, and
     never more for a row that is padded further. On the left the first of them would hold padding."""
-    task = task_of(bart(BartForSequenceClassification))
+    task = head_of(bart(BartForSequenceClassification))
     rows = [{"input_ids": [3, 4, 2]}, {"input_ids": [3, 4, 5, 6, 2]}]
     for width in (0, 9):
         mask = Batch(collator("right", width)(rows), task).token_masks()["decoder"]
@@ -257,6 +257,6 @@ def test_the_decoder_of_a_classifier_reads_the_moved_text():
     left = Batch(collator("left")(rows), task).token_masks()["decoder"]
     assert left.long().tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
     labels = torch.tensor([[3, 4, -100], [3, 4, 5]])
-    generates = task_of(bart(BartForConditionalGeneration))
+    generates = head_of(bart(BartForConditionalGeneration))
     written = Batch(collator("right")(rows) | {"labels": labels}, generates).token_masks()["decoder"]
     assert written.tolist() == (labels != -100).tolist()

@@ -19,7 +19,7 @@ from transformers import (
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
 from hf_efficient.models.pooling import pool
-from hf_efficient.training.batch import Batch, task_of
+from hf_efficient.training.batch import Batch, head_of
 
 from .tiny import VOCABULARY, bert, collate, examples, llama, make_pair
 from .training import make_trainer, trained, weights
@@ -133,7 +133,7 @@ def test_losses_that_a_head_or_its_absence_rules_out(tmp_path):
         ),
     ):
         with pytest.raises(UnsupportedModelError, match="T5EncoderModel"):
-            task_of(model)
+            head_of(model)
 
 
 # ---- attention_output, causality ------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def test_a_classifier_made_of_a_decoder_is_compared_causally():
 
     config = llama().config
     config.num_labels = 3
-    assert task_of(LlamaForSequenceClassification(config)).is_causal
-    assert task_of(llama()).is_causal
-    assert not task_of(bert()).is_causal
+    assert head_of(LlamaForSequenceClassification(config)).is_causal
+    assert head_of(llama()).is_causal
+    assert not head_of(bert()).is_causal
 
 
 # ---- temperature, vocabularies, another family, one encoder ---------------------------------------------------------
@@ -260,8 +260,8 @@ def test_token_labels_must_agree(tmp_path):
 
 
 def test_a_span_batch_without_answers_can_still_teach():
-    task = task_of(bert(head=BertForQuestionAnswering, num_labels=2))
+    task = head_of(bert(head=BertForQuestionAnswering, num_labels=2))
     batch = Batch({"input_ids": torch.zeros(3, 4, dtype=torch.long)}, task)
     assert batch.labels is None
     assert batch.soft_mask().sum() == 6
-    assert task_of(bert(head=BertModel)).kind == "embeddings"
+    assert head_of(bert(head=BertModel)).kind == "embeddings"

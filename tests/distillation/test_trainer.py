@@ -20,7 +20,7 @@ from hf_efficient.distillation.student import build_student
 from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
-from hf_efficient.training.batch import Batch, task_of
+from hf_efficient.training.batch import Batch, head_of
 
 from .tiny import VOCABULARY, WITH_HEAD, arguments, bert, collate, examples, make_pair, t5
 from .training import ALL, make_trainer, trained, weights
@@ -202,7 +202,7 @@ def test_training_without_labels(tmp_path):
 def test_losses_count_what_the_masks_say(case):
     """The denominators are counted before the forward; they must be those of the sums."""
     student, _ = make_pair(case)
-    task = task_of(student)
+    task = head_of(student)
     batch = Batch(collate(examples(case)), task)
     counts = {part: int(mask.sum()) for loss in LOSSES.values() for part, mask in loss.masks(batch).items()}
     labels = batch.labels[:, 1:] if case == "llama" else batch.labels

@@ -185,12 +185,7 @@ def _rows(layout: Layout, chosen: Tensor, batch: int) -> Rows:
 
 
 def _global_rows(
-    blocks: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    layout: Layout,
-    options: Options,
+    blocks: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, layout: Layout, options: Options
 ) -> Tensor:
     """[B,H,g,Dv]: the first g real tokens as queries over all keys; zeros for missing ones."""
     count, seen = options.global_tokens, key.shape[2]

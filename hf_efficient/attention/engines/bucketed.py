@@ -96,13 +96,7 @@ class _Scores(NamedTuple):
 
 
 def bucketed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: BucketOrder,
-    own_key: Tensor,
-    reach: int,
-    options: Options,
+    query: Tensor, key: Tensor, value: Tensor, order: BucketOrder, own_key: Tensor, reach: int, options: Options
 ) -> Tensor:
     """Attention over the union of all rounds' ranges; shapes as in `full_attention`.
 

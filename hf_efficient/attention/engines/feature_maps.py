@@ -73,11 +73,7 @@ class FeatureMapAttention(AttentionVariant):
                 init.copy_(weight, torch.eye(self.shape.dim).expand_as(weight))
 
     def redraw(self, seed: int) -> None:
-        """`favor`: another random projection, the same for every call with this seed.
-
-        Raises:
-            ConfigError: a map that has none.
-        """
+        """Another random projection, the same for every call with this seed; ConfigError for a map that has none."""
         if self.config.feature_map != "favor":
             raise ConfigError(f"feature_map={self.config.feature_map!r} has no random projection; 'favor' has one.")
         with torch.no_grad():

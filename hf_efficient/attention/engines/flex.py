@@ -57,12 +57,7 @@ def _padded_length(length: int) -> int:
 
 
 def flex_local_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    window: int,
-    options: Options,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, window: int, options: Options
 ) -> Tensor:
     """`local_attention` for T == S without dropout; shapes and parameters as there."""
     layout = {"window": window, "global_tokens": options.global_tokens, "causal": options.causal}
@@ -97,12 +92,7 @@ def flex_block_attention(
 
 
 def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    mask: BlockMask,
-    options: Options,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, mask: BlockMask, options: Options
 ) -> Tensor:
     length = query.shape[2]
     extra = _padded_length(length) - length

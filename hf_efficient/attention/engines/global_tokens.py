@@ -63,12 +63,7 @@ def meet_globals(before: State, key: Tensor, value: Tensor, real: Tensor) -> tup
 
 
 def global_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    tokens: GlobalTokens,
-    options: Options,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, tokens: GlobalTokens, options: Options
 ) -> Tensor:
     """[B,H,g,Dv]: the global tokens as queries over all keys."""
     seen, count = query.shape[2], tokens.index.shape[1]

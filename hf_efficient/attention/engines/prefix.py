@@ -19,10 +19,7 @@ CHUNK = 32  # the weights inside a chunk cost n * CHUNK, the sums of the chunks 
 
 
 def prefix_means(
-    scores: Tensor,
-    xs: tuple[Tensor, ...],
-    real: Tensor | None = None,
-    past: tuple[Tensor, ...] | None = None,
+    scores: Tensor, xs: tuple[Tensor, ...], real: Tensor | None = None, past: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Scores [..,T] and each x [..,T,E] -> the totals L [..,T] and the means [..,T,E].
 

@@ -318,13 +318,7 @@ def _windows(x: Tensor, filled: int, band: _Band) -> Tensor:
 
 
 def _allowed(
-    visible: Tensor,
-    position: Tensor,
-    band: _Band,
-    before: int,
-    tokens: GlobalTokens | None,
-    causal: bool,
-    batch: int,
+    visible: Tensor, position: Tensor, band: _Band, before: int, tokens: GlobalTokens | None, causal: bool, batch: int
 ) -> Tensor:
     """[B,N,block,keys]: what queries see of the global keys, then of the `visible` [B or 1,N,span] ones."""
     device, span, block = visible.device, visible.shape[2], position.shape[1]

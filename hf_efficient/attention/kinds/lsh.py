@@ -190,14 +190,7 @@ def _own_key(order: BucketOrder, query: Tensor, key: Tensor, key_mask: Tensor | 
     return own_key & key_mask[:, None, seen - length :].expand(-1, key.shape[1], -1).flatten(0, 1).repeat(1, groups)
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: BucketOrder,
-    own_key: Tensor,
-    options: Options,
-) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, order: BucketOrder, own_key: Tensor, options: Options) -> Tensor:
     """[B,H,T,Dv] by a mask over all pairs: for short sequences, and for one new token."""
     length, seen = query.shape[2], key.shape[2]
     allowed = excess(order.rank, order.low, order.high, torch.float32).amin(0) <= 0  # [N, M, S]

@@ -20,15 +20,7 @@ count real tokens, and N is that of each row.
 import torch
 from torch import Tensor
 
-from ..engines.blocks import (
-    Layout,
-    block_attention,
-    check_blocks,
-    dense_attention,
-    known_mask,
-    lay_out,
-    sees_all,
-)
+from ..engines.blocks import Layout, block_attention, check_blocks, dense_attention, known_mask, lay_out, sees_all
 from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
 from ..variant import AttentionVariant

@@ -22,15 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
-from ..engines.blocks import (
-    Layout,
-    block_attention,
-    check_blocks,
-    dense_attention,
-    known_mask,
-    lay_out,
-    sees_all,
-)
+from ..engines.blocks import Layout, block_attention, check_blocks, dense_attention, known_mask, lay_out, sees_all
 from ..engines.gathered import is_by_token, take
 from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks

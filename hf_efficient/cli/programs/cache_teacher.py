@@ -5,9 +5,10 @@ run(*read(["--teacher", "out/teacher", "--dataset", "bundled:bbc-news", ...]))
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from accelerate import PartialState
+from transformers.hf_argparser import HfArg
 
 from ...data.preparation import check_labels
 from ...distillation.cache.cache import TeacherCache
@@ -22,25 +23,23 @@ logger = logging.getLogger(__name__)
 class CacheArguments(DataArguments):
     """As for distilling from the cache, where the flags of the data must be the same."""
 
-    output_dir: str = field(default="", metadata={"help": "Folder of the cache; one that was begun is continued."})
-    seed: int = field(default=42, metadata={"help": "Of the split, where the data has no test split."})
-    batch_size: int = field(default=8, metadata={"help": "Examples that the teacher answers at once."})
-    top_k: int | None = field(
-        default=None, metadata={"help": "How many logits of each token to keep; language models need it, such as 64."}
+    output_dir: str = HfArg(default="", help="Folder of the cache; one that was begun is continued.")
+    seed: int = HfArg(default=42, help="Of the split, where the data has no test split.")
+    batch_size: int = HfArg(default=8, help="Examples that the teacher answers at once.")
+    top_k: int | None = HfArg(
+        default=None, help="How many logits of each token to keep; language models need it, such as 64."
     )
-    sampled: int | None = field(
-        default=None, metadata={"help": "Or how many tokens to draw for each: unbiased, for the forward divergence."}
+    sampled: int | None = HfArg(
+        default=None, help="Or how many tokens to draw for each: unbiased, for the forward divergence."
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "With top_k or sampled: the temperature of the training."}
+    temperature: float = HfArg(default=1.0, help="With top_k or sampled: the temperature of the training.")
+    pooling: str = HfArg(default="mean", help="Of sentence-embeddings: mean, cls or last.")
+    hidden_states: list[int] = HfArg(
+        default_factory=list, help="Which hidden states to keep for the hidden loss; 0: the embeddings."
     )
-    pooling: str = field(default="mean", metadata={"help": "Of sentence-embeddings: mean, cls or last."})
-    hidden_states: list[int] = field(
-        default_factory=list, metadata={"help": "Which hidden states to keep for the hidden loss; 0: the embeddings."}
-    )
-    dtype: str | None = field(default=None, metadata={"help": "float16, float32 or float64 on disk."})
-    shard_size: int = field(default=1000, metadata={"help": "Examples in one table."})
-    use_cpu: bool = field(default=False, metadata={"help": "Also where there is a GPU."})
+    dtype: str | None = HfArg(default=None, help="float16, float32 or float64 on disk.")
+    shard_size: int = HfArg(default=1000, help="Examples in one table.")
+    use_cpu: bool = HfArg(default=False, help="Also where there is a GPU.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,11 +58,7 @@ def read(words: Sequence[str]) -> CacheArguments:
 
 
 def run(script: CacheArguments) -> TeacherCache:
-    """Ask the teacher about both splits.
-
-    Raises:
-        CheckpointError, ConfigError, DataError, UnsupportedModelError: see `cache_teacher` and `prepare`.
-    """
+    """Ask the teacher about both splits; raises as `cache_teacher` and `prepare` do."""
     state = PartialState(cpu=script.use_cpu)
     processor = script.load_processor()
     with state.main_process_first():

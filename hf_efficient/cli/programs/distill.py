@@ -7,11 +7,12 @@ The result in `output_dir` is a plain transformers model with its tokenizer and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
+from transformers.hf_argparser import HfArg
 
 from ...data.preparation import check_labels
 from ...data.tasks import TASKS
@@ -33,34 +34,27 @@ from .flags import DataArguments, parse
 class ScriptArguments(DataArguments):
     """What is distilled, and on which data; the help of each field says what it means."""
 
-    student: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the student. Give this or student_layers."}
+    student: str | None = HfArg(default=None, help="Hub id or folder of the student. Give this or student_layers.")
+    student_layers: int | None = HfArg(
+        default=None, help="Cut the student from the teacher: keep this many layers of each stack."
     )
-    student_layers: int | None = field(
-        default=None, metadata={"help": "Cut the student from the teacher: keep this many layers of each stack."}
+    student_heads: int | None = HfArg(
+        default=None, help="With student_layers: keep this many attention heads of each layer."
     )
-    student_heads: int | None = field(
-        default=None, metadata={"help": "With student_layers: keep this many attention heads of each layer."}
+    student_neurons: int | None = HfArg(
+        default=None, help="With student_layers: keep this many neurons of each feed-forward network."
     )
-    student_neurons: int | None = field(
-        default=None, metadata={"help": "With student_layers: keep this many neurons of each feed-forward network."}
+    student_hidden_size: int | None = HfArg(default=None, help="With student_layers: the width of the hidden states.")
+    teacher_cache: str | None = HfArg(
+        default=None, help="Folder of scripts/cache_teacher.py with the teacher's answers to these data."
     )
-    student_hidden_size: int | None = field(
-        default=None, metadata={"help": "With student_layers: the width of the hidden states."}
+    metrics: list[str] | None = HfArg(
+        default=None, help=f"Further scores of classes: {', '.join(METRICS)}; with trust_remote_code any of evaluate."
     )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder of scripts/cache_teacher.py with the teacher's answers to these data."},
+    dry_run: bool = HfArg(
+        default=False, help="Check all of it, try one batch, print what would be done, and write nothing."
     )
-    metrics: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Further scores of classes: {', '.join(METRICS)}; with trust_remote_code any of evaluate."},
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Check all of it, try one batch, print what would be done, and write nothing."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+    overwrite: bool = HfArg(default=False, help="Write into an output_dir that is not empty.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,11 +81,7 @@ class ScriptArguments(DataArguments):
 
 
 def read(words: Sequence[str]) -> tuple[ScriptArguments, DistillationArguments]:
-    """The flags of `scripts/distill.py`.
-
-    Raises:
-        ConfigError: an unknown key in the YAML file, a value that is not allowed, or losses of another task.
-    """
+    """The flags of `scripts/distill.py`; ConfigError for what is not allowed, or losses of another task."""
     script, args = parse(words, (ScriptArguments, DistillationArguments))
     check_losses(args.losses, headless=not TASKS[script.task].trains)
     if script.teacher is None and (needing := [name for name in args.losses if LOSSES[name].needs_teacher]):

@@ -7,11 +7,12 @@ A YAML file has the same names as the flags; a flag wins over it.
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from ...data.datasets import load_dataset_any
 from ...data.preparation import PreparedData, prepare
@@ -23,21 +24,19 @@ from ...models.loading import load_model, load_processor
 
 @dataclass
 class _Source:
-    dataset: str = field(
-        metadata={
-            "help": "bundled:NAME, Hub id (user/name or user/name:config), save_to_disk folder, or a .csv, .tsv, "
-            ".json, .jsonl, .parquet or .txt file."
-        }
+    dataset: str = HfArg(
+        help="bundled:NAME, Hub id (user/name or user/name:config), save_to_disk folder, or a .csv, .tsv, "
+        ".json, .jsonl, .parquet or .txt file."
     )
-    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
-    teacher: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a trained teacher; the loss ce alone needs none."}
+    task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
+    teacher: str | None = HfArg(
+        default=None, help="Hub id or folder of a trained teacher; the loss ce alone needs none."
     )
 
 
 _Columns: Any = make_dataclass(  # a flag for each role that a column can have
     "_Columns",
-    [(column_name(role), str | None, field(default=None, metadata={"help": ROLES[role].help})) for role in ROLES],
+    [(column_name(role), str | None, HfArg(default=None, help=ROLES[role].help)) for role in ROLES],
     bases=(_Source,),
 )
 
@@ -46,15 +45,11 @@ _Columns: Any = make_dataclass(  # a flag for each role that a column can have
 class DataArguments(_Columns):
     """The teacher, and the data that it is asked about; the help of each field says what it means."""
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "In tokens; default: the tokenizer's, at most 512."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "In pixels, where the teacher has no image processor."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "At most this many rows of each split of the data."})
-    test_fraction: float = field(default=0.2, metadata={"help": "Held out where the data has no test split."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the models."})
+    max_length: int | None = HfArg(default=None, help="In tokens; default: the tokenizer's, at most 512.")
+    image_size: int | None = HfArg(default=None, help="In pixels, where the teacher has no image processor.")
+    limit: int | None = HfArg(default=None, help="At most this many rows of each split of the data.")
+    test_fraction: float = HfArg(default=0.2, help="Held out where the data has no test split.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the models.")
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -76,22 +71,15 @@ class DataArguments(_Columns):
 
     def load_data(self, processor: Any, seed: int) -> PreparedData:
         rows = load_dataset_any(
-            self.dataset,
-            seed=seed,
-            limit=self.limit,
-            test_fraction=self.test_fraction,
-            label_column=self.label_column,
+            self.dataset, seed=seed, limit=self.limit, test_fraction=self.test_fraction, label_column=self.label_column
         )
         names = [*map(column_name, ROLES), "max_length", "image_size"]
         return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})
 
 
 def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
-    """Read the flags, and below them the YAML file of `--config`, into one instance of each dataclass.
-
-    Raises:
-        ConfigError: an unknown key in the file, or a value that is not allowed.
-    """
+    """Read the flags, and below them the YAML file of `--config`, into one instance of each dataclass; ConfigError
+    for an unknown key in the file, or a value that is not allowed."""
     first = ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path, help="YAML file with the names of these flags; a flag wins over it.")
     config, rest = first.parse_known_args(words)

@@ -9,10 +9,11 @@ heads or neurons leave, `importance.png`: their scores, layer by layer.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from ...data.datasets import load_dataset_any
 from ...data.preparation import PreparedData, check_labels, prepare
@@ -35,32 +36,30 @@ PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "impo
 class ScriptArguments:
     """What is pruned, how much, and on which data; the help of each field says what it means."""
 
-    model: str = field(metadata={"help": "Hub id or folder of a trained model."})
-    dataset: str = field(metadata={"help": "bundled:NAME, Hub id, folder, or a .csv, .tsv, .json or .txt file."})
-    task: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
-    output_dir: str = field(metadata={"help": "Must be empty or new."})
-    ratio: float | None = field(default=None, metadata={"help": "The fraction to remove. Give this or sweep."})
-    sweep: list[float] | None = field(
-        default=None, metadata={"help": "Several ratios: each is tried and scored, nothing is kept but the numbers."}
+    model: str = HfArg(help="Hub id or folder of a trained model.")
+    dataset: str = HfArg(help="bundled:NAME, Hub id, folder, or a .csv, .tsv, .json or .txt file.")
+    task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
+    output_dir: str = HfArg(help="Must be empty or new.")
+    ratio: float | None = HfArg(default=None, help="The fraction to remove. Give this or sweep.")
+    sweep: list[float] | None = HfArg(
+        default=None, help="Several ratios: each is tried and scored, nothing is kept but the numbers."
     )
-    metric: str = field(default="macs", metadata={"help": "macs, parameters or latency."})
-    granularity: list[str] = field(
-        default_factory=lambda: ["head", "neuron"], metadata={"help": "Of head, neuron and layer."}
-    )
-    importance: str | None = field(default=None, metadata={"help": "Default: fisher, of layers alone loss."})
-    allocation: str = field(default="global", metadata={"help": "global or uniform."})
-    steps: int = field(default=1, metadata={"help": "Score and remove in so many steps."})
-    round_to: int = field(default=8, metadata={"help": "Neurons stay in multiples of this."})
-    reconstruct: bool = field(default=True, metadata={"help": "Fit what is left to the dense model."})
-    calibration_samples: int = field(default=256, metadata={"help": "Training rows to look at, without labels."})
-    batch_size: int = field(default=16, metadata={"help": "Of calibration and scoring."})
-    max_length: int | None = field(default=None, metadata={"help": "In tokens."})
-    text_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: found by its usual names."})
-    limit: int | None = field(default=None, metadata={"help": "At most this many rows of each split of the data."})
-    test_fraction: float = field(default=0.2, metadata={"help": "Held out where the data has no test split."})
-    seed: int = field(default=0, metadata={"help": "Of the split, and of what is drawn."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    metric: str = HfArg(default="macs", help="macs, parameters or latency.")
+    granularity: list[str] = HfArg(default_factory=lambda: ["head", "neuron"], help="Of head, neuron and layer.")
+    importance: str | None = HfArg(default=None, help="Default: fisher, of layers alone loss.")
+    allocation: str = HfArg(default="global", help="global or uniform.")
+    steps: int = HfArg(default=1, help="Score and remove in so many steps.")
+    round_to: int = HfArg(default=8, help="Neurons stay in multiples of this.")
+    reconstruct: bool = HfArg(default=True, help="Fit what is left to the dense model.")
+    calibration_samples: int = HfArg(default=256, help="Training rows to look at, without labels.")
+    batch_size: int = HfArg(default=16, help="Of calibration and scoring.")
+    max_length: int | None = HfArg(default=None, help="In tokens.")
+    text_column: str | None = HfArg(default=None, help="Default: found by its usual names.")
+    label_column: str | None = HfArg(default=None, help="Default: found by its usual names.")
+    limit: int | None = HfArg(default=None, help="At most this many rows of each split of the data.")
+    test_fraction: float = HfArg(default=0.2, help="Held out where the data has no test split.")
+    seed: int = HfArg(default=0, help="Of the split, and of what is drawn.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -82,11 +81,7 @@ class ScriptArguments:
 
 
 def parse(words: Sequence[str]) -> ScriptArguments:
-    """Read the flags.
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
+    """Read the flags; ConfigError for a value that is not allowed."""
     return HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(list(words))[0]
 
 

@@ -76,10 +76,7 @@ class Manifest:
     config: str = ""
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: numbers that no cache has.
-        """
+        """ValueError for numbers that no cache has."""
         numbers = {"rows": (self.rows, MAX_ROWS), "shard_size": (self.shard_size, MAX_ROWS)}
         for name, (value, most) in numbers.items():
             if not 1 <= value <= most:
@@ -110,10 +107,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """
-        Raises:
-            CheckpointError: there is none, or it cannot be read.
-        """
+        """CheckpointError if there is none, or it cannot be read."""
         path = folder / MANIFEST
         if not path.is_file():
             raise CheckpointError(
@@ -171,11 +165,7 @@ class TeacherCache:
         return len(self._rows)
 
     def skeleton(self) -> PreTrainedModel:
-        """The teacher without its weights, on the meta device: its class, config and forward.
-
-        Raises:
-            CheckpointError: a config or a class that is not the teacher's.
-        """
+        """The teacher without weights, on the meta device; CheckpointError for a class or config not the teacher's."""
         path, name = self.folder / CONFIG, self.manifest.model_class
         if self.manifest.is_sealed and digest_of(path) != self.manifest.config:
             raise CheckpointError(f"{path} is not the file that cache_teacher wrote. Take it from a good copy.")
@@ -201,11 +191,7 @@ class TeacherCache:
         return model
 
     def check(self, args: Any, pairs: Mapping[str, Mapping[str, Pairs]]) -> None:
-        """Whether the losses of these `DistillationArguments` find here what they need.
-
-        Raises:
-            ConfigError: losses that look into the teacher, or settings that the cache was not made for.
-        """
+        """ConfigError for losses that look into the teacher, or settings that the cache was not made for."""
         layout = self.layout
         for name in args.losses:
             if LOSSES[name].needs_attentions:
@@ -234,11 +220,7 @@ class TeacherCache:
         return _Collator(self, collate)
 
     def find(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of the teacher's answers to a batch.
-
-        Raises:
-            DataError: an example that is not in the cache.
-        """
+        """The tensors of the teacher's answers to a batch; DataError for an example that is not in the cache."""
         batch = Batch(dict(inputs), self.layout.task)
         keys = row_keys(batch, self.manifest.inputs)
         places = np.searchsorted(self._heads, _heads(keys)).clip(max=len(self) - 1)
@@ -254,10 +236,7 @@ class TeacherCache:
         return self.layout.unpack(batch, columns)
 
     def answer(self, batch: Batch) -> Answer:
-        """
-        Raises:
-            DataError: the batch was not made by `collator`.
-        """
+        """DataError if the batch was not made by `collator`."""
         if not any(name.startswith(PREFIX) for name in batch.inputs):
             raise DataError("The batch has no teacher's answers with it: it must come from cache.collator(...).")
         return self.layout.answer(batch)
@@ -287,11 +266,7 @@ def seal(shard: Path, manifest: Manifest) -> str:
 
 
 def open_shard(path: Path, manifest: Manifest) -> "Dataset":
-    """A shard that is as it was written, for this cache.
-
-    Raises:
-        CheckpointError: it is cut short, changed, or of another cache, or parts of it are missing.
-    """
+    """A shard as it was written, for this cache; CheckpointError if it is cut short, changed, or of another cache."""
     import datasets
 
     try:
@@ -310,10 +285,7 @@ def open_shard(path: Path, manifest: Manifest) -> "Dataset":
 
 
 def _check_seal(path: Path, manifest: Manifest) -> None:
-    """
-    Raises:
-        OSError, ValueError: other files than the seal says, or a seal of another cache.
-    """
+    """OSError or ValueError for other files than the seal says, or a seal of another cache."""
     sealed: Seal = decode(Seal, read_json(path / SEAL), str(path / SEAL))
     if sealed.cache != manifest.identity:
         raise ValueError("it belongs to the cache of another teacher or of other settings")
@@ -325,10 +297,7 @@ def _check_seal(path: Path, manifest: Manifest) -> None:
 
 
 def _check_rows(shard: Any, name: str, manifest: Manifest) -> None:
-    """
-    Raises:
-        ValueError: a table that does not hold what the manifest says.
-    """
+    """ValueError for a table that does not hold what the manifest says."""
     expected = min(manifest.shard_size, manifest.rows - manifest.shards.index(name) * manifest.shard_size)
     if len(shard) != expected:
         raise ValueError(f"{len(shard)} of {expected} examples")
@@ -367,11 +336,7 @@ def _arrays(column: Any) -> list[np.ndarray]:
 
 
 def _heads(keys: list[bytes]) -> np.ndarray:
-    """The first 64 bits of each key; two examples that share them would be told apart by the rest.
-
-    Raises:
-        CheckpointError: something else than keys.
-    """
+    """The first 64 bits of each key (CheckpointError if it is none); the rest tells two apart that share them."""
     if any(key is None or len(key) != KEY_BYTES for key in keys):
         raise CheckpointError("The cache has keys that are none. Make it again, with cache_teacher.")
     return np.frombuffer(b"".join(key[:8] for key in keys), dtype=np.uint64)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import DataError
 from ...models.heads import PROBLEMS
 from ...models.pooling import POOLINGS, pool
-from ...training.batch import LABELS, TASK_KINDS, Batch, Task
+from ...training.batch import KINDS, LABELS, Batch, Head
 from ..answers import Answer
 from ..losses.draws import DrawnTokens
 from ..losses.tables import MAX_TEMPERATURE
@@ -52,7 +52,7 @@ class Layout:
     dtype: of all numbers but ids, entropy and log-sum-exp.
     """
 
-    task: Task
+    task: Head  # the name that manifests have
     classes: int
     top_k: int | None
     temperature: float
@@ -63,14 +63,11 @@ class Layout:
     sampled: int | None = None
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: what no teacher has; a manifest may say anything, and these numbers decide about memory.
-        """
-        task = self.task
+        """ValueError for what no teacher has; a manifest may say anything, and these numbers decide about memory."""
+        head = self.task
         numbers = {
             "classes": (self.classes, 0, MAX_CLASSES),
-            "num_labels": (task.num_labels, 0, MAX_CLASSES),
+            "num_labels": (head.num_labels, 0, MAX_CLASSES),
             "hidden_size": (self.hidden_size, 0, MAX_WIDTH),
         }
         few = {"top_k": self.top_k, "sampled": self.sampled}
@@ -80,9 +77,9 @@ class Layout:
             if not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {value}")
         names = {
-            "kind": (task.kind, TASK_KINDS),
-            "problem": (task.problem, (None, *PROBLEMS)),
-            "stacks": (task.stacks, (("encoder",), ("encoder", "decoder"))),
+            "kind": (head.kind, KINDS),
+            "problem": (head.problem, (None, *PROBLEMS)),
+            "stacks": (head.stacks, (("encoder",), ("encoder", "decoder"))),
             "pooling": (self.pooling, POOLINGS),
             "dtype": (self.dtype, DTYPES),
         }
@@ -213,7 +210,7 @@ def row_keys(batch: Batch, names: Collection[str]) -> list[bytes]:
         for name, value in inputs.items()
         if not name.startswith("decoder_") and name != "attention_mask" and name not in LABELS
     ]
-    if "decoder" in masks and masks["decoder"].dim() == 2 and batch.task.kind == "tokens":
+    if "decoder" in masks and masks["decoder"].dim() == 2 and batch.head.kind == "tokens":
         output = batch.inputs.get("decoder_input_ids")
         output = batch.labels if output is None else output
         if output is not None:

@@ -24,7 +24,7 @@ from ...io.disk import clear_disk_errors, new_folder, write_atomic
 from ...models.modes import eval_mode
 from ...models.pooling import POOLINGS
 from ...models.token_masks import counts_columns, first_positions
-from ...training.batch import Batch, base_of, forward_names, task_of
+from ...training.batch import Batch, base_of, forward_names, head_of
 from ..answers import read_answer
 from ..collating import CheckedCollator
 from ..hidden_states import wanted_states
@@ -149,24 +149,24 @@ def _manifest(teacher: PreTrainedModel, choice: Choice, rows: int, shard_size: i
 
 
 def _layout(teacher: PreTrainedModel, choice: Choice) -> Layout:
-    task, dtype, temperature, hidden_states = task_of(teacher), choice.dtype, choice.temperature, choice.hidden_states
+    head, dtype, temperature, hidden_states = head_of(teacher), choice.dtype, choice.temperature, choice.hidden_states
     if dtype is None:
         dtype = "float64" if teacher.dtype == torch.float64 else "float32"
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if choice.pooling not in POOLINGS:
         raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {choice.pooling!r}.")
-    classes = 0 if task.kind in ("embeddings", "spans") else task.num_labels
-    if task.kind in ("tokens", "causal_lm") and not classes:
+    classes = 0 if head.kind in ("embeddings", "spans") else head.num_labels
+    if head.kind in ("tokens", "causal_lm") and not classes:
         classes = base_of(teacher).config.get_text_config().vocab_size
     if choice.top_k is not None and choice.sampled is not None:
         raise ConfigError(f"Give top_k={choice.top_k!r} or sampled={choice.sampled!r}, not both.")
     for name, k in (("top_k", choice.top_k), ("sampled", choice.sampled)):
-        if k is not None and (task.kind not in ("tokens", "causal_lm") or type(k) is not int or k < 1):
+        if k is not None and (head.kind not in ("tokens", "causal_lm") or type(k) is not int or k < 1):
             raise ConfigError(f"{name}={k!r} must be 1 or more, and is for models with an answer for each token.")
     top_k, sampled = (None if k is not None and k >= classes else k for k in (choice.top_k, choice.sampled))
     keeps_all = top_k is None and sampled is None
-    if task.kind in ("tokens", "causal_lm") and keeps_all and classes > MAX_CLASSES:
+    if head.kind in ("tokens", "causal_lm") and keeps_all and classes > MAX_CLASSES:
         raise ConfigError(
             f"All {classes} logits of each token would be {classes * 4 / 1024:.0f} KiB a token. Give top_k=64 or "
             "sampled=64, and the temperature of the training."
@@ -174,28 +174,24 @@ def _layout(teacher: PreTrainedModel, choice: Choice) -> Layout:
     is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not is_number or not 0 < temperature <= MAX_TEMPERATURE:
         raise ConfigError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {temperature!r}.")
-    depth = min(depths(teacher, task.stacks).values()) if hidden_states else 0
+    depth = min(depths(teacher, head.stacks).values()) if hidden_states else 0
     if any(type(p) is not int or not 0 <= p <= depth for p in hidden_states):
         raise ConfigError(f"hidden_states={list(hidden_states)} must be positions from 0 (embeddings) to {depth}.")
     return Layout(
-        task=task,
+        task=head,
         classes=classes,
         top_k=top_k,
         sampled=sampled,
         temperature=1.0 if keeps_all else float(temperature),
         hidden_states=tuple(sorted(set(hidden_states))),
-        hidden_size=width(teacher) if hidden_states or task.kind == "embeddings" else 0,
+        hidden_size=width(teacher) if hidden_states or head.kind == "embeddings" else 0,
         pooling=choice.pooling,
         dtype=dtype,
     )
 
 
 def _begin(folder: Path, manifest: Manifest, teacher: PreTrainedModel) -> Manifest:
-    """A new cache, or one to go on with; its manifest.
-
-    Raises:
-        CheckpointError: the folder holds something else.
-    """
+    """The manifest of a new cache, or of one to go on with; CheckpointError if the folder holds something else."""
     if (folder / MANIFEST).is_file():
         there = Manifest.read(folder)
         differing = [name for name, value in vars(manifest).items() if getattr(there, name) != value]
@@ -224,11 +220,7 @@ def _write_shard(
     collate: Callable[[list], Any],
     batch_size: int,
 ) -> None:
-    """Nothing where the shard is there already, of these examples.
-
-    Raises:
-        CheckpointError: the shard is there, of other examples or damaged.
-    """
+    """Nothing where it is there already; CheckpointError if it has other examples, or is damaged."""
     import datasets
 
     layout = manifest.layout

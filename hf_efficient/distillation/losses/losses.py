@@ -26,10 +26,7 @@ from .top_k import TopLogits
 
 
 def check_shape(values: Tensor, mask: Tensor) -> None:
-    """
-    Raises:
-        DataError: outputs that the mask does not fit.
-    """
+    """DataError for outputs that the mask does not fit."""
     if values.shape[: mask.dim()] != mask.shape:
         raise DataError(
             f"A mask of shape {tuple(mask.shape)} does not fit model outputs of shape {tuple(values.shape)}. "

@@ -59,11 +59,7 @@ def save_projections(folder: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_projections(folder: str | Path, projections: nn.ModuleDict) -> None:
-    """Read the side file of a checkpoint back.
-
-    Raises:
-        CheckpointError: there is none, or it belongs to other losses, layers or widths.
-    """
+    """Read the side file back; CheckpointError if it is not there, or of other losses, layers or widths."""
     path = Path(folder, SIDE_FILE)
     if not path.is_file():
         raise CheckpointError(

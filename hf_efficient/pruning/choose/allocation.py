@@ -61,11 +61,7 @@ def _divided_by_heads(anatomy: Anatomy) -> int | None:
 
 
 def allocate_global(scores: Scores, cost: Cost, remove: float, round_to: int) -> dict[Group, tuple]:
-    """Kept units of each group: the ones with the lowest score per cost leave first, wherever they are.
-
-    Raises:
-        ConfigError: the groups do not hold that much.
-    """
+    """Units kept of each group: those of the lowest score per cost leave first; ConfigError if too few can leave."""
     steps = []  # (score per cost, cost, group, units after)
     for group, score in scores.items():
         ascending, price = score.sort().values, -inf

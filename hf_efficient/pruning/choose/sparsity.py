@@ -52,11 +52,7 @@ def choose_masks(
 
 
 def check_structure(anatomy: Anatomy, config: PruningConfig) -> None:
-    """Every matrix must consist of whole groups of m inputs; the model may be on the meta device.
-
-    Raises:
-        ConfigError: one does not.
-    """
+    """ConfigError unless every matrix has whole groups of m inputs; the model may be on the meta device."""
     for linear in find_linears(anatomy) if config.structure else ():
         inputs = matrix(anatomy.model, linear).shape[1]
         if inputs % config.structure[1]:

@@ -29,11 +29,7 @@ Sizes = dict[str, dict[str, tuple[int, ...]]]  # stack -> heads, kv_heads, cross
 
 
 def apply_plan(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedModel:
-    """A smaller copy of the model: only what the plan keeps.
-
-    Raises:
-        ConfigError: the plan lets a first layer go that has to stay.
-    """
+    """A smaller copy of the model: only what the plan keeps; ConfigError if a first layer goes that has to stay."""
     check_plan(anatomy, plan)
     state = dict(anatomy.model.state_dict())
     # Units first: their groups are named by the layers of the dense model, which then get new numbers.

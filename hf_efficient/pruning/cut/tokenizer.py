@@ -35,11 +35,7 @@ _PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
 
 
 def check_tokenizer(tokenizer: object) -> PreTrainedTokenizerFast:
-    """Refuse what has no tokenizer.json, or a kind of vocabulary that cannot be cut.
-
-    Raises:
-        UnsupportedModelError: not a tokenizer, one in pure Python, or one of another kind.
-    """
+    """UnsupportedModelError for no tokenizer, one without tokenizer.json, or a vocabulary that cannot be cut."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UnsupportedModelError(
             f"A transformers tokenizer is needed, got {type(tokenizer).__name__}. "

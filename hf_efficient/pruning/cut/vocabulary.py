@@ -236,11 +236,7 @@ def _renumbered(fields: dict[str, Any], number: dict[int, int], rows: int) -> di
 
 
 def _own_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of the (sub-)config that has the vocabulary.
-
-    Raises:
-        UnsupportedModelError: none has.
-    """
+    """The fields of the (sub-)config that has the vocabulary; UnsupportedModelError if none has."""
     fields = config.to_dict()
     own = fields.get("text_config", fields)
     if "vocab_size" not in own:

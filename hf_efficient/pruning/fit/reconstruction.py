@@ -151,11 +151,7 @@ class _Fit:
             self.sums[apart] = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
 
     def solve(self) -> None:
-        """Change the weights by the best D, if there is one that improves the held-out error.
-
-        Raises:
-            DataError: sums or weights that are not finite.
-        """
+        """Change the weights by the best D that improves the held-out error, if any; DataError for sums not finite."""
         if self.rows < HELD_OUT:
             return  # nothing to choose lambda on
         for sums in self.sums.values():

@@ -89,11 +89,7 @@ class Removal(ABC, Generic[P]):
                 TRAINED_IMPORTANCES[self.config.importance](score, self.effect(model, part), self.momentum)
 
     def current_scores(self, model: PreTrainedModel) -> dict[P, Tensor]:
-        """A copy; -inf for what is gone, so that it stays gone.
-
-        Raises:
-            DataError: a score is not finite.
-        """
+        """A copy; -inf for what is gone, so that it stays gone. DataError if a score is not finite."""
         scores = {part: score.clone() for part, score in self.scores.items()} or self.given_scores(model)
         for part, score in scores.items():
             check_finite(score, f"The {self.config.importance} score of {part.name}")
@@ -106,11 +102,7 @@ class Removal(ABC, Generic[P]):
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Read what `to_tensors` wrote.
-
-        Raises:
-            CheckpointError: it was written for other parts or another kind of importance.
-        """
+        """Read what `to_tensors` wrote; CheckpointError if that was for other parts or another kind of importance."""
         expected = {name: tensor.shape for name, tensor in self.to_tensors().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise CheckpointError(

@@ -68,11 +68,7 @@ class HeldZeros:
 
 
 def check_sharding(args: TrainingArguments, name: str) -> None:
-    """Refuse parameters in pieces.
-
-    Raises:
-        UnsupportedModelError: FSDP or DeepSpeed.
-    """
+    """UnsupportedModelError under FSDP and DeepSpeed: parameters in pieces."""
     if args.fsdp or args.deepspeed:
         raise UnsupportedModelError(
             f"{name} needs whole parameters on every process; FSDP and DeepSpeed shard them. Use DDP."

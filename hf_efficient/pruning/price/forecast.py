@@ -114,11 +114,7 @@ def plan_table(plan: PruningPlan) -> str:
     whole = [
         ("parameters", format_count(after.parameters_before), format_count(after.parameters)),
         (f"MACs, {after.length} tokens", format_count(after.macs_before), format_count(after.macs)),
-        (
-            f"weights, {after.dtype}",
-            format_bytes(after.weight_bytes_before),
-            format_bytes(after.weight_bytes),
-        ),
+        (f"weights, {after.dtype}", format_bytes(after.weight_bytes_before), format_bytes(after.weight_bytes)),
     ]
     if after.cache_bytes_before:
         cache = format_bytes(after.cache_bytes_before), format_bytes(after.cache_bytes)

@@ -31,11 +31,7 @@ DEFAULT_LENGTH = 128
 
 
 def check_calibration(anatomy: Anatomy, calibration: Iterable[Batch] | None) -> list[Batch]:
-    """The batches as a list.
-
-    Raises:
-        DataError: something is not a batch of inputs that the model can read: see `check_batches`.
-    """
+    """The batches as a list; DataError if one is not what the model can read: see `check_batches`."""
     if isinstance(calibration, Mapping):
         raise DataError("calibration must give batches, got one batch. Put it in a list: [batch].")
     if calibration is not None and (isinstance(calibration, str) or not isinstance(calibration, Iterable)):
@@ -127,11 +123,7 @@ def real_entries(model: PreTrainedModel, batch: Batch, answer: torch.Tensor) -> 
 
 
 def answer_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The answer in float32 or wider, [B, C] or [B, T, C].
-
-    Raises:
-        DataError: the model gives nothing that is known to be an answer.
-    """
+    """The answer in float32 or wider, [B, C] or [B, T, C]; DataError if nothing is known to be one."""
     outputs = forward(model, batch)
     for name in ANSWERS:
         if outputs.get(name) is not None:

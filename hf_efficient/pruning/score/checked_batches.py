@@ -23,11 +23,7 @@ NUMBERS = ("pixel_values", "input_features", "input_values", "inputs_embeds")
 
 
 def check_batches(anatomy: Anatomy, batches: Sequence[Batch]) -> None:
-    """Every batch must be one that the model can read: its names, types, sizes, and the range of its ids and labels.
-
-    Raises:
-        DataError: one is not; it names the batch, what it holds and what is allowed.
-    """
+    """DataError names the batch that the model cannot read: by names, types, sizes, or ranges of ids and labels."""
     model, rows = anatomy.model, _table_rows(anatomy)
     for number, batch in enumerate(batches):
         where = f"Calibration batch {number}"

@@ -11,11 +11,7 @@ from ...errors import DataError
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Every parameter must be finite; one on the meta device has no values to look at.
-
-    Raises:
-        DataError: one is not; it names the first.
-    """
+    """DataError names the first parameter that is not finite; one on the meta device has no values to look at."""
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue

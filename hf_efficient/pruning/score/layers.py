@@ -64,11 +64,8 @@ def loss(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
 
 
 def loss_order(anatomy: Anatomy, batches: Sequence[Batch]) -> Iterator[tuple[str, int]]:
-    """The order in which layers leave, one by one: L forwards find the first of L, L - 1 more the second, and so on.
-
-    Raises:
-        DataError: an answer, or its change, is not finite; it names the layer.
-    """
+    """The order in which layers leave, one by one: L forwards find the first of L, L - 1 more the second, and so on;
+    DataError names the layer whose answer, or its change, is not finite."""
     batches, model = list(_first_rows(batches, ROWS)), anatomy.model
     present = dict(_layers(anatomy))
     handed: Handed = {}

@@ -21,12 +21,7 @@ from .stream import Batch, forward
 MaskGradients = dict[Group, torch.Tensor]
 
 
-def mask_gradients(
-    model: PreTrainedModel,
-    groups: list[Group],
-    batches: Iterable[Batch],
-    loss: Loss,
-) -> MaskGradients:
+def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch], loss: Loss) -> MaskGradients:
     """`[rows, units]` for each group: d loss / d mask, for every row of every batch.
 
     `loss(model, batch)` is a scalar summed over the rows of a batch, so that rows do not mix. A unit that got no

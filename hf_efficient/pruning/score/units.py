@@ -108,11 +108,7 @@ def score_units(
 
 
 def check_scores(group: Group, values: torch.Tensor, importance: str) -> None:
-    """Refuse scores that cannot be compared.
-
-    Raises:
-        DataError: not one finite number for each unit.
-    """
+    """DataError unless there is one finite number for each unit: others cannot be compared."""
     if values.shape != (group.units,) or not torch.isfinite(values).all():
         raise DataError(
             f"The {importance} scores of {group.name} must be {group.units} finite numbers, got "

@@ -11,10 +11,10 @@ from hf_efficient.errors import UnsupportedModelError
 from ...helpers import assert_close, padding_mask
 from ..cases import (
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_bias,
     make_inputs,
 )
@@ -93,10 +93,7 @@ def test_toeplitz():
 
 
 def test_compiles_whole():
-    function = compiled(full_attention, causal=True, window=3)
-    for seen in (11, 30, 17):
-        inputs, mask = make_inputs(seen), padding_mask("left", 2, seen)
-        assert_close(function(*inputs, mask), full_attention(*inputs, mask, causal=True, window=3), 1e-12)
+    assert_compiles_whole(full_attention, causal=True, window=3)
 
 
 def test_misfits_are_refused():

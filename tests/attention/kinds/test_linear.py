@@ -18,10 +18,12 @@ from ..cases import (
     HEADS,
     VALUE_DIM,
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
+    assert_exports,
+    assert_gradients,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_inputs,
 )
 from ..maps import draw_weights, map_options, mapped
@@ -79,17 +81,15 @@ def test_pieces_of_all_sizes_equal_naive(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_gradcheck(causal, feature_map):
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(5, batch=1)]
     weights = draw_weights(feature_map)
-    if weights is not None:
-        inputs.append(weights.requires_grad_())
+    learned = () if weights is None else (weights,)
     mask = torch.tensor([[False, *[True] * 4]])
 
     def function(query, key, value, weights=None):
         options = map_options(feature_map, weights)
         return linear_attention(query, key, value, mask, causal=causal, scaling=0.7, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert_gradients(function, [*make_inputs(5, batch=1), *learned])
 
 
 @pytest.mark.cover
@@ -210,7 +210,7 @@ def test_dropout_is_unbiased(causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_half_precision_sums_in_single(causal, feature_map):
-    inputs = make_inputs(4000, batch=1, dtype=torch.bfloat16)
+    inputs = make_inputs(1200, batch=1, dtype=torch.bfloat16)
     options = {"causal": causal, **map_options(feature_map, draw_weights(feature_map))}
     expected = naive_linear_attention(*(tensor.double() for tensor in inputs), **options)
     out = linear_attention(*inputs, **options)
@@ -230,15 +230,8 @@ def test_half_precision_sums_in_single(causal, feature_map):
     ),
 )
 def test_compiles_whole(feature_map, causal):
-    options = {"causal": causal, **map_options(feature_map, draw_weights(feature_map))}
-    function = compiled(linear_attention, **options)
-    for seen in (150, 301, 192):
-        inputs, mask = [x.requires_grad_() for x in make_inputs(seen)], padding_mask("left", 2, seen)
-        out, expected = function(*inputs, mask), linear_attention(*inputs, mask, **options)
-        assert_close(out, expected, 1e-12)
-        grads = [torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected)]
-        for grad, expected_grad in zip(*grads, strict=True):
-            assert_close(grad, expected_grad, 1e-12)
+    options = map_options(feature_map, draw_weights(feature_map))
+    assert_compiles_whole(linear_attention, gradients=True, causal=causal, **options)
 
 
 @pytest.mark.cover
@@ -246,17 +239,7 @@ def test_compiles_whole(feature_map, causal):
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_exports_with_any_length(causal, feature_map):
     options = map_options(feature_map, draw_weights(feature_map))
-
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask):
-            return linear_attention(query, key, value, mask, causal=causal, **options)
-
-    auto = torch.export.Dim.AUTO
-    example = (*make_inputs(200), padding_mask("right", 2, 200))
-    program = torch.export.export(Module(), example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
-    for batch, seen in ((1, 140), (3, 301), (2, 256)):
-        inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
-        assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    assert_exports(linear_attention, ((1, 140), (3, 301), (2, 256)), causal=causal, **options)
 
 
 def test_misfits_are_refused():

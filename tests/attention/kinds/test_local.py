@@ -15,10 +15,12 @@ from hf_efficient.errors import ConfigError, UnsupportedModelError
 from ...helpers import assert_close, padding_mask, random_examples, selected
 from ..cases import (
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
+    assert_exports,
+    assert_gradients,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_bias,
     make_inputs,
 )
@@ -105,14 +107,13 @@ def test_autocast():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 1])
 def test_gradcheck(causal, global_tokens):
-    inputs = [tensor.requires_grad_() for tensor in (*make_inputs(9, batch=1), make_bias(9))]
     mask = torch.tensor([[False, *[True] * 8]])
 
     def function(query, key, value, bias):
         options = {"window": 2, "causal": causal, "global_tokens": global_tokens, "bias": bias}
         return local_attention(query, key, value, mask, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert_gradients(function, [*make_inputs(9, batch=1), make_bias(9)])
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
@@ -182,27 +183,12 @@ def test_dropout_is_unbiased():
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal == (count == 0))
 )
 def test_compiles_whole(causal, global_tokens):
-    options = {"window": 9, "causal": causal, "global_tokens": global_tokens}
-    function = compiled(local_attention, **options)
-    for seen in (150, 301, 192):
-        inputs, mask = make_inputs(seen), padding_mask("left", 2, seen)
-        assert_close(function(*inputs, mask), local_attention(*inputs, mask, **options), 1e-12)
+    assert_compiles_whole(local_attention, window=9, causal=causal, global_tokens=global_tokens)
 
 
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(global_tokens):
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask):
-            return local_attention(query, key, value, mask, window=9, global_tokens=global_tokens)
-
-    auto = torch.export.Dim.AUTO
-    example = (*make_inputs(200), padding_mask("right", 2, 200))
-    program = torch.export.export(Module(), example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
-    for batch, seen in ((1, 70), (3, 301), (2, 192)):
-        inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
-        out, real = program.module()(*inputs), inputs[-1][:, None, :, None]
-        assert_close(out * real, Module()(*inputs) * real, 1e-12)
-        assert out.isfinite().all()
+    assert_exports(local_attention, real_only=True, window=9, global_tokens=global_tokens)
 
 
 def test_an_exported_row_without_keys_is_finite_in_half_precision():
@@ -220,16 +206,8 @@ def test_an_exported_row_without_keys_is_finite_in_half_precision():
 
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_causal_and_shared_heads_export(global_tokens):
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value):
-            options = {"window": 70, "global_tokens": global_tokens, "causal": True, "scaling": 0.3}
-            return local_attention(query, key, value, **options)
-
-    auto = torch.export.Dim.AUTO
-    program = torch.export.export(Module(), make_inputs(200, kv_heads=2), dynamic_shapes=[{0: auto, 2: auto}] * 3)
-    for batch, seen in ((1, 30), (2, 301)):
-        inputs = make_inputs(seen, batch=batch, kv_heads=2)
-        assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    options = {"window": 70, "global_tokens": global_tokens, "causal": True, "scaling": 0.3}
+    assert_exports(local_attention, ((1, 30), (2, 301)), masked=False, **options)
 
 
 def test_misfits_are_refused():

@@ -24,10 +24,12 @@ from ..cases import (
     HEADS,
     VALUE_DIM,
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
+    assert_exports,
+    assert_gradients,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_inputs,
 )
 from ..maps import draw_weights, map_options, mapped
@@ -181,18 +183,15 @@ def test_between_its_two_parts():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_gradcheck(causal, feature_map):
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(9, batch=1)]
-    inputs.append(torch.randn(HEADS, dtype=torch.float64, requires_grad=True))
     weights = draw_weights(feature_map)
-    if weights is not None:
-        inputs.append(weights.requires_grad_())
+    learned = [torch.randn(HEADS, dtype=torch.float64)] + ([] if weights is None else [weights])
     mask = torch.tensor([[False, *[True] * 8]])
 
     def function(query, key, value, mix, weights=None):
         options = {"window": 2, "causal": causal, "log_mix": mix, **map_options(feature_map, weights)}
         return local_linear_attention(query, key, value, mask, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert_gradients(function, [*make_inputs(9, batch=1), *learned])
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
@@ -335,29 +334,13 @@ def test_half_precision(dtype, tolerance, causal):
     ("causal", "feature_map"), selected([(False, "elu"), (True, "hedgehog")], lambda causal, _: causal)
 )
 def test_compiles_whole(causal, feature_map):
-    options = {"window": 9, "causal": causal, **map_options(feature_map, draw_weights(feature_map))}
-    function = compiled(local_linear_attention, **options)
-    for seen in (150, 301, 192):
-        inputs, mask = leaves(*make_inputs(seen)), padding_mask("left", 2, seen)
-        out, expected = function(*inputs, mask), local_linear_attention(*inputs, mask, **options)
-        assert_close(out, expected, 1e-12)
-        grads = [torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected)]
-        for grad, expected_grad in zip(*grads, strict=True):
-            assert_close(grad, expected_grad, 1e-12)
+    options = map_options(feature_map, draw_weights(feature_map))
+    assert_compiles_whole(local_linear_attention, gradients=True, window=9, causal=causal, **options)
 
 
 @pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_exports_with_any_length(causal):
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask):
-            return local_linear_attention(query, key, value, mask, window=9, causal=causal)
-
-    auto = torch.export.Dim.AUTO
-    example = (*make_inputs(200), padding_mask("right", 2, 200))
-    program = torch.export.export(Module(), example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
-    for batch, seen in ((1, 70), (3, 301), (2, 192)):
-        inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
-        assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    assert_exports(local_linear_attention, window=9, causal=causal)
 
 
 def test_macs():

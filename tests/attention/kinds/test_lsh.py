@@ -19,10 +19,12 @@ from ...helpers import assert_close, leaves, padding_mask, random_examples, sele
 from ..cases import (
     DIM,
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
+    assert_exports,
+    assert_gradients,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_bias,
     make_inputs,
 )
@@ -160,7 +162,6 @@ def test_autocast_does_not_round(form):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck(by_blocks, causal, dropout):
-    inputs = [tensor.requires_grad_() for tensor in (*make_inputs(9, batch=1), make_bias(9))]
     mask = torch.tensor([[False, *[True] * 8]])
 
     def function(query, key, value, bias):
@@ -168,7 +169,7 @@ def test_gradcheck(by_blocks, causal, dropout):
         options = hashing(block_size=2, causal=causal, dropout=dropout)
         return lsh_attention(query, key, value, mask, bias=bias, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert_gradients(function, [*make_inputs(9, batch=1), make_bias(9)])
 
 
 def test_there_is_no_second_derivative(by_blocks):
@@ -268,19 +269,7 @@ def test_dropout_is_unbiased(form, options):
 )
 def test_compiles_whole(form, causal, dropout):
     options = hashing(causal=causal, dropout=dropout)
-    function = compiled(lsh_attention, **options)
-    for seen in (150, 301, 192):
-        inputs, mask = leaves(*make_inputs(seen)), padding_mask("left", 2, seen)
-        torch.manual_seed(0)
-        out = function(*inputs, mask)
-        grads = torch.autograd.grad(out.square().sum(), inputs)
-        if dropout:
-            assert all(torch.isfinite(x).all() for x in (out, *grads))
-            continue
-        expected = lsh_attention(*inputs, mask, **options)
-        assert_close(out, expected, 1e-12)
-        for grad, expected_grad in zip(grads, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
-            assert_close(grad, expected_grad, 1e-10)
+    assert_compiles_whole(lsh_attention, gradients=True, **options)
 
 
 @pytest.mark.cover
@@ -288,17 +277,7 @@ def test_compiles_whole(form, causal, dropout):
 @pytest.mark.parametrize("num_buckets", [1, 4])
 def test_exports_with_any_length(causal, num_buckets):
     options = hashing(2, num_buckets, causal=causal)  # drawn here: a program draws anew at each call
-
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask):
-            return lsh_attention(query, key, value, mask, **options)
-
-    auto = torch.export.Dim.AUTO
-    example = (*make_inputs(200), padding_mask("right", 2, 200))
-    program = torch.export.export(Module(), example, dynamic_shapes=[{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}])
-    for batch, seen in ((1, 1), (1, 2), (1, 70), (3, 301), (2, 1000)):
-        inputs = (*make_inputs(seen, batch=batch), padding_mask("left", batch, seen))
-        assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    assert_exports(lsh_attention, ((1, 1), (1, 2), (1, 70), (3, 301), (2, 1000)), **options)
 
 
 def test_the_variant_draws_by_its_seed():

@@ -21,10 +21,12 @@ from ..cases import (
     DIM,
     HEADS,
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
+    assert_exports,
+    assert_gradients,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_bias,
     make_inputs,
 )
@@ -157,14 +159,13 @@ def test_autocast():
 @pytest.mark.parametrize("piece", [1, 1000])
 def test_gradcheck(causal, global_tokens, piece, monkeypatch):
     monkeypatch.setitem(gathered.PIECE, "cpu", piece)
-    inputs = [tensor.requires_grad_() for tensor in (*make_inputs(7, batch=1), make_bias(7))]
     mask = torch.tensor([[False, *[True] * 6]])
 
     def function(query, key, value, bias):
         options = {"block_size": 2, "num_blocks": 1, "causal": causal, "global_tokens": global_tokens, "bias": bias}
         return strided_attention(query, key, value, mask, **options)
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert_gradients(function, [*make_inputs(7, batch=1), make_bias(7)])
 
 
 @pytest.mark.usefixtures("_pieces")
@@ -267,30 +268,16 @@ def test_dropout_is_the_same_going_back(monkeypatch):
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal and count == 0)
 )
 def test_compiles_whole(causal, global_tokens):
-    options = {**SMALL, "causal": causal, "global_tokens": global_tokens}
-    function = compiled(strided_attention, **options)
-    for seen in (150, 301, 192):
-        inputs, mask = make_inputs(seen), padding_mask("left", 2, seen)
-        assert_close(function(*inputs, mask), strided_attention(*inputs, mask, **options), 1e-12)
+    assert_compiles_whole(strided_attention, **SMALL, causal=causal, global_tokens=global_tokens)
 
 
 @pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(causal, global_tokens):
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask=None):
-            return strided_attention(query, key, value, mask, **SMALL, global_tokens=global_tokens, causal=causal)
-
-    auto = torch.export.Dim.AUTO
-    for side in ("right", None) if global_tokens else ("right",):
-        masked = () if side is None else (padding_mask(side, 2, 200),)
-        shapes = [{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}] * len(masked)
-        program = torch.export.export(Module(), (*make_inputs(200), *masked), dynamic_shapes=shapes)
-        for batch, seen in ((1, 70), (3, 301), (2, 192), (2, 3), (1, 1)):
-            masked = () if side is None else (padding_mask("left", batch, seen),)
-            inputs = (*make_inputs(seen, batch=batch), *masked)
-            assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    for masked in (True, False) if global_tokens else (True,):
+        options = {**SMALL, "causal": causal, "global_tokens": global_tokens, "masked": masked}
+        assert_exports(strided_attention, ((1, 70), (3, 301), (2, 192), (2, 3), (1, 1)), **options)
 
 
 def test_the_layout_in_memory_changes_nothing(monkeypatch):

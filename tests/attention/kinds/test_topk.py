@@ -20,10 +20,12 @@ from ..cases import (
     DIM,
     HEADS,
     assert_causal,
+    assert_compiles_whole,
     assert_equals_naive,
+    assert_exports,
+    assert_gradients,
     assert_mean_unbiased,
     assert_padding_is_inert,
-    compiled,
     make_inputs,
 )
 
@@ -116,13 +118,12 @@ def test_heads_of_a_group_choose_for_themselves(causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_choice_has_no_gradient(causal):
     """Far from a change of the choice, the gradient is that of softmax over the chosen blocks."""
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(9, batch=1)]
-    mask = torch.tensor([[False, *[True] * 8]])
+    inputs, mask = make_inputs(9, batch=1), torch.tensor([[False, *[True] * 8]])
     for piece in (1, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(gathered.PIECE, "cpu", piece)
             options = {"block_size": 2, "top_k": 2, "global_tokens": 1, "causal": causal}
-            assert torch.autograd.gradcheck(lambda *x, o=options: topk_attention(*x, mask, **o), inputs)
+            assert_gradients(lambda *x, o=options: topk_attention(*x, mask, **o), inputs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -286,30 +287,16 @@ def test_dropout_is_unbiased():
     ("causal", "global_tokens"), selected(product((False, True), (0, 2)), lambda causal, count: causal and count == 0)
 )
 def test_compiles_whole(causal, global_tokens):
-    options = {**SMALL, "causal": causal, "global_tokens": global_tokens}
-    function = compiled(topk_attention, **options)
-    for seen in (150, 301, 192):
-        inputs, mask = make_inputs(seen), padding_mask("left", 2, seen)
-        assert_close(function(*inputs, mask), topk_attention(*inputs, mask, **options), 1e-12)
+    assert_compiles_whole(topk_attention, **SMALL, causal=causal, global_tokens=global_tokens)
 
 
 @pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(causal, global_tokens):
-    class Module(torch.nn.Module):
-        def forward(self, query, key, value, mask=None):
-            return topk_attention(query, key, value, mask, **SMALL, global_tokens=global_tokens, causal=causal)
-
-    auto = torch.export.Dim.AUTO
-    for side in ("right", None) if global_tokens else ("right",):
-        masked = () if side is None else (padding_mask(side, 2, 200),)
-        shapes = [{0: auto, 2: auto}] * 3 + [{0: auto, 1: auto}] * len(masked)
-        program = torch.export.export(Module(), (*make_inputs(200), *masked), dynamic_shapes=shapes)
-        for batch, seen in ((1, 70), (3, 301), (2, 192), (2, 3), (1, 1)):
-            masked = () if side is None else (padding_mask("left", batch, seen),)
-            inputs = (*make_inputs(seen, batch=batch), *masked)
-            assert_close(program.module()(*inputs), Module()(*inputs), 1e-12)
+    for masked in (True, False) if global_tokens else (True,):
+        options = {**SMALL, "causal": causal, "global_tokens": global_tokens, "masked": masked}
+        assert_exports(topk_attention, ((1, 70), (3, 301), (2, 192), (2, 3), (1, 1)), **options)
 
 
 def test_weights_cost_and_decoding_of_the_module():
