@@ -146,7 +146,6 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
     assert torch.allclose(*found, rtol=1e-12)
 
 
-@pytest.mark.cover
 @pytest.mark.parametrize("losses", [{"relation": 1.0}, {"attention": 1.0}, {"attention_output": 1.0, "ce": 1.0}])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_keeps_the_gradients_of_what_looks_into_attentions(losses, reentrant, tmp_path):
