@@ -243,6 +243,11 @@ def make_model(name: str, head: type[PreTrainedModel] | None = None, **fields: A
     return model.eval()
 
 
+def one_layer(name: str) -> dict[str, int]:
+    """The fields of a config with one layer in every stack, for what does not depend on their number."""
+    return {stack.num_layers: 1 for stack in FAMILIES[name].stacks}
+
+
 def make_inputs(name: str, padding: str | None = None, model: PreTrainedModel | None = None) -> Inputs:
     """Two rows, the first with `PADDED` padded tokens that hold junk; fitted to the head of `model` if given."""
     inputs = CASES[name].inputs(padding)

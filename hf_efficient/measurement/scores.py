@@ -15,15 +15,15 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import TASKS
 from ..errors import ConfigError, DataError, unknown_name
-from ..reporting.schema import Score
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ..reporting.schema import Score
 
 # name -> whether higher is better; computed by metrics/classes/classes.py
 METRICS: dict[str, bool] = {
@@ -57,6 +57,8 @@ def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
 def load_metrics(names: Sequence[str], *, trusted: bool = False) -> dict[str, Any]:
     """The `evaluate` metric of each name, by `metrics/classes`, from the Hub or from a path; ConfigError if it cannot
     be loaded, such as without a network, or is foreign and not trusted."""
+    from importlib.resources import as_file, files
+
     import evaluate
 
     metrics = {}
@@ -80,7 +82,8 @@ def load_metrics(names: Sequence[str], *, trusted: bool = False) -> dict[str, An
 def compute_scores(
     metrics: Mapping[str, Any], predictions: "np.ndarray", references: "np.ndarray", classes: int
 ) -> dict[str, float]:
-    """Every number that the metrics give for classes `[n]`, by name; DataError if there is none."""
+    """Every number that the metrics give for classes `[n]`; a metric's name comes first where it gives several, and
+    DataError where it gives none."""
     scores: dict[str, float] = {}
     for name, metric in metrics.items():
         options = {}
@@ -102,7 +105,7 @@ def compute_scores(
 
 def further_scores(
     metrics: Mapping[str, Any], predictions: Any, targets: Any, count: Any, classes: int
-) -> tuple[Score, ...]:
+) -> "tuple[Score, ...]":
     """The scores of the metrics with their standard errors.
 
     Parameters:
@@ -110,6 +113,8 @@ def further_scores(
         count: `[n]` how many of them belong to each sample.
     """
     import numpy as np
+
+    from ..reporting.schema import Score
 
     if not metrics:
         return ()

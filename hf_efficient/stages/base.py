@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import ConfigError
-from ..reporting.schema import Report, StageRecord
 from .settings import Settings, read
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from ..data.preparation import PreparedData
     from ..pruning.config import PruningConfig
     from ..pruning.plan import PruningPlan
+    from ..reporting.schema import Report, StageRecord
 
 
 class Run(Protocol):
@@ -133,7 +133,7 @@ class Stage(Settings):
         """Read the checkpoint in `source`, write one into `target`, and return facts for the report, plain values."""
         raise NotImplementedError(f"{type(self).__name__}.run")
 
-    def note(self, record: StageRecord) -> tuple[str, ...]:
+    def note(self, record: "StageRecord") -> tuple[str, ...]:
         """What a reader of the report must know of it: warnings."""
         facts = record.facts
         if "batch_size_used" not in facts:
@@ -144,7 +144,7 @@ class Stage(Settings):
             "which gives the same gradient.",
         )
 
-    def check_report(self, report: Report, after: Sequence["Stage"] = ()) -> None:
+    def check_report(self, report: "Report", after: Sequence["Stage"] = ()) -> None:
         """Raises UnsupportedModelError if what it made is not what it was asked for; the result stays.
 
         `after`: the stages that come after it.

@@ -7,15 +7,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..io.disk import remove_own
-from ..reporting.schema import Report, StageRecord
-from ..reporting.tables import format_export_change, scale_of
 from ..runtimes.formats import FORMATS, NEAR, QUANTIZE, check_format, check_runtime, folder_name
 from .base import Run, Stage
 from .settings import number, one_of
+
+if TYPE_CHECKING:
+    from ..reporting.schema import Report, StageRecord
 
 TEST_ROWS = ((0, 2), (2, 3), (3, 8))  # of the test rows: it is compared with two, one and five at a time
 
@@ -80,7 +81,7 @@ class ExportStage(Stage):
         del facts["folder"], facts["checked"]
         return facts
 
-    def note(self, record: StageRecord) -> tuple[str, ...]:
+    def note(self, record: "StageRecord") -> tuple[str, ...]:
         """An export that predicts something else is no silent success."""
         same = record.facts.get("same_prediction", 1.0)
         if same >= NEAR:
@@ -90,7 +91,9 @@ class ExportStage(Stage):
             "were compared: see its own quality before you use it.",
         )
 
-    def check_report(self, report: Report, after: Sequence[Stage] = ()) -> None:
+    def check_report(self, report: "Report", after: Sequence[Stage] = ()) -> None:
+        from ..reporting.tables import format_export_change, scale_of
+
         same = (stage for stage in after if isinstance(stage, ExportStage) and stage.beside == self.beside)
         if self.max_loss is None or any(stage.max_loss is not None for stage in same):  # the last one counts
             return

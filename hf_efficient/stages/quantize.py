@@ -6,12 +6,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..reporting.schema import StageRecord
 from ..runtimes.quantization import METHODS, check_pruned_groups, check_torchao, quantize
 from .base import Run, Stage
 from .settings import integer, one_of
+
+if TYPE_CHECKING:
+    from ..reporting.schema import StageRecord
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class QuantizeStage(Stage):
         small = quantize(run.load(source), self.method, group_size=self.group_size)
         return {"method": self.method} | run.read_as(source).save(small, target)
 
-    def note(self, record: StageRecord) -> tuple[str, ...]:
+    def note(self, record: "StageRecord") -> tuple[str, ...]:
         return (
             "Weights of 8 or 4 bits by torchao: loading needs `pip install torchao`. On a CPU they save bytes, rarely "
             "time; an export to ONNX with quantize int8 saves both.",

@@ -6,12 +6,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..reporting.schema import StageRecord
 from .base import Run, Stage
 from .settings import integer
+
+if TYPE_CHECKING:
+    from ..reporting.schema import StageRecord
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class VocabularyStage(Stage):
         facts |= {"parameters_before": model.num_parameters(), "parameters_after": small.num_parameters()}
         return facts | run.reading(short).save(small, target)
 
-    def note(self, record: StageRecord) -> tuple[str, ...]:
+    def note(self, record: "StageRecord") -> tuple[str, ...]:
         before, after = record.facts["tokens_before"], record.facts["tokens_after"]
         which = "the most frequent" if self.max_tokens else "those"
         return (

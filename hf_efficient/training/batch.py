@@ -89,7 +89,10 @@ def head_of(model: nn.Module) -> Head:
     if kind is None and auto is None and not type(base).__module__.startswith("transformers."):
         kind = "embeddings"  # a class of one's own, if it is like those of AutoModel
     fields_of, output = _given_by(base), GIVES.get(kind or "", "logits")
-    fits = TAKES.get(kind or "", "labels") in names if kind != "embeddings" else _is_headless(names, stacks)
+    if kind == "embeddings":  # one text or one image, and no labels: `BertModel`, `ViTModel`; not `CLIPModel`
+        fits = len(stacks) == 1 and not LABELS & names and len({"input_ids", "pixel_values"} & names) == 1
+    else:
+        fits = TAKES.get(kind or "", "labels") in names
     if kind is None or not fits or (fields_of is not None and output not in fields_of):
         raise UnsupportedModelError(
             f"{type(base).__name__} cannot be distilled: its head is none of those whose losses are known. Load the "
@@ -108,12 +111,6 @@ def head_of(model: nn.Module) -> Head:
         stacks=stacks,
         is_causal=len(stacks) == 1 and (kind == "causal_lm" or is_decoder),
     )
-
-
-def _is_headless(names: Collection[str], stacks: tuple[str, ...]) -> bool:
-    """Whether it reads one text or one image and knows no labels: `BertModel`, `ViTModel`; not `CLIPModel`."""
-    towers = {"input_ids", "pixel_values"} & set(names)
-    return len(stacks) == 1 and not LABELS & set(names) and len(towers) == 1
 
 
 def _given_by(model: PreTrainedModel) -> set[str] | None:

@@ -70,7 +70,7 @@ def test_every_kind_has_its_settings():
 
 @pytest.mark.processes
 def test_the_meter_sees_scores():
-    assert added_memory("naive", 3072) > scores(3072)
+    assert added_memory("naive", 1536) > scores(1536)
 
 
 @pytest.mark.processes

@@ -32,6 +32,7 @@ from ..families import (
     TWO_STACKS,
     make_inputs,
     make_model,
+    one_layer,
     position_ids,
     real_logits,
 )
@@ -102,7 +103,7 @@ def test_linear_attention_has_no_place_for_a_relative_bias():
 @pytest.mark.cover
 @pytest.mark.parametrize(("head", "name"), STOCK_HEADS.items())
 def test_every_head_can_be_converted(head, name):
-    model = make_model(name, head)
+    model = make_model(name, head, **one_layer(name))
     inputs = make_inputs(name, CASES[name].paddings[0], model)
     assert_close(real_logits(convert_attention(model, WIDE), inputs), real_logits(model, inputs), 1e-5)
     assert (real_logits(convert_attention(model, NARROW), inputs) - real_logits(model, inputs)).abs().max() > 1e-5

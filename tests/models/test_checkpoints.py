@@ -20,7 +20,7 @@ from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.rebuild import is_portable, rebuild
 from hf_efficient.models.saving import LOADER
 
-from ..families import CASES, HEADS, make_inputs, make_model
+from ..families import CASES, HEADS, make_inputs, make_model, one_layer
 
 LOCAL = AttentionConfig(kind="local", window=2)
 NOTHING_WRONG = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -46,7 +46,7 @@ def pruned(name):
 @pytest.mark.parametrize(("name", "auto_name"), HEADS)
 def test_every_head_loads_a_stock_checkpoint_and_round_trips(name, auto_name, tmp_path):
     auto, stock_class = auto_classes(FAMILIES[name])[auto_name]
-    stock = make_model(name, stock_class)
+    stock = make_model(name, stock_class, **one_layer(name))
     stock.save_pretrained(tmp_path / "stock")
     config = efficient_config(tmp_path / "stock", attention=LOCAL)
     model, info = auto.from_pretrained(tmp_path / "stock", config=config, output_loading_info=True)

@@ -214,15 +214,6 @@ def check_weights(weights, causal):
     assert (weights - torch.eye(weights.shape[-1])).abs().max() > 1e-3
 
 
-def test_it_compiles_whole(family, name):
-    torch._dynamo.reset()
-    one_layer = {stack.num_layers: 1 for stack in FAMILIES[family].stacks}
-    model, inputs = make(family, name, **one_layer), padded_inputs(family) | no_cache(family)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        assert_close(compiled(**inputs)[0], model(**inputs)[0], 1e-5)
-
-
 def test_dtypes_and_devices(family, name, tmp_path):
     model, inputs = make(family, name), padded_inputs(family)
     expected = model(**inputs)[0]

@@ -8,7 +8,7 @@ from hf_efficient.models.classes import efficient_class, with_block
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.saving import LOADER
 
-from ..families import CASES, make_config, make_model
+from ..families import CASES, make_config, make_model, one_layer
 from ..processes import run_fresh, save_with_expectation
 
 pytestmark = pytest.mark.processes
@@ -19,11 +19,15 @@ SAVED = {"config.json", "model.safetensors", f"{LOADER}.py"}
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugin")
-    for name in CASES:
-        model = convert_attention(make_model(name), AttentionConfig(kind="local", window=2))
+    portable = tmp_path_factory.mktemp("portable")
+    for name, case in CASES.items():
+        model = convert_attention(make_model(name, **one_layer(name)), AttentionConfig(kind="local", window=2))
         save_with_expectation(model, name, folder)
+        trivial = with_block(make_config(name, **one_layer(name)), EfficientBlock())
+        save_with_expectation(efficient_class(case.head, FAMILIES[name])(trivial).eval(), name, portable)
     home = tmp_path_factory.mktemp("home")
-    return run_fresh(folder, "imported", "untrusted", "missing", "trusted", home=home)
+    answers = run_fresh(folder, "imported", "untrusted", "missing", "trusted", f"stock:{portable}", home=home)
+    return {scenario.partition(":")[0]: answer for scenario, answer in answers.items()}
 
 
 def test_after_importing_the_package_every_family_loads_bit_for_bit(answers):
@@ -56,12 +60,8 @@ def test_without_the_package_the_error_says_how_to_get_it(answers):
         assert "pip install hf_efficient" in answers["missing"][name]
 
 
-def test_a_portable_checkpoint_loads_where_the_package_is_not_imported(tmp_path):
-    for name, case in CASES.items():
-        trivial = with_block(make_config(name), EfficientBlock())
-        model = efficient_class(case.head, FAMILIES[name])(trivial).eval()
-        save_with_expectation(model, name, tmp_path / "portable")
-    answer = run_fresh(tmp_path / "portable", "stock", home=tmp_path / "home")["stock"]
-    assert answer.pop("plugin_imported") is False
+def test_a_portable_checkpoint_loads_where_the_package_is_not_imported(answers):
+    answer = answers["stock"]
+    assert answer["plugin_imported"] is False
     for name, case in CASES.items():
         assert (answer[name]["class"], answer[name]["equal"]) == (case.head.__name__, True)

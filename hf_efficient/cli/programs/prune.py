@@ -95,7 +95,10 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     folder = check_empty(script.output_dir)
     trust = {"trust_remote_code": script.trust_remote_code}
     processor = load_processor(script.model, images="image" in TASKS[script.task].columns, **trust)
-    data = _data(script, processor)
+    names = ("seed", "limit", "test_fraction", "label_column")
+    splits = load_dataset_any(script.dataset, **{name: getattr(script, name) for name in names})
+    columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
+    data = prepare(splits, script.task, processor, max_length=script.max_length, **columns)
     model = load_model(TASKS[script.task].auto_class, script.model, **trust)
     check_labels(model.config, data)
     batches = first_batches(data, script.calibration_samples, script.batch_size)
@@ -120,18 +123,6 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
             if processor is not None:
                 processor.save_pretrained(target)
     return rows
-
-
-def _data(script: ScriptArguments, processor: Any) -> PreparedData:
-    rows = load_dataset_any(
-        script.dataset,
-        seed=script.seed,
-        limit=script.limit,
-        test_fraction=script.test_fraction,
-        label_column=script.label_column,
-    )
-    columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
-    return prepare(rows, script.task, processor, max_length=script.max_length, **columns)
 
 
 def _row(
