@@ -29,6 +29,13 @@ def _forked(request, monkeypatch):
         monkeypatch.setattr("hf_efficient.pipeline.verify.run_module", run_module)
 
 
+@pytest.fixture
+def quick_end(monkeypatch):
+    """A run ends without pictures, and without another process that loads its result: other tests see to both."""
+    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *_: None)
+    monkeypatch.setattr("hf_efficient.reporting.plots.save_plots", lambda *_: [])
+
+
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="all combinations of families and kinds, not a selection")
 

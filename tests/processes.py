@@ -33,8 +33,21 @@ PRELOADED = [
     "transformers.trainer",
     "transformers.modeling_utils",
     "datasets",
+    "evaluate",
+    "sklearn.datasets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "hf_efficient.cli.run",
+    "hf_efficient.conversion.positions",
     "hf_efficient.distillation.trainer",
     "hf_efficient.pipeline.compress",
+    "hf_efficient.pipeline.fresh",
+    "hf_efficient.pipeline.report",
+    "hf_efficient.pipeline.verify",
+    "hf_efficient.pruning.callback",
+    "hf_efficient.reporting.page",
+    "hf_efficient.reporting.plots",
+    "hf_efficient.runtimes.runtime",
 ]
 LIMIT = 600.0  # seconds: what takes longer hangs
 

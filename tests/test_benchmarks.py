@@ -234,9 +234,16 @@ def test_pruning_benchmark_runs_and_resumes(tmp_path):
         pytest.param("pruning_latency", ["--targets", "2.0"], "reached", marks=pytest.mark.thorough),
     ],
 )
-def test_benchmarks_of_pruned_speed_run(program, few, measured, tmp_path):
+def test_benchmarks_of_pruned_speed_run(program, few, measured, tmp_path, pytestconfig):
+    """With the bundled model with --thorough, else with a tiny one."""
     output = tmp_path / "speed.json"
-    command = [str(ROOT / f"benchmarks/{program}.py"), *few, "--rounds", "2", "--output", str(output)]
+    command = [str(ROOT / f"benchmarks/{program}.py")]
+    if not pytestconfig.getoption("--thorough"):
+        sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 512}
+        transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=50)).save_pretrained(tmp_path / "bert")
+        tiny = f"import benchmarks.{program} as it; it.bundled_model = lambda _: {str(tmp_path / 'bert')!r}; it.main()"
+        command = ["-c", tiny]
+    command += [*few, "--rounds", "2", "--output", str(output)]
     done = python(*command, env=os.environ | {"HF_EFFICIENT_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["results"]
@@ -296,9 +303,13 @@ def _draw(report: Path, picture: Path) -> None:
 
 
 @pytest.mark.processes
-def test_two_trees_are_compared_in_turns(tmp_path):
+@pytest.mark.parametrize(
+    "works",
+    [["import hf_efficient"], pytest.param(["pruned forward", "import hf_efficient"], marks=pytest.mark.thorough)],
+    ids=len,
+)
+def test_two_trees_are_compared_in_turns(works, tmp_path):
     output = tmp_path / "trees.json"
-    works = ["pruned forward", "import hf_efficient"]
     command = [str(ROOT / "benchmarks/before_after.py"), str(ROOT), str(ROOT), "--only", *works, "--rounds", "2"]
     done = python(*command, "--output", str(output), env=dict(os.environ))
     assert done.returncode == 0, done.stderr

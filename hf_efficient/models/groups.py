@@ -88,6 +88,10 @@ class Group:
     units: int
     members: tuple[Member, ...]
 
+    def __hash__(self) -> int:
+        """Without the members, which are long: groups are the keys of every table of scores and costs."""
+        return hash((self.stack, self.kind, self.layers))
+
     @property
     def name(self) -> str:
         """`encoder.3.neurons`; of several layers the first."""

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from hf_efficient import Recipe
 from hf_efficient.cli import app, base, parse_overrides
 from hf_efficient.errors import ConfigError, HfEfficientError
 
 from ..commands import cli
 from ..families import make_model
+from ..pipeline.tiny import TINY
 from ..reporting.samples import sample_report
 
 
@@ -311,12 +313,7 @@ def test_a_result_is_shown_and_its_card_written_anew(tmp_path):
     assert "# fast" in printed and not (one / "README.md").exists()
 
 
-def test_a_run_goes_on_by_its_folder(tmp_path, monkeypatch):
-    from hf_efficient import Recipe
-
-    from ..pipeline.tiny import TINY
-
-    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *_: None)  # in a process; tested elsewhere
+def test_a_run_goes_on_by_its_folder(tmp_path, quick_end):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(Recipe.from_dict(TINY | {"teacher": {"max_steps": 1}, "stages": []}).to_yaml())
     folder = str(tmp_path / "out")

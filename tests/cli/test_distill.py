@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from hf_efficient.cli.programs.distill import read, run
 from hf_efficient.distillation.losses.projections import SIDE_FILE
 from hf_efficient.errors import CheckpointError, ConfigError, DataError
 
-from ..processes import python
+from ..processes import launch, python
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(30))]
@@ -160,24 +159,34 @@ def test_further_metrics_are_those_of_the_evaluation(workplace):
         read(words(workplace, "--metrics", "recal"))
 
 
+SCRIPT = ROOT / "scripts" / "distill.py"
+TWO = ["--losses", '{"kd": 1, "hidden": 1}', "--per_device_train_batch_size", "4"]
+
+
 @pytest.mark.processes
 def test_the_program(workplace):
-    """The script itself: its help, a user's error on one line, and a run on two processes by accelerate."""
-    script = str(ROOT / "scripts" / "distill.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def call(*command):
-        return python(*command, env=environment, cwd=workplace)
-
-    shown = call(script, "--help")
+    """The script itself: its help, a user's error on one line, and a run on two processes."""
+    shown = python(SCRIPT, "--help", cwd=workplace)
     assert shown.returncode == 0 and "--temperature_squared" in shown.stdout and "--teacher" in shown.stdout
-    wrong = call(script, *words(workplace, "--temperature", "0"))
+    wrong = python(SCRIPT, *words(workplace, "--temperature", "0"), cwd=workplace)
     assert wrong.returncode == 2 and "temperature must be above 0" in wrong.stderr and "Traceback" not in wrong.stderr
+    launch("scripts.distill", *words(workplace, *TWO))
+    check_two_processes(workplace)
+
+
+@pytest.mark.thorough
+@pytest.mark.processes
+def test_the_program_by_accelerate(workplace):
     config = ROOT / "examples" / "accelerate" / "cpu_2.yaml"
-    flags = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", script]
-    flags += words(workplace, "--losses", '{"kd": 1, "hidden": 1}', "--per_device_train_batch_size", "4")
-    done = subprocess.run([sys.executable, *flags], env=environment, capture_output=True, text=True, cwd=workplace)
+    flags = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", str(SCRIPT)]
+    done = subprocess.run(
+        [sys.executable, *flags, *words(workplace, *TWO)], capture_output=True, text=True, cwd=workplace
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+    check_two_processes(workplace)
+
+
+def check_two_processes(workplace):
     assert json.loads((workplace / "out" / "all_results.json").read_text())["eval_loss_kd"] > 0
     state = json.loads((workplace / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(4 / 3)  # 24 rows in steps of 2 x 4: both processes took part

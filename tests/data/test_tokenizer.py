@@ -40,6 +40,7 @@ LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
 
 
+@pytest.mark.usefixtures("quick_end")
 @pytest.mark.parametrize(
     ("task", "model", "columns"),
     [

@@ -1,11 +1,18 @@
-"""A cached teacher of a tiny case."""
+"""A cached teacher of a tiny case.
+
+torchrun --nproc_per_node 2 -m tests.distillation.caching FOLDER          # both write one cache
+"""
+
+import sys
 
 import datasets
 import torch
+from accelerate import PartialState
 
 from hf_efficient.distillation.cache.write import cache_teacher
+from hf_efficient.training.trainers import leave_processes
 
-from .tiny import collate, examples
+from .tiny import collate, examples, make_pair
 
 
 def rows_of(case, count=16, seed=0):
@@ -23,3 +30,10 @@ def collate_rows(rows):
 def make_cache(case, folder, teacher, **options):
     parts = [rows_of(case), rows_of(case, 11, seed=1)]
     return cache_teacher(teacher, parts, folder, data_collator=collate_rows, **{"shard_size": 10} | options)
+
+
+if __name__ == "__main__":
+    processes = PartialState(cpu=True)
+    assert processes.num_processes == 2
+    make_cache("bert", sys.argv[1], make_pair("bert")[1])
+    leave_processes(processes)

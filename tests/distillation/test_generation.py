@@ -96,7 +96,7 @@ def test_a_fraction_of_the_steps_is_on_policy(tmp_path):
     counts = {}
     for fraction in (0.0, 0.5, 1.0):
         trainer = make_trainer("llama", tmp_path, losses={"kd": 1.0}, max_new_tokens=2, on_policy=fraction)
-        batch = collate(examples("llama"))
+        batch = collate(examples("llama", 2))
         changed = []
         for trainer.state.global_step in range(40):
             torch.manual_seed(trainer.state.global_step)
@@ -136,7 +136,7 @@ def test_sequence_level_labels_are_the_teachers_texts(case, tmp_path):
             expected = greedy(teacher, prompt, 5)
             assert row["input_ids"] == expected
             assert row["labels"] == [-100] * len(prompt) + expected[len(prompt) :]
-    trainer = make_trainer(case, tmp_path, rows=list(rows), losses={"ce": 1.0}, max_steps=20, learning_rate=0.2)
+    trainer = make_trainer(case, tmp_path, rows=list(rows), losses={"ce": 1.0}, max_steps=5, learning_rate=0.2)
     first = trainer.compute_loss(trainer.model, collate(list(rows))).item()
     trainer.train()
     assert trainer.compute_loss(trainer.model, collate(list(rows))).item() < first

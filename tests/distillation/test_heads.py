@@ -100,6 +100,7 @@ def test_ce_is_the_loss_that_the_model_computes_itself(name, tmp_path):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("loss", ["ce", "kd"])
 @pytest.mark.parametrize("name", ["marian", "whisper", "double"])
 def test_student_learns_by_each_loss(name, loss, tmp_path):

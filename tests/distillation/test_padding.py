@@ -117,6 +117,8 @@ def trainer_of(models, folder, losses, collate, teacher=None, rows=None, **setti
 
 def step(trainer, rows, collate, size):
     """The loss, and the gradient of everything that learns, of one optimizer step in batches of `size`."""
+    for model in (trainer.model, trainer.projections):
+        model.zero_grad()
     batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     given, counts = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     losses = [trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=counts) for batch in given]
@@ -134,34 +136,37 @@ def test_losses_and_gradients_do_not_depend_on_padding(name, tmp_path):
     _, case, losses = MODELS[name]
     models, rows = make_models(name), examples(case, 8)
     for loss in losses:
-        found = []
-        for side, width, size in [("right", 0, 8), *PADDINGS]:
-            trainer = trainer_of(models, tmp_path, {loss: 1.0}, collator(side, width))
-            found.append(step(trainer, rows, collator(side, width), size))
+        trainer = trainer_of(models, tmp_path, {loss: 1.0}, collator("right"))
+        found = [
+            step(trainer, rows, collator(side, width), size) for side, width, size in [("right", 0, 8), *PADDINGS]
+        ]
         value, gradient = found[0]
         assert value > 0 and gradient.norm() > 0
         for (own, other), padding in zip(found[1:], PADDINGS, strict=True):
             assert own == pytest.approx(value, rel=1e-9), (loss, padding)
             assert (other - gradient).norm() <= 1e-8 * gradient.norm(), (loss, padding)
-        another = step(trainer_of(models, tmp_path, {loss: 1.0}, collator("left")), rows[:7], collator("left"), 7)
+        another = step(trainer, rows[:7], collator("left"), 7)
         assert another[0] != pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("soft_positions", ["labels", "attended"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_evaluation_does_not_depend_on_padding(name, soft_positions, tmp_path):
     _, case, losses = MODELS[name]
     models, rows = make_models(name), examples(case, 8)
     found = []
-    for side, width, size in [("right", 0, 8), *PADDINGS]:
-        settings = {"per_device_eval_batch_size": size, "soft_positions": soft_positions}
-        metrics = trainer_of(models, tmp_path, losses, collator(side, width), rows=rows, **settings).evaluate()
+    trainer = trainer_of(models, tmp_path, losses, collator("right"), rows=rows, soft_positions=soft_positions)
+    for side, width, trainer.args.per_device_eval_batch_size in [("right", 0, 8), *PADDINGS]:
+        trainer.data_collator = collator(side, width)
+        metrics = trainer.evaluate()
         found.append({name: value for name, value in metrics.items() if "loss" in name or "agreement" in name})
     assert len(found[0]) == len(losses) + 2
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)  # the trainer adds them up in float32
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize(("written", "read"), [("left", "right"), ("right", "left"), ("left", "left")])
 def test_a_cache_serves_both_sides(name, written, read, tmp_path):

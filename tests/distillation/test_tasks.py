@@ -116,7 +116,6 @@ def test_a_narrower_student_learns_embeddings_through_a_projection(tmp_path):
 def test_every_setting_of_embeddings_matters(first, second, tmp_path):
     one, two = (trained("embedding", tmp_path, losses={"embedding": 1.0}, **own) for own in (first, second))
     assert (one - two).norm() > 1e-6 * one.norm()
-    assert torch.equal(one, trained("embedding", tmp_path, losses={"embedding": 1.0}, **first))
 
 
 def test_losses_that_a_head_or_its_absence_rules_out(tmp_path):

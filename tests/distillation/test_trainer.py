@@ -1,6 +1,7 @@
 """DistillationTrainer: what reaches which model, what is trained, logged, saved and refused."""
 
 import copy
+import json
 import re
 
 import datasets
@@ -15,6 +16,7 @@ from hf_efficient.cli.programs.dry_run import describe
 from hf_efficient.distillation import hidden_states
 from hf_efficient.distillation.hidden_states import selects_positions
 from hf_efficient.distillation.losses.projections import ATTRIBUTE
+from hf_efficient.distillation.student import build_student
 from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
@@ -94,6 +96,20 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(case, tmp_path):
     assert metrics["eval_teacher_agreement"] == 1.0
 
 
+@pytest.fixture(scope="module")
+def weights_of(tmp_path_factory):
+    """The weights after one step with these settings; each is trained once."""
+    weights = {}
+
+    def train(settings):
+        key = json.dumps(settings)
+        if key not in weights:
+            weights[key] = trained("llama", tmp_path_factory.mktemp("run"), **settings)
+        return weights[key]
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("settings", "others"),
     [
@@ -109,10 +125,15 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(case, tmp_path):
         ({"losses": {"hidden": 1.0}}, {"losses": {"hidden": 1.0}, "layer_map": "last"}),
     ],
 )
-def test_every_setting_matters(settings, others, tmp_path):
-    first, second = trained("llama", tmp_path, **settings), trained("llama", tmp_path, **others)
+def test_every_setting_matters(settings, others, weights_of):
+    first, second = weights_of(settings), weights_of(others)
     assert (first - second).norm() > 1e-6 * first.norm()
-    assert torch.equal(first, trained("llama", tmp_path, **settings))
+
+
+@pytest.mark.parametrize("losses", [{"ce": 1.0, "kd": 1.0}, {"hidden": 1.0}])
+def test_the_same_settings_give_the_same_weights(losses, weights_of, tmp_path):
+    """Bit for bit: what differs above is due to the settings."""
+    assert torch.equal(weights_of({"losses": losses}), trained("llama", tmp_path, losses=losses))
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_terms(tmp_path):
@@ -347,9 +368,15 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
 def test_a_compiled_student_learns_the_same(case, tmp_path):
     """And is compiled for its first shapes, not at every step."""
     settings = {"losses": ALL, "max_steps": 6, "per_device_train_batch_size": 4}
-    plain = trained(case, tmp_path, **settings)
+
+    def pair():
+        """Of one layer: tracing takes long."""
+        student, teacher = make_pair(case)
+        return build_student(student, layers=1), teacher
+
+    plain = trained(case, tmp_path, pair=pair(), **settings)
     torch._dynamo.reset()
-    trainer = make_trainer(case, tmp_path, compile_student="aot_eager", **settings)
+    trainer = make_trainer(case, tmp_path, pair=pair(), compile_student="eager", **settings)
     graphs = []
 
     class Count(TrainerCallback):

@@ -44,11 +44,19 @@ def _sharpened(monkeypatch):
 
 @pytest.mark.parametrize(("name",), selected([(name,) for name in CASES], lambda name: name in BUILDS))
 def test_the_learned_parts_find_what_is_known_to_be_right(name, tmp_path):
-    trainer = make_trainer(name, tmp_path)
+    """And nothing else moves, whatever is frozen."""
+    trainer = make_trainer(name, tmp_path, max_steps=30, learning_rate=0.1)
+    trainer.model.requires_grad_(False)
+    next(trainer.model.parameters()).requires_grad_(True)
+    start = copy.deepcopy(trainer.model.state_dict())
+    flags = {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()}
     before = trainer.evaluate()
     assert all(value.eq(START).all() for value in learned(trainer.model).values())
     trainer.train()
     after = trainer.evaluate()
+    moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, start[key])}
+    assert moved == set(learned(trainer.model))
+    assert {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()} == flags
     assert after["eval_transfer_error"] < 0.01 * before["eval_transfer_error"]
     assert before["eval_transfer_error"] > 1e-4
     losses = {key for key in after if "transfer_loss" in key}
@@ -56,19 +64,6 @@ def test_the_learned_parts_find_what_is_known_to_be_right(name, tmp_path):
     assert after["eval_loss"] == pytest.approx(sum(after[key] for key in losses))
     if name in ("bert", "llama", "t5"):  # some heads of others are too near to uniform to tell
         assert max(value.abs().max() for value in learned(trainer.model).values()) < 0.2
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_only_the_learned_parts_move(name, tmp_path):
-    trainer = make_trainer(name, tmp_path, max_steps=2)
-    trainer.model.requires_grad_(False)
-    next(trainer.model.parameters()).requires_grad_(True)
-    start = copy.deepcopy(trainer.model.state_dict())
-    flags = {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()}
-    trainer.train()
-    moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, start[key])}
-    assert moved == set(learned(trainer.model))
-    assert {key: parameter.requires_grad for key, parameter in trainer.model.named_parameters()} == flags
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,6 +142,7 @@ def test_the_loss_is_the_mean_over_real_queries(tmp_path):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
 @pytest.mark.parametrize("split", [(4, 4), (8, 2)])
 def test_the_step_does_not_depend_on_the_split(name, split, tmp_path):
@@ -359,7 +355,7 @@ def test_every_learned_kind_comes_closer(name, kind, tmp_path):
 
 def test_hedgehog_comes_much_closer_in_every_layer(tmp_path):
     model = converted(config=AttentionConfig("linear", feature_map="hedgehog"), dtype=torch.float32)
-    trainer = make_trainer("bert", tmp_path, model, max_steps=100, learning_rate=0.02)
+    trainer = make_trainer("bert", tmp_path, model, max_steps=40, learning_rate=0.05)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()

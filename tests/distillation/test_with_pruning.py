@@ -34,7 +34,7 @@ def test_attention_outputs_of_pruned_heads_are_compared_through_a_projection(nam
     teacher = make_model(name)
     student = prune(teacher, PruningConfig(ratio=0.4, importance="magnitude", granularity="head", round_to=1))
     rows = [{"input_ids": [5, 6, 7 + i], "labels": [0, 1, 0]} for i in range(8)]
-    settings = {"losses": {"attention_output": 1.0, "hidden": 1.0}, "max_steps": 20, "learning_rate": 0.5}
+    settings = {"losses": {"attention_output": 1.0, "hidden": 1.0}, "max_steps": 8, "learning_rate": 0.5}
     trainer = DistillationTrainer(
         student, arguments(tmp_path, **settings), teacher=teacher, train_dataset=rows, eval_dataset=rows
     )

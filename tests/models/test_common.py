@@ -14,7 +14,7 @@ from hf_efficient.attention.variant import AttentionVariant
 from hf_efficient.models.families import FAMILIES
 
 from ..attention.tiny import TINY, TINY_JOBS
-from ..families import CASES, LENGTH, PADDED, VOCABULARY, make_inputs, make_model
+from ..families import CASES, LENGTH, PADDED, VOCABULARY, make_inputs, make_model, one_layer
 from ..helpers import assert_close, selected
 
 # Every kind in an encoder and a decoder, every family with three kinds.
@@ -215,7 +215,7 @@ def check_weights(weights, causal):
 
 
 def test_dtypes_and_devices(family, name, tmp_path):
-    model, inputs = make(family, name), padded_inputs(family)
+    model, inputs = make(family, name, **one_layer(family)), padded_inputs(family)
     expected = model(**inputs)[0]
     double = copy.deepcopy(model).double()
     cast = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}

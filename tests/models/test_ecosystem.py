@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, BertForMaskedLM, Train
 from hf_efficient import AttentionConfig, UnsupportedModelError, convert_attention
 from hf_efficient.attention.dispatch import NAME
 
-from ..families import CASES, VOCABULARY, make_inputs, make_labels, make_model
+from ..families import CASES, VOCABULARY, make_inputs, make_labels, make_model, one_layer
 from ..helpers import assert_close
 
 NARROW = AttentionConfig(kind="local", window=2, global_tokens=1)
@@ -40,7 +40,8 @@ def test_the_loss_is_that_of_the_stock_class(name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_equal_gradients(name, reentrant):
-    model, inputs = convert_attention(make_model(name), NARROW).train(), make_inputs(name) | make_labels(name)
+    model = convert_attention(make_model(name, **one_layer(name)), NARROW).train()
+    inputs = make_inputs(name) | make_labels(name)
     grads, calls = [], []
     variant = next(module for key, module in model.named_modules() if key.endswith("efficient_attention"))
     variant.register_forward_hook(lambda *args: calls.append(1))
@@ -115,7 +116,7 @@ def test_a_copy_is_equal_and_apart(name, duplicate):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16(name, tmp_path):
-    model, inputs = convert_attention(make_model(name), NARROW), make_inputs(name)
+    model, inputs = convert_attention(make_model(name, **one_layer(name)), NARROW), make_inputs(name)
     expected = model(**inputs)[0]
     model.save_pretrained(tmp_path)
     low = [
@@ -133,8 +134,8 @@ def test_bfloat16(name, tmp_path):
 
 
 def make_like(model, name):
-    """The stock model with the weights of an efficient one."""
-    stock = make_model(name)
+    """The stock model of one layer with the weights of an efficient one."""
+    stock = make_model(name, **one_layer(name))
     stock.load_state_dict(model.state_dict())
     return stock
 

@@ -15,7 +15,7 @@ from hf_efficient.errors import CheckpointError, ConfigError
 from hf_efficient.models.classes import auto_classes
 from hf_efficient.models.loading import auto_class_of, load_model, load_processor
 from hf_efficient.runtimes.quantization import quantize
-from tests.families import CASES, config_class, make_config, make_inputs, make_model
+from tests.families import CASES, config_class, make_config, make_inputs, make_model, one_layer
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -44,7 +44,7 @@ def drop(folder, part):
 def test_what_a_stock_class_saves_loads_with_it_as_it_was(name, tmp_path):
     config = make_config(name)
     for auto, (_, stock) in auto_classes(config_class(config.model_type)).items():
-        model = stock(make_config(name)).eval()
+        model = stock(make_config(name, **one_layer(name))).eval()
         folder = saved(model, tmp_path / auto)
         loaded = load_model(auto, folder)
         assert loaded.state_dict().keys() == model.state_dict().keys()

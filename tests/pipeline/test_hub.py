@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import yaml
@@ -16,10 +17,9 @@ from .hub_server import serving
 TOKEN = "hf_" + "a1B2" * 8
 
 
-@pytest.fixture
-def result(tmp_path):
-    """As a run leaves it: `model` in the folder of the run, with what must stay behind."""
-    folder = tmp_path / "run" / "model"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
     make_model("bert").save_pretrained(folder)
     sample_report().save(folder)
     (folder / "README.md").write_text("old card")
@@ -33,10 +33,18 @@ def result(tmp_path):
 
 
 @pytest.fixture
+def result(run, tmp_path):
+    """As a run leaves it: `model` in the folder of the run, with what must stay behind."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture
 def hub(monkeypatch):
+    """Where nobody waits before trying again."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks the older protocol, LFS
     monkeypatch.setattr(_http, "is_offline_mode", lambda: False, raising=False)
@@ -105,8 +113,7 @@ def test_a_dropped_connection_is_tried_again(result, hub, where):
     assert hub.called(where) >= 2
 
 
-def test_a_file_whose_upload_breaks_off_is_sent_again(result, hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+def test_a_file_whose_upload_breaks_off_is_sent_again(result, hub):
     hub.fail["/store/"] = [500, 0]
     go(result, hub)
     assert hub.called("/store/") == 4  # two files
@@ -267,12 +274,13 @@ def test_an_answer_that_no_hub_gives(result, hub, where, answer):
 
 def test_a_server_that_never_answers_is_given_up(result, hub, monkeypatch):
     monkeypatch.setattr("hf_efficient.pipeline.hub.PATIENCE", 0.2)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hf_efficient.pipeline.hub.TRIES", 2)
+    shutil.rmtree(result / "model/onnx")  # one file to upload, not two
     for where in ("/api/repos/create", "/api/models/me/fast", "/store/", "/commit/"):
         hub.fail = {where: [-1] * 99}
         with pytest.raises(CheckpointError, match="push again later"):
             go(result, hub)
-        assert not hub.commits
+        assert hub.called(where) >= 2 and not hub.commits
     hub.fail = {}
     go(result, hub)
     assert len(hub.commits) == 1

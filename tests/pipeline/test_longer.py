@@ -18,13 +18,17 @@ from hf_efficient.pipeline.run import Run
 from hf_efficient.pipeline.workspace import Workspace
 from hf_efficient.reporting.tables import text_table
 
+from ..robustness.tiny import run_stages
+
+pytestmark = pytest.mark.usefixtures("quick_end")
 WORDS = [*"abcdefgh"]
 TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}
 
 
-@pytest.fixture
-def material(tmp_path):
+@pytest.fixture(scope="module")
+def material_once(tmp_path_factory):
     """A BERT for 16 tokens, and texts of 20 to 39 words whose label is said in the last word."""
+    tmp_path = tmp_path_factory.mktemp("material")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=16, **sizes))
@@ -37,6 +41,11 @@ def material(tmp_path):
     lines = [f"{text},{'xy'[i % 2]}" for i, text in enumerate(texts)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]))
     return tmp_path
+
+
+@pytest.fixture
+def material(material_once, tmp_path):
+    return shutil.copytree(material_once, tmp_path, dirs_exist_ok=True)
 
 
 def make_recipe(material, *stages, **changes):
@@ -57,9 +66,18 @@ DISTILL = {"distill": {**TRAINING, "losses": {"kd": 1.0, "ce": 0.5}}}
 HEDGEHOG = {"kind": "linear", "feature_map": "hedgehog", "transfer": {**TRAINING, "learning_rate": 0.05}}
 
 
-def test_the_student_reads_whole_texts_and_the_teacher_their_beginning(material):
-    prune = {"prune": {"ratio": 0.15, "granularity": ["neuron"], "calibration_samples": 8}}
-    report = compress(make_recipe(material, prune, LONGER, DISTILL), output_dir=material / "out")
+PRUNE = {"prune": {"ratio": 0.15, "granularity": ["neuron"], "calibration_samples": 8}}
+
+
+@pytest.fixture(scope="module")
+def ended(material_once, tmp_path_factory):
+    """A run: its folder, recipe and report."""
+    folder, recipe = tmp_path_factory.mktemp("run") / "out", make_recipe(material_once, PRUNE, LONGER, DISTILL)
+    return folder, recipe, compress(recipe, output_dir=folder)
+
+
+def test_the_student_reads_whole_texts_and_the_teacher_their_beginning(ended):
+    out, _, report = ended
     teacher, student = report.teacher, report.student
     assert teacher.quality.samples == student.quality.samples == 12
     assert teacher.workload.sequence_length == student.workload.sequence_length == 48
@@ -68,14 +86,14 @@ def test_the_student_reads_whole_texts_and_the_teacher_their_beginning(material)
     assert "takes 16 tokens" in quality and "first 16 tokens of each text" in quality
     assert "At 48 tokens" in latency and "For 1 x 16 tokens" in latency
     for note in report.warnings:
-        assert note in text_table(report) and note in (material / "out/model/README.md").read_text()
-    model = AutoModelForSequenceClassification.from_pretrained(material / "out/model")
-    tokenizer = AutoTokenizer.from_pretrained(material / "out/model")
+        assert note in text_table(report) and note in (out / "model/README.md").read_text()
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.model_max_length == 48 == model.config.max_position_embeddings
     inputs = tokenizer("a b " * 40, truncation=True, return_tensors="pt")
     assert inputs["input_ids"].shape == (1, 48) and torch.isfinite(model(**inputs).logits).all()
     for folder in ("0-teacher", "1-prune"):
-        assert AutoTokenizer.from_pretrained(material / "out" / folder).model_max_length == 16
+        assert AutoTokenizer.from_pretrained(out / folder).model_max_length == 16
 
 
 def test_the_reported_teacher_is_the_one_that_truncates(material):
@@ -144,9 +162,9 @@ def test_transfer_comes_after_the_conversion_and_is_reported(material):
             assert torch.equal(value, teacher[key])
     plain = dict(HEDGEHOG)
     del plain["transfer"]
-    without = compress(make_recipe(material, {"attention": plain | {"positions": 48}}), output_dir=material / "plain")
-    assert "transfer_error_after" not in without.stages[1].facts
-    other = load_file(material / "plain/model/model.safetensors")
+    without = run_stages(make_recipe(material, {"attention": plain | {"positions": 48}}), material / "plain")
+    assert "transfer_error_after" not in json.loads((without / "stage.json").read_text())["facts"]
+    other = load_file(without / "model.safetensors")
     assert not all(torch.equal(value, other[key]) for key, value in model.state_dict().items() if ATTACHED in key)
 
 
@@ -171,12 +189,10 @@ def test_a_transfer_that_is_killed_goes_on_to_the_same_weights(material):
     assert facts[0] == facts[1]
 
 
-def test_the_tokenizer_of_a_later_stage_follows_too(material):
+def test_the_tokenizer_of_a_later_stage_follows_too(ended, tmp_path):
     """Also when the run is continued in another process, which knows nothing of the first stage."""
-    recipe = make_recipe(material, LONGER, DISTILL)
-    compress(recipe, output_dir=material / "out")
-    shutil.rmtree(material / "out/model")
-    shutil.rmtree(material / "out/2-distill")
-    compress(recipe, output_dir=material / "out")
-    assert AutoTokenizer.from_pretrained(material / "out/2-distill").model_max_length == 48
-    assert Workspace(material / "out", recipe).recipe == recipe
+    (out, recipe, _), folder = ended, tmp_path / "out"
+    shutil.copytree(out, folder, ignore=shutil.ignore_patterns("model", "3-distill"))
+    run_stages(recipe, folder)
+    assert AutoTokenizer.from_pretrained(folder / "3-distill").model_max_length == 48
+    assert Workspace(folder, recipe).recipe == recipe

@@ -9,6 +9,8 @@ from hf_efficient import CheckpointError, ConfigError, Recipe, compress, load_re
 from ..commands import cli
 from .tiny import TINY
 
+pytestmark = pytest.mark.usefixtures("quick_end")
+
 SHORT = TINY | {
     "teacher": {"max_steps": 2},
     "stages": [
@@ -18,12 +20,6 @@ SHORT = TINY | {
     "sweep": {"prune.ratio": [0.2, 0.4], "attention.window": [2, 4]},
 }
 LABELS = ["ratio=0.2,window=2", "ratio=0.2,window=4", "ratio=0.4,window=2", "ratio=0.4,window=4"]
-
-
-@pytest.fixture(autouse=True)
-def _no_processes(monkeypatch):
-    """Each result is loaded in a fresh process, which other tests see to."""
-    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *_: None)
 
 
 def test_every_combination_is_a_run_and_all_are_on_one_page(tmp_path):

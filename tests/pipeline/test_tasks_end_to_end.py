@@ -99,9 +99,9 @@ def test_a_sentence_encoder_end_to_end(tmp_path):
     assert not torch.equal(scope["vectors"], pool(scope["states"], mask, "mean"))
 
 
-def test_labels_of_words_end_to_end(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("quick_end")
+def test_labels_of_words_end_to_end(tmp_path):
     """The teacher is fine-tuned with a head for the labels of the data, which the student keeps."""
-    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *given: None)  # another process; see above
     distill = {"distill": TRAINING | {"losses": {"kd": 1.0, "ce": 0.5}}}
     asked = recipe(tmp_path, "token-classification", PRUNE, distill, teacher=TRAINING | {"max_steps": 60})
     report = compress(asked, output_dir=tmp_path / "out")

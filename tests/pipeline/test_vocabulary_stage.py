@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
 
 from hf_efficient import ConfigError, Recipe, compress, load_report
+from hf_efficient.data.bundled import bundled_model
 from hf_efficient.data.datasets import load_dataset_any
 
+pytestmark = pytest.mark.usefixtures("quick_end")
 RECIPE = {
     "name": "few-tokens",
     "task": "text-classification",
@@ -24,9 +26,20 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def recipe(tmp_path_factory):
+    """Of a tiny model with all the 30,522 tokens of the bundled one."""
+    folder = tmp_path_factory.mktemp("bert")
+    AutoTokenizer.from_pretrained(bundled_model("minilm-l6")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder)
+    return Recipe.from_dict(RECIPE | {"model": {"name_or_path": str(folder)}})
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    compress(Recipe.from_dict(RECIPE), output_dir=folder)
+    compress(recipe, output_dir=folder)
     return folder
 
 
@@ -65,12 +78,12 @@ def test_texts_of_known_tokens_get_the_same_answer(finished):
     assert torch.equal(answers[0][1], answers[1][1]) and not torch.equal(answers[0][0], answers[1][0])
 
 
-def test_a_finished_stage_is_read_again_with_its_tokenizer(finished, tmp_path):
+def test_a_finished_stage_is_read_again_with_its_tokenizer(recipe, finished, tmp_path):
     """The run was stopped before it was measured."""
     folder = tmp_path / "out"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("model"))
     shutil.copytree(finished / "model", tmp_path / "model")
-    again = compress(Recipe.from_dict(RECIPE), output_dir=folder)
+    again = compress(recipe, output_dir=folder)
     first = load_report(tmp_path / "model")
     assert again.student.quality == first.student.quality and again.student.size == first.student.size
 

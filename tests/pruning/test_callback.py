@@ -123,7 +123,9 @@ def test_every_setting_reaches_its_ratio(settings, tmp_path):
         assert len({units for (_, kind, _), units in sizes(trainer.model).items() if kind == "heads"}) == 1
 
 
-@pytest.mark.parametrize(("case", "dropout"), [("bert", 0.0), ("bert", 0.3), ("vit", 0.0)])
+@pytest.mark.parametrize(
+    ("case", "dropout"), [pytest.param("bert", 0.0, marks=pytest.mark.thorough), ("bert", 0.3), ("vit", 0.0)]
+)
 def test_a_resumed_run_ends_with_the_same_bits(case, dropout, tmp_path):
     def model():
         one = make(case)

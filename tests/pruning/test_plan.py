@@ -21,7 +21,8 @@ from hf_efficient import (
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.price.costs import total_cost
 from hf_efficient.pruning.price.forecast import plan_table
-from tests.families import CASES, make_config, make_inputs, make_model
+from tests.families import BUILDS, CASES, make_config, make_inputs, make_model
+from tests.helpers import selected
 
 from .tiny import batches, make
 
@@ -33,6 +34,7 @@ def same(first, second) -> bool:
     return type(first) is type(second) and all(k == m and torch.equal(v, w) for (k, v), (m, w) in pairs)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     "changes",
     [
@@ -44,7 +46,7 @@ def same(first, second) -> bool:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("case", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("case", ["bert", "llama", "t5"])
 def test_a_plan_gives_what_prune_gives(case, changes, tmp_path):
     dense, data = make(case), batches(case) * 4
     config = PruningConfig(**SETTINGS | changes)
@@ -64,21 +66,27 @@ def test_a_plan_gives_what_prune_gives(case, changes, tmp_path):
     assert told.loads_with == ("portable" if is_portable(small) else "plugin")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name",), selected([(name,) for name in CASES], lambda name: name in BUILDS))
 def test_every_family_has_a_forecast(name):
-    """Sizes from the config alone, and those of a plan with weights."""
+    """That of a plan with weights is what pruning gives."""
     dense, inputs = make_model(name), [make_inputs(name) for _ in range(6)]
-    config = PruningConfig(**SETTINGS, sequence_length=12)
-    made = plan(dense, config, inputs)
+    made = plan(dense, PruningConfig(**SETTINGS, sequence_length=12), inputs)
     small = prune(dense, plan=made, calibration=inputs)
     assert made.forecast.parameters == small.num_parameters()
     assert 0 < made.forecast.macs < made.forecast.macs_before
+    text = plan_table(made)
+    assert "parameters" in text and len(text.splitlines()) > len(made.forecast.layers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_has_a_forecast_of_sizes(name):
+    """From the config alone."""
+    dense = make_model(name)
+    config = PruningConfig(**SETTINGS, sequence_length=12)
     sizes = plan(type(dense).config_class(**make_config(name).to_dict()), config)
     assert not sizes.chosen and sizes.forecast.removed_macs >= 0.4
     with pytest.raises(ConfigError, match="sizes only"):
         prune(dense, plan=sizes)
-    text = plan_table(made)
-    assert "parameters" in text and len(text.splitlines()) > len(made.forecast.layers)
 
 
 def test_70_billion_parameters_need_no_memory():
@@ -185,6 +193,18 @@ def test_a_long_list_is_checked_before_it_is_used():
     assert len(str(told.value)) < 1000
 
 
+@pytest.fixture(scope="module")
+def one_plan():
+    return plan(make("bert"), PruningConfig(ratio=0.4, importance="magnitude", round_to=4)).to_dict()
+
+
+def test_a_forecast_of_too_many_layers(one_plan):
+    assert PruningPlan.from_dict(one_plan).forecast.layers
+    many = one_plan["forecast"]["layers"] * 10**4
+    with pytest.raises(ConfigError, match="at most"):
+        PruningPlan.from_dict(one_plan | {"forecast": one_plan["forecast"] | {"layers": many}})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -196,16 +216,12 @@ def test_a_long_list_is_checked_before_it_is_used():
         ({"layers": [{"stack": "encoder"}]}, "LayerForecast"),
         ({"layers": [1]}, "LayerForecast"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
-def test_a_forecast_that_cannot_be(change, words):
-    data = plan(make("bert"), PruningConfig(ratio=0.4, importance="magnitude", round_to=4)).to_dict()
-    assert PruningPlan.from_dict(data).forecast.layers
+def test_a_forecast_that_cannot_be(change, words, one_plan):
+    data = one_plan
     with pytest.raises(ConfigError, match=words):
         PruningPlan.from_dict(data | {"forecast": data["forecast"] | change})
-    with pytest.raises(ConfigError, match="at most"):
-        many = data["forecast"]["layers"] * 10**4
-        PruningPlan.from_dict(data | {"forecast": data["forecast"] | {"layers": many}})
 
 
 @pytest.mark.parametrize("case", ["bert", "t5"])

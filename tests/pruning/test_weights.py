@@ -63,6 +63,7 @@ def test_global_allocation_compares_the_whole_network(importance):
     assert max(shares_of_layers) - min(shares_of_layers) > 1e-3
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("structure", ["2:4", "1:4", "5:8"])
 @pytest.mark.parametrize(("importance", "reconstruct"), WAYS)
 def test_every_group_of_every_row_keeps_n_of_m(structure, importance, reconstruct):
@@ -166,6 +167,7 @@ def test_random_is_seeded():
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("case", ["bert", "llama", "t5"])
 @pytest.mark.parametrize("importance", ["activation", "obs"])
 def test_padded_tokens_do_not_count(case, importance):

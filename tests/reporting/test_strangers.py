@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import struct
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from hf_efficient.errors import CheckpointError, ConfigError
 from hf_efficient.io.codec import clean
+from hf_efficient.reporting import plots
 from hf_efficient.reporting.card import model_card
 from hf_efficient.reporting.page import report_page
 from hf_efficient.reporting.plots import save_plots
@@ -84,11 +86,15 @@ def test_whatever_can_be_read_can_be_shown(changes, tmp_path):
     assert table != text_table(full_report()) or page != report_page([full_report(), full_report()])
 
 
-def test_a_thousand_layers_and_hundreds_of_stages(tmp_path):
+def test_a_thousand_layers_and_hundreds_of_stages(tmp_path, monkeypatch):
+    assert plots.LAYERS == 200
+    monkeypatch.setattr(plots, "LAYERS", 20)  # of which a picture is drawn sooner
     layers = [{**json.loads(full_report().to_json())["structure"][0], "layer": n} for n in range(1200)]
     stages = [{"name": f"s{n}", "seconds": 1.0, "settings": {}, "facts": {}} for n in range(400)]
     _, page, card = shown(edited(structure=layers, stages=stages), tmp_path)
     assert "1199" in card and "s399" in card and "1199" in page
+    width, height = struct.unpack(">II", (tmp_path / plots.STRUCTURE).read_bytes()[16:24])
+    assert height < 2 * width  # of 20 layers; all of them would be 40 times as high as wide
     with pytest.raises(CheckpointError, match="warnings has 20,001 entries, at most 20,000"):
         edited(warnings=["x"] * (MAX_ITEMS + 1))
 

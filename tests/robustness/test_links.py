@@ -13,11 +13,14 @@ from hf_efficient.pipeline.hub import push
 from hf_efficient.pipeline.sweep import sweep
 from hf_efficient.pipeline.workspace import Workspace
 from hf_efficient.runtimes.export import export
+from hf_efficient.runtimes.formats import FORMATS
 
 from ..families import make_model
 from ..reporting.samples import sample_report
+from ..runtimes.copied import Copied
 from .tiny import recipe, run_stages
 
+pytestmark = pytest.mark.usefixtures("quick_end")
 SHORT = {"teacher.max_steps": 1, "distill.max_steps": 1}
 
 
@@ -167,24 +170,33 @@ def test_a_result_that_something_else_made_meanwhile_is_kept(tmp_path):
     assert (tmp_path / "model/theirs").exists() and (tmp_path / "model.partial/ours").exists()
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A model, and the folder of a program that computes the same."""
+    model = make_model("bert", num_hidden_layers=1)
+    return model, export(model, "torch", tmp_path_factory.mktemp("program") / "out").folder
+
+
 @pytest.mark.parametrize("name", ["onnx.partial", "onnx.tmp", ".onnx.partial", "onnx~"])
-def test_an_export_leaves_its_neighbours_alone(name, tmp_path, monkeypatch):
+def test_an_export_leaves_its_neighbours_alone(name, program, tmp_path, monkeypatch):
+    model, folder = program
+    monkeypatch.setitem(FORMATS, "torch", Copied(folder))
     neighbour = tmp_path / name
     neighbour.mkdir()
     (neighbour / "thesis.txt").write_text("years of work")
-    made = export(make_model("bert"), "torch", tmp_path / "onnx")
+    made = export(model, "torch", tmp_path / "onnx")
     assert made.folder == tmp_path / "onnx" and made.bytes_on_disk > 0
     assert (neighbour / "thesis.txt").read_text() == "years of work"
     monkeypatch.setattr("hf_efficient.runtimes.export.SAME", -1.0)
     with pytest.raises(ValueError, match="another output"):
-        export(make_model("bert"), "torch", tmp_path / "second")
+        export(model, "torch", tmp_path / "second")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "onnx"])
 
 
 def test_an_export_into_a_folder_that_is_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    export(make_model("bert"), "torch", tmp_path / "link")
+    export(make_model("bert", num_hidden_layers=1), "torch", tmp_path / "link")
     assert any((tmp_path / "real").iterdir()) and (tmp_path / "link").is_symlink()
 
 

@@ -5,18 +5,19 @@ import itertools
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note
 from hypothesis import strategies as st
 
 from hf_efficient import AttentionConfig, CheckpointError, ConfigError, PruningConfig, PruningPlan, Report
 from hf_efficient.errors import shown, unknown_name
 from hf_efficient.pruning.gradual.schedule import Gradual
 
+from ..helpers import random_examples
 from .mutations import ODD, mutated, scrambled
 from .targets import TARGETS
 
 DEEP = "[" * 100_000 + "]" * 100_000
-MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = random_examples(80, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", TARGETS)

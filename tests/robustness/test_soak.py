@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from .soak import WARM_UP, Used, growth, one_round, soak
+from .soak import Used, growth, one_round, soak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what a process holds in /proc")
 def test_rounds_hold_nothing(tmp_path):
-    used = soak(WARM_UP + 4)[WARM_UP:]
+    used = soak(5)[3:]
     assert {each.tensors for each in used} == {used[0].tensors}
     assert {each.files for each in used} == {used[0].files}
     assert {each.threads for each in used} == {used[0].threads}
@@ -20,10 +20,10 @@ def test_rounds_hold_nothing(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what a process holds in /proc")
 def test_what_is_held_is_seen(tmp_path):
     before = Used.now()
-    held = [torch.ones(1 << 26), (tmp_path / "open").open("w")]
+    held = [torch.ones(1 << 24), (tmp_path / "open").open("w")]
     after = Used.now()
     assert after.tensors == before.tensors + 1 and after.files == before.files + 1
-    assert after.memory - before.memory > 100 << 20  # of 256 MB; other memory may be given back meanwhile
+    assert after.memory - before.memory > 25 << 20  # of 64 MB; other memory may be given back meanwhile
     held[1].close()
 
 

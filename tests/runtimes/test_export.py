@@ -17,10 +17,14 @@ from hf_efficient import (
 from hf_efficient.runtimes import formats
 
 from ..attention.tiny import TINY
+from ..commands import cli
 from ..families import VOCABULARY, make_model
 from ..helpers import assert_close
+from .copied import Copied
 
-FORMATS = ["onnx", "openvino", "executorch", "torch"]
+SHAPES = ((2, 9), (1, 5))  # of the examples; the first one is traced
+FORMATS = {"onnx": SHAPES, "openvino": SHAPES, "executorch": SHAPES, "torch": ((1, 1), (1, 5))}
+LAYERS = {"onnx": 2, "openvino": 1, "executorch": 1, "torch": 1}  # each is traced, for some seconds
 
 
 def available(format: str) -> str:
@@ -29,10 +33,27 @@ def available(format: str) -> str:
     return format
 
 
-def small(family="bert"):
+def small(layers):
     """Converted and pruned to unequal layers: what no stock exporter has seen."""
-    model = convert_attention(make_model(family), TINY["local"])
-    return prune(model, PruningConfig(0.3, importance="random", round_to=1)).eval()
+    torch.manual_seed(0)
+    converted = convert_attention(make_model("bert", num_hidden_layers=layers), TINY["local-global"])
+    pruned = prune(converted, PruningConfig(0.3, importance="random", round_to=1)).eval()
+    assert len({layer.intermediate.dense.out_features for layer in pruned.bert.encoder.layer}) == layers
+    return pruned
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """`exported("onnx")`: a model, and what `export` gave of it; made once."""
+    done = {}
+
+    def get(format):
+        if format not in done:
+            examples, model = [batch(*shape) for shape in FORMATS[available(format)]], small(LAYERS[format])
+            done[format] = model, export(model, format, tmp_path_factory.mktemp(format) / "out", inputs=examples)
+        return done[format]
+
+    return get
 
 
 def batch(rows, length):
@@ -43,17 +64,16 @@ def batch(rows, length):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_it_loads_without_us_and_computes_the_same(format, tmp_path):
+def test_it_loads_without_us_and_computes_the_same(format, exported):
+    """Also what an example of one row and one token was traced with takes others."""
     from transformers.exporters import ExportedModel
 
-    available(format)
-    model = small()
-    made = export(model, format, tmp_path / "out", inputs=[batch(2, 9), batch(1, 5)])
-    assert made.format == format and made.checked == ((2, 9), (1, 5)) and made.quantize is None
+    model, made = exported(format)
+    assert made.format == format and made.checked == FORMATS[format] and made.quantize is None
     assert 0 <= made.difference < 1e-4 and made.same_prediction == 1
     assert made.bytes_on_disk > 4 * sum(p.numel() for p in model.parameters()) * 0.9
     config = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if format == "openvino" else {}
-    loaded = ExportedModel.from_pretrained(tmp_path / "out", **config)
+    loaded = ExportedModel.from_pretrained(made.folder, **config)
     for rows, length in ((1, 1), (3, 12), (2, 31)):
         inputs = batch(rows, length)
         real = inputs["attention_mask"].bool()
@@ -62,46 +82,59 @@ def test_it_loads_without_us_and_computes_the_same(format, tmp_path):
         assert_close(torch.as_tensor(loaded(**inputs).logits)[real], expected, 1e-4, f"{rows} x {length}")
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("llama", marks=pytest.mark.thorough), "t5"])
-def test_other_inputs_and_heads(family, tmp_path):
-    available("onnx")
-    model = make_model(family).eval()
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        ("vit", "onnx"),
+        pytest.param("llama", "onnx", marks=pytest.mark.thorough),
+        pytest.param("t5", "onnx", marks=pytest.mark.thorough),
+        ("t5", "torch"),
+    ],
+)
+def test_other_inputs_and_heads(family, format, tmp_path):
+    sizes = {"num_layers": 1, "num_decoder_layers": 1} if family == "t5" else {"num_hidden_layers": 1}
+    model = make_model(family, **sizes).eval()
     kept = getattr(model.config, "use_cache", None)
-    made = export(model, "onnx", tmp_path / family)
+    made = export(model, available(format), tmp_path / family)
     assert made.difference < 1e-4 and len(made.checked) == 3
     assert getattr(model.config, "use_cache", None) == kept
 
 
-def test_eight_bits_are_smaller_and_close(tmp_path):
+def test_the_command_and_eight_bits_that_are_smaller_and_close(tmp_path):
     available("onnx")
-    model = small()
-    batches = [batch(2, 9)]
-    plain = export(model, "onnx", tmp_path / "plain", inputs=batches)
-    rounded = export(model, "onnx", tmp_path / "int8", inputs=batches, quantize="int8")
-    assert plain.difference < rounded.difference < 0.5
-    assert rounded.bytes_on_disk < plain.bytes_on_disk
+    model = make_model("bert", num_hidden_layers=1).eval()
+    model.save_pretrained(tmp_path / "model")
+    done = cli("export", str(tmp_path / "model"), "--output-dir", str(tmp_path / "onnx"), "--json")
+    assert done.returncode == 0, done.stderr
+    plain = json.loads(done.stdout)
+    assert plain["difference"] < 1e-4 and plain["folder"] == str(tmp_path / "onnx")
+    rounded = export(model, "onnx", tmp_path / "int8", inputs=[batch(2, 9)], quantize="int8")
+    assert plain["difference"] < rounded.difference < 0.5
+    assert rounded.bytes_on_disk < plain["bytes_on_disk"]
 
 
-def test_onnx_runtime_keeps_its_fast_norms_and_moves_few_tensors(tmp_path):
+def test_onnx_runtime_keeps_its_fast_norms_and_moves_few_tensors(exported, tmp_path):
     """Its fused SkipLayerNormalization is slower than its parts; windows are cut without a change of layout."""
     available("onnx")
     import onnx
     import onnxruntime
 
-    model = convert_attention(make_model("bert", num_hidden_layers=2), TINY["local-global"]).eval()
-    export(model, "onnx", tmp_path / "out")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        exported("onnx")[1].folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
     found = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
     assert found.count("LayerNormalization") == 5 and "SkipLayerNormalization" not in found
     assert found.count("Transpose") <= 2 * 5, "query, key, value, output; the key of the global tokens' scores"
 
 
-def test_a_wrong_result_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_wrong_result_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch):
     from hf_efficient.runtimes.runtime import Runtime
 
-    available("torch")
+    model, made = exported("torch")
+    monkeypatch.setitem(formats.FORMATS, "torch", Copied(made.folder))
+    assert export(model, "torch", tmp_path / "right", inputs=[batch(2, 9)]).difference < 1e-4
     right = Runtime.forward
 
     def wrong(self, **inputs):
@@ -111,18 +144,16 @@ def test_a_wrong_result_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Runtime, "forward", wrong)
     with pytest.raises(UnsupportedModelError, match="computes another output"):
-        export(small(), "torch", tmp_path / "out", inputs=[batch(2, 9)])
-    assert not list(tmp_path.iterdir())
+        export(model, "torch", tmp_path / "wrong", inputs=[batch(2, 9)])
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
-def test_a_runtime_is_called_as_its_model(tmp_path):
+def test_a_runtime_is_called_as_its_model(exported):
     from hf_efficient.models.inputs import dummy_inputs
     from hf_efficient.runtimes.runtime import Runtime
 
-    available("onnx")
-    model = small()
-    export(model, "onnx", tmp_path / "out", inputs=[batch(2, 9)])
-    twin, inputs = Runtime(model, "onnx", tmp_path / "out", threads=1), dummy_inputs(model, 2, 16)
+    model, made = exported("onnx")
+    twin, inputs = Runtime(model, "onnx", made.folder, threads=1), dummy_inputs(model, 2, 16)
     assert "token_type_ids" not in inputs and "token_type_ids" in twin.taken
     with torch.no_grad():
         assert_close(twin(**inputs).logits, model(**inputs).logits, 1e-4)
@@ -154,41 +185,13 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_command(tmp_path):
-    from ..commands import cli
-
-    available("onnx")
-    make_model("bert").save_pretrained(tmp_path / "model")
-    done = cli("export", str(tmp_path / "model"), "--output-dir", str(tmp_path / "onnx"), "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["difference"] < 1e-4 and told["folder"] == str(tmp_path / "onnx")
-
-
-@pytest.mark.parametrize(("rows", "length"), [(1, 6), (3, 1)])
-def test_an_example_of_one_row_or_one_token_gives_a_program_that_takes_others(rows, length, tmp_path):
-    from transformers.exporters import ExportedModel
-
-    available("torch")
-    model = small()
-    export(model, "torch", tmp_path / "out", inputs=[batch(rows, length)])
-    loaded = ExportedModel.from_pretrained(tmp_path / "out")
-    for shape in ((1, 1), (4, 9), (2, 14)):
-        inputs = batch(*shape)
-        real = inputs["attention_mask"].bool()
-        with torch.no_grad():
-            assert_close(
-                torch.as_tensor(loaded(**inputs).logits)[real], model(**inputs).logits[real], 1e-4, str(shape)
-            )
-
-
 def test_a_program_for_one_shape_is_refused(tmp_path, monkeypatch):
     from hf_efficient.runtimes import export as exporting
 
     available("torch")
     monkeypatch.setattr(exporting, "_free", lambda value: {})
     with pytest.raises(UnsupportedModelError, match="does not take"):
-        export(small(), "torch", tmp_path / "out", inputs=[batch(2, 9)])
+        export(make_model("bert", num_hidden_layers=1), "torch", tmp_path / "out", inputs=[batch(2, 9)])
 
 
 def test_too_little_agreement_is_a_warning_or_what_was_asked_for(tmp_path, monkeypatch, caplog):
@@ -200,4 +203,4 @@ def test_too_little_agreement_is_a_warning_or_what_was_asked_for(tmp_path, monke
     caplog.clear()
     assert exporting._fault("It", 0.3, 0.96, (0.3, 0.9), "int8", 0.95) is None and not caplog.text
     with pytest.raises(ConfigError, match="min_agreement"):
-        export(small(), "torch", tmp_path / "out", min_agreement=2)
+        export(make_model("bert"), "torch", tmp_path / "out", min_agreement=2)

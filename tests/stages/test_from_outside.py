@@ -57,10 +57,9 @@ class Stock(Format):
 
 
 @pytest.fixture(autouse=True)
-def added(monkeypatch):
+def added(monkeypatch, quick_end):
     monkeypatch.setitem(STAGES, "noise", NoiseStage)
     monkeypatch.setitem(FORMATS, "stock", Stock("torch", ("torch",), "torch"))
-    monkeypatch.setattr("hf_efficient.pipeline.verify.check_reload", lambda *_: None)  # in a process; tested elsewhere
     CALLS.clear()
 
 

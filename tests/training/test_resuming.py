@@ -35,7 +35,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def run(made, tmp_path):
-    return shutil.copytree(made[0], tmp_path / "run")
+    return shutil.copytree(made[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-4"))
 
 
 def resume(run):

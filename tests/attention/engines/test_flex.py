@@ -95,6 +95,7 @@ def topk(*inputs, bias: None = None, **options) -> Tensor:
     return topk_attention(*inputs, block_size=64, top_k=2, **options)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("seen", [1, 2, 127, 128, 129, 300, 513])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("global_tokens", [0, 3])

@@ -78,6 +78,7 @@ def test_equals_naive(seen, causal, side, features):
         assert_equals_naive(make_inputs(seen, kv_heads=kv_heads), mask, features, causal=causal)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seen", [100, 1000])
@@ -104,6 +105,7 @@ def test_any_shape_equals_naive(data, seen, causal, features, holes):
     assert_equals_naive(inputs, mask, features, causal=causal, kernel=data.draw(st.sampled_from(list(KERNELS))))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_convolution_equals_all_pairs_for_every_width(causal, kernel):

@@ -49,6 +49,7 @@ def test_equals_naive(seen, causal, side, feature_map):
     assert_equals_twin(feature_map, make_inputs(seen), mask, causal=causal, scaling=1.0)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_equals_naive_at_a_thousand(causal, feature_map):

@@ -74,6 +74,7 @@ def test_equals_naive_with_every_map(seen, causal, feature_map):
     assert_equals_twin(feature_map, make_inputs(seen), mask, **options)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [33, 150])
 def test_equals_naive_at_a_thousand(causal, window):
@@ -228,6 +229,7 @@ def test_causal(feature_map):
     assert_causal(local_linear_attention, window=6, **map_options(feature_map, draw_weights(feature_map)))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("side", [None, "left"])
 @pytest.mark.parametrize("window", [1, 2, 16, 200])
 def test_decoding_from_the_state_equals_the_whole(side, window):

@@ -62,6 +62,7 @@ def test_equals_naive(form, seen, causal, side):
         assert_equals_naive(lsh_attention, naive_lsh_attention, inputs, mask, make_bias(seen), scaling=1.0, **options)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block_size", [8, 130])
 def test_equals_naive_at_a_thousand(causal, block_size):
@@ -133,6 +134,7 @@ def test_buckets():
     assert torch.equal(hash_buckets(-x, rotations), opposite)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_half_precision(form, dtype, tolerance):
     inputs = make_inputs(200, dtype=dtype)
@@ -180,6 +182,7 @@ def test_there_is_no_second_derivative(by_blocks):
         grad.sum().backward()
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_is_inert(form, junk, causal):

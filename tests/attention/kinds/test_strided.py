@@ -60,6 +60,7 @@ def test_equals_naive(seen, causal, side):
         assert_equals_naive(strided_attention, naive_strided_attention, inputs, mask, bias, **options)
 
 
+@pytest.mark.cover
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_naive_at_a_thousand(causal):
@@ -168,6 +169,7 @@ def test_gradcheck(causal, global_tokens, piece, monkeypatch):
     assert_gradients(function, [*make_inputs(7, batch=1), make_bias(7)])
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("causal", [False, True])

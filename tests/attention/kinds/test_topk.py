@@ -140,6 +140,7 @@ def test_all_blocks_equal_sdpa(dtype, tolerance, causal, monkeypatch):
         assert_close(topk_attention(query, key, value, **options), expected, tolerance)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
@@ -164,6 +165,7 @@ def test_autocast():
     assert_close(out, naive_topk_attention(*inputs, **SMALL, global_tokens=1), 3e-2)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("causal", [False, True])
@@ -229,6 +231,7 @@ def test_no_later_query_takes_part_in_the_choice(at):
     assert torch.equal(topk_attention(changed, key, value, **options)[:, :, :at], before[:, :, :at])
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("side", [None, "left", "right", "holes"])
 @pytest.mark.parametrize("global_tokens", [0, 3])
 @pytest.mark.parametrize("ties", [False, True])

@@ -175,6 +175,7 @@ def test_other_shares_than_announced_are_an_error(monkeypatch):
         (first + first + second).backward()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     "more",
     [

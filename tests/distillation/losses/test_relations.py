@@ -129,7 +129,7 @@ def test_every_task_learns_from_attentions(case, tmp_path):
     metrics = copied.evaluate()
     assert metrics["eval_loss_attention"] == pytest.approx(0, abs=1e-9)
     assert metrics["eval_loss_relation"] == pytest.approx(0, abs=1e-9)
-    trainer = make_trainer(case, tmp_path, losses=BOTH, max_steps=8, learning_rate=0.02)
+    trainer = make_trainer(case, tmp_path, losses=BOTH, max_steps=3, learning_rate=0.02)
     before, start = trainer.evaluate(), weights(trainer.model)
     trainer.train()
     after = trainer.evaluate()

@@ -18,6 +18,7 @@ def removed(dense, small, metric: str, length: int) -> int:
     return total_cost(dense, metric, length) - total_cost(small, metric, length)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("metric", ["macs", "parameters"])
 @pytest.mark.parametrize("case", CASES)
@@ -35,6 +36,7 @@ def test_global_reaches_the_ratio_and_passes_it_by_one_step_at_most(case, metric
         check_sizes(small)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("metric", ["macs", "parameters"])
 @pytest.mark.parametrize("case", CASES)
@@ -101,6 +103,7 @@ def test_an_impossible_ratio(case, settings):
         prune(make(case), config(**({"ratio": 0.999} | settings)))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_larger_ratio_never_keeps_more(case, allocation):

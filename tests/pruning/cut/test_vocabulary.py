@@ -258,16 +258,16 @@ def test_tokens_to_keep_stay():
 
 
 def test_the_bundled_model_on_the_bundled_news():
-    """30,522 tokens, of which the articles need about two thirds: equal to the last bit."""
+    """30,522 tokens, of which 300 articles need about a third: equal to the last bit."""
     folder = bundled_model("minilm-l6")
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = bundled_dataset("bbc-news")["text"]
+    texts = bundled_dataset("bbc-news")["text"][:300]
     small, cut = prune(model, tokenizer, (text for text in texts))
-    assert len(tokenizer) == 30522 and len(cut) == small.config.vocab_size < 22_000
+    assert len(tokenizer) == 30522 and len(cut) == small.config.vocab_size < 15_000
     assert size(model) - size(small) == (30522 - len(cut)) * model.config.hidden_size
     options = {"return_tensors": "pt", "truncation": True, "max_length": 64, "padding": True}
-    for start in range(0, 64, 16):
-        old, new = tokenizer(texts[start : start + 16], **options), cut(texts[start : start + 16], **options)
+    for start in range(0, 16, 8):
+        old, new = tokenizer(texts[start : start + 8], **options), cut(texts[start : start + 8], **options)
         assert_close(first_output(small, new), first_output(model, old), 0.0)
     assert [cut.tokenize(text) for text in texts] == [tokenizer.tokenize(text) for text in texts]
 

@@ -100,14 +100,15 @@ class _State:
     global_step = 0
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("granularity", [("head", "neuron"), "weight"])
 @pytest.mark.parametrize("importance", LEARNED)
 def test_16_examples_score_alike_as_one_batch_and_as_four_times_four(importance, granularity, tmp_path):
     found = []
-    for accumulated in (1, 4, 1):
+    for accumulated in (1, 4):
         callback = pruning(granularity=granularity, importance=importance)
         steps = {"per_device_train_batch_size": 12 // accumulated, "gradient_accumulation_steps": accumulated}
-        other = {"max_steps": 2, "learning_rate": 1e-3, "seed": 3 + (len(found) == 2)}
+        other = {"max_steps": 2, "learning_rate": 1e-3}
         # Rows keep their order of sampling, so an optimizer step has the same examples.
         make_trainer("vit", tmp_path, [callback], **steps, **other, model=make("vit")).train()
         found.append(torch.cat([score.flatten() for score in callback.removal.scores.values()]))
@@ -204,6 +205,7 @@ class Zeros(TrainerCallback):
         self.shares.append(gone / total)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("case", ["bert", pytest.param("gpt2", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("importance", [*LEARNED, "magnitude", "random"])
 @pytest.mark.parametrize(
@@ -248,8 +250,8 @@ def test_the_zeros_are_those_with_the_lowest_scores(tmp_path):
     "settings",
     [
         {"importance": "movement"},
-        {"importance": "fisher"},
-        {"importance": "movement", "granularity": "weight"},
+        pytest.param({"importance": "fisher"}, marks=pytest.mark.thorough),
+        pytest.param({"importance": "movement", "granularity": "weight"}, marks=pytest.mark.thorough),
         {"importance": "taylor", "granularity": "weight", "mask_structure": "2:4"},
         {"importance": "magnitude", "granularity": "weight"},
     ],
@@ -283,7 +285,7 @@ def test_the_scores_that_were_saved_matter(tmp_path):
 
 
 def test_a_checkpoint_of_another_granularity(tmp_path):
-    make_trainer("bert", tmp_path, [pruning()], save_strategy="steps", save_steps=5).train()
+    make_trainer("bert", tmp_path, [pruning()], save_strategy="steps", save_steps=5, max_steps=5).train()
     for callback in (weights(), pruning(importance="magnitude")):
         resumed = make_trainer("bert", tmp_path, [callback])
         with pytest.raises(CheckpointError, match=r"another granularity.*PruningConfig"):
@@ -319,6 +321,7 @@ class Skipped(TrainerCallback):
         self.changed.append(any(not torch.equal(after[part], score) for part, score in self.before.items()))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("granularity", [("head", "neuron"), "weight"])
 @pytest.mark.parametrize("importance", LEARNED)

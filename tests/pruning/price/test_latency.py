@@ -1,6 +1,7 @@
 """A budget of milliseconds, on a clock that is a formula of the model's sizes: nothing here waits for a real one."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,16 @@ def clock(monkeypatch, tmp_path):
     return made
 
 
+@pytest.fixture(scope="module")
+def bert_table(tmp_path_factory):
+    """The folder with the table of `short("bert")`, measured once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_EFFICIENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(latency, "compare_latency", Clock())
+        latency_table(short("bert"), 2, 16, threads=1)
+        return tables.folder()
+
+
 def config(ratio: float, **changes) -> PruningConfig:
     settings = {"metric": "latency", "importance": "magnitude", "layer_importance": "magnitude"}
     settings |= {"sequence_length": 16, "latency_batch_size": 2}
@@ -115,6 +126,7 @@ def test_converted_layers_have_prices_of_their_own():
     assert costs.layers["encoder", 1] > costs.layers["encoder", 0] == pytest.approx(costs.layers["encoder", 2])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("bend", [0.0, 2.0])
 @pytest.mark.parametrize("case", ["bert", "vit", "llama", "t5"])
 def test_the_asked_time_is_reached(case, bend, clock):
@@ -187,8 +199,10 @@ def test_a_table_that_cannot_be_true_is_not_kept(clock, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["batch", "length", "sizes", "dtype", "attention", "threads", "machine"])
-def test_another_table_is_another_file(what, clock, monkeypatch):
+def test_another_table_is_another_file(what, clock, bert_table, monkeypatch):
+    shutil.copytree(bert_table, tables.folder())
     latency_table(short("bert"), 2, 16, threads=1)
+    assert clock.count == 0
     measured, model, batch, length, threads = clock.count, short("bert"), 2, 16, 1
     if what == "batch":
         batch = 3
@@ -211,9 +225,11 @@ def test_another_table_is_another_file(what, clock, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"curves": 3}', '{"total_ms": "x"}'])
-def test_a_damaged_file_is_measured_again(text, clock):
+def test_a_damaged_file_is_measured_again(text, clock, bert_table):
+    shutil.copytree(bert_table, tables.folder())
     model = short("bert")
     table = latency_table(model, 2, 16)
+    assert clock.count == 0
     (file,) = tables.folder().iterdir()
     file.write_text(text)
     measured = clock.count

@@ -255,10 +255,13 @@ def doubles():
 def test_the_default_dtype_makes_no_difference(case, importance, doubles):
     dense, data = make(case), batches(case) * 3
     asked = PruningConfig(ratio=0.4, importance=importance, round_to=4)
-    expected, told = prune(dense, asked, data), plan(dense, asked, data).forecast
+    one = plan(dense, asked, data)
+    expected = prune(dense, plan=one, calibration=data)
     doubles()
-    small, again = prune(dense, asked, data), plan(dense, asked, data).forecast
-    assert small.dtype == torch.float32 and again.parameters <= again.parameters_before == told.parameters_before
+    two = plan(dense, asked, data)
+    small = prune(dense, plan=two, calibration=data)
+    assert small.dtype == torch.float32
+    assert two.forecast.parameters <= two.forecast.parameters_before == one.forecast.parameters_before
     if importance != "random":  # whose noise has other values in other precision
         for name, value in expected.state_dict().items():
             assert torch.equal(value, small.state_dict()[name]), name

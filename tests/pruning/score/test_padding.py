@@ -119,6 +119,7 @@ def all_equal(found: list[dict], other: dict, rtol: float = 1e-9) -> None:
     assert any(not torch.allclose(other[key].double(), first[key].double(), rtol=1e-3) for key in first)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("importance", ["fisher", "taylor", "activation"])
 @pytest.mark.parametrize("name", MODELS)
 def test_unit_scores_do_not_depend_on_padding(name, importance):
@@ -146,6 +147,7 @@ def test_pseudo_labels_are_of_real_tokens(name):
     all_equal(found, losses(rows_of(name, 1), "right", 0, 8))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("importance", LAYER_IMPORTANCES)
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_scores_do_not_depend_on_padding(name, importance):
@@ -175,6 +177,7 @@ def test_what_linears_read_does_not_depend_on_padding(name):
     all_equal(found, grams(rows_of(name, 1), "right", 0, 8))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("importance", ["taylor", "fisher", "activation"])
 @pytest.mark.parametrize("name", ["llama", "t5", "answers", "bart classifier"])
 def test_weight_scores_do_not_depend_on_padding(name, importance):
