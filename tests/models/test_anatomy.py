@@ -1,7 +1,7 @@
 """One object says what a model is made of, the same as the model itself."""
 
 import pytest
-from transformers import T5EncoderModel
+from transformers import ResNetConfig, ResNetModel, T5EncoderModel
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.errors import ConfigError, UnsupportedModelError
@@ -46,9 +46,8 @@ def test_block_and_groups_are_read_once():
     assert anatomy.block.is_converted() and not Anatomy.of(make_model("bert")).block.is_converted()
 
 
-def test_an_unknown_family_has_no_anatomy():
-    model = make_model("bert")
-    model.config.model_type = "unheard_of"
+def test_a_model_without_attention_has_no_anatomy():
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
     for make_anatomy in (lambda: Anatomy.of(model), lambda: ConfigAnatomy.of_config(model.config)):
-        with pytest.raises(UnsupportedModelError, match="unheard_of"):
+        with pytest.raises(UnsupportedModelError, match="'resnet' are built could not be found out"):
             make_anatomy()

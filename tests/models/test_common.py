@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import CompileableContextVar
 from hf_efficient import convert_attention
 from hf_efficient.attention.registry import ATTENTIONS
 from hf_efficient.attention.variant import AttentionVariant
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.families import FAMILIES
 
 from ..attention.tiny import TINY, TINY_JOBS
@@ -252,9 +253,8 @@ def test_embeddings_can_be_given_and_grow(family, name):
 def test_it_really_is_converted(family, name):
     """The twin of all the above: the attention is there, and it makes a difference."""
     model, inputs = make(family, name), padded_inputs(family)
-    assert len(variants(model)) == sum(getattr(model.config, stack.num_layers) for stack in FAMILIES[family].stacks)
-    causal = [stack.name for stack in FAMILIES[family].stacks] == ["decoder"]
-    assert all(variant.config == TINY[name].resolve(causal) for variant in variants(model))
+    causal = [stack.is_causal for stack in Anatomy.of(model).stacks for _ in stack.layers]
+    assert [variant.config for variant in variants(model)] == [TINY[name].resolve(one) for one in causal]
     assert (model(**inputs)[0] - make_model_like(model, family)(**inputs)[0]).abs().max() > 1e-4
 
 

@@ -5,12 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_efficient import AttentionConfig, ConfigError, PruningConfig, UnsupportedModelError, convert_attention, prune
-from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.proof import prove
@@ -202,8 +200,3 @@ def test_an_entry_of_a_stranger_is_read_with_care(change, message):
     assert Family.from_dict(data).stacks[0].name == "decoder"
     with pytest.raises(ConfigError, match=message):
         Family.from_dict(data | change)
-
-
-def test_a_model_without_attention_is_refused():
-    with pytest.raises(UnsupportedModelError, match="'resnet' are built could not be found out"):
-        Anatomy.of(transformers.ResNetModel(transformers.ResNetConfig()))
