@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py --output benchmarks/results/coverage.json
     python benchmarks/coverage.py --only qwen2 t5 --output /tmp/some.json
+    python benchmarks/coverage.py --page docs/models.md --output benchmarks/results/coverage.json   # of what is there
 
 Each type is tried in a process of its own: its default config made small, its plain model and the most important one
 with a head; attention converted, heads, neurons and layers pruned, each result saved and loaded again and compared.
@@ -30,9 +31,9 @@ from transformers.utils import logging
 from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prune
 from hf_efficient.errors import HfEfficientError
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.derive.proof import _distance, _outputs
+from hf_efficient.models.derive.compare import distance, outputs_of
 from hf_efficient.models.derive.tiny import model_classes, tiny_config, tiny_inputs, tiny_model
-from hf_efficient.models.families import ABILITIES
+from hf_efficient.models.family import ABILITIES
 from hf_efficient.models.heads import auto_class_of_architecture
 
 HEAD_CLASSES = (
@@ -47,7 +48,21 @@ HEAD_CLASSES = (
     "ForObjectDetection",
 )
 PRUNED = {"heads": "head", "neurons": "neuron", "layers": "layer"}
-SECONDS = 120
+SECONDS = 240
+POPULAR = """
+bert roberta camembert xlm_roberta distilbert albert mpnet deberta deberta_v2 electra modernbert nomic_bert esm
+t5 mt5 umt5 bart mbart pegasus m2m_100 marian whisper wav2vec2 hubert wavlm clip siglip siglip2 vit deit swin
+swinv2 beit dinov2 dinov2_with_registers dinov3_vit convnext segformer detr layoutlm layoutlmv3 blip blip_2
+llava llava_next llava_onevision qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_vl qwen2_vl qwen2_5_vl qwen3_5
+qwen3_5_moe llama llama4 gemma gemma2 gemma3 gemma3n gemma4 phi phi3 mistral mistral3 ministral ministral3
+mixtral gpt_oss deepseek_v2 deepseek_v3 gpt2 gpt_neo gpt_neox gptj gpt_bigcode codegen opt bloom falcon mpt
+starcoder2 stablelm olmo olmo2 olmo3 olmoe granite granitemoe granitemoehybrid smollm3 cohere cohere2 glm glm4
+glm4_moe timesfm patchtst chronos paligemma idefics3 smolvlm internvl florence2 mllama aria pixtral videomae
+timesformer vivit dpt depth_anything sam sam2 owlvit owlv2 grounding_dino rt_detr yolos mask2former oneformer
+table_transformer speecht5 seamless_m4t mamba mamba2 jamba zamba2 bamba falcon_h1 nemotron_h lfm2 rwkv xlnet
+longformer big_bird led reformer funnel rembert roformer splinter mobilebert squeezebert fnet nystromformer
+perceiver xlm trocr nougat donut vision_encoder_decoder encoder_decoder
+""".split()  # noqa: SIM905
 
 
 def types() -> list[str]:
@@ -67,7 +82,7 @@ def try_type(model_type: str) -> dict:
         config = tiny_config(CONFIG_MAPPING[model_type]())
         model = tiny_model(config)
         inputs = tiny_inputs(model)
-        _outputs(model, inputs)
+        outputs_of(model, inputs)
     except Exception as error:
         row["why"]["model"] = _said(error)
         return row
@@ -87,14 +102,15 @@ def try_type(model_type: str) -> dict:
         row["why"] |= {f"{stack.name}.{ability}": why for ability, why in stack.refusals}
     for one in (model, *_head_model(config, type(model))):
         inputs = tiny_inputs(one)
-        before = _outputs(one, inputs)
+        before = outputs_of(one, inputs)
+        stacks = Anatomy.of(one).stacks
         for ability in ABILITIES:
-            if family.why_not(ability):
+            if all(stack.entry.why_not(ability) for stack in stacks):
                 continue
             try:
                 changed = _convert(one) if ability == "convert" else _prune(one, PRUNED[ability])
-                after = _outputs(changed, inputs)
-                if ability == "convert" and (apart := _distance(after, before, inputs)) > 1e-4:
+                after = outputs_of(changed, inputs)
+                if ability == "convert" and (apart := distance(after, before, inputs)) > 1e-4:
                     raise AssertionError(f"silent wrong: {apart:.1e} off")
                 with tempfile.TemporaryDirectory() as folder:
                     changed.save_pretrained(folder)
@@ -104,11 +120,11 @@ def try_type(model_type: str) -> dict:
                         if auto
                         else type(changed).from_pretrained(folder)
                     )
-                again = _outputs(loaded.eval(), inputs)
+                again = outputs_of(loaded.eval(), inputs)
                 own, other = changed.state_dict(), loaded.state_dict()
                 same = own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
-                if not same or _distance(again, after, inputs) > 1e-5:
-                    raise AssertionError(f"silent wrong: loaded again {_distance(again, after, inputs):.1e} off")
+                if not same or distance(again, after, inputs) > 1e-5:
+                    raise AssertionError(f"silent wrong: loaded again {distance(again, after, inputs):.1e} off")
                 row["abilities"].setdefault(ability, True)
             except Exception as error:
                 row["abilities"][ability] = False
@@ -125,7 +141,7 @@ def _head_model(config, base: type[PreTrainedModel]) -> list[PreTrainedModel]:
             if one.__name__.endswith(end) and one is not base and one.config_class is type(config):
                 try:
                     model = tiny_model(config, one)
-                    _outputs(model, tiny_inputs(model))
+                    outputs_of(model, tiny_inputs(model))
                 except Exception:
                     continue
                 return [model]
@@ -190,12 +206,75 @@ def in_child(model_type: str) -> dict:
     return json.loads(text) if text else {"type": model_type, "abilities": {}, "why": {"model": f"died: {status}"}}
 
 
+PAGE = """# Model types
+
+What can be done with {types} model types of transformers {transformers}, each tried on a tiny model made by rule from its
+default config: converted, pruned, saved, loaded again and compared. {convert} can be converted ({whole} of them whole, the
+others in some of their stacks), {units} lose heads or neurons, {layers} lose layers. The numbers of this page are those of
+`python benchmarks/coverage.py`; what stands in brackets is the stack that it is said of.
+
+A type that is missing here could not be made small by rule: that says nothing of it. Ask the model itself:
+
+```python
+from transformers import BertConfig
+
+from hf_efficient.models.anatomy import ConfigAnatomy
+
+for stack in ConfigAnatomy.of_config(BertConfig()).stacks:
+    print(stack.name, dict(stack.entry.refusals))  # encoder {{}}: everything can be done
+```
+
+| type | converted | heads | neurons | layers | what stands in the way |
+|---|---|---|---|---|---|
+"""
+
+
+def write_page(result: dict, path: Path) -> None:
+    """docs/models.md: the popular types first, then all others by name."""
+    counts = result["counts"]
+    rows = {row["type"]: row for row in result["rows"] if row["abilities"]}
+    popular = {name.replace("-", "_"): name for name in rows}
+    first = [popular[name] for name in POPULAR if name in popular]
+    order = [*first, *sorted(rows.keys() - set(first))]
+    text = PAGE.format(
+        types=len(rows),
+        transformers=result["transformers"],
+        convert=counts["convert"],
+        layers=counts["layers"],
+        whole=counts["converted whole"],
+        units=counts["heads or neurons"],
+    )
+    for name in order:
+        row = rows[name]
+        marks = ["yes" if row["abilities"].get(ability) else "" for ability in ABILITIES]
+        if marks[0] and not row["whole"]:
+            marks[0] = "in part"
+        text += f"| {name} | {' | '.join(marks)} | {_reasons(row)} |\n"
+    path.write_text(text)
+
+
+def _reasons(row: dict) -> str:
+    reasons: dict[str, list[str]] = {}
+    for place, reason in row["why"].items():
+        stack, _, ability = place.rpartition(".")
+        reasons.setdefault(reason.split(". ")[0][:110].replace("|", "/"), []).append(
+            f"{ability} ({stack})" if stack else ability
+        )
+    for path in row["left_out"]:
+        reasons.setdefault("not described", []).append(path)
+    return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in reasons.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="some model types")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--page", type=Path, help="write this page of what is in the output, and try nothing")
     args = parser.parse_args()
+    if args.page:
+        write_page(json.loads(args.output.read_text()), args.page)
+        return
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

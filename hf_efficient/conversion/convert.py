@@ -19,7 +19,8 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy, ConfigAnatomy
 from ..models.block import ATTENTIONS, EfficientBlock
 from ..models.classes import with_block
-from ..models.families import CONVERT, FAMILIES
+from ..models.families import FAMILIES
+from ..models.family import CONVERT
 from ..models.loading import load_config
 from ..models.rebuild import check_model, rebuild
 from ..models.stacks import ConfigStack, config_stacks

@@ -22,7 +22,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..models.anatomy import Anatomy
 from ..models.classes import with_block
-from ..models.families import Family, family_of, token_limit
+from ..models.families import family_of, token_limit
+from ..models.family import Family
 from ..models.rebuild import check_model, rebuild
 from .methods import METHODS, ROPE
 

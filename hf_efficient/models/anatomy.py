@@ -18,7 +18,7 @@ from ..errors import unknown_name
 from .block import EfficientBlock
 from .classes import block_of
 from .derive import family_for
-from .families import LAYERS, Family
+from .family import LAYERS, Family
 from .groups import Group, groups_of
 from .stacks import ConfigStack, ModelStack, config_stacks, model_stacks
 

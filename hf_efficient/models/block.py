@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from ..attention.config import AttentionConfig
 from ..errors import ConfigError, shown, unknown_name
-from .families import Family
+from .family import Family
 from .stacks import ConfigStack, config_stacks
 
 VERSION = 1

@@ -1,204 +1,26 @@
-"""The table of model families: where a stock model keeps its layers, projections, neurons and their sizes.
-
-Everything the package knows about one architecture stands here, and nowhere else. To add a family, write one `Family`
-entry in `FAMILIES` and one parameter in `tests/families.py`.
+"""The table of model families: where stock models keep their layers, projections, neurons and their sizes.
 
     family = family_of(model.config)                     # BERT, ViT, Llama, T5, ...
     family.stacks[0].layers                              # "encoder.layer"
 
-Paths are relative: a stack's `layers` to the base model, all others to one layer. A stack that a class does not have
-(`T5EncoderModel` has no decoder) is left out by `models.stacks`, where the entries meet configs and modules.
+What stands here need not be derived, and is what derived entries are compared with in tests. Any other architecture is
+found out from a tiny model of it (`derive`) and remembered here.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from ..errors import ConfigError, UnsupportedModelError, shown
+from ..errors import ConfigError, UnsupportedModelError
+from .family import Attention, Family, Stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-# What can be done with a model; each may be refused for itself.
-CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "layers")
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention module of a layer.
-
-    `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
-    `Conv1D`s; empty where heads cannot be told apart. A path that stands for several of query, key and value is one
-    fused linear: its outputs are those of each, one block after another, or `interleaved`, those of one key/value head
-    with its queries after another. `head_attributes`, `kv_attributes` and
-    `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
-    key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
-    `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
-    """
-
-    module: str
-    query: str = ""
-    key: str = ""
-    value: str = ""
-    output: str = ""
-    interleaved: bool = False
-    head_attributes: tuple[str, ...] = ()
-    kv_attributes: tuple[str, ...] = ()
-    width_attributes: tuple[str, ...] = ()
-    reads_config: bool = False
-    per_head: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One tower of identical layers, and the config fields with its sizes.
-
-    Fields:
-        layers: its ModuleList.
-        up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated. A path
-            that is named twice is one fused linear with a block of outputs for each.
-        cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
-            have it, where they may do without.
-        config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
-        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
-            `neurons` is `None` where no field can say any width.
-        count_neurons: the FFN width of a config, where it is not simply in the field.
-        kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
-        head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
-            `None` where it accepts none (then pruned heads need the efficient class).
-        num_neurons: the FFN width itself, where the entry belongs to one config and no field says it.
-        causal: its self-attention sees no later tokens; `None`: by its name.
-        sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
-        refusals: of a derived entry, why it lacks which of the `ABILITIES`.
-    """
-
-    name: str
-    layers: str
-    attention: Attention
-    up: tuple[str, ...] = ()
-    down: str = ""
-    gated_up: tuple[str, ...] = ()
-    gated_down: str | None = None
-    cross_attention: Attention | None = None
-    cross_if: str | None = None
-    config: str | None = None
-    num_layers: str = "num_hidden_layers"
-    hidden: str = "hidden_size"
-    heads: str = "num_attention_heads"
-    neurons: str | None = "intermediate_size"
-    count_neurons: Callable[[PreTrainedConfig], int] | None = None
-    kv_heads: str | None = None
-    head_dim: str | None = None
-    num_neurons: int | None = None
-    causal: bool | None = None
-    sees_patches: bool = False
-    refusals: tuple[tuple[str, str], ...] = ()
-
-    def why_not(self, ability: str) -> str | None:
-        """Why this stack lacks an ability; None: it has it."""
-        return dict(self.refusals).get(ability)
-
-    def without(self, ability: str, why: str) -> Stack:
-        """The same stack, but that it does not say what the ability needs."""
-        refused = replace(self, refusals=tuple(sorted({**dict(self.refusals), ability: why}.items())))
-        if ability == HEADS:
-            cross = self.cross_attention and Attention(self.cross_attention.module)
-            return replace(refused, attention=Attention(self.attention.module), cross_attention=cross)
-        return replace(refused, up=(), down="") if ability == NEURONS else refused
-
-    def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config that holds the sizes of this stack."""
-        return attrgetter(self.config)(config) if self.config else config
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture, as transformers builds it.
-
-    Fields:
-        config_name: its config class in transformers.
-        stacks: its towers, in the order in which data flows.
-        norm: how its blocks meet the residual stream: `"post"`, norm(x + block(x)), or `"pre"`, x + block(norm(x)).
-            `None` where what a block gives is scaled or normed before it is added.
-        heads_divide_hidden: the stock config insists that the head count divides the hidden size.
-        gated: the config field that says that the FFN is gated, where it may be either (T5).
-        per_layer: config fields that are lists with one entry for each layer.
-        of_depth: config fields that the stock config makes itself, and anew for another depth.
-        first_stays: the first layer is built unlike the others, so that none of them can take its place.
-        positions: the tables of absolute positions, relative to the base model, with `max_positions` the config field
-            that says how long a text may be; empty where positions are rotary, relative or tied to an image size.
-        position_offset: rows of the tables that stand before the first position and are not counted (BART).
-        positions_after_pad: positions start behind that of the padding token, and its row is counted (RoBERTa).
-        sinusoidal: the tables are a formula, not learned.
-        relative_bias: the embedding in the first layer that holds a relative position bias shared by all layers
-            of the stack. It ties the heads of all layers: they can only be pruned together.
-        encoder_sizes_cache: `generate` makes as many cache layers as the *encoder* has (seen in 5.23: a stock T5 with
-            a decoder deeper than its encoder raises IndexError), so the decoder must not become the deeper one.
-        left_out: of a derived entry, lists of layers that it does not describe, which stay as they are.
-    """
-
-    model_type: str
-    config_name: str
-    stacks: tuple[Stack, ...] = ()
-    norm: str | None = None
-    heads_divide_hidden: bool = False
-    gated: str | None = None
-    per_layer: tuple[str, ...] = ()
-    of_depth: tuple[str, ...] = ()
-    first_stays: bool = False
-    positions: tuple[str, ...] = ()
-    max_positions: str | None = None
-    position_offset: int = 0
-    positions_after_pad: bool = False
-    sinusoidal: bool = False
-    relative_bias: str | None = None
-    encoder_sizes_cache: bool = False
-    left_out: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For config.json: what differs from the defaults. Only derived entries are written, which hold no code."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Family:
-        """
-        Raises:
-            ConfigError: anything that no derived entry says.
-        """
-        family = _from_dict(cls, data, "family")
-        if not family.stacks:
-            raise ConfigError("efficient.family has no stacks.")
-        return family
-
-    def without(self, ability: str, why: str, stack: str) -> Family:
-        """The same entry, but that it does not say of one stack what the ability needs."""
-        return replace(
-            self, stacks=tuple(one.without(ability, why) if one.name == stack else one for one in self.stacks)
-        )
-
-    def why_not(self, ability: str) -> str | None:
-        """Why models of this family lack an ability in all their stacks; None: one at least has it."""
-        reasons = {stack.name: stack.why_not(ability) for stack in self.stacks}
-        if not all(reasons.values()):
-            return None
-        return "; ".join(f"{name}: {why}" for name, why in reasons.items())
-
-    @property
-    def deepest(self) -> str | None:
-        """The stack that no other may outgrow, if there is one."""
-        return self.stacks[0].name if self.encoder_sizes_cache else None
-
-    def first_position(self, config: PreTrainedConfig) -> int:
-        """The row of a position table that belongs to the first token of a text."""
-        return (getattr(config, "pad_token_id", None) or 0) + 1 if self.positions_after_pad else self.position_offset
 
 
 def _encoder(layers: str, attention: Attention, up: tuple[str, ...], down: str, **fields) -> Stack:
@@ -530,7 +352,6 @@ _GENERATIVE = (_LLAMA, _MISTRAL, _QWEN3, _GEMMA3, _GPT2, _T5, _BART, _MARIAN, _W
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_VISION, *_GENERATIVE)}
 
 EFFICIENT_PREFIX = "efficient_"
-MAX_STACKS, MAX_NAMES, MAX_TEXT = 16, 64, 500
 
 _OTHERS: dict[str, Family] = {}  # by `_key` of the config: derived entries, each for configs of one structure
 _OWN: dict[str, Family] = {}  # by model type: what `register_family` was given
@@ -551,6 +372,11 @@ def register_family(family: Family) -> None:
 def remember(config: PreTrainedConfig, family: Family) -> None:
     """From now on `family_of` gives this entry for configs with these fields."""
     _OTHERS[_key(config)] = family
+
+
+def forget(config: PreTrainedConfig) -> None:
+    """The entry of these fields was wrong."""
+    _OTHERS.pop(_key(config), None)
 
 
 def _key(config: PreTrainedConfig) -> str:
@@ -609,58 +435,3 @@ def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
         return limit - family.first_position(text)
     rope = getattr(text, "rope_parameters", None) or {}
     return int(limit * rope["factor"]) if rope.get("rope_type") == "dynamic" else limit  # where the scaling sets in
-
-
-def _to_dict(entry: Any) -> dict[str, Any]:
-    written = {}
-    for one in fields(entry):
-        value = getattr(entry, one.name)
-        if value != one.default:
-            parts = [_to_dict(part) for part in value] if one.name == "stacks" else value
-            written[one.name] = _to_dict(value) if isinstance(value, Attention) else parts
-    return written
-
-
-def _from_dict(kind: type, data: Any, where: str) -> Any:
-    """An entry of a config.json, which may come from a stranger: names and small numbers alone."""
-    known = {one.name: one for one in fields(kind) if one.name != "count_neurons"}
-    if not isinstance(data, dict) or any(name not in known for name in data):
-        raise ConfigError(f"efficient.{where} must be a mapping with some of {', '.join(known)}; got {shown(data)}.")
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        place = f"{where}.{name}"
-        if name == "stacks":
-            if not isinstance(value, list | tuple) or len(value) > MAX_STACKS:
-                raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} stacks.")
-            values[name] = tuple(_from_dict(Stack, one, f"{place}[{i}]") for i, one in enumerate(value))
-        elif name in ("attention", "cross_attention"):
-            values[name] = None if value is None else _from_dict(Attention, value, place)
-        elif name == "refusals":
-            values[name] = tuple((str(ability), str(why)[:MAX_TEXT]) for ability, why in _pairs(value, place))
-        else:
-            values[name] = _plain(value, place)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"efficient.{where} is not complete: {error}") from error
-
-
-def _pairs(value: Any, where: str) -> list[tuple]:
-    if not isinstance(value, list | tuple) or any(not isinstance(one, list | tuple) or len(one) != 2 for one in value):
-        raise ConfigError(f"efficient.{where} must be a list of pairs.")
-    return [tuple(one) for one in value[: len(ABILITIES)]]
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A path of names, a switch, a number, or a few names."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, list | tuple) and len(value) <= MAX_NAMES and all(isinstance(one, str) for one in value):
-        return tuple(_plain(one, where) for one in value)
-    if isinstance(value, str) and len(value) <= MAX_TEXT and re.fullmatch(r"[\w.\-]*", value) and "__" not in value:
-        return value
-    if type(value) is int and 0 <= value <= 1 << 20:
-        return value
-    raise ConfigError(
-        f"efficient.{where} must be a name, a path of names, a switch or a small number, got {shown(value)}."
-    )

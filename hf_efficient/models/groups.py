@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED, variant_of
-from .families import Attention
+from .family import Attention
 from .linears import input_dim, output_dim
 from .stacks import ModelStack
 

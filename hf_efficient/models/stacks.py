@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .families import Attention, Family, Stack
+from .family import Attention, Family, Stack
 
 
 @dataclass(frozen=True, eq=False)

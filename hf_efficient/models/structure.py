@@ -16,7 +16,8 @@ from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import HeadShape
 from ..errors import UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .families import Attention, Family, family_of
+from .families import family_of
+from .family import Attention, Family
 from .linears import resize_linear
 from .stacks import ModelStack, model_stacks
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, shown
 from ..models.anatomy import Anatomy
-from ..models.families import HEADS, LAYERS, NEURONS
+from ..models.family import HEADS, LAYERS, NEURONS
 from ..models.loading import load_config
 from ..models.rebuild import check_model
 from .choose.allocation import allocate_alike, choose_layers

@@ -11,7 +11,8 @@ from threading import RLock
 from transformers import PreTrainedConfig
 
 from ...errors import UnsupportedModelError
-from ..families import Family, find_family, remember, stock_type
+from ..families import find_family, forget, remember, stock_type
+from ..family import Family
 from .entry import make_entry
 from .proof import prove
 from .tiny import tiny_config, tiny_inputs, tiny_model
@@ -59,11 +60,12 @@ def _made(small: PreTrainedConfig) -> Family | UnsupportedModelError:
     try:
         model = tiny_model(small)
         inputs = tiny_inputs(model)
-        return prove(make_entry(model, inputs), model, inputs)
-    except UnsupportedModelError as error:
-        return error
+        family = prove(make_entry(model, inputs), model, inputs)
+        remember(small, family)
+        return family
     except Exception as error:  # whatever the code of a model may raise
-        return UnsupportedModelError(_said(error))
+        forget(small)
+        return error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(_said(error))
 
 
 def _said(error: Exception) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
-from ..families import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from ..family import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from .observe import Call, LayerRun, observing, run
 from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
 from .unseen import unseen_attention

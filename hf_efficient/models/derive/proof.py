@@ -22,16 +22,17 @@ from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
-from ..families import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack, remember
+from ..families import remember
+from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
 from ..groups import Group, groups_of, output_module
 from ..rebuild import rebuild
 from ..stacks import ModelStack, model_stacks
-from .observe import observing, run
+from .compare import decodes_alike, distance, outputs_of
+from .observe import observing
 from .roles import NotDerivable
 
 TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
-SKIPPED = ("past_key_values", "cache_params", "attentions", "rope_deltas", "states")
 
 
 def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
@@ -40,7 +41,7 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
     Raises:
         NotDerivable: none is left.
     """
-    expected = _outputs(model, inputs)
+    expected = outputs_of(model, inputs)
     proofs: dict[str, Callable[..., None]] = {CONVERT: _convert, HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}
     for name in [stack.name for stack in family.stacks]:
         for ability, proof in proofs.items():
@@ -81,18 +82,18 @@ class Trial:
         Raises:
             NotDerivable: it gives something else than what is wanted, or that is what the model gave before.
         """
-        outputs = _outputs(small, self.inputs)
+        outputs = outputs_of(small, self.inputs)
         for name, right in wanted.items():
             left = outputs.get(name)
             if left is None or left.shape != right.shape:
                 shape = "nothing" if left is None else f"the shape {list(left.shape)}"
                 raise NotDerivable(f"{what}, {name} of a tiny model has {shape} instead of {list(right.shape)}")
-        worst = _distance(outputs, wanted, self.inputs)
+        worst = distance(outputs, wanted, self.inputs)
         if not worst <= TOLERANCE:
             raise NotDerivable(f"{what}, the output of a tiny model is {worst:.1e} off")
 
     def check_matters(self, wanted: dict[str, Tensor], what: str) -> None:
-        if not _distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE:
+        if not distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE:
             raise NotDerivable(f"{what}, the output of a tiny model stays the same")
 
 
@@ -121,9 +122,14 @@ def _convert(trial: Trial) -> None:
         attention = AttentionConfig("local", window=window, global_tokens=0)
         converted = trial.rebuilt(StackBlock(attention=(attention,) * len(stack.layers)))
         with observing(trial.model, masked=change):
-            wanted = _outputs(trial.model, trial.inputs)
+            wanted = outputs_of(trial.model, trial.inputs)
         trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
     trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
+    if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
+        keeps_keys = AttentionConfig("strided")
+        for kind in (converted, trial.rebuilt(StackBlock(attention=(keeps_keys,) * len(stack.layers)))):
+            if not decodes_alike(kind, trial.inputs, TOLERANCE):
+                raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
 
 def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
@@ -165,7 +171,7 @@ def _units(trial: Trial, kind: str) -> None:
         for group in groups:
             if group.name in gone:
                 _silence(model, group, gone[group.name], hooks)
-        wanted = _outputs(model, trial.inputs)
+        wanted = outputs_of(model, trial.inputs)
     trial.compare(small, wanted, f"without some {kind}")
     trial.check_matters(wanted, f"without some {kind}")
 
@@ -194,7 +200,7 @@ def _layers(trial: Trial) -> None:
         small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
         handle = stack.layers[index].register_forward_hook(_hand_on, with_kwargs=True)
         try:
-            wanted = _outputs(trial.model, trial.inputs)
+            wanted = outputs_of(trial.model, trial.inputs)
         finally:
             handle.remove()
         trial.compare(small, wanted, f"without layer {index}")
@@ -205,35 +211,3 @@ def _hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     given = (*args, *kwargs.values())
     states = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
     return states if isinstance(output, Tensor) else (states, *output[1:])
-
-
-def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All floating-point tensors that a model gives, by their names."""
-    tensors: dict[str, Tensor] = {}
-    _collect(run(model, inputs), "output", tensors)
-    return tensors
-
-
-def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-        tensors[name] = output
-    parts = output if isinstance(output, Mapping) else {}
-    parts = dict(enumerate(output)) if isinstance(output, list | tuple) else parts
-    for key, value in parts.items():
-        if key not in SKIPPED:
-            _collect(value, f"{name}.{key}", tensors)
-
-
-def _distance(outputs: dict[str, Tensor], wanted: dict[str, Tensor], inputs: Mapping[str, Tensor]) -> float:
-    """The largest difference at real tokens, as a part of the largest number of its tensor."""
-    worst = 0.0
-    for name, right in wanted.items():
-        left, mask = outputs[name], inputs.get("attention_mask")
-        if mask is not None and mask.shape == right.shape[:2]:
-            left, right = left[mask.bool()], right[mask.bool()]
-        finite = right.isfinite()
-        if finite.any():
-            left, right = left[finite].double(), right[finite].double()
-            error = ((left - right).abs().max() / right.abs().max().clamp(min=1e-6)).item()
-            worst = max(worst, error if error == error else float("inf"))
-    return worst

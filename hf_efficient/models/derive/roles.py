@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ..families import Attention
+from ..family import Attention
 from .observe import SMALL, Call, LayerRun, Seen, differs
 
 QKV = "qkv"

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from ..families import Attention
+from ..family import Attention
 from .observe import SMALL, LayerRun, differs
 from .roles import Heads, NotDerivable, integers_of, layout
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from ...errors import ConfigError, DataError, UnsupportedModelError
 from ...models.anatomy import Anatomy
 from ...models.classes import with_block
-from ...models.families import Family
+from ...models.family import Family
 from ...models.rebuild import check_model, rebuild
 from .tokenizer import attempts, check_tokenizer, complete, read_spec, trim_tokenizer
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.dispatch import variant_of
 from ...models.anatomy import Anatomy
-from ...models.families import HEADS, NEURONS
+from ...models.family import HEADS, NEURONS
 from ...models.groups import Group, unit_parameters
 from ..methods import METRICS
 from ..plan import PruningPlan

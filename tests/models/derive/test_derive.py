@@ -13,7 +13,8 @@ from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_inputs, tiny_model
-from hf_efficient.models.families import ABILITIES, FAMILIES, Attention, Family, Stack
+from hf_efficient.models.families import FAMILIES
+from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.models.stacks import config_stacks
 

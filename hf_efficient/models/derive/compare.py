@@ -1,0 +1,83 @@
+"""Everything that a model gives, and how far two models are apart.
+
+distance(outputs_of(small, inputs), outputs_of(model, inputs), inputs)     # 0.0: the same at all real tokens
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .observe import run
+
+SKIPPED = ("past_key_values", "cache_params", "attentions", "rope_deltas", "states")
+
+
+def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All floating-point tensors that a model gives, by their names."""
+    tensors: dict[str, Tensor] = {}
+    _collect(run(model, inputs), "output", tensors)
+    return tensors
+
+
+def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
+    if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+        tensors[name] = output
+    parts = output if isinstance(output, Mapping) else {}
+    parts = dict(enumerate(output)) if isinstance(output, list | tuple) else parts
+    for key, value in parts.items():
+        if key not in SKIPPED:
+            _collect(value, f"{name}.{key}", tensors)
+
+
+def decoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The first output `[1, tokens, width]` for the text without padding, token by token from a cache.
+
+    None: the model keeps no cache of a text that is its only input.
+    """
+    names = inspect.signature(model.forward).parameters
+    main = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    is_text = set(inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} and main in inputs
+    if not is_text or not {"past_key_values", "use_cache"} <= names.keys():
+        return None
+    rest = {name: value[1:2] for name, value in inputs.items() if name != "attention_mask"}
+    ids, steps, cache = rest.pop(main), [], None
+    for part in ids.split([2] + [1] * (ids.shape[1] - 2), dim=1):  # a prompt of two tokens, then one by one
+        with torch.no_grad():
+            output = model(**rest, **{main: part}, past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            return None
+        steps.append(output[0])
+    return torch.cat(steps, 1)
+
+
+def decodes_alike(model: PreTrainedModel, inputs: Mapping[str, Tensor], tolerance: float) -> bool | None:
+    """Whether a model gives the same from a cache as in one pass; None: it keeps none, or fails with one."""
+    try:
+        steps = decoded(model, inputs)
+    except Exception:  # whatever the code of a model may raise that wants more than tokens
+        return None
+    if steps is None:
+        return None
+    row = {name: value[1:2] for name, value in inputs.items()}
+    whole = run(model, row)[0]
+    return whole.shape == steps.shape and distance({"output": steps}, {"output": whole}, {}) <= tolerance
+
+
+def distance(outputs: dict[str, Tensor], wanted: dict[str, Tensor], inputs: Mapping[str, Tensor]) -> float:
+    """The largest difference at real tokens, as a part of the largest number of its tensor."""
+    worst = 0.0
+    for name, right in wanted.items():
+        left, mask = outputs[name], inputs.get("attention_mask")
+        if mask is not None and mask.shape == right.shape[:2]:
+            left, right = left[mask.bool()], right[mask.bool()]
+        finite = right.isfinite()
+        if finite.any():
+            left, right = left[finite].double(), right[finite].double()
+            error = ((left - right).abs().max() / right.abs().max().clamp(min=1e-6)).item()
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
