@@ -208,10 +208,10 @@ def in_child(model_type: str) -> dict:
 
 PAGE = """# Model types
 
-What can be done with {types} model types of transformers {transformers}, each tried on a tiny model made by rule from its
-default config: converted, pruned, saved, loaded again and compared. {convert} can be converted ({whole} of them whole, the
-others in some of their stacks), {units} lose heads or neurons, {layers} lose layers. The numbers of this page are those of
-`python benchmarks/coverage.py`; what stands in brackets is the stack that it is said of.
+What can be done with {types} model types of transformers {transformers}, each tried on a tiny model made by rule from
+its default config: converted, pruned, saved, loaded again and compared. {convert} can be converted ({whole} of them
+whole, the others in some of their stacks), {units} lose heads or neurons, {layers} lose layers. The numbers of this
+page are those of `python benchmarks/coverage.py`; what stands in brackets is the stack that it is said of.
 
 A type that is missing here could not be made small by rule: that says nothing of it. Ask the model itself:
 
