@@ -21,6 +21,27 @@ def _register_configs(auto: ModuleType) -> None:
         model_type = EFFICIENT_PREFIX + stock_type
         auto.CONFIG_MAPPING._mapping[model_type] = f"Efficient{stock_name}"
         auto.CONFIG_MAPPING._modules[auto.model_type_to_module_name(model_type)] = models
+    auto.CONFIG_MAPPING._extra_content = _WithEfficient(auto.CONFIG_MAPPING._extra_content)
+
+
+class _WithEfficient(dict):
+    """The configs that `AutoConfig.register` was given, and the efficient one of each."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or super().__contains__(_stock_type(model_type))
+
+    def __missing__(self, model_type: str) -> type:
+        from .models.classes import efficient_config_class
+
+        return efficient_config_class(dict.__getitem__(self, _stock_type(model_type)))
+
+
+def _stock_type(model_type: object) -> str | None:
+    """`bert` of `efficient_bert`; None for any other type."""
+    from .models.families import EFFICIENT_PREFIX
+
+    name = str(model_type)
+    return name.removeprefix(EFFICIENT_PREFIX) if name.startswith(EFFICIENT_PREFIX) else None
 
 
 def _register_targets(constants: ModuleType) -> None:

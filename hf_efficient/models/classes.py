@@ -249,9 +249,22 @@ def auto_map(config: PreTrainedConfig) -> dict[str, str]:
 
 def find_class(name: str) -> type:
     """An efficient config or model class by its name: what `from hf_efficient.models import Efficient...` calls."""
-    stock = getattr(transformers, name.removeprefix(EFFICIENT), None) if name.startswith(EFFICIENT) else None
+    stock = _stock_class_named(name.removeprefix(EFFICIENT)) if name.startswith(EFFICIENT) else None
     if isinstance(stock, type) and issubclass(stock, PreTrainedConfig) and stock.model_type:
         return efficient_config_class(stock)
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel) and stock.config_class is not None:
         return efficient_class(stock, stock.config_class)
     raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+
+
+def _stock_class_named(name: str) -> Any:
+    """A class of transformers, or one that was given to an Auto class."""
+    found = getattr(transformers, name, None)
+    if found is not None:
+        return found
+    registered: list[Any] = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING._extra_content.values())
+    for auto in vars(modeling_auto).values():
+        mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
+        for value in getattr(mapping, "_extra_content", {}).values():
+            registered += value if isinstance(value, tuple | list) else [value]
+    return next((one for one in registered if one.__name__ == name), None)

@@ -8,21 +8,24 @@ A tiny model of the same architecture is made by rule (`tiny`), run and disturbe
 
 from threading import RLock
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..families import find_family, forget, remember, stock_type
 from ..family import Family
 from .entry import make_entry
 from .proof import prove
-from .tiny import tiny_config, tiny_inputs, tiny_model
+from .tiny import model_classes, tiny_config, tiny_inputs, tiny_model
 
 _DERIVING = RLock()  # the table of attention functions is there once for all threads
 _ENTRIES: dict[str, Family | UnsupportedModelError] = {}  # by the tiny config
 
 
-def family_for(config: PreTrainedConfig) -> Family:
+def family_for(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Family:
     """The entry for a stock or an efficient config; where there is none yet it is derived, proven and remembered.
+
+    Parameters:
+        model_class: of a model, for an architecture that no Auto class knows.
 
     Raises:
         UnsupportedModelError: it cannot be derived; the message says why.
@@ -35,17 +38,18 @@ def family_for(config: PreTrainedConfig) -> Family:
     family = find_family(config)
     if family is None:
         with _DERIVING:
-            family = _derive(config)
+            family = _derive(config, model_class)
             remember(config, family)
     return family
 
 
-def _derive(config: PreTrainedConfig) -> Family:
+def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> Family:
     try:
         small = tiny_config(config)
         key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
         if key not in _ENTRIES:
-            _ENTRIES[key] = _made(small)
+            is_known = next(model_classes(small), None) is not None
+            _ENTRIES[key] = _made(small, () if is_known or model_class is None else (model_class,))
         entry = _ENTRIES[key]
     except Exception as error:  # whatever the code of a config may raise
         entry = error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(_said(error))
@@ -56,9 +60,9 @@ def _derive(config: PreTrainedConfig) -> Family:
     return entry
 
 
-def _made(small: PreTrainedConfig) -> Family | UnsupportedModelError:
+def _made(small: PreTrainedConfig, classes: tuple[type[PreTrainedModel], ...]) -> Family | UnsupportedModelError:
     try:
-        model = tiny_model(small)
+        model = tiny_model(small, *classes)
         inputs = tiny_inputs(model)
         family = prove(make_entry(model, inputs), model, inputs)
         remember(small, family)

@@ -52,7 +52,7 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
                 try:
                     proof(trial)
                 except Exception as error:  # whatever the code of a model may raise
-                    if ability == HEADS and (other := _second_try(trial)):
+                    if other := _second_try(trial, ability):
                         family = other
                         continue
                     reason = " ".join(str(error).split())[:200]
@@ -97,15 +97,21 @@ class Trial:
             raise NotDerivable(f"{what}, the output of a tiny model stays the same")
 
 
-def _second_try(trial: Trial) -> Family | None:
-    """The entry by which the attention reads its head counts from its config, if that works."""
-    name, entry = trial.stack.name, _with_own_config(trial.stack.entry)
-    stacks = tuple(entry if one.name == name else one for one in trial.family.stacks)
-    family = replace(trial.family, stacks=stacks)
+def _second_try(trial: Trial, ability: str) -> Family | None:
+    """Another entry that is proven: the attention reads its head counts from its config; the first layer is unlike the
+    others and stays."""
+    name, family = trial.stack.name, trial.family
+    if ability == HEADS:
+        entry = _with_own_config(trial.stack.entry)
+        family = replace(family, stacks=tuple(entry if one.name == name else one for one in family.stacks))
+    elif ability == LAYERS and not family.first_stays:
+        family = replace(family, first_stays=True)
+    else:
+        return None
     stack = next(one for one in model_stacks(trial.model, family) if one.name == name)
     try:
         remember(trial.model.config, family)
-        _heads(replace(trial, stack=stack, family=family))
+        (_heads if ability == HEADS else _layers)(replace(trial, stack=stack, family=family))
     except Exception:  # whatever the code of a model may raise
         return None
     return family
@@ -190,10 +196,10 @@ def _silence(model: PreTrainedModel, group: Group, unit: int, hooks: ExitStack) 
 
 
 def _layers(trial: Trial) -> None:
-    stack = trial.stack
+    stack, family = trial.stack, trial.family
     if len(stack.layers) < 2:
         raise NotDerivable("there is one layer alone")
-    for index in range(len(stack.layers)):
+    for index in range(int(family.first_stays), len(stack.layers)):
         kept = [layer for layer in range(len(stack.layers)) if layer != index]
         changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept)
         state = cut_layers(trial.model.state_dict(), stack, kept)

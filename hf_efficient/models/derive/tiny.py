@@ -125,7 +125,7 @@ def _short_rope(parameters: dict) -> dict:
 
 
 def model_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
-    """The classes of transformers for a config: its plain model first."""
+    """The classes of transformers for a config, its plain model first; then what `AutoModel.register` was given."""
     seen = set()
     for table in CLASSES:
         names = getattr(modeling_auto, table, {}).get(config.model_type, ())
@@ -133,16 +133,20 @@ def model_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
             if name not in seen and (model_class := getattr(transformers, name, None)) is not None:
                 seen.add(name)
                 yield model_class
+    if not seen:
+        for auto in vars(modeling_auto).values():
+            own = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {}).get(type(config), ())
+            yield from own if isinstance(own, tuple | list) else (own,)
 
 
-def tiny_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model of a tiny config, in eval mode and float32.
+def tiny_model(config: PreTrainedConfig, *model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """A model of a tiny config, in eval mode and float32: of a given class, or the plainest that there is.
 
     Raises:
         UnsupportedModelError: no class of transformers builds it, or it is not tiny.
     """
     problem: object = "transformers has no model class for it"
-    for one in (model_class,) if model_class else model_classes(config):
+    for one in model_class or model_classes(config):
         try:
             with torch.device("meta"), no_init_weights():
                 count = sum(parameter.numel() for parameter in one(copy.deepcopy(config)).parameters())

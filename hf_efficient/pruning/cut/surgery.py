@@ -10,16 +10,19 @@ uniform result is a stock model; the rest goes into the `efficient` block.
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
 from ...models.block import EfficientBlock, StackBlock
-from ...models.classes import with_block
+from ...models.classes import stock_config, with_block
 from ...models.cutting import cut_layers, cut_units
-from ...models.families import EFFICIENT_PREFIX
+from ...models.families import EFFICIENT_PREFIX, FAMILIES
+from ...models.groups import groups_of
 from ...models.rebuild import rebuild
-from ...models.stacks import ModelStack
+from ...models.stacks import ModelStack, model_stacks
 from ..plan import PruningPlan
 
 HEADS = ("heads", "cross_heads")  # both are counted by the one config field for heads
@@ -46,6 +49,8 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
     unsaid: Sizes = {}  # what the stock config has no field for
     for stack in anatomy.stacks:
         changes, unsaid[stack.name] = _stock_fields(stack, sizes)
+        if changes and not _stock_takes(anatomy, stack, changes, sizes[stack.name]):
+            changes, unsaid[stack.name] = {}, dict(sizes[stack.name])
         kept = layers[stack.name]
         changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(stack.family.of_depth)
         fields = stack.changed(fields, changes | stack.per_layer(kept))
@@ -136,6 +141,23 @@ def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict
         for kind in (*HEADS, "kv_heads"):
             unsaid.pop(kind, None)
     return fields, unsaid
+
+
+def _stock_takes(anatomy: Anatomy, stack: ModelStack, changes: dict[str, Any], sizes: dict[str, tuple]) -> bool:
+    """Whether the stock class, built with these fields, has these sizes. Of the table that is known; others are
+    asked."""
+    if anatomy.family.model_type in FAMILIES:
+        return True
+    neurons, heads = (sizes.get(kind, (0,))[0] for kind in ("neurons", "heads"))
+    try:
+        config = stock_config(with_block(anatomy.config, EfficientBlock(), **stack.changed({}, changes)))
+        with torch.device("meta"), no_init_weights():
+            model = getattr(anatomy.model, "_stock_class", type(anatomy.model))(config)
+        [new] = [one for one in model_stacks(model, anatomy.family) if one.name == stack.name]
+        groups = groups_of(new)
+        return all(one.units == (neurons if one.kind == "neurons" else heads // new.group_size) for one in groups)
+    except Exception:  # whatever a config or a model may raise at sizes that it does not like
+        return False
 
 
 def _counts(kinds: tuple[str, ...], name: str, stack: ModelStack, sizes: Sizes) -> set[int]:

@@ -9,11 +9,12 @@ from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_efficient import AttentionConfig, ConfigError, PruningConfig, UnsupportedModelError, convert_attention, prune
+from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_inputs, tiny_model
-from hf_efficient.models.families import FAMILIES
+from hf_efficient.models.families import FAMILIES, register_family
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.models.stacks import config_stacks
@@ -21,6 +22,7 @@ from hf_efficient.models.stacks import config_stacks
 from ...families import make_config
 from ...helpers import assert_close, selected
 from ...processes import run_fresh, save_with_expectation
+from .toy import ToyConfig, ToyModel, register
 
 # What can be done with types outside of the table, by their default configs: everything, or these.
 EVERYTHING = set(ABILITIES)
@@ -201,3 +203,38 @@ def test_an_entry_of_a_stranger_is_read_with_care(change, message):
     assert Family.from_dict(data).stacks[0].name == "decoder"
     with pytest.raises(ConfigError, match=message):
         Family.from_dict(data | change)
+
+
+@pytest.mark.parametrize("part", ["head", "neuron", "layer"])
+def test_an_architecture_of_ones_own_needs_no_entry(part, tmp_path):
+    register()
+    model = ToyModel(ToyConfig(n_heads=8, dim=64, mlp_dim=96)).eval()
+    inputs = {"input_ids": torch.randint(3, 90, (2, 9))}
+    small = prune(model, replace(BY_SIZE, granularity=(part,)))
+    assert small.num_parameters() < model.num_parameters()
+    small.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
+
+
+def test_a_written_entry_of_ones_own_is_taken():
+    attention = Attention("mixer", "mixer.mix", "mixer.mix", "mixer.mix", "mixer.out", head_attributes=("n_heads",))
+    fields = {"num_layers": "depth", "hidden": "dim", "heads": "n_heads", "neurons": "mlp_dim"}
+    stack = Stack("tower", "blocks", attention, ("wide",), "narrow", causal=False, **fields)
+    family = Family(OtherConfig.model_type, "OtherConfig", (stack,))
+    register_family(family)
+    model = OtherModel(OtherConfig())
+    assert Anatomy.of(model).family is family
+    assert prune(model, replace(BY_SIZE, granularity=("head",))).num_parameters() < model.num_parameters()
+    with pytest.raises(ConfigError, match="'bert' cannot be registered: it is in the table"):
+        register_family(FAMILIES["bert"])
+
+
+class OtherConfig(ToyConfig):
+    model_type = "other_toy_of_the_tests"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class OtherModel(ToyModel):
+    config_class = OtherConfig
