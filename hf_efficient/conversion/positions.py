@@ -22,7 +22,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..models.anatomy import Anatomy
 from ..models.classes import with_block
-from ..models.families import family_of, token_limit
+from ..models.derive import family_for
+from ..models.families import token_limit
 from ..models.family import Family
 from ..models.rebuild import check_model, rebuild
 from .methods import METHODS, ROPE
@@ -59,7 +60,7 @@ def longer_config(
     config: PreTrainedConfig, length: int, method: str = "tile", rope: str | dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The config fields that `extend_positions` changes, with their new values; it says what is raised."""
-    family, old = family_of(config), token_limit(config)
+    family, old = family_for(config), token_limit(config)
     if family.max_positions is None or old is None:
         raise UnsupportedModelError(
             f"{family.model_type} models have no table of text positions to extend: positions are relative, "

@@ -111,7 +111,8 @@ def check(run: "Run") -> None:
     """All that can be wrong with data and model, before any long work; raises as the part that is wrong does."""
     from ..measurement.energy import check_energy
     from ..measurement.scores import load_metrics
-    from ..models.families import family_of, token_limit
+    from ..models.derive import family_for
+    from ..models.families import token_limit
     from .fresh import check_fresh
 
     recipe = run.recipe
@@ -122,7 +123,7 @@ def check(run: "Run") -> None:
     config, stages = run.config, recipe.paths
     if recipe.model.config is not None:
         check_fresh(partial(run.skeleton, config))
-    family_of(config)
+    family_for(config)
     if config.is_encoder_decoder and not run.task.trains:
         raise UnsupportedModelError(
             f"task {recipe.task!r} needs a model with one stack; {config.model_type} has an encoder and a "

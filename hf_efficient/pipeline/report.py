@@ -77,9 +77,9 @@ def measured(
 def _origin(recipe: "Recipe", student: "PreTrainedModel") -> tuple[Any, Any]:
     """The model that it all began with, and its licence, as far as they are known."""
     from ..data.bundled import upstream
-    from ..models.families import family_of
+    from ..models.families import stock_type
 
-    name = recipe.model.name_or_path or f"{family_of(student.config).model_type} trained from scratch"
+    name = recipe.model.name_or_path or f"{stock_type(student.config)} trained from scratch"
     return upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
 
 

@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, shown
 from ..models.anatomy import Anatomy
-from ..models.family import HEADS, LAYERS, NEURONS
 from ..models.loading import load_config
 from ..models.rebuild import check_model
 from .choose.allocation import allocate_alike, choose_layers
@@ -36,8 +35,6 @@ from .score.finite import check_weights
 from .score.stream import Batch
 from .search import Cutter, Search, is_kept, kept_groups
 from .weights import check_data, check_learned, prune_weights
-
-PARTS = {"head": HEADS, "neuron": NEURONS, "layer": LAYERS}  # what granularity calls it -> the ability
 
 
 @torch.inference_mode(False)
@@ -90,7 +87,6 @@ def search(model: PreTrainedModel, config: PruningConfig | None, calibration: It
             "A plan names layers, heads and neurons; single weights become zeros and change no size. Call "
             "prune(model, config, calibration), or leave 'weight' out of granularity."
         )
-    _check_abilities(anatomy, config)
     check_learned(config)
     names = [config.importance] if config.unit_kinds else []
     names += [config.layer_importance] if "layer" in config.granularity else []
@@ -119,18 +115,6 @@ def _checked(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> tup
     batches = check_calibration(anatomy, calibration)
     check_weights(model)
     return anatomy, batches
-
-
-def _check_abilities(anatomy: Anatomy, config: PruningConfig) -> None:
-    """Refuse to remove what cannot be removed from this architecture, and say why."""
-    possible = [part for part, ability in PARTS.items() if anatomy.family.why_not(ability) is None]
-    for part in config.granularity:
-        if part in PARTS and part not in possible:
-            others = f"granularity={tuple(possible)}" if possible else "another model"
-            raise UnsupportedModelError(
-                f"The {PARTS[part]} of {anatomy.family.model_type} models cannot be removed: "
-                f"{anatomy.family.why_not(PARTS[part])}. Choose {others}."
-            )
 
 
 def _check_config(config: object) -> PruningConfig:
@@ -207,7 +191,6 @@ def _sizes_only(anatomy: Anatomy, config: PruningConfig, length: int) -> Pruning
     """As many units go from each layer; which layers, and which units, is not known: the last ones are named."""
     if config.metric == "latency":
         raise ConfigError("metric='latency' is measured, which needs a model with weights. Ask for 'macs' first.")
-    _check_abilities(anatomy, config)
     check_learned(config)
     costs = _costs(anatomy, config, length)
     units = config.without_weights()

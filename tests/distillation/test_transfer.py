@@ -19,6 +19,7 @@ from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, co
 from hf_efficient.attention import registry
 from hf_efficient.attention.config import KINDS, Kind
 from hf_efficient.attention.engines.parts import full_attention
+from hf_efficient.conversion.in_memory import convert_in_memory
 from hf_efficient.distillation.transfer import (
     TransferTrainer,
     find_attentions,
@@ -296,14 +297,14 @@ def test_a_model_with_nothing_to_learn_is_refused(tmp_path):
     assert "local" not in learned_kinds() and "linear" not in learned_kinds()
 
 
-def test_a_model_outside_the_table_of_families_converted_in_memory(tmp_path):
+def test_a_model_that_was_converted_in_memory(tmp_path):
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
     model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(20 if parameter.ndim == 2 else 1)
-    made = convert_attention(model.double(), AttentionConfig(KIND))
+    made = convert_in_memory(model.double(), AttentionConfig(KIND))
     trainer = make_trainer("bert", tmp_path, made)
     before = trainer.evaluate()
     trainer.train()

@@ -20,10 +20,10 @@ def test_rounds_hold_nothing(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what a process holds in /proc")
 def test_what_is_held_is_seen(tmp_path):
     before = Used.now()
-    held = [torch.ones(1 << 24), (tmp_path / "open").open("w")]
+    held = [torch.ones(1 << 26), (tmp_path / "open").open("w")]
     after = Used.now()
     assert after.tensors == before.tensors + 1 and after.files == before.files + 1
-    assert after.memory - before.memory > 25 << 20  # of 64 MB; other memory may be given back meanwhile
+    assert after.memory - before.memory > 100 << 20  # of 256 MB; other memory may be given back meanwhile
     held[1].close()
 
 

@@ -1,7 +1,8 @@
 """Can this ratio be reached at all? Answered from shapes alone, before any data is read or any weight is touched."""
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedModelError
 from ...models.anatomy import Anatomy
+from ...models.family import HEADS, LAYERS, NEURONS
 from ..config import PruningConfig
 from ..plan import PruningPlan
 from ..price.costs import Costs
@@ -11,15 +12,33 @@ from .sparsity import check_structure
 NEAR = 0.9  # of what prices say can be reached: from there on it is measured
 
 
+PARTS = {"head": HEADS, "neuron": NEURONS, "layer": LAYERS}  # what granularity calls it -> the ability
+
+
+def check_abilities(anatomy: Anatomy, config: PruningConfig) -> None:
+    """Refuse to remove what cannot be removed from this architecture, and say why."""
+    possible = [part for part, ability in PARTS.items() if anatomy.family.why_not(ability) is None]
+    for part in config.granularity:
+        if part in PARTS and part not in possible:
+            others = f"granularity={tuple(possible)}" if possible else "another model"
+            raise UnsupportedModelError(
+                f"The {PARTS[part]} of {anatomy.family.model_type} models cannot be removed: "
+                f"{anatomy.family.why_not(PARTS[part])}. Choose {others}."
+            )
+
+
 def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> None:
-    """Compare the budget with the least that must stay: one head in each attention, `round_to` neurons in each FFN.
+    """Compare what is asked for with what the architecture can lose, and the budget with the least that must stay: one
+    head in each attention, `round_to` neurons in each FFN.
 
     Any fraction of the weights can become zero, but their pattern has to fit. The model may be on the meta device.
 
     Raises:
         ConfigError: the ratio is too high (the message names the highest that can be reached), or a pattern of zeros
             does not fit.
+        UnsupportedModelError: heads, neurons or layers cannot be removed from this architecture.
     """
+    check_abilities(anatomy, config)
     if "weight" in config.granularity:
         check_structure(anatomy, config)
         rest = config.without_weights()
