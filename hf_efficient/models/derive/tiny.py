@@ -31,11 +31,14 @@ MAX_PARAMETERS = 30_000_000
 
 # The first pattern that fits the name of a field says its size; a value that is smaller stays.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r".*vocab_size.*|codebook_size", VOCABULARY),
+    (r".*vocab_size.*", VOCABULARY),
+    (r"codebook_size", 64),
+    (r"mamba_n_heads|mamba_num_heads|.*ssm.*heads", HEADS),
+    (r"qk_head_dim", 2 * HEAD_DIM),
     (r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers", LAYERS),
     (r".*(num_key_value_heads?|kv_heads)|n_head_kv", KV_HEADS),
     (r"n_heads?|num_heads?|.*attention_heads?|.*num_heads", HEADS),
-    (r"rotary_dim|.*rope_head_dim", HEAD_DIM // 2),
+    (r"rotary_dim", HEAD_DIM // 2),
     (r".*head_dim|.*head_size|d_kv|kv_channels|d_head", HEAD_DIM),
     (r".*lora_rank|.*_rank", 16),
     (r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner", NEURONS),
@@ -99,7 +102,9 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     if "depths" in own and isinstance(fields.get("image_size"), int):
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
     text = fields.get("text_config") if "vision_config" in fields else None
-    if text and isinstance(text.get("rope_parameters"), dict):  # some models have long sections where none are said
+    if text and "rope_type" in (
+        text.get("rope_parameters") or {}
+    ):  # some models have long sections where none are said
         text["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
     heads = [name for name in fields if re.fullmatch(SIZES[3][0], name)]
     for name in fields:  # without grouped queries there, none here
