@@ -19,7 +19,6 @@ from ..attention.dispatch import ATTACHED
 from ..errors import CheckpointError, UnsupportedModelError
 from .checks import check_floats, check_has_weights
 from .classes import EfficientConfigMixin, EfficientMixin, block_of, efficient_class, stock_config
-from .families import find_family, is_known, remember
 
 _QUIET = RLock()  # what transformers shows is set for all threads
 
@@ -75,9 +74,6 @@ def rebuild(
             dtype=model.dtype,
             output_loading_info=True,
         )
-    family = find_family(model.config)
-    if family and not is_known(new.config) and not any(stack.num_neurons for stack in family.stacks):
-        remember(new.config, family)  # another size of the same architecture, which need not be derived again
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind != "error_msgs"}
     wrong["missing_keys"] = [key for key in wrong.get("missing_keys", []) if not _is_new(key, state)]
     wrong = {kind: keys for kind, keys in wrong.items() if keys}

@@ -29,15 +29,18 @@ HIDDEN = HEADS * HEAD_DIM
 ROWS, TOKENS, NEW_TOKENS = 2, 9, 6  # two lengths, so that cross attention is told from self-attention
 MAX_PARAMETERS = 30_000_000
 
+KV_FIELDS = r".*(num_key_value_heads?|kv_heads)|n_head_kv"
+HEAD_FIELDS = r"n_heads?|num_heads?|.*attention_heads?|.*num_heads"
 # The first pattern that fits the name of a field says its size; a value that is smaller stays.
 SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*", VOCABULARY),
     (r"codebook_size", 64),
     (r"mamba_n_heads|mamba_num_heads|.*ssm.*heads", HEADS),
     (r"qk_head_dim", 2 * HEAD_DIM),
+    (r"conv_dim|num_conv_pos_embedding.*", HIDDEN),
     (r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers", LAYERS),
-    (r".*(num_key_value_heads?|kv_heads)|n_head_kv", KV_HEADS),
-    (r"n_heads?|num_heads?|.*attention_heads?|.*num_heads", HEADS),
+    (KV_FIELDS, KV_HEADS),
+    (HEAD_FIELDS, HEADS),
     (r"rotary_dim", HEAD_DIM // 2),
     (r".*head_dim|.*head_size|d_kv|kv_channels|d_head", HEAD_DIM),
     (r".*lora_rank|.*_rank", 16),
@@ -88,7 +91,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             fields[name] = min(value, VOCABULARY - 1 - number % 20) if isinstance(value, int) else value
         elif isinstance(value, int) and not KEPT.fullmatch(name):
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
-            fields[name] = size if re.fullmatch(SIZES[2][0], name) else min(value, size)  # one could not be cut
+            fields[name] = size if re.fullmatch(KV_FIELDS, name) else min(value, size)  # one could not be cut
         elif name in ("image_size", "patch_size") and isinstance(value, list | tuple):
             fields[name] = [min(one, 32 if name == "image_size" else 8) for one in value]
         elif isinstance(value, list | tuple) and re.fullmatch("depths|num_heads|num_attention_heads", name):
@@ -106,9 +109,9 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         text.get("rope_parameters") or {}
     ):  # some models have long sections where none are said
         text["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
-    heads = [name for name in fields if re.fullmatch(SIZES[3][0], name)]
+    heads = [name for name in fields if re.fullmatch(HEAD_FIELDS, name)]
     for name in fields:  # without grouped queries there, none here
-        if re.fullmatch(SIZES[2][0], name) and any(own.get(name) == own.get(other) for other in heads):
+        if re.fullmatch(KV_FIELDS, name) and any(own.get(name) == own.get(other) for other in heads):
             fields[name] = fields[heads[0]]
     return fields
 

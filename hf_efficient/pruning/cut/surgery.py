@@ -19,7 +19,7 @@ from ...models.anatomy import Anatomy
 from ...models.block import EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
 from ...models.cutting import cut_layers, cut_units
-from ...models.families import EFFICIENT_PREFIX, FAMILIES
+from ...models.families import EFFICIENT_PREFIX, FAMILIES, is_known, remember
 from ...models.groups import groups_of
 from ...models.rebuild import rebuild
 from ...models.stacks import ModelStack, model_stacks
@@ -38,7 +38,10 @@ def apply_plan(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedModel:
     state = cut_units(anatomy.model.state_dict(), anatomy.groups, plan.units)
     for stack in anatomy.stacks:
         state = cut_layers(state, stack, kept_layers(stack, plan))
-    return rebuild(anatomy.model, planned_config(anatomy, plan), state)
+    small = rebuild(anatomy.model, planned_config(anatomy, plan), state)
+    if not is_known(small.config) and not any(stack.entry.num_neurons for stack in anatomy.stacks):
+        remember(small.config, anatomy.family)  # another size of the same architecture need not be derived again
+    return small
 
 
 def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
