@@ -6,13 +6,19 @@ A tiny model of the same architecture is made by rule (`tiny`), run and disturbe
 (`entry`), and the description tried on it (`proof`). It takes a second or two, once for configs of one structure.
 """
 
+import copy
+from dataclasses import replace
 from threading import RLock
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ...errors import UnsupportedModelError
 from ..families import find_family, forget, remember, stock_type
 from ..family import Family
+from ..linears import num_inputs
+from ..stacks import model_stacks
 from .entry import make_entry
 from .proof import prove
 from .tiny import model_classes, tiny_config, tiny_inputs, tiny_model
@@ -51,6 +57,8 @@ def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None)
             is_known = next(model_classes(small), None) is not None
             _ENTRIES[key] = _made(small, () if is_known or model_class is None else (model_class,))
         entry = _ENTRIES[key]
+        if isinstance(entry, Family) and any(stack.num_neurons for stack in entry.stacks):
+            entry = _counted(entry, config, model_class or next(model_classes(config)))
     except Exception as error:  # whatever the code of a config may raise
         entry = error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(_said(error))
     if isinstance(entry, UnsupportedModelError):
@@ -58,6 +66,23 @@ def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None)
             f"How models of type {stock_type(config)!r} are built could not be found out: {str(entry).rstrip('.')}."
         ) from entry
     return entry
+
+
+def _counted(family: Family, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Family:
+    """The entry with the FFN widths of this config, where no field says them: those of a model without memory."""
+    with torch.device("meta"), no_init_weights():
+        model = model_class(copy.deepcopy(config))
+    widths = {
+        stack.name: num_inputs(stack.layers[0].get_submodule(stack.down))
+        for stack in model_stacks(model, family)
+        if stack.entry.num_neurons and stack.down
+    }
+    return replace(
+        family,
+        stacks=tuple(
+            replace(one, num_neurons=widths[one.name]) if one.name in widths else one for one in family.stacks
+        ),
+    )
 
 
 def _made(small: PreTrainedConfig, classes: tuple[type[PreTrainedModel], ...]) -> Family | UnsupportedModelError:

@@ -210,7 +210,9 @@ def _make_stack(
     readers = [found.attention.output, *([found.cross.output] if found.cross else []), down]
     norm = norm_place(first, readers) if all(readers) else None
     own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
-    fields = _fields(own, path, found.sizes, len(layers), first, found.attention, count)
+    fields = _fields(own, path, found, len(layers), first, count)
+    if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
+        why |= dict.fromkeys((CONVERT, HEADS), "no config field says how wide a head is")
     stack = Stack(
         name=name,
         layers=path,
@@ -262,15 +264,14 @@ def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str, m
 
 
 def _fields(
-    own: PreTrainedConfig,
-    path: str,
-    sizes: Heads,
-    depth: int,
-    layer: LayerRun,
-    attention: Attention,
-    neurons: int | None,
+    own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, neurons: int | None
 ) -> dict[str, Any]:
-    """The names of the config fields of a stack"""
+    """The names of the config fields of a stack.
+
+    Raises:
+        NotDerivable: no field says how many layers or heads it has, or how wide it is.
+    """
+    sizes, attention = found.sizes, found.attention
     side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
     fields: dict[str, Any] = {
@@ -288,8 +289,6 @@ def _fields(
         raise NotDerivable("no config field says how many heads it has, or how wide it is")
     if fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
         raise NotDerivable("no config field says how many key/value heads it has")
-    if head_dim is None and getattr(own, fields["hidden"]) != sizes.dim * sizes.heads:
-        raise NotDerivable("no config field says how wide a head is")
     if neurons is not None and fields["neurons"] is None:
         fields["num_neurons"] = neurons  # for this one config
     return fields
