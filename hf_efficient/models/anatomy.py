@@ -68,7 +68,7 @@ class Anatomy(ConfigAnatomy):
         Raises:
             UnsupportedModelError: it is in no table, and could not be derived.
         """
-        return cls(model.config, family_for(model.config, getattr(model, "_stock_class", type(model))), model)
+        return cls(model.config, family_for(model.config, model), model)
 
     @cached_property
     def stacks(self) -> tuple[ModelStack, ...]:

@@ -3,11 +3,11 @@
     family = family_for(config)          # written, kept in the `efficient` block, or derived now
 
 A tiny model of the same architecture is made by rule (`tiny`), run and disturbed (`observe`, `roles`), described
-(`entry`), and the description tried on it (`proof`). It takes a second or two, once for configs of one structure.
+(`entry`), the description tried on it (`proof`) and compared with the real model (`fitting`). It takes a second or
+two, once for configs of one structure.
 """
 
 import copy
-from dataclasses import replace
 from threading import RLock
 
 import torch
@@ -17,21 +17,20 @@ from transformers.initialization import no_init_weights
 from ...errors import UnsupportedModelError
 from ..families import find_family, forget, remember, stock_type
 from ..family import Family
-from ..linears import num_inputs
-from ..stacks import model_stacks
 from .entry import make_entry
+from .fitting import fitted
 from .proof import prove
 from .tiny import model_classes, tiny_config, tiny_inputs, tiny_model
 
 _DERIVING = RLock()  # the table of attention functions is there once for all threads
-_ENTRIES: dict[str, Family | UnsupportedModelError] = {}  # by the tiny config
+_ENTRIES: dict[str, Family | Exception] = {}  # by the tiny config
 
 
-def family_for(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Family:
+def family_for(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> Family:
     """The entry for a stock or an efficient config; where there is none yet it is derived, proven and remembered.
 
     Parameters:
-        model_class: of a model, for an architecture that no Auto class knows.
+        model: of the config, if it is there: so that none has to be built to see what all its layers are like.
 
     Raises:
         UnsupportedModelError: it cannot be derived; the message says why.
@@ -44,48 +43,33 @@ def family_for(config: PreTrainedConfig, model_class: type[PreTrainedModel] | No
     family = find_family(config)
     if family is None:
         with _DERIVING:
-            family = _derive(config, model_class)
+            try:
+                family = _derive(config, model)
+            except Exception as error:  # whatever the code of a config or a model may raise
+                raise UnsupportedModelError(
+                    f"How models of type {stock_type(config)!r} are built could not be found out: "
+                    f"{_said(error).rstrip('.')}."
+                ) from error
             remember(config, family)
     return family
 
 
-def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> Family:
-    try:
-        small = tiny_config(config)
-        key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
-        if key not in _ENTRIES:
-            is_known = next(model_classes(small), None) is not None
-            _ENTRIES[key] = _made(small, () if is_known or model_class is None else (model_class,))
-        entry = _ENTRIES[key]
-        if isinstance(entry, Family) and any(stack.num_neurons for stack in entry.stacks):
-            entry = _counted(entry, config, model_class or next(model_classes(config)))
-    except Exception as error:  # whatever the code of a config may raise
-        entry = error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(_said(error))
-    if isinstance(entry, UnsupportedModelError):
-        raise UnsupportedModelError(
-            f"How models of type {stock_type(config)!r} are built could not be found out: {str(entry).rstrip('.')}."
-        ) from entry
-    return entry
+def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
+    small = tiny_config(config)
+    classes = list(model_classes(small)) or [type(model)]
+    key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
+    if key not in _ENTRIES:
+        _ENTRIES[key] = _made(small, classes)
+    entry = _ENTRIES[key]
+    if isinstance(entry, Exception):
+        raise entry
+    if model is None:
+        with torch.device("meta"), no_init_weights():
+            model = classes[0](copy.deepcopy(config))
+    return fitted(entry, model)
 
 
-def _counted(family: Family, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Family:
-    """The entry with the FFN widths of this config, where no field says them: those of a model without memory."""
-    with torch.device("meta"), no_init_weights():
-        model = model_class(copy.deepcopy(config))
-    widths = {
-        stack.name: num_inputs(stack.layers[0].get_submodule(stack.down))
-        for stack in model_stacks(model, family)
-        if stack.entry.num_neurons and stack.down
-    }
-    return replace(
-        family,
-        stacks=tuple(
-            replace(one, num_neurons=widths[one.name]) if one.name in widths else one for one in family.stacks
-        ),
-    )
-
-
-def _made(small: PreTrainedConfig, classes: tuple[type[PreTrainedModel], ...]) -> Family | UnsupportedModelError:
+def _made(small: PreTrainedConfig, classes: list[type[PreTrainedModel]]) -> Family | Exception:
     try:
         model = tiny_model(small, *classes)
         inputs = tiny_inputs(model)
@@ -94,8 +78,9 @@ def _made(small: PreTrainedConfig, classes: tuple[type[PreTrainedModel], ...]) -
         return family
     except Exception as error:  # whatever the code of a model may raise
         forget(small)
-        return error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(_said(error))
+        return error
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"

@@ -37,6 +37,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"codebook_size", 64),
     (r"mamba_n_heads|mamba_num_heads|.*ssm.*heads", HEADS),
     (r"qk_head_dim", 2 * HEAD_DIM),
+    (r"first_k_dense_replace|num_dense_layers", 1),
     (r"conv_dim|num_conv_pos_embedding.*", HIDDEN),
     (r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers", LAYERS),
     (KV_FIELDS, KV_HEADS),
@@ -56,7 +57,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 )
 KEPT = re.compile(
     r".*token.*id.*|num_channels|in_channels|.*_stride|.*kernel.*|temporal_patch_size|spatial_merge_size|.*rate.*"
-    r"|num_labels|first_k_dense_replace|.*_layers_(enabled|idx)|num_feat_extract_layers|num_mel_bins"
+    r"|num_labels|.*_layers_(enabled|idx)|num_feat_extract_layers|num_mel_bins"
 )
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers")
 # From the most plain class to those with heads: what a type has first is what is looked at.

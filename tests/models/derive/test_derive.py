@@ -12,6 +12,7 @@ from hf_efficient import AttentionConfig, ConfigError, PruningConfig, Unsupporte
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.entry import make_entry
+from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_inputs, tiny_model
 from hf_efficient.models.families import FAMILIES, register_family
@@ -203,6 +204,22 @@ def test_an_entry_of_a_stranger_is_read_with_care(change, message):
     assert Family.from_dict(data).stacks[0].name == "decoder"
     with pytest.raises(ConfigError, match=message):
         Family.from_dict(data | change)
+
+
+def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
+    """The tiny model has few layers; the real one may have others between them."""
+    model, inputs = make("opt")
+    family = make_entry(model, inputs)
+    assert fitted(family, model) == family
+    model.decoder.layers[1].fc1 = torch.nn.Linear(32, 20)
+    assert dict(fitted(family, model).stacks[0].refusals) == {"neurons": OTHERWISE}
+    model.decoder.layers[1].self_attn = torch.nn.Identity()
+    assert dict(fitted(family, model).stacks[0].refusals) == dict.fromkeys(("convert", "heads", "neurons"), OTHERWISE)
+
+
+def test_a_width_that_no_field_says_is_that_of_the_config():
+    config = CONFIG_MAPPING["gpt_neo"](hidden_size=48, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])
+    assert family_for(config).stacks[0].num_neurons == 4 * 48
 
 
 @pytest.mark.parametrize("part", ["head", "neuron", "layer"])

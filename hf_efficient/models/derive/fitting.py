@@ -1,0 +1,69 @@
+"""An entry that was found on a tiny model, put on the real one: are all its layers built like those of the tiny model?
+
+family = fitted(family, model)            # the model may be on the meta device
+"""
+
+from dataclasses import replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..family import CONVERT, HEADS, NEURONS, Family
+from ..linears import input_dim, num_inputs, output_dim
+from ..stacks import ModelStack, model_stacks
+
+OTHERWISE = "some of its layers are built otherwise"
+
+
+def fitted(family: Family, model: PreTrainedModel) -> Family:
+    """The entry without what does not hold for every layer, and with the FFN widths that no config field says."""
+    for stack in model_stacks(model, family):
+        entry = stack.entry
+        if entry.num_neurons and entry.down and _has(stack.layers[0], entry.down):
+            counted = replace(entry, num_neurons=num_inputs(stack.layers[0].get_submodule(entry.down)))
+            family = replace(family, stacks=tuple(counted if one is entry else one for one in family.stacks))
+    for stack in model_stacks(model, family):
+        modules = [attention.module for attention in stack.attentions.values()]
+        if not all(_has(layer, path) for layer in stack.layers for path in modules):
+            family = family.without(CONVERT, OTHERWISE, stack.name).without(HEADS, OTHERWISE, stack.name)
+        elif stack.entry.attention.query and not all(_has_heads(layer, stack) for layer in stack.layers):
+            family = family.without(HEADS, OTHERWISE, stack.name)
+        if stack.down and not all(_has_neurons(layer, stack) for layer in stack.layers):
+            family = family.without(NEURONS, OTHERWISE, stack.name)
+    return family
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _has_heads(layer: nn.Module, stack: ModelStack) -> bool:
+    """Every projection is as wide as its heads."""
+    heads, kv_heads = stack.num_heads * stack.head_width, stack.num_kv_heads * stack.head_width
+    for attention in stack.attentions.values():
+        outputs: dict[str, int] = {}
+        for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
+            outputs[path] = outputs.get(path, 0) + width
+        if not all(_is_wide(layer, path, width, is_output=True) for path, width in outputs.items()):
+            return False
+        if not _is_wide(layer, attention.output, heads, is_output=False):
+            return False
+    return True
+
+
+def _has_neurons(layer: nn.Module, stack: ModelStack) -> bool:
+    count = stack.num_neurons
+    ups = all(_is_wide(layer, path, count * stack.up.count(path), is_output=True) for path in stack.up)
+    return ups and _is_wide(layer, stack.down, count, is_output=False)
+
+
+def _is_wide(layer: nn.Module, path: str, width: int, is_output: bool) -> bool:
+    if not _has(layer, path):
+        return False
+    linear = layer.get_submodule(path)
+    weight = getattr(linear, "weight", None)
+    return weight is not None and weight.shape[(output_dim if is_output else input_dim)(linear)] == width
