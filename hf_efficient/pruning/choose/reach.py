@@ -41,8 +41,7 @@ def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> No
     check_abilities(anatomy, config)
     if "weight" in config.granularity:
         check_structure(anatomy, config)
-        rest = config.without_weights()
-        if rest is not None:
+        if (rest := config.without_weights()) is not None:
             check_reachable(anatomy, rest, costs)
         return
     groups = [group for group in anatomy.groups if group.kind in config.unit_kinds]

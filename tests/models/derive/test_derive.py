@@ -213,7 +213,7 @@ def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
     assert fitted(family, model) == family
     model.decoder.layers[1].fc1 = torch.nn.Linear(32, 20)
     assert dict(fitted(family, model).stacks[0].refusals) == {"neurons": OTHERWISE}
-    model.decoder.layers[1].self_attn = torch.nn.Identity()
+    del model.decoder.layers[1].self_attn
     assert dict(fitted(family, model).stacks[0].refusals) == dict.fromkeys(("convert", "heads", "neurons"), OTHERWISE)
 
 
