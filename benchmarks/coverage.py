@@ -32,7 +32,8 @@ from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prun
 from hf_efficient.errors import HfEfficientError
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive.compare import distance, outputs_of
-from hf_efficient.models.derive.tiny import model_classes, tiny_config, tiny_inputs, tiny_model
+from hf_efficient.models.derive.inputs import tiny_inputs
+from hf_efficient.models.derive.tiny import model_classes, tiny_config, tiny_model
 from hf_efficient.models.family import ABILITIES
 from hf_efficient.models.heads import auto_class_of_architecture
 
@@ -115,11 +116,9 @@ def try_type(model_type: str) -> dict:
                 with tempfile.TemporaryDirectory() as folder:
                     changed.save_pretrained(folder)
                     auto = auto_class_of_architecture(type(changed).__name__.removeprefix("Efficient"))
-                    loaded = (
-                        getattr(transformers, auto).from_pretrained(folder)
-                        if auto
-                        else type(changed).from_pretrained(folder)
-                    )
+                    loader = getattr(transformers, auto) if auto else None
+                    known = loader is not None and type(changed.config) in loader._model_mapping
+                    loaded = (loader if known else type(changed)).from_pretrained(folder)
                 again = outputs_of(loaded.eval(), inputs)
                 own, other = changed.state_dict(), loaded.state_dict()
                 same = own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)

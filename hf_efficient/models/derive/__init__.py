@@ -19,8 +19,9 @@ from ..families import find_family, forget, remember, stock_type
 from ..family import Family
 from .entry import make_entry
 from .fitting import fitted
+from .inputs import tiny_inputs
 from .proof import prove
-from .tiny import model_classes, tiny_config, tiny_inputs, tiny_model
+from .tiny import model_classes, tiny_config, tiny_model
 
 _DERIVING = RLock()  # the table of attention functions is there once for all threads
 _ENTRIES: dict[str, Family | Exception] = {}  # by the tiny config

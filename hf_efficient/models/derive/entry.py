@@ -32,6 +32,7 @@ FIELDS = {
     "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
     "head_dim": "head_dim d_kv attention_head_dim kv_channels",
 }
+OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
 NAMES = (("vision", "visio|visual|image|pixel"), ("audio", "audio|speech|acoustic"), ("text", "text|language"))
 
 
@@ -85,6 +86,7 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         stacks=tuple(stacks),
         norm=norms.pop() if len(norms) == 1 else None,
         per_layer=_per_layer(stacks, config),
+        of_depth=tuple(name for name in OF_DEPTH if hasattr(config, name)),
         relative_bias=relative_bias,
         left_out=tuple(path for path in refusals if path),
         **_positions(model, inputs),
@@ -169,14 +171,14 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
     if len(place.own) > 1 or len(place.cross) > 1:
         raise NotDerivable("several attentions of the same sort in one layer")
     [(inside, indices)] = place.own.items()
-    if len(indices) < depth:
-        raise NotDerivable("some layers have no softmax attention")
     call = attention_call(layer.base, layer.layer.get_submodule(inside))
     found = Found(Attention(inside), Heads.of(call), place.is_causal)
+    if len(indices) < depth:
+        found.why = dict.fromkeys((CONVERT, HEADS), "some layers have no softmax attention")
     try:
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
-        found.why[HEADS] = str(reason)
+        found.why.setdefault(HEADS, str(reason))
     for path in place.cross:
         try:
             found.cross = attention_roles(layer, path)
@@ -191,18 +193,17 @@ def _make_stack(
 ) -> tuple[Stack, str | None]:
     """The entry of one stack, and the place of its norms."""
     layers = model.base_model.get_submodule(path)
-    first = LayerRun(model, layers[0], inputs)
+    start = min((indices[0] for indices in place.own.values()), default=0) if place else 0
+    first = LayerRun(model, layers[start], inputs)
     if place is None:
         found = Found(*unseen_attention(first), why={CONVERT: "it computes its attention itself"})
     else:
         found = _seen_attention(first, place, len(layers))
     why = found.why
-    if len({type(layer) for layer in layers}) > 1:
-        why[LAYERS] = "its layers are of several classes"
     up, down, count = (), "", None
     try:
         neurons = neuron_roles(first, found.attention)
-        if any(neuron_roles(LayerRun(model, layer, inputs), found.attention) != neurons for layer in list(layers)[1:]):
+        if any(neuron_roles(LayerRun(model, layer, inputs), found.attention) != neurons for layer in layers):
             raise NotDerivable("the FFNs of its layers are unlike each other")
         up, down, count = neurons.up, neurons.down, neurons.count
     except NotDerivable as reason:

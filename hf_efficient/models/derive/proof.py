@@ -201,7 +201,7 @@ def _layers(trial: Trial) -> None:
         raise NotDerivable("there is one layer alone")
     for index in range(int(family.first_stays), len(stack.layers)):
         kept = [layer for layer in range(len(stack.layers)) if layer != index]
-        changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept)
+        changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)
         state = cut_layers(trial.model.state_dict(), stack, kept)
         small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
         handle = stack.layers[index].register_forward_hook(_hand_on, with_kwargs=True)

@@ -1,22 +1,20 @@
-"""A tiny model of the same architecture, made from any config by rule, and inputs for it.
+"""A tiny model of the same architecture, made from any config by rule.
 
     config = tiny_config(model.config)          # the same switches and patterns, small sizes
     model = tiny_model(config)                  # weights large enough that every mistake shows
-    model(**tiny_inputs(model))
 
 What is found and proven on the tiny model holds for the large one, because transformers builds both by the same code.
 """
 
 import copy
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
@@ -26,7 +24,6 @@ from ...errors import UnsupportedModelError
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, NEURONS, VOCABULARY, POSITIONS = 3, 4, 2, 8, 40, 120, 64
 HIDDEN = HEADS * HEAD_DIM
-ROWS, TOKENS, NEW_TOKENS = 2, 9, 6  # two lengths, so that cross attention is told from self-attention
 MAX_PARAMETERS = 30_000_000
 
 KV_FIELDS = r".*(num_key_value_heads?|kv_heads)|n_head_kv"
@@ -53,7 +50,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(image_size|img_size)", 32),
     (r"patch_size", 8),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", POSITIONS),
-    (r"sliding_window|.*window_size|attention_chunk_size", 4),
+    (r"sliding_window", POSITIONS),  # in a converted layer the new attention takes the place of such a window
+    (r".*window_size|attention_chunk_size", 4),
 )
 KEPT = re.compile(
     r".*token.*id.*|num_channels|in_channels|.*_stride|.*kernel.*|temporal_patch_size|spatial_merge_size|.*rate.*"
@@ -105,11 +103,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         fields["window_size"] = own["spatial_merge_size"] * 2 * fields.get("patch_size", 8)
     if "depths" in own and isinstance(fields.get("image_size"), int):
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
-    text = fields.get("text_config") if "vision_config" in fields else None
-    if text and "rope_type" in (
-        text.get("rope_parameters") or {}
-    ):  # some models have long sections where none are said
-        text["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
+    if "rope_type" in (fields.get("rope_parameters") or {}):  # some have long sections where none are said
+        fields["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
     heads = [name for name in fields if re.fullmatch(HEAD_FIELDS, name)]
     for name in fields:  # without grouped queries there, none here
         if re.fullmatch(KV_FIELDS, name) and any(own.get(name) == own.get(other) for other in heads):
@@ -196,105 +191,3 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
         if getattr(getattr(module, "config", None), "use_cache", False) is True:
             module.config.use_cache = False  # a layer runs again and again on the same tokens
     return model
-
-
-def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs with which a tiny model runs: two texts, one of them padded, images, sounds; the most that it takes.
-
-    Raises:
-        UnsupportedModelError: it runs with none of them.
-    """
-    names = inspect.signature(model.forward).parameters
-    made = {name: maker for name, maker in _MAKERS.items() if name in names}
-    text = [name for name in made if name in ("input_ids", "attention_mask", "decoder_input_ids")]
-    others = [name for name in made if name not in (*text, "hidden_states", "inputs_embeds")]
-    main = [name for name in made if name in (model.main_input_name, "decoder_input_ids")]
-    choices = ([*text, *others], [*others, *main], main, text, ["hidden_states"], ["inputs_embeds"])
-    problem: object = None
-    for names_tried in dict.fromkeys(map(tuple, choices)):
-        if not names_tried or any(name not in made for name in names_tried):
-            continue
-        try:
-            generator = torch.Generator().manual_seed(2)
-            inputs = {name: made[name](model.config, generator) for name in dict.fromkeys(names_tried)}
-            if "pixel_values" in inputs and "image_grid_thw" in names:
-                inputs |= _patches(model.config, generator)
-            if "pixel_values" in inputs and "input_ids" in inputs:
-                _put_image_tokens(model, inputs)
-            with torch.no_grad():
-                model(**{name: value.clone() for name, value in inputs.items()})
-            return inputs
-        except Exception as error:  # whatever the code of a model may raise
-            problem = problem or error
-    reason = problem or f"it takes {', '.join(names)}"
-    raise UnsupportedModelError(f"No inputs could be made for a tiny {type(model).__name__}: {reason}")
-
-
-def _ids(config: PreTrainedConfig, generator: torch.Generator, length: int = TOKENS) -> Tensor:
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY
-    return torch.randint(3, min(vocabulary, 90), (ROWS, length), generator=generator)
-
-
-def _padding(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
-    mask[0, -3:] = 0
-    return mask
-
-
-def _pixels(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 32)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.randn(ROWS, getattr(vision, "num_channels", 3), height, width, generator=generator)
-
-
-def _features(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else 64
-    return torch.randn(ROWS, getattr(config, "num_mel_bins", 80), frames, generator=generator)
-
-
-_MAKERS: dict[str, Callable[[PreTrainedConfig, torch.Generator], Tensor]] = {
-    "input_ids": _ids,
-    "attention_mask": _padding,
-    "decoder_input_ids": lambda config, generator: _ids(config, generator, NEW_TOKENS),
-    "pixel_values": _pixels,
-    "input_features": _features,
-    "input_values": lambda config, generator: torch.randn(ROWS, 6400, generator=generator),
-    "hidden_states": lambda config, generator: torch.randn(ROWS, TOKENS, HIDDEN, generator=generator),
-    "inputs_embeds": lambda config, generator: torch.randn(ROWS, TOKENS, HIDDEN, generator=generator),
-}
-
-
-def _patches(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Images as Qwen's models and their kin read them: patches of all images one after another, and their grids."""
-    vision = config.vision_config
-    rows = columns = 2 * getattr(vision, "spatial_merge_size", 2)
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
-    numbers = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-    return {
-        "pixel_values": torch.randn(ROWS * rows * columns, numbers, generator=generator),
-        "image_grid_thw": torch.tensor([[1, rows, columns]] * ROWS),
-    }
-
-
-def _put_image_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    """A model that reads images among its tokens wants as many image tokens as it makes of an image."""
-    token = next((getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")), None)
-    if token is None or not hasattr(model, "get_image_features"):
-        return
-    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
-    with torch.no_grad():
-        try:
-            features = model.get_image_features(**images)
-        except ValueError:  # of Idefics and its kin a text may have several images: [rows, images, channels, ...]
-            inputs["pixel_values"] = images["pixel_values"] = images["pixel_values"][:, None]
-            features = model.get_image_features(**images)
-    features = getattr(features, "pooler_output", features)
-    parts = features if isinstance(features, list | tuple) else [features]
-    count = sum(part.shape[:-1].numel() for part in parts) // ROWS
-    tokens = torch.full((ROWS, count), token)
-    inputs["input_ids"] = torch.cat([tokens, inputs["input_ids"]], 1)
-    if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.cat([torch.ones_like(tokens), inputs["attention_mask"]], 1)
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()

@@ -158,6 +158,11 @@ def _stock_takes(anatomy: Anatomy, stack: ModelStack, changes: dict[str, Any], s
             model = getattr(anatomy.model, "_stock_class", type(anatomy.model))(config)
         [new] = [one for one in model_stacks(model, anatomy.family) if one.name == stack.name]
         groups = groups_of(new)
+        cut = {f"{member.prefix}.{part.name}" for one in groups for member in one.members for part in member.slices}
+        whole = anatomy.model.state_dict()
+        others = ((name, tensor) for name, tensor in model.state_dict().items() if name not in cut and name in whole)
+        if any(tensor.shape != whole[name].shape for name, tensor in others):  # the field says other sizes too
+            return False
         return all(one.units == (neurons if one.kind == "neurons" else heads // new.group_size) for one in groups)
     except Exception:  # whatever a config or a model may raise at sizes that it does not like
         return False

@@ -195,6 +195,6 @@ def layer_scores(anatomy: Anatomy, config: PruningConfig, batches: Sequence[Batc
     sums = {key: 0.0 for key, _ in _layers(anatomy)}
     for group, values in scores.items():
         check_scores(group, values, config.layer_importance)
-        for layer in group.layers:
+        for layer in group.layers if group.stack in anatomy.droppable else ():
             sums[group.stack, layer] += float(values.sum()) / len(group.layers)
     return sums

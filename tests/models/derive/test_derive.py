@@ -13,8 +13,9 @@ from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.fitting import OTHERWISE, fitted
+from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
-from hf_efficient.models.derive.tiny import tiny_config, tiny_inputs, tiny_model
+from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from hf_efficient.models.families import FAMILIES, register_family
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
