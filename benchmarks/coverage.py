@@ -205,6 +205,22 @@ def in_child(model_type: str) -> dict:
     return json.loads(text) if text else {"type": model_type, "abilities": {}, "why": {"model": f"died: {status}"}}
 
 
+def summary(rows: list[dict]) -> dict[str, int]:
+    """How many types can do what."""
+
+    def count(ability: str) -> int:
+        return sum(bool(row["abilities"].get(ability)) for row in rows)
+
+    return {ability: count(ability) for ability in ABILITIES} | {
+        "heads or neurons": sum(
+            bool({"heads", "neurons"} & {k for k, v in row["abilities"].items() if v}) for row in rows
+        ),
+        "converted whole": sum(bool(row["abilities"].get("convert") and row["whole"]) for row in rows),
+        "built": sum("model" not in row["why"] for row in rows),
+        "silently wrong": sum(any("silent wrong" in why for why in row["why"].values()) for row in rows),
+    }
+
+
 PAGE = """# Model types
 
 What can be done with {types} model types of transformers {transformers}, each tried on a tiny model made by rule from
@@ -282,15 +298,9 @@ def main() -> None:
         for row in pool.map(in_child, args.only or types()):
             rows.append(row)
             print(row["type"], row["abilities"], round(row.get("total_seconds", 0), 1), flush=True)
-    counts = {ability: sum(row["abilities"].get(ability, False) for row in rows) for ability in ABILITIES}
-    counts["heads or neurons"] = sum(
-        row["abilities"].get("heads", False) or row["abilities"].get("neurons", False) for row in rows
-    )
-    counts["converted whole"] = sum(row["abilities"].get("convert", False) and row["whole"] for row in rows)
-    counts["built"] = sum("model" not in row["why"] for row in rows)
-    result = {"transformers": transformers.__version__, "types": len(rows), "counts": counts, "rows": rows}
+    result = {"transformers": transformers.__version__, "types": len(rows), "counts": summary(rows), "rows": rows}
     args.output.write_text(json.dumps(result, indent=1))
-    print(json.dumps(counts))
+    print(json.dumps(result["counts"]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from benchmarks.attention_methods import CAUSAL, CONFIGS, DIM, HEADS, PEERS, installed, make_method, our_names
+from benchmarks.coverage import summary, try_type, write_page
 from benchmarks.pruning_peers import PEERS as PRUNING_PEERS
 from benchmarks.pruning_peers import (
     Calibration,
@@ -315,3 +316,15 @@ def test_two_trees_are_compared_in_turns(works, tmp_path):
     assert done.returncode == 0, done.stderr
     cells = json.loads(output.read_text())["cells"]
     assert set(cells) == set(works) and all(cell["before_s"] > 0 < cell["after_s"] for cell in cells.values())
+
+
+def test_coverage_tries_a_type_and_the_page_says_what_it_can():
+    row = try_type("opt")
+    assert row["abilities"] == dict.fromkeys(("convert", "heads", "neurons", "layers"), True) and not row["why"]
+
+
+def test_the_page_of_model_types_is_that_of_the_results(tmp_path):
+    results = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
+    write_page(results, tmp_path / "models.md")
+    assert (tmp_path / "models.md").read_text() == (ROOT / "docs/models.md").read_text()
+    assert results["counts"] == summary(results["rows"])

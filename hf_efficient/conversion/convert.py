@@ -38,8 +38,9 @@ def convert_attention(
     """A copy of `model` whose attention is computed another way.
 
     Parameters:
-        model: a stock or efficient model of a family in the table; or any other transformers model that calls the
-            attention interface, which is converted in memory and cannot be saved (see `conversion.in_memory`).
+        model: a stock or efficient model of any architecture that can be derived (docs/models.md). Where nothing can
+            be derived, one that calls the attention interface is converted in memory and cannot be saved (see
+            `conversion.in_memory`).
         config: one attention for all layers, or a mapping that says which layer, or which stack, gets which:
             `{0: full, "1-4": local}`, `{"all": local, "3::4": full}`, `{"encoder": local, "cross_attention": linear}`
             (see `conversion.mixing`). Layers that are not named keep theirs; cross attention too.

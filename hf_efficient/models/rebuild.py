@@ -66,7 +66,7 @@ def rebuild(
     config = stock_config(config) if block_of(config).is_trivial() else config
     state = model.state_dict() if state_dict is None else state_dict
     passing = model._keys_to_ignore_on_save or ()  # not the model's own, such as projections while it is distilled
-    with _quietly():
+    with quietly():
         new, info = class_for(model, config).from_pretrained(
             None,
             config=config,
@@ -99,7 +99,7 @@ def _is_new(key: str, state: dict[str, torch.Tensor]) -> bool:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Nothing is read from a disk here, so there is nothing to wait for; and what is missing is known."""
     with _QUIET:
         has_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

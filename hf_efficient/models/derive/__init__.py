@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from ...errors import UnsupportedModelError
 from ..families import find_family, forget, remember, stock_type
 from ..family import Family
+from ..rebuild import quietly
 from .entry import make_entry
 from .fitting import fitted
 from .inputs import tiny_inputs
@@ -56,7 +57,8 @@ def family_for(config: PreTrainedConfig, model: PreTrainedModel | None = None) -
 
 
 def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
-    small = tiny_config(config)
+    with quietly():
+        small = tiny_config(config)
     classes = list(model_classes(small)) or [type(model)]
     key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
     if key not in _ENTRIES:
@@ -72,9 +74,10 @@ def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
 
 def _made(small: PreTrainedConfig, classes: list[type[PreTrainedModel]]) -> Family | Exception:
     try:
-        model = tiny_model(small, *classes)
-        inputs = tiny_inputs(model)
-        family = prove(make_entry(model, inputs), model, inputs)
+        with quietly():
+            model = tiny_model(small, *classes)
+            inputs = tiny_inputs(model)
+            family = prove(make_entry(model, inputs), model, inputs)
         remember(small, family)
         return family
     except Exception as error:  # whatever the code of a model may raise
