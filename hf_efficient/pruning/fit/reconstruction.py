@@ -60,6 +60,10 @@ def reconstruct_blocks(
             origin = list((kept_layers or {}).get(stack.name, range(len(stack.layers))))
             name, blocks = stack.name, find_blocks(stack)
             pruned, whole = Stream(small, name, batches), Stream(dense, name, batches)
+            if len(whole.states) != len(
+                batches
+            ):  # one layer serves as several (ALBERT): no output fits it at all places
+                continue
             # The dense stream goes through all its layers, the pruned one with it where it has the layer.
             for theirs in range(max(origin) + 1):
                 sums = whole.advance(theirs, blocks)
@@ -71,7 +75,7 @@ def reconstruct_blocks(
                     fit = _Fit(stack.layers[mine].get_submodule(path), place)
                     read = pruned.inputs(mine, blocks, path)
                     for (x, residual), total, c in zip(read, sums[path], weights[place], strict=True):
-                        fit.add(x, total - residual, c)
+                        fit.add(x, total - residual, c.reshape(x.shape[:-1]))
                     fit.solve()  # before the next block is read, which is to see what this one gives now
                 pruned.advance(mine)
 

@@ -120,17 +120,21 @@ class _Seen:
         self._hooks.close()
 
     def _enter(self, path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.residuals[path] = args[0] if self.norm == "post" else self.sum
+        self.residuals[path] = self._by_token(args[0]) if self.norm == "post" else self.sum
 
     def _write(self, path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if path == self.stop:
-            self.read = args[0]
+            self.read = self._by_token(args[0])
             raise _Reached
 
     def _leave(self, path: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        self.outputs[path] = output
+        self.outputs[path] = self._by_token(output)
         if self.norm == "pre":
-            self.sum = self.sum + output
+            self.sum = self.sum + self.outputs[path]
+
+    def _by_token(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, numbers]`, also where the layer lays the tokens of all rows one after another (OPT)."""
+        return tensor.reshape(*self.sum.shape[:2], tensor.shape[-1])
 
 
 def forward(model: PreTrainedModel, batch: Batch):
