@@ -294,10 +294,12 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with ThreadPoolExecutor(args.processes) as pool:
-        rows = []
+        known = json.loads(args.output.read_text())["rows"] if args.only and args.output.exists() else []
+        rows = [row for row in known if row["type"] not in args.only]  # some types again
         for row in pool.map(in_child, args.only or types()):
             rows.append(row)
             print(row["type"], row["abilities"], round(row.get("total_seconds", 0), 1), flush=True)
+    rows.sort(key=lambda row: row["type"])
     result = {"transformers": transformers.__version__, "types": len(rows), "counts": summary(rows), "rows": rows}
     args.output.write_text(json.dumps(result, indent=1))
     print(json.dumps(result["counts"]))

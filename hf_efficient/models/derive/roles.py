@@ -8,7 +8,8 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,7 @@ class NotDerivable(UnsupportedModelError):
     """What stands in the way of an ability, in one line."""
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """The sizes of one attention. `value_dim` differs from `dim` in latent attention (MLA)."""
 
     heads: int
@@ -41,15 +41,20 @@ class Heads:
 
 
 def attention_call(seen: Seen, module: nn.Module) -> Call:
-    """The one call that an attention module makes.
+    """The call that an attention module makes; of several, one for each image or sound, all tokens together.
 
     Raises:
-        NotDerivable: it makes none, or several.
+        NotDerivable: it makes none, or calls attention again for the same tokens.
     """
     calls = [call for call in seen.calls if call.module is module]
-    if len(calls) != 1:
+    if len(calls) == 1:
+        return calls[0]
+    sizes = {(call.query.shape[0], *Heads.of(call)) for call in calls}
+    if len(sizes) != 1 or next(iter(sizes))[0] != 1:
         raise NotDerivable(f"{type(module).__name__} calls attention {len(calls)} times in one forward of its layer")
-    return calls[0]
+    query, key, value = (torch.cat([call.tensors[i] for call in calls], 2) for i in range(3))
+    output = torch.cat([call.output for call in calls], 1)
+    return replace(calls[0], query=query, key=key, value=value, output=output)
 
 
 def attention_roles(layer: LayerRun, path: str) -> Attention:
@@ -132,8 +137,9 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
     """For each output of a linear that makes these of query, key and value, the heads that it reaches: {("q", 0)}."""
     output = layer.base.outputs[name]
     owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
-    for units in _rounds(output):
-        call = attention_call(layer.run(name, units), module)
+    is_flat = output.ndim == 2  # the tokens of all images one after another
+    for units in _rounds(output[None] if is_flat else output):
+        call = attention_call(layer.run(name, units[0] if is_flat else units), module)
         for letter, new, old in zip(QKV, call.tensors, base.tensors, strict=True):
             if letter not in letters:
                 continue

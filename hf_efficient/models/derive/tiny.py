@@ -34,6 +34,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"codebook_size", 64),
     (r"mamba_n_heads|mamba_num_heads|.*ssm.*heads", HEADS),
     (r"qk_head_dim", 2 * HEAD_DIM),
+    (r".*bottleneck_size", HIDDEN),
     (r"first_k_dense_replace|num_dense_layers", 1),
     (r"conv_dim|num_conv_pos_embedding.*", HIDDEN),
     (r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers", LAYERS),
@@ -84,6 +85,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     for number, (name, value) in enumerate(own.items()):
         if isinstance(value, PreTrainedConfig):
             fields[name] = _shrunk(value) | {"model_type": value.model_type}
+        elif name == "vocab_size" and value is None:
+            fields[name] = VOCABULARY
         elif isinstance(value, bool) or value is None:
             continue
         elif re.search(r"token_(id|index)$", name):
@@ -105,6 +108,9 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
     if "rope_type" in (fields.get("rope_parameters") or {}):  # some have long sections where none are said
         fields["rope_parameters"].setdefault("mrope_section", [2, 1, 1])
+    for name, value in fields.items():
+        if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):  # by layer
+            fields[name] = {key: one for key, one in value.items() if int(key) < LAYERS}
     heads = [name for name in fields if re.fullmatch(HEAD_FIELDS, name)]
     for name in fields:  # without grouped queries there, none here
         if re.fullmatch(KV_FIELDS, name) and any(own.get(name) == own.get(other) for other in heads):

@@ -69,7 +69,7 @@ def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
     model, stack = anatomy.model, anatomy.stack(group.stack)
     if metric == "parameters":
         return sum(p.numel() // group.units for member in group.members for p, _ in unit_parameters(model, member))
-    if stack.entry.sees_patches:
+    if stack.entry.sees_patches and hasattr(stack.sizes, "image_size"):  # of Qwen's kin an image is as long as it is
         length = num_patches(stack.sizes)
     total = 0
     for member in group.members:
