@@ -22,7 +22,7 @@ from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
-from ..families import remember
+from ..families import forget, remember
 from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
 from ..groups import Group, groups_of, output_module
 from ..rebuild import rebuild
@@ -43,24 +43,33 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
     """
     expected = outputs_of(model, inputs)
     proofs: dict[str, Callable[..., None]] = {CONVERT: _convert, HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}
-    for name in [stack.name for stack in family.stacks]:
-        for ability, proof in proofs.items():
-            stack = next(stack for stack in model_stacks(model, family) if stack.name == name)
-            if stack.entry.why_not(ability) is None:
-                remember(model.config, family)
-                trial = Trial(stack, family, model, inputs, expected)
-                try:
-                    proof(trial)
-                except Exception as error:  # whatever the code of a model may raise
-                    if other := _second_try(trial, ability):
-                        family = other
-                        continue
-                    reason = " ".join(str(error).split())[:200]
-                    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
-                    family = family.without(ability, f"{kind}{reason}", name)
+    try:
+        for name in [stack.name for stack in family.stacks]:
+            for ability, proof in proofs.items():
+                family = _tried(ability, proof, name, family, model, inputs, expected)
+    finally:
+        forget(model.config)  # what was tried is no knowledge yet
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
     return family
+
+
+def _tried(
+    ability: str, proof: Callable[..., None], name: str, family: Family, model: PreTrainedModel, *known: Any
+) -> Family:
+    """The entry after one ability of one stack was tried: as it was, mended, or without the ability."""
+    stack = next(stack for stack in model_stacks(model, family) if stack.name == name)
+    if stack.entry.why_not(ability) is not None:
+        return family
+    remember(model.config, family)
+    trial = Trial(stack, family, model, *known)
+    try:
+        proof(trial)
+        return family
+    except Exception as error:  # whatever the code of a model may raise
+        reason = " ".join(str(error).split())[:200]
+        kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
+        return _second_try(trial, ability) or family.without(ability, f"{kind}{reason}", name)
 
 
 @dataclass
