@@ -228,7 +228,7 @@ its default config: converted, pruned, saved, loaded again and compared. {conver
 whole, the others in some of their stacks), {units} lose heads or neurons, {layers} lose layers. The numbers of this
 page are those of `python benchmarks/coverage.py`; what stands in brackets is the stack that it is said of.
 
-A type that is missing here could not be made small by rule: that says nothing of it. Ask the model itself:
+A type that is missing here could not be made small, or fed, by rule: that says nothing of it. Ask the model itself:
 
 ```python
 from transformers import BertConfig
@@ -247,7 +247,7 @@ for stack in ConfigAnatomy.of_config(BertConfig()).stacks:
 def write_page(result: dict, path: Path) -> None:
     """docs/models.md: the popular types first, then all others by name."""
     counts = result["counts"]
-    rows = {row["type"]: row for row in result["rows"] if row["abilities"]}
+    rows = {row["type"]: row for row in result["rows"] if "class" in row}
     popular = {name.replace("-", "_"): name for name in rows}
     first = [popular[name] for name in POPULAR if name in popular]
     order = [*first, *sorted(rows.keys() - set(first))]
@@ -262,7 +262,7 @@ def write_page(result: dict, path: Path) -> None:
     for name in order:
         row = rows[name]
         marks = ["yes" if row["abilities"].get(ability) else "" for ability in ABILITIES]
-        if marks[0] and not row["whole"]:
+        if marks[0] and not row.get("whole"):
             marks[0] = "in part"
         text += f"| {name} | {' | '.join(marks)} | {_reasons(row)} |\n"
     path.write_text(text)
@@ -272,10 +272,10 @@ def _reasons(row: dict) -> str:
     reasons: dict[str, list[str]] = {}
     for place, reason in row["why"].items():
         stack, _, ability = place.rpartition(".")
-        reasons.setdefault(reason.split(". ")[0][:110].replace("|", "/"), []).append(
-            f"{ability} ({stack})" if stack else ability
-        )
-    for path in row["left_out"]:
+        short = re.sub(r"^How models of type .* could not be found out: ", "", reason).split(". ")[0]
+        short = re.sub(r"(^|: )\w+Error(: | at ).*", r"\1changed so, a tiny model does not run", short)
+        reasons.setdefault(short[:110].replace("|", "/"), []).append(f"{ability} ({stack})" if stack else ability)
+    for path in row.get("left_out", ()):
         reasons.setdefault("not described", []).append(path)
     return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in reasons.items())
 

@@ -327,4 +327,7 @@ def test_the_page_of_model_types_is_that_of_the_results(tmp_path):
     results = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
     write_page(results, tmp_path / "models.md")
     assert (tmp_path / "models.md").read_text() == (ROOT / "docs/models.md").read_text()
-    assert results["counts"] == summary(results["rows"])
+    counts = results["counts"]
+    assert counts == summary(results["rows"]) and counts["silently wrong"] == 0
+    said = f"{counts['convert']} model types convert, {counts['heads or neurons']} lose heads or neurons"
+    assert f"{said}, {counts['layers']} lose layers" in (ROOT / "README.md").read_text()
