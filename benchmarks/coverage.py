@@ -12,12 +12,14 @@ with a head; attention converted, heads, neurons and layers pruned, each result 
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -274,7 +276,9 @@ def _reasons(row: dict) -> str:
         stack, _, ability = place.rpartition(".")
         short = re.sub(r"^How models of type .* could not be found out: ", "", reason).split(". ")[0]
         short = re.sub(r"(^|: )\w+Error(: | at ).*", r"\1changed so, a tiny model does not run", short)
-        reasons.setdefault(short[:110].replace("|", "/"), []).append(f"{ability} ({stack})" if stack else ability)
+        reasons.setdefault(shorten(short, 120, placeholder=" ...").replace("|", "/"), []).append(
+            f"{ability} ({stack})" if stack else ability
+        )
     for path in row.get("left_out", ()):
         reasons.setdefault("not described", []).append(path)
     return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in reasons.items())
