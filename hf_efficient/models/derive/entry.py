@@ -197,6 +197,9 @@ def _make_stack(
     first = LayerRun(model, layers[start], inputs)
     if place is None:
         found = Found(*unseen_attention(first), why={CONVERT: "it computes its attention itself"})
+        name = (
+            "decoder" if found.is_causal and name == "encoder" and "encoder" not in path else name
+        )  # now it is known
     else:
         found = _seen_attention(first, place, len(layers))
     why = found.why

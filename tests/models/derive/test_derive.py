@@ -141,6 +141,11 @@ def test_it_loads_in_a_fresh_process_with_the_package_or_by_trust(tmp_path):
     assert answers["imported"]["opt"]["equal"] and answers["trusted"]["opt"]["equal"]
 
 
+def test_a_decoder_is_called_so_whoever_computes_its_attention():
+    for name in ("gptj", "opt"):
+        assert [stack.name for stack in Anatomy.of(make(name)[0]).stacks] == ["decoder"]
+
+
 def test_a_window_matters_and_a_wide_one_does_not():
     model, inputs = make("opt")
     wide = convert_attention(model, AttentionConfig("local", window=64))
