@@ -329,5 +329,6 @@ def test_the_page_of_model_types_is_that_of_the_results(tmp_path):
     assert (tmp_path / "models.md").read_text() == (ROOT / "docs/models.md").read_text()
     counts = results["counts"]
     assert counts == summary(results["rows"]) and counts["silently wrong"] == 0
-    said = f"{counts['convert']} model types convert, {counts['heads or neurons']} lose heads or neurons"
+    said = f"{counts['convert']} model types convert ({counts['converted whole']} of them whole), "
+    said += f"{counts['heads or neurons']} lose heads or neurons"
     assert f"{said}, {counts['layers']} lose layers" in (ROOT / "README.md").read_text()

@@ -21,7 +21,7 @@ from ..errors import ConfigError, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MAX_STACKS, MAX_NAMES, MAX_TEXT = 16, 64, 500
+MAX_STACKS, MAX_NAMES, MAX_TEXT, MAX_NUMBER = 16, 64, 500, 1 << 20
 
 # What can be done with a model; each may be refused for itself.
 CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "layers")
@@ -224,7 +224,7 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
         elif name == "refusals":
             values[name] = tuple((str(ability), str(why)[:MAX_TEXT]) for ability, why in _pairs(value, place))
         else:
-            values[name] = _plain(value, place)
+            values[name] = _plain(value, known[name].type, place)
     try:
         return kind(**values)
     except TypeError as error:
@@ -237,16 +237,20 @@ def _pairs(value: Any, where: str) -> list[tuple]:
     return [tuple(one) for one in value[: len(ABILITIES)]]
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A path of names, a switch, a number, or a few names."""
-    if value is None or isinstance(value, bool):
+def _plain(value: Any, kind: str, where: str) -> Any:
+    """A path of names, a switch, a small number, or a few names: what the field is declared as."""
+    kinds = kind.split(" | ")
+    is_name = isinstance(value, str) and len(value) <= MAX_TEXT and re.fullmatch(r"[\w.\-]*", value)
+    if value is None and "None" in kinds:
+        return None
+    if isinstance(value, bool) and "bool" in kinds:
         return value
-    if isinstance(value, list | tuple) and len(value) <= MAX_NAMES and all(isinstance(one, str) for one in value):
-        return tuple(_plain(one, where) for one in value)
-    if isinstance(value, str) and len(value) <= MAX_TEXT and re.fullmatch(r"[\w.\-]*", value) and "__" not in value:
+    if is_name and "__" not in value and "str" in kinds:
         return value
-    if type(value) is int and 0 <= value <= 1 << 20:
+    if type(value) is int and 0 <= value <= MAX_NUMBER and "int" in kinds:
         return value
-    raise ConfigError(
-        f"efficient.{where} must be a name, a path of names, a switch or a small number, got {shown(value)}."
-    )
+    if isinstance(value, list | tuple) and len(value) <= MAX_NAMES and "tuple[str, ...]" in kinds:
+        return tuple(_plain(one, "str", where) for one in value)
+    allowed = {"str": "a path of names", "bool": "a switch", "int": f"a number up to {MAX_NUMBER}", "None": "null"}
+    names = " or ".join(allowed.get(one, "a few names") for one in kinds)
+    raise ConfigError(f"efficient.{where} must be {names}, got {shown(value)}.")

@@ -114,10 +114,10 @@ class ConfigStack:
 
     def per_layer(self, kept: Sequence[int]) -> dict[str, list]:
         """Config fields with one entry for each layer, for the layers that stay."""
-        lists = {name: getattr(self.sizes, name, None) for name in self.family.per_layer}
-        return {
-            n: [values[layer] for layer in kept] for n, values in lists.items() if isinstance(values, list | tuple)
-        }
+        fields = {name: getattr(self.sizes, name, None) for name in self.family.per_layer}
+        lists = {n: values for n, values in fields.items() if isinstance(values, list | tuple)}
+        # a stack beside this one may have a list of the same name, of another length
+        return {n: [values[layer] for layer in kept] for n, values in lists.items() if len(values) == self.depth}
 
     def has_window(self, layer: int) -> bool:
         """The stock config gives the layer a sliding window of its own."""

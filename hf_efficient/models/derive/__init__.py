@@ -8,6 +8,8 @@ two, once for configs of one structure.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 
 import torch
@@ -62,7 +64,8 @@ def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
     classes = list(model_classes(small)) or [type(model)]
     key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
     if key not in _ENTRIES:
-        _ENTRIES[key] = _made(small, classes)
+        with _undisturbed():
+            _ENTRIES[key] = _made(small, classes)
     entry = _ENTRIES[key]
     if isinstance(entry, Exception):
         raise entry
@@ -83,6 +86,18 @@ def _made(small: PreTrainedConfig, classes: list[type[PreTrainedModel]]) -> Fami
     except Exception as error:  # whatever the code of a model may raise
         forget(small)
         return error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The same tiny model whatever device, dtype or mode the caller has set; and the caller's random numbers stay."""
+    usual = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def _said(error: Exception) -> str:

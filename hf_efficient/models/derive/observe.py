@@ -11,7 +11,7 @@ seen.inputs["attention.output.dense"]                 # what the other linears t
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,6 +172,14 @@ class LayerRun:
         if name not in self._whole:
             self._whole[name] = self.run(name)
         return self._whole[name]
+
+    def reaches(self, name: str, other: str) -> bool:
+        """Whether noise on the outputs of one linear arrives at another."""
+        return name != other and differs(self.disturbed(name).inputs.get(other), self.base.inputs[other])
+
+    def last(self, names: Collection[str]) -> list[str]:
+        """Those of the linears that reach no other of them: of a chain the last link."""
+        return [name for name in names if not any(self.reaches(name, other) for other in names)]
 
     def disturbed_token(self, name: str, row: int, token: int) -> Seen:
         """A run with noise on the outputs of one linear for one token; made once."""

@@ -89,7 +89,7 @@ class Trial:
     def compare(self, small: PreTrainedModel, wanted: dict[str, Tensor], what: str) -> None:
         """
         Raises:
-            NotDerivable: it gives something else than what is wanted, or that is what the model gave before.
+            NotDerivable: it gives something else than what is wanted.
         """
         outputs = outputs_of(small, self.inputs)
         for name, right in wanted.items():

@@ -120,14 +120,7 @@ def _maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
         calls = [call for call in layer.disturbed(name).calls if call.module is module]
         if calls and differs(calls[0].tensors[letter], base):
             arriving.append(name)
-    last = [
-        name
-        for name in arriving
-        if not any(
-            other != name and differs(layer.disturbed(name).inputs.get(other), layer.base.inputs[other])
-            for other in arriving
-        )
-    ]
+    last = layer.last(arriving)
     if len(last) != 1:
         raise NotDerivable(f"{len(last)} linears make the {('queries', 'keys', 'values')[letter]}")
     return last[0]
@@ -216,9 +209,8 @@ def neuron_roles(layer: LayerRun, attention: Attention) -> Neurons:
     pairs: list[tuple[str, str, list[int | None]]] = []
     rest = [name for name in layer.linears if name not in attending]
     for name in rest:
-        seen = layer.disturbed(name)
         for other in rest:
-            if other != name and differs(seen.inputs.get(other), layer.base.inputs[other]):
+            if layer.reaches(name, other):
                 mapping = _mapping(layer, name, other)
                 if mapping is not None:
                     pairs.append((name, other, mapping))
@@ -270,12 +262,7 @@ def _attending(layer: LayerRun) -> set[str]:
                 calls = layer.disturbed(name).calls
                 if index < len(calls) and differs(calls[index].tensors[letter], call.tensors[letter]):
                     arriving.add(name)
-            for name in arriving:
-                inputs = layer.disturbed(name).inputs
-                if not any(
-                    other != name and differs(inputs.get(other), layer.base.inputs[other]) for other in arriving
-                ):
-                    names.add(name)
+            names |= set(layer.last(arriving))
     return names
 
 

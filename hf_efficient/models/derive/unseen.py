@@ -51,14 +51,7 @@ def _reader(layer: LayerRun) -> str:
         for other in layer.linears
         if other != name and _meets(layer, name, other)
     }
-    first = [
-        name
-        for name in met
-        if not any(
-            other != name and differs(layer.disturbed(other).inputs.get(name), layer.base.inputs[name])
-            for other in met
-        )
-    ]
+    first = [name for name in met if not any(layer.reaches(other, name) for other in met)]
     if len(first) != 1:
         raise NotDerivable(f"its tokens meet in {len(first) or 'no'} places")
     return first[0]
@@ -83,15 +76,7 @@ def _makers(layer: LayerRun, reader: str) -> list[str]:
     """The last linears before the reader."""
     given = layer.base.inputs[reader]
     arriving = [n for n in layer.linears if n != reader and differs(layer.disturbed(n).inputs.get(reader), given)]
-    return [
-        name
-        for name in arriving
-        if layer.base.outputs[name].shape[:2] == given.shape[:2]
-        and not any(
-            other != name and differs(layer.disturbed(name).inputs.get(other), layer.base.inputs[other])
-            for other in arriving
-        )
-    ]
+    return [name for name in layer.last(arriving) if layer.base.outputs[name].shape[:2] == given.shape[:2]]
 
 
 def _hit(layer: LayerRun, name: str, unit: int, reader: str) -> Tensor:

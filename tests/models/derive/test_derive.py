@@ -141,6 +141,21 @@ def test_it_loads_in_a_fresh_process_with_the_package_or_by_trust(tmp_path):
     assert answers["imported"]["opt"]["equal"] and answers["trusted"]["opt"]["equal"]
 
 
+def test_what_the_caller_has_set_makes_no_difference():
+    config = CONFIG_MAPPING["opt"](hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=8, dropout=0.3)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            family = family_for(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not any(family.why_not(ability) for ability in ABILITIES)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_a_decoder_is_called_so_whoever_computes_its_attention():
     for name in ("gptj", "opt"):
         assert [stack.name for stack in Anatomy.of(make(name)[0]).stacks] == ["decoder"]
@@ -200,9 +215,13 @@ def test_a_wrong_entry_is_not_proven(change, refused):
         ({"model_type": "../../etc"}, "path of names"),
         ({"surprise": 1}, "must be a mapping with some of"),
         ({"stacks": [{"name": "a", "layers": "__class__", "attention": {"module": "x"}}]}, "path of names"),
-        ({"stacks": [{"name": "a", "layers": "l", "attention": {"module": "x", "query": 1 << 40}}]}, "small number"),
+        ({"stacks": [{"name": "a", "layers": "l", "attention": {"module": "x", "query": 1 << 40}}]}, "path of names"),
         ({"stacks": [{"name": "a", "layers": "l", "count_neurons": "os.system"}]}, "must be a mapping"),
         ({"stacks": [{"name": "a"}]}, "not complete"),
+        ({"stacks": [{"name": "a", "layers": 5, "attention": {"module": "x"}}]}, "layers must be a path of names"),
+        ({"positions": "embed_positions"}, "positions must be a few names"),
+        ({"position_offset": 1 << 40}, "position_offset must be a number"),
+        ({"first_stays": 1}, "first_stays must be a switch"),
     ],
 )
 def test_an_entry_of_a_stranger_is_read_with_care(change, message):
