@@ -14,7 +14,7 @@ from ..attention.dispatch import attach
 from ..attention.registry import ATTENTIONS
 from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import HeadShape
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .families import family_of
 from .family import Attention, Family
@@ -93,6 +93,8 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
     for name, number in numbers.items():
+        if type(getattr(module, name, None)) is not int:  # the entry may come from a stranger's config.json
+            raise ConfigError(f"efficient.family: {name!r} is no number of {type(module).__name__}.")
         setattr(module, name, number)
     for name in attention.per_head:
         setattr(module, name, nn.Parameter(getattr(module, name)[: shape.heads].clone()))

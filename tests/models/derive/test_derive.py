@@ -258,6 +258,16 @@ def test_an_architecture_of_ones_own_needs_no_entry(part, tmp_path):
     assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
 
 
+def test_an_entry_cannot_overwrite_what_is_no_number(tmp_path):
+    small = prune(make("opt")[0], replace(BY_SIZE, granularity=("head",)))
+    small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["efficient"]["family"]["stacks"][0]["attention"]["head_attributes"] = ["forward"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="'forward' is no number of OPTAttention"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_a_written_entry_of_ones_own_is_taken():
     attention = Attention("mixer", "mixer.mix", "mixer.mix", "mixer.mix", "mixer.out", head_attributes=("n_heads",))
     fields = {"num_layers": "depth", "hidden": "dim", "heads": "n_heads", "neurons": "mlp_dim"}
