@@ -7,7 +7,7 @@ family.refusals                                           # {"neurons": "encoder
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
 from ..family import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from .fitting import PARTLY
 from .observe import Call, LayerRun, observing, run
-from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
+from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, neuron_roles, norm_place
 from .unseen import unseen_attention
 
 # The standard name of each size, then other names that models have for it.
@@ -45,6 +46,7 @@ class Place:
     cross: dict[str, list[int]] = field(default_factory=dict)
     is_causal: bool = False
     is_biased: bool = False
+    logits: bool = False
 
 
 def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
@@ -105,6 +107,7 @@ def _places(base: nn.Module, calls: list[Call]) -> dict[str, Place]:
         if index not in layers:
             layers.append(index)
         place.is_causal |= call.is_causal and not call.is_cross
+        place.logits |= call.has_logits
         place.is_biased |= call.has_bias and not call.is_cross
     return places
 
@@ -162,10 +165,11 @@ class Found:
     sizes: Heads
     is_causal: bool
     cross: Attention | None = None
+    attending: tuple[int, ...] | None = None
     why: dict[str, str] = field(default_factory=dict)
 
 
-def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
+def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Found:
     if not place.own:
         raise NotDerivable("its layers have cross attention alone")
     if len(place.own) > 1 or len(place.cross) > 1:
@@ -173,8 +177,8 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
     [(inside, indices)] = place.own.items()
     call = attention_call(layer.base, layer.layer.get_submodule(inside))
     found = Found(Attention(inside), Heads.of(call), place.is_causal)
-    if len(indices) < depth:
-        found.why = dict.fromkeys((CONVERT, HEADS), "some layers have no softmax attention")
+    if len(indices) < len(layers):
+        found.attending, found.why[HEADS] = tuple(sorted(indices)), PARTLY
     try:
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
@@ -185,6 +189,13 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
         except NotDerivable as reason:
             found.cross = Attention(path)
             found.why.setdefault(HEADS, f"cross attention: {reason}")
+        found.cross = replace(found.cross, logits=place.logits)
+    found.attention = replace(
+        found.attention,
+        class_name=type(call.module).__name__,
+        logits=place.logits,
+        uneven=found.sizes.dim != found.sizes.value_dim,
+    )
     return found
 
 
@@ -201,7 +212,7 @@ def _make_stack(
             "decoder" if found.is_causal and name == "encoder" and "encoder" not in path else name
         )  # now it is known
     else:
-        found = _seen_attention(first, place, len(layers))
+        found = _seen_attention(first, place, layers)
     why = found.why
     up, down, count = (), "", None
     try:
@@ -216,7 +227,8 @@ def _make_stack(
     own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
     fields = _fields(own, path, found, len(layers), first, count)
     if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
-        why |= dict.fromkeys((CONVERT, HEADS), "no config field says how wide a head is")
+        why.setdefault(HEADS, "no config field says how wide a head is")
+        fields["head_size"], found.attention = found.sizes.dim, _measurable(first, found)
     stack = Stack(
         name=name,
         layers=path,
@@ -226,12 +238,21 @@ def _make_stack(
         down=down,
         config=where or None,
         causal=found.is_causal,
+        attending=found.attending,
         sees_patches=name == "vision",
         **fields,
     )
     for ability, reason in why.items():
         stack = stack.without(ability, reason)
     return stack, norm
+
+
+def _measurable(layer: LayerRun, found: Found) -> Attention:
+    """The attention with the linear by which the width of a head can be measured in any model of the sort."""
+    queries = maker(layer, layer.layer.get_submodule(found.attention.module), QUERY)
+    if layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
+        raise NotDerivable("neither a config field nor a linear says how wide a head is")
+    return replace(found.attention, measure=queries)
 
 
 def _own_config(
