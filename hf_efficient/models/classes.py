@@ -61,8 +61,8 @@ class EfficientConfigMixin:
             stock_config(self).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
             return
         self.auto_map = auto_map(self)
-        stock = self._stock_class
-        write_loader(save_directory, {"AutoConfig": stock} | {name: one for name, (_, one) in auto_classes(stock).items()})
+        models = {auto: stock for auto, (_, stock) in auto_classes(self._stock_class).items()}
+        write_loader(save_directory, {"AutoConfig": self._stock_class} | models)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

@@ -16,7 +16,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from ..io.disk import write_atomic
 
 LOADER = "modeling_hf_efficient"
-REMOTE = '''"""Loads this checkpoint with `trust_remote_code=True`, and the code of the model that lies beside this file.
+REMOTE = '''"""Loads this checkpoint with `trust_remote_code=True`, and the code of the model beside this file.
 
 It needs the package: pip install hf_efficient
 """

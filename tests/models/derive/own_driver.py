@@ -1,7 +1,7 @@
 """A model whose code came with it, in a process that knows nothing of it.
 
-    python -m tests.models.derive.own_driver CACHE make FOLDER OUT       # of the code in FOLDER: OUT/converted, OUT/head, ...
-    python -m tests.models.derive.own_driver CACHE load OUT AGAIN        # prints what they are; pruned again in AGAIN
+    python -m tests.models.derive.own_driver CACHE make FOLDER OUT      # of the code in FOLDER: OUT/head, ...
+    python -m tests.models.derive.own_driver CACHE load OUT AGAIN       # prints what they are; pruned again in AGAIN
 
 CACHE is where transformers keeps its copy of the code.
 """

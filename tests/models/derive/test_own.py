@@ -37,7 +37,8 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("own")
     (root / "their").mkdir()
     (root / "their/configuration_toy.py").write_text(IMPORTS + CONFIG)
-    (root / "their/modeling_toy.py").write_text(f"{IMPORTS}from .configuration_toy import ToyConfig\n{''.join(MODULES)}")
+    beside = "from .configuration_toy import ToyConfig\n"
+    (root / "their/modeling_toy.py").write_text("".join([IMPORTS, beside, *MODULES]))
     names = {"AutoConfig": "configuration_toy.ToyConfig", "AutoModel": "modeling_toy.ToyModel"}
     config = {"model_type": "toy", "architectures": ["ToyModel"], "auto_map": names, "depth": 4}
     (root / "their/config.json").write_text(json.dumps(config))
@@ -58,9 +59,9 @@ def test_it_loads_by_trust_and_can_be_pruned_again(made, tmp_path):
 @pytest.mark.processes
 def test_without_trust_it_is_refused_with_a_reason(made):
     for part in CLASSES:
-        with pytest.raises(ValueError, match="(?s)contains custom code.*trust_remote_code=True"):
+        with pytest.raises(ValueError, match=r"(?s)contains custom code.*trust_remote_code=True"):
             AutoModel.from_pretrained(made / part, trust_remote_code=False)
-        with pytest.raises(CheckpointError, match="(?s)contains custom code.*trust_remote_code=True"):
+        with pytest.raises(CheckpointError, match=r"(?s)contains custom code.*trust_remote_code=True"):
             load_model("AutoModel", made / part)
 
 
