@@ -248,8 +248,8 @@ class _ByPieces(torch.autograd.Function):
 
 
 class _Work(NamedTuple):
-    """What `_ByPieces` goes by: the steps of its `_Source`, `step`, the query blocks to do at a time, and the cap of the
-    scores."""
+    """What `_ByPieces` goes by: the steps of its `_Source`, `step`, the query blocks to do at a time, and the cap of
+    the scores."""
 
     steps: tuple[int, ...]
     rows: Rows

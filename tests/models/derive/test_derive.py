@@ -251,7 +251,7 @@ def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
 
 
 def test_only_layers_with_softmax_attention_are_converted(tmp_path):
-    """A hybrid: which layers have it is found in the real model, kept in the entry, and counted anew when some leave."""
+    """A hybrid: which layers have it is found in the real model, kept in the entry, counted anew when some leave."""
     kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]
     model, inputs = make("qwen3_next")
     config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": 5, "layer_types": kinds})
