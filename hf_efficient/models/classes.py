@@ -23,7 +23,8 @@ from ..attention.dispatch import NAME, decodes_from_state, fill_missing
 from ..attention.variant import AttentionVariant
 from ..errors import UnsupportedModelError
 from .block import EfficientBlock, check_block, check_stock_sizes
-from .families import EFFICIENT_PREFIX, FAMILIES, family_of, find_family
+from .families import FAMILIES
+from .registry import EFFICIENT_PREFIX, family_of, find_family
 from .saving import LOADER, write_loader
 from .structure import apply_block
 

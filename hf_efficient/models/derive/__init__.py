@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ...errors import UnsupportedModelError
-from ..families import find_family, forget, remember, stock_type
 from ..family import Family
 from ..rebuild import quietly
+from ..registry import find_family, forget, remember, stock_type
 from .entry import make_entry
 from .fitting import fitted
 from .inputs import tiny_inputs
