@@ -316,14 +316,19 @@ def _reasons(row: dict) -> str:
     return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in reasons.items())
 
 
-def main() -> None:
+def read(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="some model types")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--page", type=Path, help="write this page of what is in the output, and try nothing")
     parser.add_argument("--compare", type=Path, help="an earlier output: say at the end what changed since then")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = read()
     if args.page:
         write_page(json.loads(args.output.read_text()), args.page)
         return

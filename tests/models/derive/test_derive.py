@@ -40,11 +40,11 @@ TYPES = {
     "siglip": EVERYTHING,
     "wav2vec2": EVERYTHING,
     "llava": EVERYTHING,
-    "qwen3_moe": EVERYTHING - {"neurons"},
-    "gpt_oss": EVERYTHING - {"neurons"},  # attention sinks, one of each head
+    "qwen3_moe": EVERYTHING,
+    "gpt_oss": EVERYTHING,  # attention sinks, one of each head
     "gemma2": EVERYTHING,  # softcap
-    "deepseek_v3": {"convert", "layers"},  # latent attention: values of another width than queries
-    "qwen3_next": {"convert", "layers"},  # one layer in four has softmax attention
+    "deepseek_v3": EVERYTHING - {"heads"},  # latent attention: values of another width than queries
+    "qwen3_next": EVERYTHING - {"heads"},  # one layer in four has softmax attention
     "gptj": PRUNED,  # attention of its own
     "mpnet": {"neurons", "layers"},
     "albert": {"convert", "heads", "neurons"},  # one layer for all
@@ -174,11 +174,9 @@ def test_a_window_matters_and_a_wide_one_does_not():
 
 
 def test_what_cannot_be_removed_is_refused_with_the_reason():
-    moe = make("qwen3_moe")[0]
-    with pytest.raises(
-        UnsupportedModelError, match=r"neurons of qwen3_moe .* mixture of experts\. .*\('head', 'layer'\)"
-    ):
-        prune(moe, BY_SIZE)
+    olmo = make("olmo2")[0]
+    with pytest.raises(UnsupportedModelError, match=r"heads of olmo2 .* several heads .*\. .*\('neuron', 'layer'\)"):
+        prune(olmo, BY_SIZE)
     with pytest.raises(UnsupportedModelError, match=r"layers of albert .* one layer alone"):
         prune(make("albert")[0], replace(BY_SIZE, granularity=("layer",)))
 
