@@ -48,7 +48,7 @@ def forget(config: PreTrainedConfig) -> None:
 
 def _key(config: PreTrainedConfig) -> str:
     fields = {name: value for name, value in config.to_dict().items() if name not in ("efficient", "auto_map")}
-    return f"{config.model_type.removeprefix(EFFICIENT_PREFIX)} {json.dumps(fields, sort_keys=True, default=str)}"
+    return f"{type(config).__module__} {type(config).__name__} {json.dumps(fields, sort_keys=True, default=str)}"
 
 
 def stock_type(config: PreTrainedConfig) -> str:
