@@ -20,7 +20,7 @@ from .ffns import find_ffns
 from .observe import Call, LayerRun, observing, run
 from .positions import positions_of
 from .roles import PARTLY, QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place
-from .unseen import unseen_attention
+from .unseen import attends, unseen_attention
 
 # The standard name of each size, then other names that models have for it.
 FIELDS = {
@@ -73,7 +73,8 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
                 raise NotDerivable("attention outside of a list of layers")
             stack, norm = _make_stack(model, path, names[path], place, inputs)
         except UnsupportedModelError as reason:
-            refusals[path] = f"{names[path]}: {reason}"
+            if place is not None or attends(model, base.get_submodule(path), inputs):
+                refusals[path] = f"{names[path]}: {reason}"
             continue
         if place is not None and place.is_biased:
             try:
