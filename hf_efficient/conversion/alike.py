@@ -1,0 +1,91 @@
+"""Does a real model, converted, still give what it gave where the new attention sees everything?
+
+    check_alike(model, converted)
+
+An entry is proven on a tiny model of the same architecture, and what a user has registered is not proven at all. So the
+model itself is run once, with short made-up inputs: every converted layer gets a window wider than any text, and the
+outputs must be those of the stock model. A layer with a window of its own, and cross attention, gets full attention.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..attention.config import MAX_WINDOW, AttentionConfig
+from ..attention.dispatch import ATTACHED, make_variant, variant_of
+from ..errors import UnsupportedModelError
+from ..models.anatomy import Anatomy
+from ..models.derive.compare import outputs_of
+from ..models.derive.inputs import tiny_inputs
+from ..models.modes import eval_mode
+
+MAX_PARAMETERS, MAX_NUMBERS = 2_000_000_000, 1_000_000  # of a model, and of one input: what is more is not cheap
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of the norm of an output; in half precision experts may be others
+
+
+@torch.no_grad()
+def check_alike(model: PreTrainedModel, converted: PreTrainedModel) -> None:
+    """
+    Raises:
+        UnsupportedModelError: it gives something else.
+    """
+    if model.device.type == "meta" or model.num_parameters() > MAX_PARAMETERS:
+        return
+    with eval_mode(model), eval_mode(converted):
+        try:
+            inputs = tiny_inputs(model)
+        except UnsupportedModelError:
+            return
+        if any(value.numel() > MAX_NUMBERS for value in inputs.values()):
+            return
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs = {**inputs, "use_cache": torch.tensor(False)}
+        expected = outputs_of(model, inputs)
+        with _everything_in_view(converted):
+            outputs = outputs_of(converted, inputs)
+    for name, right in expected.items():
+        left = outputs.get(name)
+        apart = float("inf") if left is None or left.shape != right.shape else _apart(left, right, inputs)
+        is_half = right.dtype in (torch.float16, torch.bfloat16)
+        if not apart <= (HALF_TOLERANCE if is_half else TOLERANCE):
+            raise UnsupportedModelError(
+                f"With everything in view, {name} of this {type(model).__name__} is {apart:.1e} off when its attention "
+                "is converted, so that what its tiny model proves does not hold for it. Nothing was converted; an "
+                "entry that you have registered may be wrong."
+            )
+
+
+@contextmanager
+def _everything_in_view(model: PreTrainedModel) -> Iterator[None]:
+    """Each converted layer with local attention of the widest window, or full attention."""
+    windowed: set[nn.Module] = set()
+    for stack in Anatomy.of(model).stacks:
+        for index, layer in enumerate(stack.layers):
+            if stack.has_window(index):
+                windowed.add(layer.get_submodule(stack.entry.attention.module))
+            if stack.cross:
+                windowed.add(layer.get_submodule(stack.cross.module))
+    wide = AttentionConfig("local", window=MAX_WINDOW, global_tokens=0)
+    before = {module: variant for module in model.modules() if (variant := variant_of(module)) is not None}
+    try:
+        for module, variant in before.items():
+            stand_in = None if module in windowed else make_variant(wide, variant.shape).to(model.device).eval()
+            module._modules[ATTACHED] = stand_in
+        yield
+    finally:
+        for module, variant in before.items():
+            module._modules[ATTACHED] = variant
+
+
+def _apart(left: Tensor, right: Tensor, inputs: Mapping[str, Tensor]) -> float:
+    """The norm of the difference at real tokens, as a part of the norm of what is right."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == right.shape[:2]:
+        left, right = left[mask.bool()], right[mask.bool()]
+    finite = right.isfinite()
+    left, right = left[finite].double(), right[finite].double()
+    return ((left - right).norm() / right.norm().clamp(min=1e-6)).item() if finite.any() else 0.0
