@@ -2,9 +2,9 @@
 
     check_alike(model, converted)
 
-An entry is proven on a tiny model of the same architecture, and what a user has registered is not proven at all. So the
-model itself is run once, with short made-up inputs: every converted layer gets a window wider than any text, and the
-outputs must be those of the stock model. A layer with a window of its own, and cross attention, gets full attention.
+An entry is proven on a tiny model of the same architecture, and what a user has registered is not proven at all. So
+the model itself is run once, with short made-up inputs: every converted layer gets a window wider than any text, and
+the outputs must be those of the stock model. Layers with a window of their own, and cross attention, get full attention.
 """
 
 import inspect
@@ -42,27 +42,35 @@ def check_alike(model: PreTrainedModel, converted: PreTrainedModel) -> None:
             return
         if any(value.numel() > MAX_NUMBERS for value in inputs.values()):
             return
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs = {**inputs, "use_cache": torch.tensor(False)}
-        expected = outputs_of(model, inputs)
-        with _everything_in_view(converted):
-            outputs = outputs_of(converted, inputs)
+        options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        with _everything_in_view(model):  # it may be converted already
+            expected = outputs_of(model, {**inputs, **options})
+        with _everything_in_view(converted) as (stand_ins, reached):
+            outputs = outputs_of(converted, {**inputs, **options})
+    if stand_ins and not reached:
+        raise UnsupportedModelError(
+            f"The conversion had no effect: {type(model).__name__} does not call transformers' attention interface "
+            "where its entry says so."
+        )
     for name, right in expected.items():
         left = outputs.get(name)
         apart = float("inf") if left is None or left.shape != right.shape else _apart(left, right, inputs)
         is_half = right.dtype in (torch.float16, torch.bfloat16)
         if not apart <= (HALF_TOLERANCE if is_half else TOLERANCE):
             raise UnsupportedModelError(
-                f"With everything in view, {name} of this {type(model).__name__} is {apart:.1e} off when its attention "
-                "is converted, so that what its tiny model proves does not hold for it. Nothing was converted; an "
-                "entry that you have registered may be wrong."
+                f"Converted, this {type(model).__name__} gives another {name} with everything in view "
+                f"({apart:.1e} off): what its tiny model proves does not hold for it, or an entry that you have registered is wrong. "
+                "Nothing was converted."
             )
 
 
 @contextmanager
-def _everything_in_view(model: PreTrainedModel) -> Iterator[None]:
-    """Each converted layer with local attention of the widest window, or full attention."""
+def _everything_in_view(model: PreTrainedModel) -> Iterator[tuple[list[nn.Module], set[nn.Module]]]:
+    """Each converted layer with local attention of the widest window, or full attention. Gives the former, and those
+    of them that were called by then."""
     windowed: set[nn.Module] = set()
+    stand_ins: list[nn.Module] = []
+    reached: set[nn.Module] = set()
     for stack in Anatomy.of(model).stacks:
         for index, layer in enumerate(stack.layers):
             if stack.has_window(index):
@@ -73,9 +81,13 @@ def _everything_in_view(model: PreTrainedModel) -> Iterator[None]:
     before = {module: variant for module in model.modules() if (variant := variant_of(module)) is not None}
     try:
         for module, variant in before.items():
-            stand_in = None if module in windowed else make_variant(wide, variant.shape).to(model.device).eval()
-            module._modules[ATTACHED] = stand_in
-        yield
+            module._modules[ATTACHED] = None
+            if module not in windowed:
+                stand_in = make_variant(wide, variant.shape).to(model.device).eval()
+                stand_in.register_forward_hook(lambda module, args, output: reached.add(module))
+                module._modules[ATTACHED] = stand_in
+                stand_ins.append(stand_in)
+        yield stand_ins, reached
     finally:
         for module, variant in before.items():
             module._modules[ATTACHED] = variant
