@@ -4,27 +4,26 @@
 
 An entry is proven on a tiny model of the same architecture, and what a user has registered is not proven at all. So
 the model itself is run once, with short made-up inputs: every converted layer gets a window wider than any text, and
-the outputs must be those of the stock model. Layers with a window of their own, and cross attention, get full attention.
+the outputs must be those of the stock model. Layers with windows of their own and cross attention get full attention.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.config import MAX_WINDOW, AttentionConfig
 from ..attention.dispatch import ATTACHED, make_variant, variant_of
 from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
-from ..models.derive.compare import outputs_of
+from ..models.derive.compare import outputs_of, unlike
 from ..models.derive.inputs import tiny_inputs
 from ..models.modes import eval_mode
 
 MAX_PARAMETERS, MAX_NUMBERS = 2_000_000_000, 1_000_000  # of a model, and of one input: what is more is not cheap
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of the norm of an output; in half precision experts may be others
 
 
 @torch.no_grad()
@@ -52,16 +51,11 @@ def check_alike(model: PreTrainedModel, converted: PreTrainedModel) -> None:
             f"The conversion had no effect: {type(model).__name__} does not call transformers' attention interface "
             "where its entry says so."
         )
-    for name, right in expected.items():
-        left = outputs.get(name)
-        apart = float("inf") if left is None or left.shape != right.shape else _apart(left, right, inputs)
-        is_half = right.dtype in (torch.float16, torch.bfloat16)
-        if not apart <= (HALF_TOLERANCE if is_half else TOLERANCE):
-            raise UnsupportedModelError(
-                f"Converted, this {type(model).__name__} gives another {name} with everything in view "
-                f"({apart:.1e} off): what its tiny model proves does not hold for it, or an entry that you have registered is wrong. "
-                "Nothing was converted."
-            )
+    if off := unlike(outputs, expected, inputs):
+        raise UnsupportedModelError(
+            f"Converted, this {type(model).__name__} gives something else with everything in view ({off}): what its "
+            "tiny model proves does not hold for it, or an entry that you have registered is wrong. Nothing was done."
+        )
 
 
 @contextmanager
@@ -91,13 +85,3 @@ def _everything_in_view(model: PreTrainedModel) -> Iterator[tuple[list[nn.Module
     finally:
         for module, variant in before.items():
             module._modules[ATTACHED] = variant
-
-
-def _apart(left: Tensor, right: Tensor, inputs: Mapping[str, Tensor]) -> float:
-    """The norm of the difference at real tokens, as a part of the norm of what is right."""
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape == right.shape[:2]:
-        left, right = left[mask.bool()], right[mask.bool()]
-    finite = right.isfinite()
-    left, right = left[finite].double(), right[finite].double()
-    return ((left - right).norm() / right.norm().clamp(min=1e-6)).item() if finite.any() else 0.0
