@@ -8,7 +8,7 @@ layers that left hand on what they are given.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -21,11 +21,10 @@ from ...models.derive.proof import hand_on
 from ...models.modes import eval_mode
 from ...models.token_masks import real_inputs
 from ..plan import PruningPlan
-from ..score.stream import Batch
 
 
 @torch.no_grad()
-def check_cut(dense: Anatomy, small: PreTrainedModel, plan: PruningPlan, batch: Batch) -> None:
+def check_cut(dense: Anatomy, small: PreTrainedModel, plan: PruningPlan, batch: Mapping[str, torch.Tensor]) -> None:
     """
     Raises:
         UnsupportedModelError: it gives something else.
