@@ -79,7 +79,13 @@ class ConfigStack:
     def head_width(self) -> int:
         """The dimension of one head."""
         field = self.entry.head_dim
-        return (field and getattr(self.sizes, field, None)) or self.width // self.num_heads
+        said = field and getattr(self.sizes, field, None)
+        return said or self.entry.head_size or self.width // self.num_heads
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that have self-attention: all but in hybrids."""
+        return tuple(range(self.depth)) if self.entry.attending is None else self.entry.attending
 
     @property
     def is_causal(self) -> bool:

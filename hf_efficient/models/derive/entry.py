@@ -18,7 +18,8 @@ from ...errors import UnsupportedModelError
 from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from .ffns import find_ffns
 from .observe import Call, LayerRun, observing, run
-from .roles import Heads, NotDerivable, attention_call, attention_roles, norm_place
+from .positions import positions_of
+from .roles import PARTLY, QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place
 from .unseen import unseen_attention
 
 # The standard name of each size, then other names that models have for it.
@@ -49,6 +50,7 @@ class Place:
     cross: dict[str, list[int]] = field(default_factory=dict)
     is_causal: bool = False
     is_biased: bool = False
+    logits: bool = False
 
 
 def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
@@ -93,7 +95,7 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         of_depth=tuple(name for name in OF_DEPTH if hasattr(config, name)),
         relative_bias=relative_bias,
         left_out=tuple(path for path in refusals if path),
-        **_positions(model, inputs),
+        **positions_of(model, inputs),
     )
 
 
@@ -109,6 +111,7 @@ def _places(base: nn.Module, calls: list[Call]) -> dict[str, Place]:
         if index not in layers:
             layers.append(index)
         place.is_causal |= call.is_causal and not call.is_cross
+        place.logits |= call.has_logits
         place.is_biased |= call.has_bias and not call.is_cross
     return places
 
@@ -166,10 +169,11 @@ class Found:
     sizes: Heads
     is_causal: bool
     cross: Attention | None = None
+    attending: tuple[int, ...] | None = None
     why: dict[str, str] = field(default_factory=dict)
 
 
-def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
+def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Found:
     if not place.own:
         raise NotDerivable("its layers have cross attention alone")
     if len(place.own) > 1 or len(place.cross) > 1:
@@ -177,8 +181,8 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
     [(inside, indices)] = place.own.items()
     call = attention_call(layer.base, layer.layer.get_submodule(inside))
     found = Found(Attention(inside), Heads.of(call), place.is_causal)
-    if len(indices) < depth:
-        found.why = dict.fromkeys((CONVERT, HEADS), "some layers have no softmax attention")
+    if len(indices) < len(layers):
+        found.attending, found.why[HEADS] = tuple(sorted(indices)), PARTLY
     try:
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
@@ -189,6 +193,13 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
         except NotDerivable as reason:
             found.cross = Attention(path)
             found.why.setdefault(HEADS, f"cross attention: {reason}")
+        found.cross = replace(found.cross, logits=place.logits)
+    found.attention = replace(
+        found.attention,
+        class_name=type(call.module).__name__,
+        logits=place.logits,
+        uneven=found.sizes.dim != found.sizes.value_dim,
+    )
     return found
 
 
@@ -205,7 +216,7 @@ def _make_stack(
             "decoder" if found.is_causal and name == "encoder" and "encoder" not in path else name
         )  # now it is known
     else:
-        found = _seen_attention(first, place, len(layers))
+        found = _seen_attention(first, place, layers)
     why = found.why
     ffns: dict[str, FFN] = {}
     try:
@@ -219,7 +230,8 @@ def _make_stack(
     own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
     fields = _fields(own, path, found, len(layers), first, main)
     if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
-        why |= dict.fromkeys((CONVERT, HEADS), "no config field says how wide a head is")
+        why.setdefault(HEADS, "no config field says how wide a head is")
+        fields["head_size"], found.attention = found.sizes.dim, _measurable(first, found)
     stack = Stack(
         name=name,
         layers=path,
@@ -230,12 +242,21 @@ def _make_stack(
         more_ffns=tuple(width_said(ffn, own) for ffn in ffns.values()),
         config=where or None,
         causal=found.is_causal,
+        attending=found.attending,
         sees_patches=name == "vision",
         **fields,
     )
     for ability, reason in why.items():
         stack = stack.without(ability, reason)
     return stack, norm
+
+
+def _measurable(layer: LayerRun, found: Found) -> Attention:
+    """The attention with the linear by which the width of a head can be measured in any model of the sort."""
+    queries = maker(layer, layer.layer.get_submodule(found.attention.module), QUERY)
+    if layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
+        raise NotDerivable("neither a config field nor a linear says how wide a head is")
+    return replace(found.attention, measure=queries)
 
 
 def _own_config(
@@ -345,38 +366,3 @@ def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]
             and re.search("layer|type|pattern", name)
         }
     return tuple(sorted(names))
-
-
-def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The tables of absolute positions, and the row of the first token: seen in a run."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return {}
-    rows: dict[str, int] = {}
-    base = model.base_model
-
-    def note(name: str, args: tuple) -> None:
-        ids = args[0] if args else None
-        if isinstance(ids, Tensor) and ids.ndim and ids.shape[-1] > 1 and not ids.is_floating_point():
-            last = ids.reshape(-1, ids.shape[-1])[-1]  # the second text has no padding
-            if (last.diff() == 1).all():
-                rows[name] = int(last[0])
-
-    tables = {
-        n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - limit <= 8
-    }
-    hooks = [m.register_forward_pre_hook(lambda m, args, name=n: note(name, args)) for n, m in tables.items()]
-    try:
-        run(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, table in tables.items():  # OPT adds its offset itself
-        if name not in rows and "pos" in name and table.num_embeddings > limit:
-            rows[name] = table.num_embeddings - limit
-    entry: dict[str, Any] = {"max_positions": "max_position_embeddings", "positions": tuple(rows)}
-    first, pad = max(rows.values(), default=0), getattr(config, "pad_token_id", None)
-    if first and first == (pad or 0) + 1 and all(tables[name].num_embeddings == limit for name in rows):
-        return entry | {"positions_after_pad": True}
-    return entry | {"position_offset": first}

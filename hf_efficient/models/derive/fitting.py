@@ -8,10 +8,11 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..family import CONVERT, FFN, HEADS, NEURONS, Family, Stack
-from ..linears import holds, input_dim, num_inputs, output_dim
+from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
+from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from ..stacks import ModelStack, model_stacks
 from .entry import width_said
+from .roles import PARTLY
 
 OTHERWISE = "some of its layers are built otherwise"
 
@@ -22,15 +23,36 @@ def fitted(family: Family, model: PreTrainedModel) -> Family:
         counted = _counted(stack)
         family = replace(family, stacks=tuple(counted if one is stack.entry else one for one in family.stacks))
     for stack in model_stacks(model, family):
+        family = replace(family, stacks=tuple(_measured(one, stack) for one in family.stacks))
+    for stack in model_stacks(model, family):
         modules = [attention.module for attention in stack.attentions.values()]
-        if not all(holds(layer, path) for layer in stack.layers for path in modules):
+        if not stack.attending or not all(holds(stack.layers[i], path) for i in stack.attending for path in modules):
             family = family.without(CONVERT, OTHERWISE, stack.name).without(HEADS, OTHERWISE, stack.name)
+        elif stack.entry.attending is not None:
+            family = family.without(HEADS, PARTLY, stack.name)
         elif stack.entry.attention.query and not all(_has_heads(layer, stack) for layer in stack.layers):
             family = family.without(HEADS, OTHERWISE, stack.name)
         indices = range(len(stack.layers))
         if any(not _has_neurons(stack.layers[i], stack, kind) for i in indices for kind in stack.ffns_in(i)):
             family = family.without(NEURONS, OTHERWISE, stack.name)
     return family
+
+
+def _measured(entry: Stack, stack: ModelStack) -> Stack:
+    """The entry with the layers that have its attention, and with the width of a head that no field says."""
+    if entry is not stack.entry:
+        return entry
+    attention, layers = entry.attention, stack.layers
+    here = [i for i, layer in enumerate(layers) if holds(layer, attention.module) and _is_of(layer, attention)]
+    entry = replace(entry, attending=tuple(here) if len(here) < len(layers) else None)
+    if here and attention.measure:
+        queries = layers[here[0]].get_submodule(attention.measure)
+        entry = replace(entry, head_size=num_outputs(queries) // stack.num_heads)
+    return entry
+
+
+def _is_of(layer: nn.Module, attention: Attention) -> bool:
+    return attention.class_name in ("", type(layer.get_submodule(attention.module)).__name__)
 
 
 def _counted(stack: ModelStack) -> Stack:
