@@ -232,7 +232,11 @@ def _make_stack(
     fields = _fields(own, path, found, len(layers), first, main)
     if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
         why.setdefault(HEADS, "no config field says how wide a head is")
-        fields["head_size"], found.attention = found.sizes.dim, _measurable(first, found)
+        fields["head_size"] = found.sizes.dim
+        try:
+            found.attention = _measurable(first, found)
+        except NotDerivable as reason:
+            why.setdefault(CONVERT, str(reason))
     stack = Stack(
         name=name,
         layers=path,
