@@ -23,11 +23,11 @@ def fitted(family: Family, model: PreTrainedModel) -> Family:
         family = replace(family, stacks=tuple(counted if one is stack.entry else one for one in family.stacks))
     for stack in model_stacks(model, family):
         modules = [attention.module for attention in stack.attentions.values()]
-        if not all(holds(layer, path) for layer in stack.layers for path in modules):
-            family = family.without(CONVERT, OTHERWISE, stack.name).without(HEADS, OTHERWISE, stack.name)
-        elif stack.entry.attention.query and not all(_has_heads(layer, stack) for layer in stack.layers):
-            family = family.without(HEADS, OTHERWISE, stack.name)
         indices = range(len(stack.layers))
+        if not all(holds(layer, path) for layer in stack.layers for path in modules):
+            family = family.without(CONVERT, OTHERWISE, stack.name)
+        if stack.entry.attention.query and not all(_has_heads(stack, index) for index in indices):
+            family = family.without(HEADS, OTHERWISE, stack.name)
         if any(not _has_neurons(stack.layers[i], stack, kind) for i in indices for kind in stack.ffns_in(i)):
             family = family.without(NEURONS, OTHERWISE, stack.name)
     return family
@@ -36,6 +36,10 @@ def fitted(family: Family, model: PreTrainedModel) -> Family:
 def _counted(stack: ModelStack) -> Stack:
     """The entry, whose FFNs have the fields with the widths that these layers have, or these widths themselves."""
     entry = stack.entry
+    reader = entry.attention.output
+    if entry.num_head_width and reader:
+        layer = next(layer for layer in stack.layers if holds(layer, reader))
+        entry = replace(entry, num_head_width=num_inputs(layer.get_submodule(reader)) // stack.num_heads)
     widths: dict[str, int] = {}
     for index, layer in enumerate(stack.layers):
         for kind, ffn in stack.ffns_in(index).items():
@@ -57,10 +61,11 @@ def _width(layer: nn.Module, ffn: FFN) -> int:
     return num_inputs(layer.get_submodule(ffn.down))
 
 
-def _has_heads(layer: nn.Module, stack: ModelStack) -> bool:
-    """Every projection is as wide as its heads."""
+def _has_heads(stack: ModelStack, index: int) -> bool:
+    """Every projection is as wide as its heads, if the layer has this attention."""
+    layer = stack.layers[index]
     heads, kv_heads = stack.num_heads * stack.head_width, stack.num_kv_heads * stack.head_width
-    for attention in stack.attentions.values():
+    for attention in stack.attentions_in(index).values():
         outputs: dict[str, int] = {}
         for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
             outputs[path] = outputs.get(path, 0) + width

@@ -26,6 +26,12 @@ class NotDerivable(UnsupportedModelError):
     """What stands in the way of an ability, in one line."""
 
 
+def said_of(error: Exception) -> str:
+    """An error in one line; whose it is, if it is not ours."""
+    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"
+
+
 class Heads(NamedTuple):
     """The sizes of one attention. `value_dim` differs from `dim` in latent attention (MLA)."""
 
@@ -129,6 +135,8 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
     """For each output of a linear that makes these of query, key and value, the heads that it reaches: {("q", 0)}."""
     output = layer.base.outputs[name]
     owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
+    if output.ndim > 3:
+        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
     is_flat = output.ndim == 2  # the tokens of all images one after another
     for units in rounds(output[None] if is_flat else output):
         call = attention_call(layer.run(name, units[0] if is_flat else units), module)
@@ -146,15 +154,14 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
 
 
 def rounds(output: Tensor) -> Iterator[Tensor]:
-    """`[batch, length]` tensors that together give every unit of an output a token."""
-    if output.ndim != 3:
-        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
-    places = output.shape[0] * output.shape[1]
-    for first in range(0, output.shape[2], places):
+    """`[batch, length]` tensors that together give every unit of an output a token; of an image there are rows and
+    columns of tokens."""
+    places = output.shape[:-1].numel()
+    for first in range(0, output.shape[-1], places):
         units = torch.full((places,), -1)
-        count = min(places, output.shape[2] - first)
+        count = min(places, output.shape[-1] - first)
         units[:count] = torch.arange(first, first + count)
-        yield units.view(output.shape[:2])
+        yield units.view(output.shape[:-1])
 
 
 def layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:
