@@ -126,12 +126,17 @@ def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | i
                         f"The attention of the {name} of {anatomy.family.model_type} models cannot be converted: "
                         f"{stack.entry.why_not(CONVERT)}. Name those that can: {{{_others(stacks)}}}."
                     )
-                check_fit(config, anatomy.family, cross=key == CROSS)
+                check_fit(config, stack, cross=key == CROSS)
             old = getattr(entry, key) or (AttentionConfig(),) * stack.depth
             causal = key != CROSS and stack.is_causal
             # Global tokens are sinks of a causal layer; one that has a window of its own never saw them.
+            has_it = set(range(stack.depth) if key == CROSS else stack.attending)
+            if wanted[key] and not wanted[key].keys() & has_it:
+                raise ConfigError(f"None of these layers of the {name} has softmax attention; {stack.attending} have.")
             new = tuple(
                 wanted[key].get(index, old[index]).resolve(causal and not stack.has_window(index))
+                if index in has_it
+                else AttentionConfig()
                 for index in range(stack.depth)
             )
             changes[key] = new if any(config.kind != "full" for config in new) else ()

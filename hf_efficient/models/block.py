@@ -139,6 +139,9 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
         for where, values in lists.items():
             if len(values) != layers:
                 raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
+        for index, attention in enumerate(entry.attention):
+            if attention.kind != "full" and index not in stack.attending:
+                raise ConfigError(f"efficient.stacks.{name}.attention[{index}]: this layer has no softmax attention.")
         _check_sizes(entry, stack)
         _check_heads(entry, stack)
 

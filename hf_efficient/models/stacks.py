@@ -106,10 +106,14 @@ class ConfigStack:
     @property
     def head_width(self) -> int:
         """The dimension of one head."""
-        if self.entry.num_head_width:
-            return self.entry.num_head_width
         field = self.entry.head_dim
-        return (field and getattr(self.sizes, field, None)) or self.width // self.num_heads
+        width = field and getattr(self.sizes, field, None)
+        return width or self.entry.head_size or self.width // self.num_heads
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that have self-attention: all but in hybrids."""
+        return tuple(range(self.depth)) if self.entry.attending is None else self.entry.attending
 
     @property
     def is_causal(self) -> bool:
@@ -189,12 +193,7 @@ class ModelStack(ConfigStack):
 
     def attentions_in(self, index: int) -> dict[str, Attention]:
         """The attention modules that one layer has: among state-space layers few have any."""
-        layer = self.layers[index]
-
-        def has(one: Attention) -> bool:
-            return all(holds(layer, path) for path in (one.module, one.query, one.key, one.value, one.output))
-
-        return {kind: one for kind, one in self.attentions.items() if has(one)}
+        return {kind: one for kind, one in self.attentions.items() if kind != "heads" or index in self.attending}
 
     def layer_prefix(self, index: int) -> str:
         """`bert.encoder.layer.3`."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..family import CONVERT, FFN, HEADS, NEURONS, Family, Stack
-from ..linears import holds, input_dim, num_inputs, output_dim
+from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
+from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from ..stacks import ModelStack, model_stacks
-from .entry import width_said
+from .fields import width_said
 
 OTHERWISE = "some of its layers are built otherwise"
 
@@ -22,24 +22,44 @@ def fitted(family: Family, model: PreTrainedModel) -> Family:
         counted = _counted(stack)
         family = replace(family, stacks=tuple(counted if one is stack.entry else one for one in family.stacks))
     for stack in model_stacks(model, family):
+        family = replace(family, stacks=tuple(_measured(one, stack) for one in family.stacks))
+    for stack in model_stacks(model, family):
         modules = [attention.module for attention in stack.attentions.values()]
-        indices = range(len(stack.layers))
-        if not all(holds(layer, path) for layer in stack.layers for path in modules):
-            family = family.without(CONVERT, OTHERWISE, stack.name)
-        if stack.entry.attention.query and not all(_has_heads(stack, index) for index in indices):
+        if not stack.attending or not all(holds(stack.layers[i], path) for i in stack.attending for path in modules):
+            family = family.without(CONVERT, OTHERWISE, stack.name).without(HEADS, OTHERWISE, stack.name)
+        elif stack.entry.attention.query and not all(_has_heads(stack, index) for index in stack.attending):
             family = family.without(HEADS, OTHERWISE, stack.name)
+        indices = range(len(stack.layers))
         if any(not _has_neurons(stack.layers[i], stack, kind) for i in indices for kind in stack.ffns_in(i)):
             family = family.without(NEURONS, OTHERWISE, stack.name)
     return family
 
 
+def _measured(entry: Stack, stack: ModelStack) -> Stack:
+    """The entry with the layers that have its attention, and with the width of a head that no field says."""
+    if entry is not stack.entry:
+        return entry
+    attention, layers = entry.attention, stack.layers
+    here = [i for i, layer in enumerate(layers) if holds(layer, attention.module) and _is_of(layer, attention)]
+    entry = replace(entry, attending=tuple(here) if len(here) < len(layers) else None)
+    if here and attention.measure:
+        queries = layers[here[0]].get_submodule(attention.measure)
+        entry = replace(entry, head_size=num_outputs(queries) // stack.num_heads)
+    elif here and entry.head_size and not attention.output:
+        entry = entry.without(CONVERT, "neither a config field nor a linear says how wide a head is")
+    elif here and entry.head_size:
+        reader = layers[here[0]].get_submodule(attention.output)
+        entry = replace(entry, head_size=num_inputs(reader) // stack.num_heads)
+    return entry
+
+
+def _is_of(layer: nn.Module, attention: Attention) -> bool:
+    return attention.class_name in ("", type(layer.get_submodule(attention.module)).__name__)
+
+
 def _counted(stack: ModelStack) -> Stack:
     """The entry, whose FFNs have the fields with the widths that these layers have, or these widths themselves."""
     entry = stack.entry
-    reader = entry.attention.output
-    if entry.num_head_width and reader:
-        layer = next(layer for layer in stack.layers if holds(layer, reader))
-        entry = replace(entry, num_head_width=num_inputs(layer.get_submodule(reader)) // stack.num_heads)
     widths: dict[str, int] = {}
     for index, layer in enumerate(stack.layers):
         for kind, ffn in stack.ffns_in(index).items():

@@ -146,21 +146,25 @@ def _provable_ffns(trial: Trial) -> Family:
 
 def _convert(trial: Trial) -> None:
     stack = trial.stack
-    modules = {layer.get_submodule(stack.entry.attention.module) for layer in stack.layers}
+    modules = {stack.layers[index].get_submodule(stack.entry.attention.module) for index in stack.attending}
+
+    def everywhere(attention: AttentionConfig) -> StackBlock:
+        full = AttentionConfig()
+        return StackBlock(tuple(attention if i in stack.attending else full for i in range(len(stack.layers))))
 
     def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         return _banded(mask, queries, keys, stack.is_causal) if module in modules else mask
 
     for window, change in ((MAX_WINDOW, None), (WINDOW, masked)):
         attention = AttentionConfig("local", window=window, global_tokens=0)
-        converted = trial.rebuilt(StackBlock(attention=(attention,) * len(stack.layers)))
+        converted = trial.rebuilt(everywhere(attention))
         with observing(trial.model, masked=change):
             wanted = outputs_of(trial.model, trial.inputs)
         trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
     trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
         keeps_keys = AttentionConfig("strided")
-        for kind in (converted, trial.rebuilt(StackBlock(attention=(keeps_keys,) * len(stack.layers)))):
+        for kind in (converted, trial.rebuilt(everywhere(keeps_keys))):
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 

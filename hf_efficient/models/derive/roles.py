@@ -18,6 +18,7 @@ from ..family import Attention
 from .observe import SMALL, Call, LayerRun, Seen, differs
 
 QKV = "qkv"
+QUERY = 0  # its place in QKV
 # Integers beside the weights that are heads x head_dim; others of the same value may be the hidden size.
 WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_head_size", "hidden_size")
 
@@ -80,7 +81,7 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     readers = [name for name, given in layer.base.inputs.items() if is_same(given, call.output)]
     if len(readers) != 1:
         raise NotDerivable(f"{len(readers)} linears read the heads as they are")
-    makers = dict(zip(QKV, (_maker(layer, module, letter) for letter in range(3)), strict=True))
+    makers = dict(zip(QKV, (maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
     layouts = {name: layout(owners[name], together[name], sizes) for name in owners}
@@ -117,7 +118,7 @@ def is_same(given: Tensor, output: Tensor) -> bool:
     return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
 
 
-def _maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
+def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
     """The last linear on the way to query, key or value."""
     base = attention_call(layer.base, module).tensors[letter]
     arriving = []
