@@ -19,7 +19,7 @@ from .config import AttentionConfig
 from .engines.parts import full_attention, full_weights, match_heads, sdpa
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import AttentionVariant, HeadShape, Logits
+from .variant import AttentionVariant, HeadShape, Logits, hides_future
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
@@ -101,7 +101,7 @@ def decodes_from_state(model: nn.Module) -> bool:
     """True if a layer of the model carries a state from token to token instead of all keys and values."""
     pairs = ((module, variant_of(module)) for module in model.modules())
     stateful = (module for module, variant in pairs if variant is not None and variant.has_state)
-    return any(getattr(module, "is_causal", True) for module in stateful)
+    return any(hides_future(module) for module in stateful)
 
 
 def efficient_attention_forward(
@@ -131,7 +131,7 @@ def efficient_attention_forward(
     if softcap is not None or s_aux is not None:
         check_logits(variant)
         extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # as transformers' own
+    causal = hides_future(module, is_causal)
     with_weights = _weights_wanted(kwargs)
     if attention_mask is not None and attention_mask.ndim == 4:
         if variant is not None or position_bias is not None:

@@ -33,7 +33,21 @@ class Logits(NamedTuple):
 
 
 State = tuple[Tensor, ...]
+CAUSAL = "efficient_is_causal"
 MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
+
+
+def hides_future(module: nn.Module, said: bool | None = None) -> bool:
+    """Whether an attention module hides later tokens: what was seen of it (`CAUSAL`), or else what its model says, and
+    that may be wrong where a mask of the model decides (NLLB-MoE, Splinter).
+
+    Parameters:
+        said: the argument `is_causal` of a call.
+    """
+    seen = vars(module).get(CAUSAL)
+    if seen is not None:
+        return seen
+    return getattr(module, "is_causal", True) if said is None else said
 
 
 class AttentionVariant(nn.Module):

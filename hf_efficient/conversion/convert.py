@@ -25,6 +25,7 @@ from ..models.loading import load_config
 from ..models.rebuild import check_model, rebuild
 from ..models.stacks import ConfigStack, config_stacks
 from ..models.structure import check_fit
+from .alike import check_alike
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
 from .probe import check_reached
@@ -56,8 +57,8 @@ def convert_attention(
         return convert_in_memory(model, _by_layer(config, layers))
     block = _converted(anatomy, config, layers)
     converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
-    if block.is_converted() and anatomy.family.model_type in FAMILIES:  # what is derived has been tried already
-        check_reached(converted)
+    if block.is_converted():
+        check_reached(converted) if anatomy.family.model_type in FAMILIES else check_alike(model, converted)
     return converted
 
 

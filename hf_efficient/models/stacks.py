@@ -193,7 +193,8 @@ class ModelStack(ConfigStack):
 
     def attentions_in(self, index: int) -> dict[str, Attention]:
         """The attention modules that one layer has: among state-space layers few have any."""
-        return {kind: one for kind, one in self.attentions.items() if kind != "heads" or index in self.attending}
+        held = {kind: one for kind, one in self.attentions.items() if holds(self.layers[index], one.module)}
+        return {kind: one for kind, one in held.items() if kind != "heads" or index in self.attending}
 
     def layer_prefix(self, index: int) -> str:
         """`bert.encoder.layer.3`."""

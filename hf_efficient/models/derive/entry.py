@@ -21,7 +21,7 @@ from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, 
 from .observe import Call, LayerRun, observing, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
-from .unseen import unseen_attention
+from .unseen import attends, unseen_attention
 
 OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
 NAMES = (("vision", "visio|visual|image|pixel"), ("audio", "audio|speech|acoustic"), ("text", "text|language"))
@@ -48,13 +48,12 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         run(model, inputs)
     base = model.base_model
     places: dict[str, Place | None] = dict(_places(base, calls))
-    depths = {
-        len(said(config, name)) for _, config in nested_configs(model.config) for name in lists_of(config, "layers")
-    }
+    configs = [config for _, config in nested_configs(model.config)]
+    depths = {len(said(config, name)) for config in configs for name in lists_of(config, "layers")}
     places |= dict.fromkeys(_unseen_places(base, [path for path in places if path], depths))
     if not places:
         raise NotDerivable("it has no list of layers with attention")
-    stacks, norms, refusals, relative_bias = [], set(), {}, None
+    stacks, others, norms, refusals, relative_bias = [], [], set(), {}, None
     names = _stack_names(places)
     for path, place in places.items():
         try:
@@ -62,7 +61,8 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
                 raise NotDerivable("attention outside of a list of layers")
             stack, norm = _make_stack(model, path, names[path], place, inputs)
         except Exception as error:  # whatever the code of a model may raise
-            refusals[path] = f"{names[path]}: {said_of(error)}"
+            if place is not None or attends(model, base.get_submodule(path), inputs):
+                refusals[path] = f"{names[path]}: {said_of(error)}"
             continue
         if place is not None and place.is_biased:
             try:
@@ -70,8 +70,10 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
             except NotDerivable as reason:
                 for ability in (CONVERT, HEADS, LAYERS):
                     stack = stack.without(ability, str(reason))
-        stacks.append(stack)
+        has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
+        (stacks if has_attention else others).append(stack)
         norms.add(norm)
+    stacks = stacks or others  # beside layers with attention, lists without any are no towers
     if not stacks:
         raise NotDerivable("; ".join(refusals.values()))
     config = model.config
@@ -311,12 +313,14 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many heads it has")
     elif fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many key/value heads it has")
-    elif fields["head_dim"] is None and getattr(own, fields["hidden"]) != sizes.dim * sizes.heads:
+    elif fields["head_dim"] is None and said(own, fields["hidden"]) != sizes.dim * sizes.heads:
         fields["head_size"] = sizes.dim
         try:
             found.attention = _measurable(layer, found)
         except NotDerivable as reason:
-            found.why |= {} if attention.output else dict.fromkeys((CONVERT, HEADS), str(reason))
+            found.why.setdefault(CONVERT, str(reason))
+            if not attention.output:
+                found.why.setdefault(HEADS, str(reason))
     return fields
 
 

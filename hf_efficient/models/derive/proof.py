@@ -250,7 +250,7 @@ def _layers(trial: Trial) -> None:
         changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)
         state = cut_layers(trial.model.state_dict(), stack, kept)
         small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
-        handle = stack.layers[index].register_forward_hook(_hand_on, with_kwargs=True)
+        handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True)
         try:
             wanted = outputs_of(trial.model, trial.inputs)
         finally:
@@ -259,7 +259,8 @@ def _layers(trial: Trial) -> None:
         trial.check_matters(wanted, f"without layer {index}")
 
 
-def _hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """A hook that makes a layer do nothing."""
     given = (*args, *kwargs.values())
     states = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
     return states if isinstance(output, Tensor) else (states, *output[1:])
