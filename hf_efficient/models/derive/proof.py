@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...attention.config import MAX_WINDOW, AttentionConfig
-from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
@@ -29,7 +28,7 @@ from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, outputs_of
 from .observe import observing
-from .roles import NotDerivable
+from .roles import NotDerivable, said_of
 
 TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
@@ -49,6 +48,10 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
                 family = _tried(ability, proof, name, family, model, inputs, expected)
     finally:
         forget(model.config)  # what was tried is no knowledge yet
+    stages = [stack for stack in family.stacks if "." in stack.num_layers]
+    if any(stack.why_not(LAYERS) for stack in stages):  # windows that move by turns show in large images alone
+        for stack in stages:
+            family = family.without(LAYERS, stack.why_not(LAYERS) or "other stages cannot lose any", stack.name)
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
     return family
@@ -67,9 +70,7 @@ def _tried(
         proof(trial)
         return family
     except Exception as error:  # whatever the code of a model may raise
-        reason = " ".join(str(error).split())[:200]
-        kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
-        return _second_try(trial, ability) or family.without(ability, f"{kind}{reason}", name)
+        return _second_try(trial, ability) or family.without(ability, said_of(error), name)
 
 
 @dataclass
@@ -251,6 +252,8 @@ def _layers(trial: Trial) -> None:
     stack, family = trial.stack, trial.family
     if len(stack.layers) < 2:
         raise NotDerivable("there is one layer alone")
+    if family.first_stays and len(stack.layers) < 3:
+        raise NotDerivable("in a tiny model no layer takes the place of another")
     for index in range(int(family.first_stays), len(stack.layers)):
         kept = [layer for layer in range(len(stack.layers)) if layer != index]
         changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)

@@ -13,7 +13,7 @@ from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.compare import distance, outputs_of
 from hf_efficient.models.derive.entry import make_entry
-from hf_efficient.models.derive.fitting import OTHERWISE, PARTLY, fitted
+from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
@@ -243,7 +243,7 @@ def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
     assert dict(fitted(family, model).stacks[0].refusals) == {"neurons": OTHERWISE}
     del model.decoder.layers[1].self_attn
     without_one = fitted(family, model).stacks[0]
-    assert dict(without_one.refusals) == {"heads": PARTLY, "neurons": OTHERWISE}
+    assert dict(without_one.refusals) == {"neurons": OTHERWISE}
     assert without_one.attending == (0, 2)
     for layer in model.decoder.layers:
         layer.self_attn = torch.nn.Identity()  # something else that has the name
