@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...attention.config import MAX_WINDOW, AttentionConfig
+from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
