@@ -111,13 +111,15 @@ class Trial:
 def _second_try(trial: Trial, ability: str) -> Family | None:
     """Another entry that is proven: the attention reads its head counts from its config, or from other numbers than
     their names say; some FFNs stay; the first layer is unlike the others and stays."""
-    for family in _other_entries(trial, ability):
-        stack = next(one for one in model_stacks(trial.model, family) if one.name == trial.stack.name)
-        with suppress(Exception):  # whatever the code of a model may raise
+    proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}.get(ability)
+    with suppress(Exception):  # whatever the code of a model may raise
+        for family in _other_entries(trial, ability):
+            stack = next(one for one in model_stacks(trial.model, family) if one.name == trial.stack.name)
             remember(trial.model.config, family)
-            proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}[ability]
-            proof(replace(trial, stack=stack, family=family))
-            return family
+            with suppress(Exception):
+                assert proof is not None
+                proof(replace(trial, stack=stack, family=family))
+                return family
     return None
 
 
