@@ -16,10 +16,10 @@ from transformers.utils.output_capturing import _active_collector
 from ..errors import UnsupportedModelError
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
-from .engines.parts import full_attention, full_weights
+from .engines.parts import full_attention, full_weights, join_masks
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import AttentionVariant, HeadShape, Logits, hides_future
+from .variant import BIASED, AttentionVariant, HeadShape, Logits, hides_future
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
@@ -42,6 +42,8 @@ def attach(
         if device.type != "meta":
             for part, name, value in _plain_tensors(variant):
                 setattr(part, name, value.to(device))
+        if is_biased(module):
+            variant.has_state = False  # the model makes its bias by the keys that it sees in the cache
         module.add_module(ATTACHED, variant)
         if not cross:
             handle = attach_cache(module, variant.config, variant.has_state, variant.keeps_keys)
@@ -134,9 +136,17 @@ def efficient_attention_forward(
         extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
     causal = hides_future(module, is_causal)
     with_weights = _weights_wanted(kwargs)
-    is_paired = attention_mask is not None and attention_mask.ndim == 4
-    if is_paired:
+    is_paired = is_given = attention_mask is not None and attention_mask.ndim == 4
+    if is_given:
         extra["pairs"], attention_mask = _read_pairs(variant, attention_mask, query, causal)
+    if position_bias is not None and is_biased(module):
+        is_paired, position_bias, extra["pairs"] = (
+            True,
+            None,
+            _with_bias(variant, position_bias, extra.get("pairs"), key),
+        )
+        if attention_mask is None:
+            attention_mask = key.new_ones(query.shape[0], key.shape[2], dtype=torch.bool)
     if variant is not None and variant.has_state and state_layer is not None:
         bias = None if position_bias is None else position_bias[:, :, 0]
         common = {"scaling": scaling, "bias": bias, **extra}
@@ -145,6 +155,8 @@ def efficient_attention_forward(
     if attention_mask is not None:
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+        if is_paired:
+            extra["pairs"] = extra["pairs"][..., : attention_mask.shape[1]]
         attention_mask = attention_mask[:, -key.shape[2] :]
         if is_paired:
             extra["pairs"] = extra["pairs"][..., -key.shape[2] :]
@@ -155,8 +167,8 @@ def efficient_attention_forward(
     if variant is None:
         # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
         unbiased_zeros = position_bias is not None and common["bias"] is None
-        common["window"] = None if unbiased_zeros or is_paired else window
-        if is_paired:  # it says all
+        common["window"] = None if unbiased_zeros or is_given else window
+        if is_given:  # it says all
             attention_mask, common["causal"] = None, False
         out = full_attention(query, key, value, attention_mask, dropout=dropout, **common)
         weights = full_weights(query, key, attention_mask, **common) if with_weights else None
@@ -248,6 +260,32 @@ def _read_pairs(
     if not is_bool:
         mask = mask.to(query.dtype) if variant is None else mask.to(query.dtype).masked_fill(~sees, float("-inf"))
     return mask, sees.any(1).any(1).expand(query.shape[0], -1)
+
+
+def is_biased(module: nn.Module) -> bool:
+    """Whether the model of an attention module gives it a bias for all pairs, which is no Toeplitz carrier."""
+    return bool(vars(module).get(BIASED))
+
+
+def _with_bias(
+    variant: AttentionVariant | None, bias: torch.Tensor, pairs: torch.Tensor | None, key: torch.Tensor
+) -> torch.Tensor:
+    """[B or 1, H, T, S]: a bias of the model's own, and a mask of all pairs beside it.
+
+    Raises:
+        UnsupportedModelError: a kind that cannot obey it.
+    """
+    if variant is not None and not variant.takes_pairs:
+        allowed = ", ".join(name for name, other in ATTENTIONS.items() if other.takes_pairs)
+        raise UnsupportedModelError(
+            f"{variant.config.kind!r} attention has no place for the bias that this model has for all pairs of "
+            f"tokens. Kinds that have one: {allowed}."
+        )
+    bias = bias.to(key.dtype)
+    width = bias.shape[3]
+    joined = join_masks(None, bias, None if pairs is None else pairs[..., :width])
+    assert joined is not None
+    return joined
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

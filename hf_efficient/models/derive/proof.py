@@ -171,19 +171,14 @@ def _convert(trial: Trial) -> None:
             break
     trial.check_matters(wanted, said)
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
-        keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
-        for kind in (converted, keeps_keys) if _runs(keeps_keys, trial.inputs) else (converted,):
+        kinds = [converted]
+        with suppress(UnsupportedModelError):  # by masks and biases that a kind which keeps all keys has no place for
+            keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
+            outputs_of(keeps_keys, trial.inputs)
+            kinds.append(keeps_keys)
+        for kind in kinds:
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
-
-
-def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Not where attention of this kind is refused, as by masks that it cannot obey."""
-    try:
-        outputs_of(model, inputs)
-    except UnsupportedModelError:
-        return False
-    return True
 
 
 def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool, window: int) -> Tensor:
