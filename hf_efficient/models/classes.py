@@ -139,7 +139,7 @@ class EfficientMixin:
         except KeyError as error:
             if error.args != (NAME,):
                 raise
-            # It has classes by the names of implementations (Unlimited OCR), and those that ask the interface ask their config.
+            # It has classes by the names of implementations (Unlimited OCR); others ask their config when they run.
             config._attn_implementation = "eager"
             super().__init__(config, *args, **kwargs)
             for part in self.modules():
