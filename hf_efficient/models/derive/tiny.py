@@ -41,9 +41,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (KV_FIELDS, KV_HEADS),
     (HEAD_FIELDS, HEADS),
     (r"rotary_dim", HEAD_DIM // 2),
-    (r".*head_dim|.*head_size|d_kv|kv_channels|d_head", HEAD_DIM),
+    (r".*head_dim|.*head_size|d_kv|kv_channels|d_head|dim_head", HEAD_DIM),
     (r".*lora_rank|.*_rank", 16),
-    (r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner", NEURONS),
+    (r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|dim_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner", NEURONS),
     (r".*hidden_size.*|d_model|dim|.*embed_dim|n_embd|.*_dim|.*embedding_size|.*(output|projection)_size", HIDDEN),
     (r"n_routed_experts|.*num_experts|num_local_experts", 4),
     (r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|topk_group|moe_k", 2),
@@ -51,7 +51,10 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(image_size|img_size)", 32),
     (r"patch_size", 8),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", POSITIONS),
-    (r"sliding_window", 4 * POSITIONS),  # in a converted layer the new attention takes the place of such a window
+    (
+        r"sliding_window|attention_window_size",
+        4 * POSITIONS,
+    ),  # in a converted layer the new attention takes the place of such a window
     (r".*window_size|attention_chunk_size", 4),
 )
 KEPT = re.compile(
@@ -192,6 +195,8 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and re.search(r"(lambda|gamma|scale)[^.]*(\.weight)?$", name):
             parameter.fill_(0.7)  # layer scales of 1e-6 hide what a layer does, and of 1 that they are there
+        elif parameter.ndim == 2 and not parameter.any():  # a matrix of zeros hides what it is multiplied with
+            parameter.normal_(0, 1 / math.sqrt(parameter.shape[0]), generator=generator)
     model.tie_weights()
     for module in model.modules():
         if getattr(getattr(module, "config", None), "use_cache", False) is True:
