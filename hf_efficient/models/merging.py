@@ -71,13 +71,16 @@ class _MergingLayer:
 
 
 class _HandingAttention:
-    """Before the class of the attention of a layer, with its projections."""
+    """Before the class of the attention of a layer, with its projections.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    Not in `forward`: whoever follows the calls of modules, such as `torch.export`, shall see this one end.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tokens = current_tokens()
         if tokens.attended is not None:
             return tokens.attended
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if tokens.merges:
             tokens.attended = output
             raise _Attended

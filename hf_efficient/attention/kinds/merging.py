@@ -10,9 +10,9 @@ it. s_j counts these, so that a token which stands for three weighs as three in 
 `protected_tokens` (class, distillation, registers) are never merged. After the last layer each token of the input gets
 the state of the one it went into, so that whatever follows sees as many as ever.
 
-Bolya et al. 2023, Token Merging: Your ViT But Faster, arXiv:2210.09461, sections 3 and A. Tokens keep their order here,
-which changes nothing where positions are added before the first layer, and that is proven (`models.derive.merging`).
-The layer's part is in `models.merging`.
+Bolya et al. 2023, Token Merging: Your ViT But Faster, arXiv:2210.09461, section 3. Tokens keep their order
+here, which changes nothing where positions are added before the first layer, and that is proven
+(`models.derive.merging`). The layer's part is in `models.merging`.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Tokens:
         if self.owners is None:
             return None
         ones = torch.ones_like(self.owners)
-        return ones.new_zeros(len(ones), count).scatter_add(1, self.owners, ones)
+        return ones.new_zeros(ones.shape[0], count).scatter_add(1, self.owners, ones)
 
 
 _TOKENS: ContextVar[Tokens | None] = ContextVar("tokens", default=None)
@@ -89,13 +89,13 @@ def match(keys: Tensor, merged: int, protected: int) -> Tensor:
         merged: how many tokens disappear; at most half of those that may.
         protected: the first ones that stay as they are.
     """
-    metric = torch.nn.functional.normalize(keys.float().mean(1)[:, protected:], dim=-1)  # [B, n, D]
+    metric = torch.nn.functional.normalize(_wide(keys).mean(1)[:, protected:], dim=-1)  # [B, n, D]
     a, b = metric[:, ::2], metric[:, 1::2]
     best, partners = (a @ b.transpose(1, 2)).max(-1)  # [B, len(a)]
-    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :merged]  # numbers of a
+    chosen = best.topk(merged).indices  # [B, merged], numbers of a
     source = protected + 2 * chosen
     target = protected + 2 * partners.gather(1, chosen) + 1
-    itself = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), -1)
+    itself = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1)
     kept = torch.ones_like(itself).scatter(1, source, 0)
     return (kept.cumsum(1) - 1).gather(1, itself.scatter(1, source, target))
 
@@ -108,19 +108,24 @@ def mergeable(count: int, merged: int, protected: int) -> int:
 def merge(x: Tensor, places: Tensor, count: int, sizes: Tensor | None) -> Tensor:
     """The mean of the tokens that go to each of `count` places, weighted by their sizes: `[B, T, C]` to
     `[B, count, C]`."""
-    weights = torch.ones_like(places) if sizes is None else sizes  # [B, T]
-    totals = weights.new_zeros(len(weights), count).scatter_add(1, places, weights)
+    weights = _wide(x.new_ones(places.shape) if sizes is None else sizes.to(x.dtype))  # [B, T]
+    totals = weights.new_zeros(weights.shape[0], count).scatter_add(1, places, weights)
     shares = (weights / totals.gather(1, places)).to(x.dtype)  # exactly 1 of a token that stays alone
-    return x.new_zeros(len(x), count, x.shape[2]).scatter_add(1, _wide(places, x), x * shares[..., None])
+    return x.new_zeros(x.shape[0], count, x.shape[2]).scatter_add(1, _of_states(places, x), x * shares[..., None])
 
 
 def unmerge(x: Tensor, owners: Tensor) -> Tensor:
     """Each token of the input with the state of the one that it went into: `[B, T, C]` to `[B, n, C]`."""
-    return x.gather(1, _wide(owners, x))
+    return x.gather(1, _of_states(owners, x))
 
 
-def _wide(places: Tensor, x: Tensor) -> Tensor:
+def _of_states(places: Tensor, x: Tensor) -> Tensor:
     return places[..., None].expand(-1, -1, x.shape[2])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class MergingAttention(AttentionVariant):
@@ -138,7 +143,7 @@ class MergingAttention(AttentionVariant):
         tokens = current_tokens()
         tokens.keys = key
         sizes = tokens.sizes(key.shape[2])
-        mask = None if sizes is None else sizes.log().to(query.dtype)[:, None, None, :]  # [B, 1, 1, T]
+        mask = None if sizes is None else _wide(sizes.to(query.dtype)).log().to(query.dtype)[:, None, None, :]
         return sdpa(query, *match_heads(query, key, value), mask, scaling=scaling, dropout=dropout)
 
     def macs(self, length, causal):
