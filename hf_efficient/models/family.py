@@ -53,6 +53,38 @@ class Attention:
     per_head: tuple[str, ...] = ()
 
 
+# What groups of FFN neurons are called: those of the first FFN of a layer, of a mixture of experts, of others.
+NEURON_KINDS = ("neurons", "expert_neurons", "neurons_2", "neurons_3", "neurons_4")
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One FFN of a layer, in the layers that have it.
+
+    `up` and `down` are the linears that widen and narrow, as in `Stack`; of a mixture of experts they are parameters
+    `[experts, ., .]`, of which every expert loses as many neurons: `up_dim` and `down_dim` say where they lie in them,
+    and `interleaved` that the gate and what is gated take turns there. `biases` are parameters `[experts, neurons]`
+    and `integers` numbers beside the weights that are the width. `neurons` is the config field with the width, or
+    `num_neurons` the width itself; `active` the field that says how many experts work for one token.
+    """
+
+    kind: str
+    up: tuple[str, ...]
+    down: str
+    neurons: str | None = None
+    num_neurons: int | None = None
+    up_dim: int = 0
+    down_dim: int = 0
+    interleaved: bool = False
+    biases: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
+    active: str | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        return self.down_dim > 0
+
+
 @dataclass(frozen=True)
 class Stack:
     """One tower of identical layers, and the config fields with its sizes.
@@ -61,6 +93,7 @@ class Stack:
         layers: its ModuleList.
         up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated. A path
             that is named twice is one fused linear with a block of outputs for each.
+        more_ffns: those beside it: a dense layer may have another FFN than one with experts, and that several.
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
         config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
@@ -83,6 +116,7 @@ class Stack:
     down: str = ""
     gated_up: tuple[str, ...] = ()
     gated_down: str | None = None
+    more_ffns: tuple[FFN, ...] = ()
     cross_attention: Attention | None = None
     cross_if: str | None = None
     config: str | None = None
@@ -108,7 +142,7 @@ class Stack:
         if ability == HEADS:
             cross = self.cross_attention and Attention(self.cross_attention.module)
             return replace(refused, attention=Attention(self.attention.module), cross_attention=cross)
-        return replace(refused, up=(), down="") if ability == NEURONS else refused
+        return replace(refused, up=(), down="", more_ffns=()) if ability == NEURONS else refused
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""
@@ -202,7 +236,7 @@ def _to_dict(entry: Any) -> dict[str, Any]:
     for one in fields(entry):
         value = getattr(entry, one.name)
         if value != one.default:
-            parts = [_to_dict(part) for part in value] if one.name == "stacks" else value
+            parts = [_to_dict(part) for part in value] if one.name in ("stacks", "more_ffns") else value
             written[one.name] = _to_dict(value) if isinstance(value, Attention) else parts
     return written
 
@@ -215,16 +249,19 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
     values: dict[str, Any] = {}
     for name, value in data.items():
         place = f"{where}.{name}"
-        if name == "stacks":
+        if name in ("stacks", "more_ffns"):
             if not isinstance(value, list | tuple) or len(value) > MAX_STACKS:
-                raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} stacks.")
-            values[name] = tuple(_from_dict(Stack, one, f"{place}[{i}]") for i, one in enumerate(value))
+                raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} mappings.")
+            part = Stack if name == "stacks" else FFN
+            values[name] = tuple(_from_dict(part, one, f"{place}[{i}]") for i, one in enumerate(value))
         elif name in ("attention", "cross_attention"):
             values[name] = None if value is None else _from_dict(Attention, value, place)
         elif name == "refusals":
             values[name] = tuple((str(ability), str(why)[:MAX_TEXT]) for ability, why in _pairs(value, place))
         else:
             values[name] = _plain(value, known[name].type, place)
+    if kind is FFN and (values.get("kind") not in NEURON_KINDS or values.get("down_dim", 0) > 2):
+        raise ConfigError(f"efficient.{where}: an FFN is one of {', '.join(NEURON_KINDS)}, in dimension 1 or 2.")
     try:
         return kind(**values)
     except TypeError as error:

@@ -108,7 +108,7 @@ def merge_layers(layers: Sequence[nn.Module], attention: Attention, tokens: Sequ
     """
     paths = [attention.module.split("."), attention.output.split(".")]
     shared = [one for one, other in zip(*paths, strict=False) if one == other] if attention.output else paths[0][:1]
-    if not shared:
+    if not any(shared):
         raise UnsupportedModelError("no part of its layers is the attention with all its projections")
     for index, layer in enumerate(layers):
         part = layer.get_submodule(".".join(shared))

@@ -17,10 +17,10 @@ from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .families import family_of
-from .family import Attention, Family
+from .family import FFN, Attention, Family
 from .linears import resize_linear
 from .merging import merge_layers
+from .registry import family_of
 from .stacks import ModelStack, model_stacks
 
 MERGING = "merging"
@@ -64,6 +64,8 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
     for (size, attention), configs in zip(
         stack.attentions.items(), (entry.attention, entry.cross_attention), strict=False
     ):
+        if size not in stack.attentions_in(index):
+            continue
         shape = HeadShape(stack.num_heads, stack.num_kv_heads, stack.head_width)
         if size in entry.sizes:
             heads = entry.sizes[size][index]
@@ -77,11 +79,38 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
             cross = size == "cross_heads"
             check_fit(configs[index], stack.family, cross)
             attach(layer.get_submodule(attention.module), configs[index], shape, cross)
-    if "neurons" in entry.sizes:
-        neurons = entry.sizes["neurons"][index]
-        for up, parts in Counter(stack.up).items():
-            resize_linear(layer.get_submodule(up), outputs=parts * neurons)
-        resize_linear(layer.get_submodule(stack.down), inputs=neurons)
+    for kind, ffn in stack.ffns_in(index).items():
+        if kind in entry.sizes:
+            (_resize_experts if ffn.has_experts else _resize_ffn)(layer, ffn, entry.sizes[kind][index])
+
+
+def _resize_ffn(layer: nn.Module, ffn: FFN, neurons: int) -> None:
+    for up, parts in Counter(ffn.up).items():
+        resize_linear(layer.get_submodule(up), outputs=parts * neurons)
+    resize_linear(layer.get_submodule(ffn.down), inputs=neurons)
+
+
+def _resize_experts(layer: nn.Module, ffn: FFN, neurons: int) -> None:
+    """Parameters `[experts, ., .]`, and the integers beside them that say how wide an expert is."""
+    parts = Counter(ffn.up)
+    wanted = [(up, ffn.up_dim, count * neurons) for up, count in parts.items()]
+    wanted += [(bias, 1, count * neurons) for bias, count in zip(ffn.biases, parts.values(), strict=False)]
+    for path, dim, size in (*wanted, (ffn.down, ffn.down_dim, neurons)):
+        place, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(place), name, nn.Parameter(layer.get_parameter(path).narrow(dim, 0, size).clone()))
+    for path in ffn.integers:
+        place, _, name = path.rpartition(".")
+        _set_number(layer.get_submodule(place), name, neurons)
+
+
+def _set_number(module: nn.Module, name: str, number: int) -> None:
+    """
+    Raises:
+        ConfigError: the module has no such number; the entry may come from a stranger's config.json.
+    """
+    if type(getattr(module, name, None)) is not int:
+        raise ConfigError(f"efficient.family: {name!r} is no number of {type(module).__name__}.")
+    setattr(module, name, number)
 
 
 def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> None:
@@ -121,9 +150,7 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
     for name, number in numbers.items():
-        if type(getattr(module, name, None)) is not int:  # the entry may come from a stranger's config.json
-            raise ConfigError(f"efficient.family: {name!r} is no number of {type(module).__name__}.")
-        setattr(module, name, number)
+        _set_number(module, name, number)
     for name in attention.per_head:
         setattr(module, name, nn.Parameter(getattr(module, name)[: shape.heads].clone()))
     if attention.reads_config:

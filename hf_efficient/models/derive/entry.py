@@ -7,7 +7,7 @@ family.refusals                                           # {"neurons": "encoder
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
-from ..family import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from .ffns import find_ffns
 from .observe import Call, LayerRun, observing, run
-from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
+from .roles import Heads, NotDerivable, attention_call, attention_roles, norm_place
 from .unseen import unseen_attention
 
 # The standard name of each size, then other names that models have for it.
@@ -30,6 +31,9 @@ FIELDS = {
     "hidden": "hidden_size d_model dim n_embd embed_dim hidden_dim encoder_hidden_size decoder_hidden_size",
     "neurons": "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_hidden_size "
     "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
+    "expert_neurons": "moe_intermediate_size expert_ffn_hidden_size intermediate_size ffn_dim d_ff expert_dim",
+    "shared_neurons": "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp",
+    "experts_per_token": "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_k top_k",
     "head_dim": "head_dim d_kv attention_head_dim kv_channels",
 }
 OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
@@ -203,18 +207,17 @@ def _make_stack(
     else:
         found = _seen_attention(first, place, len(layers))
     why = found.why
-    up, down, count = (), "", None
+    ffns: dict[str, FFN] = {}
     try:
-        neurons = neuron_roles(first, found.attention)
-        if any(neuron_roles(LayerRun(model, layer, inputs), found.attention) != neurons for layer in layers):
-            raise NotDerivable("the FFNs of its layers are unlike each other")
-        up, down, count = neurons.up, neurons.down, neurons.count
+        runs = [first if layer is first.layer else LayerRun(model, layer, inputs) for layer in layers]
+        ffns = {ffn.kind: ffn for ffn in find_ffns(runs, found.attention)}
     except NotDerivable as reason:
         why[NEURONS] = str(reason)
-    readers = [found.attention.output, *([found.cross.output] if found.cross else []), down]
+    main = ffns.pop("neurons", FFN("neurons", (), ""))
+    readers = [found.attention.output, *([found.cross.output] if found.cross else []), main.down]
     norm = norm_place(first, readers) if all(readers) else None
     own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
-    fields = _fields(own, path, found, len(layers), first, count)
+    fields = _fields(own, path, found, len(layers), first, main)
     if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
         why |= dict.fromkeys((CONVERT, HEADS), "no config field says how wide a head is")
     stack = Stack(
@@ -222,8 +225,9 @@ def _make_stack(
         layers=path,
         attention=found.attention,
         cross_attention=found.cross,
-        up=up,
-        down=down,
+        up=main.up,
+        down=main.down,
+        more_ffns=tuple(width_said(ffn, own) for ffn in ffns.values()),
         config=where or None,
         causal=found.is_causal,
         sees_patches=name == "vision",
@@ -245,7 +249,7 @@ def _own_config(
         if config is own:
             return config, path
     for path, config in configs.items():
-        if _field(config, "heads", sizes.heads) and _field(config, "layers", depth):
+        if find_field(config, "heads", sizes.heads) and find_field(config, "layers", depth):
             return config, path
     raise NotDerivable("no config says how many heads and layers it has")
 
@@ -257,7 +261,7 @@ def _nested(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, Pre
             yield from _nested(value, f"{path}.{name}" if path else name)
 
 
-def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str, mapped: bool = True) -> str | None:
+def find_field(config: PreTrainedConfig, role: str, size: int | None, *first: str, mapped: bool = True) -> str | None:
     """The field of a config that holds a size, under one of the names for its role."""
     for name in (*first, *FIELDS[role].split()):
         real = config.attribute_map.get(name, name)
@@ -267,9 +271,7 @@ def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str, m
     return None
 
 
-def _fields(
-    own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, neurons: int | None
-) -> dict[str, Any]:
+def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, ffn: FFN) -> dict[str, Any]:
     """The names of the config fields of a stack.
 
     Raises:
@@ -279,13 +281,15 @@ def _fields(
     side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
     fields: dict[str, Any] = {
-        "heads": _field(own, "heads", sizes.heads, f"{side}_attention_heads"),
-        "num_layers": _field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
-        "hidden": _field(own, "hidden", wide if wide is not None else _any_hidden(own)),
-        "neurons": _field(own, "neurons", neurons, f"{side}_ffn_dim"),
-        "kv_heads": _field(own, "kv_heads", sizes.kv_heads, mapped=False),  # Whisper calls other heads by this name
+        "heads": find_field(own, "heads", sizes.heads, f"{side}_attention_heads"),
+        "num_layers": find_field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
+        "hidden": find_field(own, "hidden", wide if wide is not None else _any_hidden(own)),
+        "neurons": width_said(ffn, own, f"{side}_ffn_dim").neurons,
+        "kv_heads": find_field(
+            own, "kv_heads", sizes.kv_heads, mapped=False
+        ),  # Whisper calls other heads by this name
     }
-    head_dim = _field(own, "head_dim", sizes.dim)
+    head_dim = find_field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if fields["num_layers"] is None:
         raise NotDerivable(f"no config field says that it has {depth} layers")
@@ -293,9 +297,20 @@ def _fields(
         raise NotDerivable("no config field says how many heads it has, or how wide it is")
     if fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
         raise NotDerivable("no config field says how many key/value heads it has")
-    if neurons is not None and fields["neurons"] is None:
-        fields["num_neurons"] = neurons  # for this one config
+    if fields["neurons"] is None:
+        fields["num_neurons"] = ffn.num_neurons  # for this one config
     return fields
+
+
+def width_said(ffn: FFN, config: PreTrainedConfig, *first: str) -> FFN:
+    """An FFN with the field that says its width instead of the width, and for experts how many work for a token."""
+    role = "neurons" if ffn.down_dim == 0 else "expert_neurons"
+    first += tuple(FIELDS["shared_neurons"].split()) if "shared" in ffn.down or ffn.kind == "neurons_2" else ()
+    name = find_field(config, role, ffn.num_neurons, *first)
+    active = FIELDS["experts_per_token"].split() if ffn.has_experts else []
+    active = [one for one in active if type(vars(config).get(config.attribute_map.get(one, one))) is int]
+    ffn = replace(ffn, active=config.attribute_map.get(active[0], active[0]) if active else None)
+    return replace(ffn, neurons=name, num_neurons=None) if name else ffn
 
 
 def _any_hidden(config: PreTrainedConfig) -> int | None:

@@ -16,9 +16,10 @@ from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
-from hf_efficient.models.families import FAMILIES, register_family
+from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
+from hf_efficient.models.registry import register_family
 from hf_efficient.models.stacks import config_stacks
 
 from ...families import make_config
@@ -39,8 +40,8 @@ TYPES = {
     "siglip": EVERYTHING,
     "wav2vec2": EVERYTHING,
     "llava": EVERYTHING,
-    "qwen3_moe": EVERYTHING - {"neurons"},
-    "gpt_oss": {"heads", "layers"},  # attention sinks, one of each head
+    "qwen3_moe": EVERYTHING,
+    "gpt_oss": PRUNED,  # attention sinks, one of each head
     "gemma2": PRUNED,  # softcap
     "gptj": PRUNED,  # attention of its own
     "mpnet": {"neurons", "layers"},
@@ -171,11 +172,9 @@ def test_a_window_matters_and_a_wide_one_does_not():
 
 
 def test_what_cannot_be_removed_is_refused_with_the_reason():
-    moe = make("qwen3_moe")[0]
-    with pytest.raises(
-        UnsupportedModelError, match=r"neurons of qwen3_moe .* mixture of experts\. .*\('head', 'layer'\)"
-    ):
-        prune(moe, BY_SIZE)
+    olmo = make("olmo2")[0]
+    with pytest.raises(UnsupportedModelError, match=r"heads of olmo2 .* several heads .*\. .*\('neuron', 'layer'\)"):
+        prune(olmo, BY_SIZE)
     with pytest.raises(UnsupportedModelError, match=r"layers of albert .* one layer alone"):
         prune(make("albert")[0], replace(BY_SIZE, granularity=("layer",)))
 
