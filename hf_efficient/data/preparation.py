@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, did_you_mean, shown, unknown_name
 from .images import image_settings, undecoded
+from .media import BATCH, check_processor, encoded, media_settings
 from .tables import FORMATS, place_of, read_table
 from .tasks import ROLES, TASKS, Task, column_name
 from .text import IGNORED, check_tokenizer
@@ -66,11 +67,14 @@ def prepare(
     - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
       word carries its label, all others -100.
     - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every epoch, in `test` once.
+    - image-text-to-text: an image, a text about it (a question) and the `target_column` that answers; labels are those of
+      the answer, -100 else. A path is relative to the file with the rows, for sounds too.
+    - automatic-speech-recognition and speech-ctc: `audio_column` in, `target_column` out; see data/sounds.py.
     - question-answering: rows as in SQuAD. A context that is too long is cut at its end, without a second part that
       begins later; an answer that is not in what is left has the positions 0.
 
     Parameters:
-        processor: the tokenizer, or for images an AutoImageProcessor or None. A tokenizer without a padding token
+        processor: the tokenizer, for images an AutoImageProcessor or None, for both or for sounds an AutoProcessor. A tokenizer without a padding token
             gets its end-of-sequence token as one.
         names: the columns, as `<role>_column` for each of `tasks.ROLES` (`text_column="review"`); those that are not
             named are found by their usual names.
@@ -90,7 +94,14 @@ def prepare(
     is_by_word = "tokens" in columns
     classes, ids = _classes(dataset, columns["label"], is_by_word) if "label" in columns else ((), {})
     settings: dict[str, Any] = {"columns": columns, "ids": ids}
-    if entry.is_of_images:
+    if entry.reads:
+        check_processor(processor, entry.reads)
+        column = columns["image" if "image" in columns else "audio"]
+        dataset, batch_size = encoded(dataset, column), BATCH
+        settings |= {"processor": processor, "folder": os.path.dirname(_source(dataset["train"]) or "")}
+        settings["max_length"] = _text_settings(processor.tokenizer, max_length)["max_length"]
+        settings |= media_settings(dataset, entry.tokenize, settings)
+    elif entry.is_of_images:
         dataset, batch_size = undecoded(dataset, columns["image"]), 100
         settings |= image_settings(dataset, columns["image"], processor, image_size)
     else:

@@ -56,6 +56,10 @@ def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
         return num_patches(model.config)
     if model.main_input_name == "input_features":
         return model.config.max_source_positions
+    if model.main_input_name == "input_values" and hasattr(model, "_get_feat_extract_output_lengths"):
+        samples = [batch["input_values"].shape[1] for batch in batches]
+        frames = [int(model._get_feat_extract_output_lengths(torch.tensor(count))) for count in samples]
+        return sum(frames) // len(frames) if frames else DEFAULT_LENGTH
     tokens = sequences = 0
     for batch in batches:
         mask = batch.get("attention_mask")
