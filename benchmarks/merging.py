@@ -5,13 +5,12 @@
 
 A ViT-S/16 of 12 layers, 384 wide, with random weights, on random images; all models take turns within a round, and the
 median of the rounds counts. `speedup` is the time of the original by that of the model with merging; the median of the
-ratios round by round. Memory is what a training step adds at its peak (on CUDA what the allocator says, else the
+ratios round by round. `macs` are those of one image. Memory is what a training step adds at its peak (on CUDA what the allocator says, else the
 largest resident set of a process of its own).
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_efficient import AttentionConfig, convert_attention
 from hf_efficient.attention.config import decreasing_tokens
+from hf_efficient.measurement.size import count_macs
 
 SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 
@@ -76,9 +76,15 @@ def added_memory(method: str, args: argparse.Namespace) -> int:
 def resident(method: str, args: argparse.Namespace) -> int:
     model, pixels = make_model(methods(args.image)[method], args.image, "cpu"), images(args)
     train(model, pixels[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = largest_resident()
     train(model, pixels)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return largest_resident() - before
+
+
+def largest_resident() -> int:
+    """In bytes. Not ru_maxrss: a child process starts with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def images(args: argparse.Namespace) -> torch.Tensor:
@@ -109,7 +115,7 @@ def main() -> None:
                     times.setdefault((name, step.__name__), []).append(taken)
     rows = []
     for name in models:
-        row = {"method": name}
+        row = {"method": name, "macs": count_macs(models[name], {"pixel_values": pixels[:1]})}
         for step in (forward, train):
             own, original = times[name, step.__name__], times["original", step.__name__]
             ratios = [first / second for first, second in zip(original, own, strict=True)]

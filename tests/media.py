@@ -69,6 +69,8 @@ def save_whisper(folder: Path) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|startoftranscript|>", "<|notimestamps|>"]})
+    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
     features = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     transformers.WhisperProcessor(features, tokenizer).save_pretrained(folder)
     size, end = len(tokenizer), tokenizer.eos_token_id
@@ -87,7 +89,7 @@ def save_whisper(folder: Path) -> Path:
         pad_token_id=end,
         bos_token_id=end,
         eos_token_id=end,
-        decoder_start_token_id=end,
+        decoder_start_token_id=start,
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )

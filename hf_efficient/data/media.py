@@ -20,7 +20,6 @@ from .sounds import samples_of
 from .text import IGNORED, strings
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
 
 TOKENS = ("input_ids", "attention_mask", "labels")
@@ -206,7 +205,7 @@ def _columns(rows: list[dict[str, Any]], indices: list[int]) -> dict[str, list]:
             shape, first = np.shape(value), np.shape(rows[0].get(name))
             if len(shape) > 1 and shape != first:
                 raise DataError(
-                    f"Row {index}: {name} has the shape {list(shape)}, another row {list(first)}. Set the processor to "
-                    "give all of one size."
+                    f"Row {index}: {name} has the shape {list(shape)}, another row {list(first)}. Set the processor "
+                    "to give all of one size."
                 )
     return {name: [np.asarray(row[name]) for row in rows] for name in rows[0]}

@@ -67,15 +67,15 @@ def prepare(
     - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
       word carries its label, all others -100.
     - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every epoch, in `test` once.
-    - image-text-to-text: an image, a text about it (a question) and the `target_column` that answers; labels are those of
-      the answer, -100 else. A path is relative to the file with the rows, for sounds too.
+    - image-text-to-text: an image, a text about it (a question) and the `target_column` that answers; labels are those
+      of the answer, -100 else. A path is relative to the file with the rows, for sounds too.
     - automatic-speech-recognition and speech-ctc: `audio_column` in, `target_column` out; see data/sounds.py.
     - question-answering: rows as in SQuAD. A context that is too long is cut at its end, without a second part that
       begins later; an answer that is not in what is left has the positions 0.
 
     Parameters:
-        processor: the tokenizer, for images an AutoImageProcessor or None, for both or for sounds an AutoProcessor. A tokenizer without a padding token
-            gets its end-of-sequence token as one.
+        processor: the tokenizer; for images an AutoImageProcessor or None; for both, or for sounds, an AutoProcessor.
+            A tokenizer without a padding token gets its end-of-sequence token as one.
         names: the columns, as `<role>_column` for each of `tasks.ROLES` (`text_column="review"`); those that are not
             named are found by their usual names.
         max_length: in tokens; by default what the tokenizer says, at most 512.

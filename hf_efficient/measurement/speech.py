@@ -5,7 +5,7 @@
     errors, words = word_errors("the cat sat", "a cat sat down")     # 2, 4
 
 Words are what stands between spaces, as they are written: neither case nor punctuation is changed, as in the metric
-`wer` of `evaluate`. Of CTC the most probable token of each frame is taken, of others the greedy decoding of `generate`.
+`wer` of `evaluate`. Of CTC the most probable token of each frame is taken, of others what `generate` says greedily.
 """
 
 import zlib

@@ -139,6 +139,9 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
         for where, values in lists.items():
             if len(values) != layers:
                 raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
+        for index, attention in enumerate(entry.attention):
+            if attention.kind != "full" and index not in stack.attending:
+                raise ConfigError(f"efficient.stacks.{name}.attention[{index}]: this layer has no softmax attention.")
         _check_sizes(entry, stack)
         _check_heads(entry, stack)
 
@@ -202,7 +205,8 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family | None) -> None:
 
 
 def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
-    for name, limit in limits.items():
+    for place, limit in limits.items():
+        name = place.partition(".")[0]  # of a list every entry
         low = 0 if name in MAY_BE_NONE else 1
         kinds = (int, float) if name == "mlp_ratio" else (int,)
         value = fields.get(name)

@@ -11,7 +11,7 @@ no decoder) is left out by `models.stacks`, where the entries meet configs and m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..errors import ConfigError, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MAX_STACKS, MAX_NAMES, MAX_TEXT, MAX_NUMBER = 16, 64, 500, 1 << 20
+MAX_STACKS, MAX_NAMES, MAX_TEXT, MAX_NUMBER, MAX_LAYERS = 16, 64, 500, 1 << 20, 1024
 
 # What can be done with a model; each may be refused for itself.
 CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "layers")
@@ -29,7 +29,7 @@ CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "l
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module of a layer.
+    """One attention module of a layer; without a path one of which nothing is known.
 
     `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
     `Conv1D`s; empty where heads cannot be told apart. A path that stands for several of query, key and value is one
@@ -38,6 +38,10 @@ class Attention:
     `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
     key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
     `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
+    `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
+    scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
+    `measure` is the linear that makes the queries of all heads, and nothing else, where no config field says how wide
+    they are.
     """
 
     module: str
@@ -51,6 +55,15 @@ class Attention:
     width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
     per_head: tuple[str, ...] = ()
+    class_name: str = ""
+    logits: bool = False
+    uneven: bool = False
+    measure: str = ""
+
+    def without_heads(self) -> Attention:
+        """The same module, without what tells its heads apart."""
+        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "measure")}
+        return Attention(self.module, **said)
 
 
 # What groups of FFN neurons are called: those of the first FFN of a layer, of a mixture of experts, of others.
@@ -97,12 +110,15 @@ class Stack:
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
         config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
-        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
-            `neurons` is `None` where no field can say any width.
+        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width;
+            `depths.1` is an entry of a list. `heads` is empty where nothing is known of any, and `neurons` is `None`
+            where no field can say any width.
         count_neurons: the FFN width of a config, where it is not simply in the field.
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
             `None` where it accepts none (then pruned heads need the efficient class).
+        head_size: the width of a head itself, where the entry belongs to one config and no field says it.
+        attending: the layers that have this attention; None: all.
         num_neurons: the FFN width itself, where the entry belongs to one config and no field says it.
         causal: its self-attention sees no later tokens; `None`: by its name.
         sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
@@ -127,6 +143,8 @@ class Stack:
     count_neurons: Callable[[PreTrainedConfig], int] | None = None
     kv_heads: str | None = None
     head_dim: str | None = None
+    head_size: int | None = None
+    attending: tuple[int, ...] | None = None
     num_neurons: int | None = None
     causal: bool | None = None
     sees_patches: bool = False
@@ -140,9 +158,16 @@ class Stack:
         """The same stack, but that it does not say what the ability needs."""
         refused = replace(self, refusals=tuple(sorted({**dict(self.refusals), ability: why}.items())))
         if ability == HEADS:
-            cross = self.cross_attention and Attention(self.cross_attention.module)
-            return replace(refused, attention=Attention(self.attention.module), cross_attention=cross)
+            cross = self.cross_attention and self.cross_attention.without_heads()
+            return replace(refused, attention=self.attention.without_heads(), cross_attention=cross)
         return replace(refused, up=(), down="", more_ffns=()) if ability == NEURONS else refused
+
+    def with_layers(self, kept: Sequence[int]) -> Stack:
+        """The same for a stack of which these layers are left, in this order."""
+        if self.attending is None:
+            return self
+        attending = tuple(new for new, old in enumerate(kept) if old in self.attending)
+        return replace(self, attending=attending)
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""
@@ -289,5 +314,7 @@ def _plain(value: Any, kind: str, where: str) -> Any:
     if isinstance(value, list | tuple) and len(value) <= MAX_NAMES and "tuple[str, ...]" in kinds:
         return tuple(_plain(one, "str", where) for one in value)
     allowed = {"str": "a path of names", "bool": "a switch", "int": f"a number up to {MAX_NUMBER}", "None": "null"}
+    if isinstance(value, list | tuple) and len(value) <= MAX_LAYERS and "tuple[int, ...]" in kinds:
+        return tuple(_plain(one, "int", where) for one in value)
     names = " or ".join(allowed.get(one, "a few names") for one in kinds)
     raise ConfigError(f"efficient.{where} must be {names}, got {shown(value)}.")

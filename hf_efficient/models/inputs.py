@@ -97,9 +97,9 @@ def _put_image_tokens(model, inputs: dict[str, torch.Tensor]) -> None:
         features = model.get_image_features(pixel_values=inputs["pixel_values"].to(device))
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, (list, tuple)) else [features]
-    rows, length = inputs["input_ids"].shape
+    rows = inputs["input_ids"].shape[0]
     tokens = torch.full((rows, sum(part.shape[:-1].numel() for part in parts) // rows), token)
-    text = inputs["input_ids"].masked_fill(inputs["input_ids"] == token, (token + 1) % 3)
+    text = inputs["input_ids"].masked_fill(inputs["input_ids"] == token, token - 1 if token else 1)
     inputs["input_ids"] = torch.cat([tokens, text], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 

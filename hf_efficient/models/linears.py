@@ -31,6 +31,10 @@ def num_inputs(linear: nn.Module) -> int:
     return linear.weight.shape[input_dim(linear)]
 
 
+def num_outputs(linear: nn.Module) -> int:
+    return linear.weight.shape[output_dim(linear)]
+
+
 def resize_linear(linear: nn.Module, inputs: int | None = None, outputs: int | None = None) -> None:
     """Narrow a linear in place to its first inputs or outputs. Weights that fit are loaded afterwards."""
     weight = linear.weight

@@ -11,8 +11,8 @@ mean(x) + mean(attention(x)) = mean(x + attention(x)).
 Who went into whom travels from layer to layer on the tensor of the states, so a model may run in several threads.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -98,6 +98,19 @@ def _merged(tokens: Tokens, states: Tensor, count: int, protected: int) -> Tenso
     tokens.attended = first if rest is None else (first, *rest)
     tokens.owners = places if tokens.owners is None else places.gather(1, tokens.owners)
     return merge(states, places, remaining, sizes)
+
+
+@contextmanager
+def merging_nothing(model: nn.Module) -> Iterator[None]:
+    """Meanwhile no layer of the model merges any token."""
+    before = {layer: layer.token_merging for layer in model.modules() if isinstance(layer, _MergingLayer)}
+    try:
+        for layer, settings in before.items():
+            layer.token_merging = settings._replace(tokens=0)
+        yield
+    finally:
+        for layer, settings in before.items():
+            layer.token_merging = settings
 
 
 def merge_layers(layers: Sequence[nn.Module], attention: Attention, tokens: Sequence[int], protected: int) -> None:

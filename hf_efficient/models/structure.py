@@ -14,14 +14,14 @@ from ..attention.config import AttentionConfig
 from ..attention.dispatch import attach
 from ..attention.registry import ATTENTIONS
 from ..attention.relative_bias import use_toeplitz_bias
-from ..attention.variant import HeadShape
+from ..attention.variant import CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .family import FFN, Attention, Family
+from .family import FFN, Attention
 from .linears import resize_linear
 from .merging import merge_layers
 from .registry import family_of
-from .stacks import ModelStack, model_stacks
+from .stacks import ConfigStack, ModelStack, model_stacks
 
 MERGING = "merging"
 
@@ -30,8 +30,11 @@ def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
         entry = _with_merging(block.stack(stack.name), stack.name)
-        for index in range(len(stack.layers)):
+        for index, layer in enumerate(stack.layers):
             _apply_to_layer(stack, index, entry)
+            if block.is_converted() and stack.entry.causal is not None:  # converted attention has no mask that tells
+                for kind, attention in stack.attentions_in(index).items():
+                    setattr(layer.get_submodule(attention.module), CAUSAL, kind == "heads" and stack.is_causal)
         if any(config.kind == MERGING for config in entry.attention):
             tokens = [config.merged_tokens for config in entry.attention]
             merge_layers(stack.layers, stack.entry.attention, tokens, entry.attention[0].protected_tokens)
@@ -75,9 +78,9 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
                 bias = layer.get_submodule(table)
                 bias.weight = nn.Parameter(bias.weight[:, :heads].clone())
                 bias.embedding_dim = heads
-        if configs:  # made for the heads that are there now
+        if configs and configs[index].kind != "full":  # made for the heads that are there now
             cross = size == "cross_heads"
-            check_fit(configs[index], stack.family, cross)
+            check_fit(configs[index], stack, cross)
             attach(layer.get_submodule(attention.module), configs[index], shape, cross)
     for kind, ffn in stack.ffns_in(index).items():
         if kind in entry.sizes:
@@ -113,28 +116,41 @@ def _set_number(module: nn.Module, name: str, number: int) -> None:
     setattr(module, name, number)
 
 
-def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> None:
-    """Refuse a kind that has no place for what the attention of this family is made of.
+def check_fit(config: AttentionConfig, stack: ConfigStack, cross: bool = False) -> None:
+    """Refuse a kind that has no place for what the attention of a stack is made of.
 
     Raises:
-        UnsupportedModelError: a relative position bias that would be dropped, or cross attention of a kind that needs
-            queries and keys of one sequence.
+        UnsupportedModelError: a relative position bias, capped scores or sinks that would be dropped, values of
+            another width than queries, or cross attention of a kind that needs queries and keys of one sequence.
     """
     if config.kind == "full":
         return
-    variant = ATTENTIONS[config.kind]
+    variant, family = ATTENTIONS[config.kind], stack.family
+    attention = stack.cross if cross else stack.entry.attention
     if cross and not variant.takes_cross:
-        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_cross)
         raise UnsupportedModelError(
             f"{config.kind!r} attention needs queries and keys of one sequence, so it cannot serve cross attention. "
-            f"Kinds that can: {allowed}; or leave cross attention full."
+            f"Kinds that can: {_kinds('takes_cross')}; or leave cross attention full."
         )
     if family.relative_bias and not cross and not variant.takes_bias:
-        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_bias)
         raise UnsupportedModelError(
             f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
-            f"Kinds that keep it for the pairs they see: {allowed}."
+            f"Kinds that keep it for the pairs they see: {_kinds('takes_bias')}."
         )
+    if attention and attention.logits and not variant.takes_logits:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention cannot express the capped scores or the attention sinks of "
+            f"{family.model_type} models. Kinds that keep them: {_kinds('takes_logits')}."
+        )
+    if attention and attention.uneven and not variant.takes_uneven:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention needs values as wide as queries, which {family.model_type} models do not "
+            f"have. Kinds that take others: {_kinds('takes_uneven')}."
+        )
+
+
+def _kinds(ability: str) -> str:
+    return ", ".join(kind for kind, variant in ATTENTIONS.items() if getattr(variant, ability))
 
 
 def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, stack: ModelStack) -> None:

@@ -64,7 +64,7 @@ class ModelSettings(Settings):
             raise ConfigError(f"model.tokenizer and model.tokenizer_size have no meaning for task {task!r}.")
         if TASKS[task].reads and self.config is not None:
             raise ConfigError(
-                f"model.config: task {task!r} needs an existing model with its processor, so name_or_path must be given."
+                f"model.config: task {task!r} needs an existing model with its processor: give name_or_path instead."
             )
         if self.config is not None and not named and not TASKS[task].is_of_images:
             raise ConfigError(

@@ -102,8 +102,8 @@ def head_of(model: nn.Module) -> Head:
         )
     if kind == "ctc":
         raise UnsupportedModelError(
-            f"{type(base).__name__} cannot be distilled: its outputs belong to frames, and which frame says what is not "
-            "known (CTC). It can be pruned, converted and measured (task speech-ctc)."
+            f"{type(base).__name__} cannot be distilled: its outputs belong to frames, and which frame says what is "
+            "not known (CTC). It can be pruned, converted and measured (task speech-ctc)."
         )
     if kind == "causal_lm" and len(stacks) == 2:
         kind = "tokens"

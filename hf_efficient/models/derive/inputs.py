@@ -27,7 +27,10 @@ def tiny_inputs(model: PreTrainedModel) -> Inputs:
     problem: Exception | None = None
     for inputs in _attempts(model):
         try:
-            made = inputs()
+            made = {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+                for name, value in inputs().items()
+            }
             with torch.no_grad():
                 model(**{name: value.clone() for name, value in made.items()})
             return made

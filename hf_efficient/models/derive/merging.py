@@ -66,6 +66,8 @@ def _found(model_class: type[PreTrainedModel] | None, config: PreTrainedConfig, 
         stack = next((one for one in model_stacks(model, family) if one.name == name), None)
         if stack is None or stack.entry.why_not(CONVERT) is not None:
             return "it is not there, or its attention cannot be converted"
+        if len(stack.attending) < len(stack.layers):
+            return "some of its layers have no softmax attention"
         if stack.is_causal or stack.cross:
             return "it is a decoder, in which a merged token would stand at several positions"
         protected = _leading(model, stack, inputs)

@@ -43,6 +43,7 @@ class Call:
     is_cross: bool
     is_causal: bool
     has_bias: bool
+    has_logits: bool
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +72,9 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
         output, weights = eager(module, query, key, value, mask, **kwargs)
         has_bias = kwargs.get("position_bias") is not None
-        calls.append(Call(module, query, key, value, output, is_cross, _is_causal(module, mask, kwargs), has_bias))
+        has_logits = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+        is_causal = _is_causal(module, mask, kwargs)
+        calls.append(Call(module, query, key, value, output, is_cross, is_causal, has_bias, has_logits))
         return output, weights
 
     before = [(config, config._attn_implementation) for config in _configs(model)]
@@ -97,8 +100,10 @@ def _is_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any
     """By the mask, if it says anything about the future; else by what the model says."""
     said = options.get("is_causal")
     said = getattr(module, "is_causal", True) if said is None else said
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] < 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] < 2:
         return bool(said)
+    if mask.shape[-2] < 2:  # the same for all queries: padding
+        return False
     hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
     queries, keys = mask.shape[-2:]
     future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...attention.config import MAX_WINDOW, AttentionConfig
-from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
@@ -29,7 +28,7 @@ from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, outputs_of
 from .observe import observing
-from .roles import NotDerivable
+from .roles import NotDerivable, said_of
 
 TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
@@ -49,6 +48,10 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
                 family = _tried(ability, proof, name, family, model, inputs, expected)
     finally:
         forget(model.config)  # what was tried is no knowledge yet
+    stages = [stack for stack in family.stacks if "." in stack.num_layers]
+    if any(stack.why_not(LAYERS) for stack in stages):  # windows that move by turns show in large images alone
+        for stack in stages:
+            family = family.without(LAYERS, stack.why_not(LAYERS) or "other stages cannot lose any", stack.name)
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
     return family
@@ -67,9 +70,7 @@ def _tried(
         proof(trial)
         return family
     except Exception as error:  # whatever the code of a model may raise
-        reason = " ".join(str(error).split())[:200]
-        kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
-        return _second_try(trial, ability) or family.without(ability, f"{kind}{reason}", name)
+        return _second_try(trial, ability) or family.without(ability, said_of(error), name)
 
 
 @dataclass
@@ -145,21 +146,25 @@ def _provable_ffns(trial: Trial) -> Family:
 
 def _convert(trial: Trial) -> None:
     stack = trial.stack
-    modules = {layer.get_submodule(stack.entry.attention.module) for layer in stack.layers}
+    modules = {stack.layers[index].get_submodule(stack.entry.attention.module) for index in stack.attending}
+
+    def everywhere(attention: AttentionConfig) -> StackBlock:
+        full = AttentionConfig()
+        return StackBlock(tuple(attention if i in stack.attending else full for i in range(len(stack.layers))))
 
     def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         return _banded(mask, queries, keys, stack.is_causal) if module in modules else mask
 
     for window, change in ((MAX_WINDOW, None), (WINDOW, masked)):
         attention = AttentionConfig("local", window=window, global_tokens=0)
-        converted = trial.rebuilt(StackBlock(attention=(attention,) * len(stack.layers)))
+        converted = trial.rebuilt(everywhere(attention))
         with observing(trial.model, masked=change):
             wanted = outputs_of(trial.model, trial.inputs)
         trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
     trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
         keeps_keys = AttentionConfig("strided")
-        for kind in (converted, trial.rebuilt(StackBlock(attention=(keeps_keys,) * len(stack.layers)))):
+        for kind in (converted, trial.rebuilt(everywhere(keeps_keys))):
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
@@ -238,12 +243,14 @@ def _layers(trial: Trial) -> None:
     stack, family = trial.stack, trial.family
     if len(stack.layers) < 2:
         raise NotDerivable("there is one layer alone")
+    if family.first_stays and len(stack.layers) < 3:
+        raise NotDerivable("in a tiny model no layer takes the place of another")
     for index in range(int(family.first_stays), len(stack.layers)):
         kept = [layer for layer in range(len(stack.layers)) if layer != index]
         changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)
         state = cut_layers(trial.model.state_dict(), stack, kept)
         small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
-        handle = stack.layers[index].register_forward_hook(_hand_on, with_kwargs=True)
+        handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True)
         try:
             wanted = outputs_of(trial.model, trial.inputs)
         finally:
@@ -252,7 +259,8 @@ def _layers(trial: Trial) -> None:
         trial.check_matters(wanted, f"without layer {index}")
 
 
-def _hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """A hook that makes a layer do nothing."""
     given = (*args, *kwargs.values())
     states = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
     return states if isinstance(output, Tensor) else (states, *output[1:])

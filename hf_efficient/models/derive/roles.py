@@ -18,12 +18,19 @@ from ..family import Attention
 from .observe import SMALL, Call, LayerRun, Seen, differs
 
 QKV = "qkv"
+QUERY = 0  # its place in QKV
 # Integers beside the weights that are heads x head_dim; others of the same value may be the hidden size.
 WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_head_size", "hidden_size")
 
 
 class NotDerivable(UnsupportedModelError):
     """What stands in the way of an ability, in one line."""
+
+
+def said_of(error: Exception) -> str:
+    """An error in one line; whose it is, if it is not ours."""
+    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"
 
 
 class Heads(NamedTuple):
@@ -74,7 +81,7 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     readers = [name for name, given in layer.base.inputs.items() if is_same(given, call.output)]
     if len(readers) != 1:
         raise NotDerivable(f"{len(readers)} linears read the heads as they are")
-    makers = dict(zip(QKV, (_maker(layer, module, letter) for letter in range(3)), strict=True))
+    makers = dict(zip(QKV, (maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
     layouts = {name: layout(owners[name], together[name], sizes) for name in owners}
@@ -111,7 +118,7 @@ def is_same(given: Tensor, output: Tensor) -> bool:
     return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
 
 
-def _maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
+def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
     """The last linear on the way to query, key or value."""
     base = attention_call(layer.base, module).tensors[letter]
     arriving = []
@@ -129,6 +136,8 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
     """For each output of a linear that makes these of query, key and value, the heads that it reaches: {("q", 0)}."""
     output = layer.base.outputs[name]
     owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
+    if output.ndim > 3:
+        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
     is_flat = output.ndim == 2  # the tokens of all images one after another
     for units in rounds(output[None] if is_flat else output):
         call = attention_call(layer.run(name, units[0] if is_flat else units), module)
@@ -146,15 +155,14 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
 
 
 def rounds(output: Tensor) -> Iterator[Tensor]:
-    """`[batch, length]` tensors that together give every unit of an output a token."""
-    if output.ndim != 3:
-        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
-    places = output.shape[0] * output.shape[1]
-    for first in range(0, output.shape[2], places):
+    """`[batch, length]` tensors that together give every unit of an output a token; of an image there are rows and
+    columns of tokens."""
+    places = output.shape[:-1].numel()
+    for first in range(0, output.shape[-1], places):
         units = torch.full((places,), -1)
-        count = min(places, output.shape[2] - first)
+        count = min(places, output.shape[-1] - first)
         units[:count] = torch.arange(first, first + count)
-        yield units.view(output.shape[:2])
+        yield units.view(output.shape[:-1])
 
 
 def layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:

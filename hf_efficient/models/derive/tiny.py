@@ -51,7 +51,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(image_size|img_size)", 32),
     (r"patch_size", 8),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", POSITIONS),
-    (r"sliding_window", POSITIONS),  # in a converted layer the new attention takes the place of such a window
+    (r"sliding_window", 4 * POSITIONS),  # in a converted layer the new attention takes the place of such a window
     (r".*window_size|attention_chunk_size", 4),
 )
 KEPT = re.compile(

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
-from ...models.block import EfficientBlock, StackBlock
+from ...models.block import MAX_LAYERS, EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
 from ...models.cutting import cut_layers, cut_units
 from ...models.families import FAMILIES
@@ -224,4 +224,8 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
         before = old.kept_layers.get(stack.name, tuple(range(stack.depth)))
         if len(kept) < stack.depth or stack.name in old.kept_layers:
             original[stack.name] = tuple(before[i] for i in kept)
+    family = anatomy.family
+    if family.model_type not in FAMILIES:
+        left = tuple(one.with_layers(layers.get(one.name, range(MAX_LAYERS))) for one in family.stacks)
+        old = replace(old, family=replace(family, stacks=left))
     return replace(old, stacks=stacks, kept_layers=original)

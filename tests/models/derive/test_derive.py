@@ -11,11 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_efficient import AttentionConfig, ConfigError, PruningConfig, UnsupportedModelError, convert_attention, prune
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
+from hf_efficient.models.derive.compare import distance, outputs_of
 from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
+from hf_efficient.models.derive.unseen import attends
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
@@ -41,8 +43,10 @@ TYPES = {
     "wav2vec2": EVERYTHING,
     "llava": EVERYTHING,
     "qwen3_moe": EVERYTHING,
-    "gpt_oss": PRUNED,  # attention sinks, one of each head
-    "gemma2": PRUNED,  # softcap
+    "gpt_oss": EVERYTHING,  # attention sinks, one of each head
+    "gemma2": EVERYTHING,  # softcap
+    "deepseek_v3": EVERYTHING - {"heads"},  # latent attention: values of another width than queries
+    "qwen3_next": EVERYTHING - {"heads"},  # one layer in four has softmax attention
     "gptj": PRUNED,  # attention of its own
     "mpnet": {"neurons", "layers"},
     "albert": {"convert", "heads", "neurons"},  # one layer for all
@@ -238,7 +242,76 @@ def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
     model.decoder.layers[1].fc1 = torch.nn.Linear(32, 20)
     assert dict(fitted(family, model).stacks[0].refusals) == {"neurons": OTHERWISE}
     del model.decoder.layers[1].self_attn
+    without_one = fitted(family, model).stacks[0]
+    assert dict(without_one.refusals) == {"neurons": OTHERWISE}
+    assert without_one.attending == (0, 2)
+    for layer in model.decoder.layers:
+        layer.self_attn = torch.nn.Identity()  # something else that has the name
     assert dict(fitted(family, model).stacks[0].refusals) == dict.fromkeys(("convert", "heads", "neurons"), OTHERWISE)
+
+
+def test_only_layers_with_softmax_attention_are_converted(tmp_path):
+    """A hybrid: which layers have it is found in the real model, kept in the entry, counted anew when some leave."""
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]
+    model, inputs = make("qwen3_next")
+    config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": 5, "layer_types": kinds})
+    model = tiny_model(config)
+    [stack] = Anatomy.of(model).stacks
+    assert stack.entry.attending == (1, 3, 4) and stack.entry.why_not("heads")
+    wide, narrow = (convert_attention(model, AttentionConfig("local", window=w, global_tokens=0)) for w in (64, 2))
+    assert [one["kind"] for one in narrow.config.efficient["stacks"]["decoder"]["attention"]] == [
+        {"linear_attention": "full", "full_attention": "local"}[kind] for kind in kinds
+    ]
+    real = inputs["attention_mask"].bool()
+    assert_close(outputs(wide, inputs)[real], outputs(model, inputs)[real], 1e-4)
+    assert (outputs(narrow, inputs) - outputs(model, inputs))[real].abs().max() > 1e-3
+    small = prune(narrow, replace(BY_SIZE, ratio=0.3, granularity=("layer",)))
+    left = [kinds[layer] for layer in small.config.efficient["kept_layers"]["decoder"]]
+    assert len(left) < 5
+    expected = tuple(i for i, kind in enumerate(left) if kind == "full_attention")
+    assert Anatomy.of(small).stacks[0].attending == expected
+    small.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
+    with pytest.raises(ConfigError, match=r"None of these layers of the decoder has softmax attention; \(1, 3, 4\)"):
+        convert_attention(model, {0: AttentionConfig("local")})
+    wrong = narrow.config.to_dict()
+    wrong["efficient"]["stacks"]["decoder"]["attention"][0] = {"kind": "local"}
+    with pytest.raises(ConfigError, match=r"decoder\.attention\[0\]: this layer has no softmax attention"):
+        type(narrow.config)(**wrong)
+
+
+def test_what_hides_the_future_is_seen_and_not_believed():
+    """Splinter's modules do not say that they hide nothing, and AIMv2's say of the text that it sees all."""
+    for name, causal in (("splinter", [False]), ("aimv2", [False, True])):
+        model, inputs = make(name)
+        assert [stack.is_causal for stack in Anatomy.of(model).stacks] == causal
+        converted = convert_attention(model, AttentionConfig("local", window=64, global_tokens=0))
+        assert distance(outputs_of(converted, inputs), outputs_of(model, inputs), inputs) < 1e-4
+
+
+def test_lists_without_attention_are_not_left_out():
+    model, inputs = make("qwen3_vl_vision")
+    assert family_for(model.config).left_out == ()  # though those that merge patches are lists of layers too
+    assert not attends(model, model.deepstack_merger_list, inputs)
+    assert attends(model, model.blocks, inputs)
+    model, inputs = make("llava")
+    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    text["input_ids"] = text["input_ids"].clamp(max=90)
+    vision = model.vision_tower.encoder.layers
+    assert attends(model, vision, text)  # not reached
+    assert not attends(model, torch.nn.ModuleList(layer.mlp for layer in vision), text)
+
+
+def test_the_width_of_latent_heads_is_measured():
+    model, inputs = make("deepseek_v3", qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=20)
+    stack = Anatomy.of(model).stacks[0]
+    assert stack.head_width == 16 and stack.entry.attention.uneven  # of the tiny model 8 + 8
+    config = CONFIG_MAPPING["deepseek_v3"](num_hidden_layers=2, qk_nope_head_dim=24, qk_rope_head_dim=8)
+    assert config_stacks(config, family_for(config))[0].head_width == 32
+    for kind in ("local", "linear", "kernel"):
+        assert outputs(convert_attention(model, AttentionConfig(kind)), inputs).isfinite().all()
+    with pytest.raises(UnsupportedModelError, match=r"'additive' attention needs values as wide .* local, strided"):
+        convert_attention(model, AttentionConfig("additive"))
 
 
 def test_a_width_that_no_field_says_is_that_of_the_config():
