@@ -5,8 +5,8 @@
 
 A ViT-S/16 of 12 layers, 384 wide, with random weights, on random images; all models take turns within a round, and the
 median of the rounds counts. `speedup` is the time of the original by that of the model with merging; the median of the
-ratios round by round. `macs` are those of one image. Memory is what a training step adds at its peak (on CUDA what the allocator says, else the
-largest resident set of a process of its own).
+ratios round by round. `macs` are those of one image. Memory is what a training step adds at its peak (on CUDA what the
+allocator says, else the largest resident set of a process of its own).
 """
 
 import argparse

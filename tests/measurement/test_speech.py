@@ -108,7 +108,7 @@ def test_what_whisper_says_is_compared_with_what_was_said(folder, sounds, monkey
 
 def test_ctc_is_not_distilled_and_says_so(folder):
     model = load_model("AutoModelForCTC", save_wav2vec(folder / "wav2vec"))
-    with pytest.raises(UnsupportedModelError, match="CTC.*speech-ctc"):
+    with pytest.raises(UnsupportedModelError, match=r"CTC.*speech-ctc"):
         head_of(model)
 
 
