@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...attention.config import MAX_WINDOW, AttentionConfig
+from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
@@ -163,10 +164,19 @@ def _convert(trial: Trial) -> None:
         trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
     trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
-        keeps_keys = AttentionConfig("strided")
-        for kind in (converted, trial.rebuilt(everywhere(keeps_keys))):
+        keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
+        for kind in (converted, keeps_keys) if _runs(keeps_keys, trial.inputs) else (converted,):
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
+
+
+def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Not where attention of this kind is refused, as by masks that it cannot obey."""
+    try:
+        outputs_of(model, inputs)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
