@@ -40,6 +40,7 @@ class Attention:
     `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
     `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
     scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
+    `biased`: its model gives it a bias of its own for all pairs of tokens.
     `measure` is the linear that makes the queries of all heads, and nothing else, where no config field says how wide
     they are.
     """
@@ -58,11 +59,12 @@ class Attention:
     class_name: str = ""
     logits: bool = False
     uneven: bool = False
+    biased: bool = False
     measure: str = ""
 
     def without_heads(self) -> Attention:
         """The same module, without what tells its heads apart."""
-        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "measure")}
+        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "biased", "measure")}
         return Attention(self.module, **said)
 
 

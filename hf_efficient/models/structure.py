@@ -14,10 +14,10 @@ from ..attention.config import AttentionConfig
 from ..attention.dispatch import attach
 from ..attention.registry import ATTENTIONS
 from ..attention.relative_bias import use_toeplitz_bias
-from ..attention.variant import CAUSAL, HeadShape
+from ..attention.variant import BIASED, CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .family import FFN, Attention
+from .family import CONVERT, FFN, Attention
 from .linears import resize_linear
 from .merging import merge_layers
 from .registry import family_of
@@ -29,17 +29,31 @@ MERGING = "merging"
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
-        entry = _with_merging(block.stack(stack.name), stack.name)
-        for index, layer in enumerate(stack.layers):
-            _apply_to_layer(stack, index, entry)
-            if block.is_converted() and stack.entry.causal is not None:  # converted attention has no mask that tells
-                for kind, attention in stack.attentions_in(index).items():
-                    setattr(layer.get_submodule(attention.module), CAUSAL, kind == "heads" and stack.is_causal)
-        if any(config.kind == MERGING for config in entry.attention):
-            tokens = [config.merged_tokens for config in entry.attention]
-            merge_layers(stack.layers, stack.entry.attention, tokens, entry.attention[0].protected_tokens)
-        if stack.family.relative_bias and block.is_converted():
+        wanted = _with_merging(block.stack(stack.name), stack.name)
+        for index in range(len(stack.layers)):
+            if block.is_converted():
+                _say_what_is_known(stack, index)
+            _apply_to_layer(stack, index, wanted)
+        if any(config.kind == MERGING for config in wanted.attention):
+            tokens = [config.merged_tokens for config in wanted.attention]
+            merge_layers(stack.layers, stack.entry.attention, tokens, wanted.attention[0].protected_tokens)
+        entry = stack.entry
+        if (
+            stack.family.relative_bias
+            and block.is_converted()
+            and not (entry.attention.biased or entry.why_not(CONVERT))
+        ):
             use_toeplitz_bias(stack.layers[0].get_submodule(stack.entry.attention.module))
+
+
+def _say_what_is_known(stack: ModelStack, index: int) -> None:
+    """Tell the attention modules of a layer what converted attention, which has no full mask, cannot see."""
+    for kind, attention in stack.attentions_in(index).items():
+        module = stack.layers[index].get_submodule(attention.module)
+        if stack.entry.causal is not None:
+            setattr(module, CAUSAL, kind == "heads" and stack.is_causal)
+        if attention.biased:
+            setattr(module, BIASED, True)
 
 
 def _with_merging(entry: StackBlock, name: str) -> StackBlock:
@@ -141,6 +155,11 @@ def check_fit(config: AttentionConfig, stack: ConfigStack, cross: bool = False) 
         raise UnsupportedModelError(
             f"{config.kind!r} attention cannot express the capped scores or the attention sinks of "
             f"{family.model_type} models. Kinds that keep them: {_kinds('takes_logits')}."
+        )
+    if attention and attention.biased and not variant.takes_pairs:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention has no place for the bias that {family.model_type} models have for all pairs "
+            f"of tokens. Kinds that have one: {_kinds('takes_pairs')}."
         )
     if attention and attention.uneven and not variant.takes_uneven:
         raise UnsupportedModelError(

@@ -103,8 +103,11 @@ class Trial:
         if not worst <= TOLERANCE:
             raise NotDerivable(f"{what}, the output of a tiny model is {worst:.1e} off")
 
+    def matters(self, wanted: dict[str, Tensor]) -> bool:
+        return distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE
+
     def check_matters(self, wanted: dict[str, Tensor], what: str) -> None:
-        if not distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE:
+        if not self.matters(wanted):
             raise NotDerivable(f"{what}, the output of a tiny model stays the same")
 
 
@@ -153,36 +156,35 @@ def _convert(trial: Trial) -> None:
         full = AttentionConfig()
         return StackBlock(tuple(attention if i in stack.attending else full for i in range(len(stack.layers))))
 
-    def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
-        return _banded(mask, queries, keys, stack.is_causal) if module in modules else mask
+    for window in (MAX_WINDOW, WINDOW, 1):
 
-    for window, change in ((MAX_WINDOW, None), (WINDOW, masked)):
+        def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int, window: int = window) -> Any:
+            return _banded(mask, queries, keys, stack.is_causal, window) if module in modules else mask
+
         attention = AttentionConfig("local", window=window, global_tokens=0)
-        converted = trial.rebuilt(everywhere(attention))
-        with observing(trial.model, masked=change):
+        converted, is_wide = trial.rebuilt(everywhere(attention)), window == MAX_WINDOW
+        with observing(trial.model, masked=None if is_wide else masked):
             wanted = outputs_of(trial.model, trial.inputs)
-        trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
-    trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
+        said = "with everything in view" if is_wide else f"with a window of {window} tokens"
+        trial.compare(converted, wanted, said)
+        if not is_wide and trial.matters(wanted):  # few tokens, as of a masked autoencoder, want a smaller one
+            break
+    trial.check_matters(wanted, said)
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
-        keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
-        for kind in (converted, keeps_keys) if _runs(keeps_keys, trial.inputs) else (converted,):
+        kinds = [converted]
+        with suppress(UnsupportedModelError):  # by masks and biases that a kind which keeps all keys has no place for
+            keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
+            outputs_of(keeps_keys, trial.inputs)
+            kinds.append(keeps_keys)
+        for kind in kinds:
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
 
-def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Not where attention of this kind is refused, as by masks that it cannot obey."""
-    try:
-        outputs_of(model, inputs)
-    except UnsupportedModelError:
-        return False
-    return True
-
-
-def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
+def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool, window: int) -> Tensor:
     """A mask `[..., queries, keys]` that also hides what is too far away."""
     i, j = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)[None]
-    far = (i - j >= WINDOW) | (j > i) if causal else (i - j).abs() > WINDOW
+    far = (i - j >= window) | (j > i) if causal else (i - j).abs() > window
     if mask is None:
         return torch.zeros(1, 1, queries, keys).masked_fill(far, torch.finfo(torch.float32).min)
     return mask & ~far if mask.dtype == torch.bool else mask.masked_fill(far, torch.finfo(mask.dtype).min)
