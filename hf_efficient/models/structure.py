@@ -18,7 +18,7 @@ from ..attention.variant import BIASED, CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .family import CONVERT, FFN, Attention
-from .linears import resize_linear
+from .linears import num_inputs, num_outputs, resize_linear
 from .merging import merge_layers
 from .registry import family_of
 from .stacks import ConfigStack, ModelStack, model_stacks
@@ -176,6 +176,8 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     outputs = Counter({attention.query: shape.heads * shape.dim})  # of a fused linear: the sum
     outputs.update({attention.key: shape.kv_heads * shape.dim})
     outputs.update({attention.value: shape.kv_heads * shape.dim})
+    before = num_inputs(layer.get_submodule(attention.output)) // shape.dim
+    outputs |= {gate: num_outputs(layer.get_submodule(gate)) * shape.heads // before for gate in attention.gates}
     for path, count in outputs.items():
         resize_linear(layer.get_submodule(path), outputs=count)
     resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * shape.dim)
@@ -184,6 +186,7 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers = dict.fromkeys(attention.head_attributes, shape.heads)
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
+    numbers |= dict.fromkeys(attention.kv_width_attributes, shape.kv_heads * shape.dim)
     for name, number in numbers.items():
         _set_number(module, name, number)
     for name in attention.per_head:

@@ -347,6 +347,6 @@ def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]
             if isinstance(value, list | tuple)
             and len(value) == depth
             and name in known
-            and re.search("layer|type|pattern", name)
+            and re.search("layer|type|pattern|window", name)
         }
     return tuple(sorted(names))
