@@ -3,6 +3,7 @@
     python benchmarks/coverage.py --output benchmarks/results/coverage.json
     python benchmarks/coverage.py --only qwen2 t5 --output /tmp/some.json
     python benchmarks/coverage.py --page docs/models.md --output benchmarks/results/coverage.json   # of what is there
+    python benchmarks/coverage.py --compare benchmarks/results/coverage.json --output /tmp/new.json    # what changed
 
 Each type is tried in a process of its own: its default config made small, its plain model and the most important one
 with a head; attention converted, heads, neurons and layers pruned, each result saved and loaded again and compared.
@@ -223,6 +224,37 @@ def summary(rows: list[dict]) -> dict[str, int]:
     }
 
 
+def changes(old: dict, new: dict) -> list[str]:
+    """What types gained and lost from one result to another, one line each; losses first, with the reason.
+
+    Of types that are in one alone it says so, unless the new result is of some types only.
+    """
+    before, after = ({row["type"]: row for row in result["rows"]} for result in (old, new))
+    lost, gained = [], []
+    for name in sorted(before.keys() | after.keys()):
+        had, has = (_held(rows[name]) if name in rows else set() for rows in (before, after))
+        if name not in after:
+            lost += [f"gone    {name}: {_listed(had)}"] if len(after) > len(before) / 2 else []
+            continue
+        why = "; ".join(f"{place}: {shorten(reason, 120)}" for place, reason in after[name]["why"].items())
+        if "silent wrong" in why or had - has:
+            lost.append(f"lost    {name}: {_listed(had - has)} ({why})")
+        if has - had:
+            gained.append(f"{'gained ' if name in before else 'new    '} {name}: {_listed(has - had)}")
+    return [*lost, *gained]
+
+
+def _held(row: dict) -> set[str]:
+    """The abilities of a type; `whole`: all its stacks are converted; `built`: it could be made small and fed."""
+    held = {ability for ability, holds in row["abilities"].items() if holds}
+    held |= {"whole"} if "convert" in held and row.get("whole") else set()
+    return held | (set() if "model" in row["why"] else {"built"})
+
+
+def _listed(abilities: set[str]) -> str:
+    return ", ".join(one for one in ("built", *ABILITIES, "whole") if one in abilities) or "nothing"
+
+
 PAGE = """# Model types
 
 What can be done with {types} model types of transformers {transformers}, each tried on a tiny model made by rule from
@@ -290,6 +322,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--page", type=Path, help="write this page of what is in the output, and try nothing")
+    parser.add_argument("--compare", type=Path, help="an earlier output: say at the end what changed since then")
     args = parser.parse_args()
     if args.page:
         write_page(json.loads(args.output.read_text()), args.page)
@@ -307,6 +340,10 @@ def main() -> None:
     result = {"transformers": transformers.__version__, "types": len(rows), "counts": summary(rows), "rows": rows}
     args.output.write_text(json.dumps(result, indent=1))
     print(json.dumps(result["counts"]))
+    if args.compare:
+        earlier = json.loads(args.compare.read_text())
+        print(f"transformers {earlier['transformers']} -> {transformers.__version__}")
+        print("\n".join(changes(earlier, result)) or "nothing changed")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from types import ModuleType
 
 def _register_configs(auto: ModuleType) -> None:
     from . import models
-    from .models.families import EFFICIENT_PREFIX
+    from .models.registry import EFFICIENT_PREFIX
 
     for stock_type, stock_name in list(auto.CONFIG_MAPPING_NAMES.items()):
         model_type = EFFICIENT_PREFIX + stock_type
@@ -38,14 +38,14 @@ class _WithEfficient(dict):
 
 def _stock_type(model_type: object) -> str | None:
     """`bert` of `efficient_bert`; None for any other type."""
-    from .models.families import EFFICIENT_PREFIX
+    from .models.registry import EFFICIENT_PREFIX
 
     name = str(model_type)
     return name.removeprefix(EFFICIENT_PREFIX) if name.startswith(EFFICIENT_PREFIX) else None
 
 
 def _register_targets(constants: ModuleType) -> None:
-    from .models.families import EFFICIENT_PREFIX
+    from .models.registry import EFFICIENT_PREFIX
 
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):

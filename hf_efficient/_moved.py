@@ -17,7 +17,7 @@ MOVED = {
     "attention.transfer": "distillation.transfer",
     "bundled": "data.bundled",
     "exporting": "runtimes.export",
-    "families": "models.families",
+    "families": "models.registry",
     "loading": "models.loading",
     "models.building": "models.rebuild",
     "pruning.latency": "pruning.price.latency",

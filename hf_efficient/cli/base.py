@@ -105,7 +105,7 @@ def load(name: str, task: str | None) -> Any:
 
 def fitting_length(config: Any, asked: int | None, usual: int) -> int:
     """What was asked for; else the usual length, or all that a model of this config takes if that is less."""
-    from ..models.families import token_limit
+    from ..models.registry import token_limit
 
     if asked is not None:
         return asked

@@ -23,9 +23,9 @@ from ..errors import ConfigError, UnsupportedModelError, unknown_name
 from ..models.anatomy import Anatomy
 from ..models.classes import with_block
 from ..models.derive import family_for
-from ..models.families import token_limit
 from ..models.family import Family
 from ..models.rebuild import check_model, rebuild
+from ..models.registry import token_limit
 from .methods import METHODS, ROPE
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..attention.dispatch import ATTACHED
 from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
-from ..models.families import is_known
 from ..models.modes import eval_mode
+from ..models.registry import is_known
 
 Inputs = dict[str, Tensor]
 

@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy
-from ..models.families import is_known
 from ..models.interface import changed_interface
 from ..models.linears import num_inputs, output_dim
+from ..models.registry import is_known
 from ..training.batch import base_of
 from .losses.relations import Projected
 

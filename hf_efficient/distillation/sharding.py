@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..models.anatomy import Anatomy
-from ..models.families import is_known
+from ..models.registry import is_known
 
 
 def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -29,9 +29,9 @@ from ..attention.registry import ATTENTIONS
 from ..attention.variant import AttentionVariant, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy
-from ..models.families import is_known
 from ..models.heads import PREPARE, SINGLE_LABEL
 from ..models.modes import eval_mode
+from ..models.registry import is_known
 from ..models.token_masks import counts_columns, first_positions
 from ..training.batch import Batch, Head, forward_names
 from ..training.forward import call_inside

@@ -23,7 +23,8 @@ from ..attention.dispatch import NAME, decodes_from_state, fill_missing
 from ..attention.variant import AttentionVariant
 from ..errors import UnsupportedModelError
 from .block import EfficientBlock, check_block, check_stock_sizes
-from .families import EFFICIENT_PREFIX, FAMILIES, family_of, find_family
+from .families import FAMILIES
+from .registry import EFFICIENT_PREFIX, family_of, find_family
 from .saving import LOADER, write_loader
 from .structure import apply_block
 
@@ -36,6 +37,7 @@ class EfficientConfigMixin:
     """What the efficient config of every family adds to its stock config."""
 
     efficient: dict | None
+    _auto_class = None  # of a stock class that came with its code: transformers would copy this file for that one
 
     def __post_init__(self, **kwargs):
         fields = {self.attribute_map.get(name, name): value for name, value in (vars(self) | kwargs).items()}
@@ -59,7 +61,8 @@ class EfficientConfigMixin:
             stock_config(self).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
             return
         self.auto_map = auto_map(self)
-        write_loader(save_directory)
+        models = {auto: stock for auto, (_, stock) in auto_classes(self._stock_class).items()}
+        write_loader(save_directory, {"AutoConfig": self._stock_class} | models)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -125,6 +128,8 @@ def _make(config_class: type[PreTrainedConfig], config: PreTrainedConfig, **chan
 class EfficientMixin:
     """What every efficient model class adds to its stock class."""
 
+    _auto_class = None  # as in the config
+
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         block = config.block()
         if block.is_converted():
@@ -188,7 +193,6 @@ def _refuse_saving_part(kind: str, *args: Any, **kwargs: Any) -> None:
     )
 
 
-@cache
 def auto_classes(stock: type[PreTrainedConfig]) -> dict[str, tuple[type, type[PreTrainedModel]]]:
     """Every `AutoModel*` that has a class for a stock config class: its name, itself, and the stock class it gives."""
     classes = {}
@@ -255,6 +259,23 @@ def find_class(name: str) -> type:
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel) and stock.config_class is not None:
         return efficient_class(stock, stock.config_class)
     raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+
+
+def remote_class(name: str, stock: dict[str, type]) -> type:
+    """An efficient class of a model whose code came with its checkpoint: what the loader of that checkpoint calls.
+
+    Parameters:
+        stock: the stock classes, which were loaded from the same folder, by the names of their Auto classes.
+    """
+    config = stock["AutoConfig"]
+    for auto, model in stock.items():  # as transformers does when it loads the stock model
+        if auto != "AutoConfig":
+            getattr(transformers, auto).register(config, model, exist_ok=True)
+            if name == f"{EFFICIENT}{model.__name__}":
+                return efficient_class(model, config)
+    if name != f"{EFFICIENT}{config.__name__}":
+        raise AttributeError(f"the loader of this checkpoint has no attribute {name!r}")
+    return efficient_config_class(config)
 
 
 def _stock_class_named(name: str) -> Any:

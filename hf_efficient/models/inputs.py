@@ -9,7 +9,7 @@ import math
 import torch
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, check_positive
-from .families import token_limit
+from .registry import token_limit
 
 MAX_NUMBERS = 1 << 31  # of one input
 

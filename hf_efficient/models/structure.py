@@ -16,9 +16,9 @@ from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .families import family_of
 from .family import Attention, Family
 from .linears import resize_linear
+from .registry import family_of
 from .stacks import ModelStack, model_stacks
 
 

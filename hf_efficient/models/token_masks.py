@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy
-from .families import is_known
+from .registry import is_known
 
 IGNORED = -100
 

@@ -112,7 +112,7 @@ def check(run: "Run") -> None:
     from ..measurement.energy import check_energy
     from ..measurement.scores import load_metrics
     from ..models.derive import family_for
-    from ..models.families import token_limit
+    from ..models.registry import token_limit
     from .fresh import check_fresh
 
     recipe = run.recipe

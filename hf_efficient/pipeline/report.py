@@ -77,7 +77,7 @@ def measured(
 def _origin(recipe: "Recipe", student: "PreTrainedModel") -> tuple[Any, Any]:
     """The model that it all began with, and its licence, as far as they are known."""
     from ..data.bundled import upstream
-    from ..models.families import stock_type
+    from ..models.registry import stock_type
 
     name = recipe.model.name_or_path or f"{stock_type(student.config)} trained from scratch"
     return upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
@@ -92,8 +92,8 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
 
     from ..conversion.positions import extend_positions
     from ..measurement.latency import compare_latency
-    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
+    from ..models.registry import token_limit
 
     limit, settings = token_limit(teacher.config, rotary=False), run.recipe.measure
     notes = []

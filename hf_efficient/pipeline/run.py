@@ -20,8 +20,8 @@ from ..data.preparation import PreparedData, need_column, prepare
 from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
-from ..models.families import token_limit
 from ..models.loading import load_config, load_model, load_processor
+from ..models.registry import token_limit
 from ..recipes.recipe import Recipe
 from .fresh import fresh_config
 from .verify import output_digest

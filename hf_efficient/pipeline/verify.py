@@ -21,9 +21,9 @@ def output_digest(model) -> str:
     """sha256 of the first output tensor for a fixed input."""
     import torch
 
-    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
     from ..models.modes import evaluating, using_threads
+    from ..models.registry import token_limit
 
     length = min(LENGTH, token_limit(model.config) or LENGTH)
     with evaluating(model), using_threads(1), torch.no_grad():

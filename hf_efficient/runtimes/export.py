@@ -151,8 +151,8 @@ def _made_up(model: Any) -> list[dict[str, Any]]:
 def _made_up_one(model: Any, batch: int, length: int, seed: int) -> dict[str, Any]:
     import torch
 
-    from ..models.families import token_limit
     from ..models.inputs import dummy_inputs
+    from ..models.registry import token_limit
 
     limit = token_limit(model.config) or length
     inputs = dummy_inputs(model, batch, min(length, limit), seed)

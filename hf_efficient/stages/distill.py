@@ -15,7 +15,7 @@ from ..data.tasks import TASKS
 from ..distillation.options import DistillationOptions
 from ..distillation.terms import LOSSES, check_losses
 from ..errors import ConfigError, unknown_name
-from ..models.families import token_limit
+from ..models.registry import token_limit
 from ..pruning.config import PruningConfig
 from ..pruning.gradual.schedule import WHILE_TRAINING, Gradual
 from .base import Run, Stage, check_length

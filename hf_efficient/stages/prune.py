@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..models.families import token_limit
+from ..models.registry import token_limit
 from ..pruning.config import PruningConfig
 from .base import Run, Stage
 from .settings import MAX_BATCH, MAX_STEPS, Settings, check_keys, integer, keys_of, make, part, read

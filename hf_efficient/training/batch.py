@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 from ..data.tasks import TASKS
 from ..errors import DataError, UnsupportedModelError
 from ..models.anatomy import Anatomy
-from ..models.families import is_known
 from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, auto_class_of_architecture, decoder_inputs
+from ..models.registry import is_known
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
 
 # How labels and logits are aligned, by the Auto class of the model's class: that of a task, or one like it.

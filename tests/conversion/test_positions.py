@@ -23,8 +23,8 @@ from transformers import (
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention, extend_positions
 from hf_efficient.data.bundled import bundled_model
-from hf_efficient.models.families import token_limit
 from hf_efficient.models.inputs import dummy_inputs
+from hf_efficient.models.registry import token_limit
 
 from ..families import VOCABULARY, make_inputs, make_model
 from ..helpers import assert_close

@@ -4,8 +4,8 @@ from transformers import OPTConfig
 
 from hf_efficient.cli.base import fitting_length as shown_length
 from hf_efficient.errors import ConfigError, UnsupportedModelError
-from hf_efficient.models.families import token_limit
 from hf_efficient.models.inputs import dummy_inputs
+from hf_efficient.models.registry import token_limit
 from hf_efficient.pipeline.verify import output_digest
 from hf_efficient.pruning.score.calibration import fitting_length
 

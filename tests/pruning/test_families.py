@@ -9,8 +9,9 @@ import transformers
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, build_student, convert_attention, prune
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.classes import block_of
-from hf_efficient.models.families import FAMILIES, family_of
+from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.groups import unit_parameters
+from hf_efficient.models.registry import family_of
 from hf_efficient.pipeline.report import structure
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.plan import PruningPlan

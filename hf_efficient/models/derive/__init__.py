@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ...errors import UnsupportedModelError
-from ..families import find_family, forget, remember, stock_type
 from ..family import Family
 from ..rebuild import quietly
+from ..registry import find_family, forget, remember, stock_type
 from .entry import make_entry
 from .fitting import fitted
 from .inputs import tiny_inputs
@@ -61,8 +61,10 @@ def family_for(config: PreTrainedConfig, model: PreTrainedModel | None = None) -
 def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
     with quietly():
         small = tiny_config(config)
-    classes = list(model_classes(small)) or [type(model)]
-    key = f"{stock_type(config)} {small.to_json_string(use_diff=False)}"
+    classes = list(model_classes(small)) or ([] if model is None else [type(model)])
+    if not classes:
+        raise UnsupportedModelError("transformers has no model class for it; load the model first, and ask of that")
+    key = f"{classes[0].__module__}.{classes[0].__name__} {small.to_json_string(use_diff=False)}"
     if key not in _ENTRIES:
         with _undisturbed():
             _ENTRIES[key] = _made(small, classes)

@@ -22,10 +22,10 @@ from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
-from ..families import forget, remember
 from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
 from ..groups import Group, groups_of, output_module
 from ..rebuild import rebuild
+from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, outputs_of
 from .observe import observing

@@ -19,9 +19,10 @@ from ...models.anatomy import Anatomy
 from ...models.block import EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
 from ...models.cutting import cut_layers, cut_units
-from ...models.families import EFFICIENT_PREFIX, FAMILIES, is_known, remember
+from ...models.families import FAMILIES
 from ...models.groups import groups_of
 from ...models.rebuild import rebuild
+from ...models.registry import EFFICIENT_PREFIX, is_known, remember
 from ...models.stacks import ModelStack, model_stacks
 from ..plan import PruningPlan
 

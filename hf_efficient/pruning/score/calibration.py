@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
 from ...models.anatomy import Anatomy
-from ...models.families import token_limit
+from ...models.registry import token_limit
 from ...models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
 from ..price.costs import num_patches
 from .checked_batches import check_batches

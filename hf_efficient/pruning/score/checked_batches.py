@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
 from ...models.anatomy import Anatomy
-from ...models.families import token_limit
 from ...models.inputs import check_range
+from ...models.registry import token_limit
 from ...models.token_masks import IGNORED
 from .stream import Batch
 

@@ -16,9 +16,10 @@ from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
-from hf_efficient.models.families import FAMILIES, register_family
+from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
+from hf_efficient.models.registry import register_family
 from hf_efficient.models.stacks import config_stacks
 
 from ...families import make_config
