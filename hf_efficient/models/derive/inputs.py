@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError
-from .makers import IMAGE_FORMS, MAIN, Inputs, find_maker, make
+from .makers import FRAMES, IMAGE_FORMS, MAIN, TOKENS, Inputs, find_maker, make
+from .tiny import NotTinyError
 
 MAX_TRIES = 6  # of one choice of inputs, each time with what the last error asked for
 NEVER = re.compile(r".*past_key_values|.*labels|.*cache.*|.*outputs|inputs_embeds|return_.*|use_.*|output_.*|kwargs")
@@ -28,7 +28,7 @@ def tiny_inputs(model: PreTrainedModel) -> Inputs:
     """Inputs with which a tiny model runs: two texts, one of them padded, images, sounds; the most that it takes.
 
     Raises:
-        UnsupportedModelError: it runs with none of them.
+        NotTinyError: it runs with none of them.
     """
     problem: Exception | None = None
     tried: set[tuple] = set()
@@ -43,7 +43,7 @@ def tiny_inputs(model: PreTrainedModel) -> Inputs:
                     return inputs
                 problem = problem or error
     reason = problem or f"it takes {', '.join(inspect.signature(model.forward).parameters)}"
-    raise UnsupportedModelError(f"No inputs could be made for a tiny {type(model).__name__}: {reason}")
+    raise NotTinyError(f"No inputs could be made for a tiny {type(model).__name__}: {reason}")
 
 
 def _choices(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
@@ -81,7 +81,11 @@ def _mended(model: PreTrainedModel, names: tuple[str, ...], form: str) -> tuple[
         except Exception as error:  # whatever the code of a model may raise
             problem = error
             more = [name for name in _asked(error, model) if name not in names and find_maker(name)]
-            wanted = {name: shape for name, shape in wanted.items() if name not in shapes} or _more_bins(error, made)
+            wanted = {name: shape for name, shape in wanted.items() if name not in shapes}
+            wanted = _by_error(error, made) or wanted
+            if both := re.search(r"both `?(\w+)`? and `?(\w+)", str(error)):
+                names, more = tuple(name for name in names if name != both[2]), []
+                wanted = wanted or {"": ()}
             if not more and not wanted.items() - shapes.items():
                 break
             names = (*names, *more)
@@ -90,13 +94,26 @@ def _mended(model: PreTrainedModel, names: tuple[str, ...], form: str) -> tuple[
     return None, problem
 
 
-def _more_bins(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-    """Where a linear behind the convolutions of a sound takes twice as many numbers, there must be twice the bins."""
-    numbers = re.search(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", str(error))
-    if numbers is None or "input_features" not in inputs:
+def _by_error(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """The shape that an error asks for: as many channels; of a sound more numbers at each time."""
+    text = str(error)
+    if channels := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
+        wanted, given = int(channels[1]), int(channels[2])
+        for name, value in inputs.items():
+            if value.is_floating_point() and value.ndim > 2 and value.shape[1] == given:
+                rest = value.shape[2:] if value.ndim > 3 else [max(FRAMES, value.shape[2])]
+                return {name: (value.shape[0], wanted, *rest)}
+            if value.is_floating_point() and value.ndim == 3 and value.shape[2] == given:
+                return {name: (value.shape[0], value.shape[1], wanted)}
+    if "input_features" not in inputs:
         return {}
-    *rest, bins = inputs["input_features"].shape
-    return {"input_features": (*rest, bins * int(numbers[2]) // int(numbers[1]))}
+    rows, *rest, bins = inputs["input_features"].shape
+    rest = [rows, *rest] if len(rest) > 1 else [rows, FRAMES]
+    behind = re.search(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", text)
+    added = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)", text)
+    if behind is not None:
+        return {"input_features": (*rest, bins * int(behind[2]) // int(behind[1]))}
+    return {"input_features": (*rest, int(added[2]))} if added is not None and int(added[1]) == bins else {}
 
 
 def _run(model: PreTrainedModel, inputs: Inputs, wanted: dict[str, tuple[int, ...]]) -> None:
@@ -138,7 +155,7 @@ def _wanted_shape(module: nn.Module, value: Tensor) -> tuple[int, ...] | None:
         width = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
         if value.ndim == 2 and rows > 2:  # patches
             return rows, width
-        return (*value.shape[:-1], width) if value.ndim > 3 else (rows, min(length, 64), width)
+        return rows, TOKENS if value.ndim > 3 else min(length, FRAMES), width
     if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
         return rows, module.in_channels, length
     if isinstance(module, nn.Conv2d | nn.Conv3d) and value.ndim == 2 and rows > 2:
@@ -163,11 +180,12 @@ def _asked(error: Exception, model: PreTrainedModel) -> list[str]:
     while trace is not None:
         frames.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
-    for frame, number in reversed(frames):
-        line = linecache.getline(frame.f_code.co_filename, number)
-        locals_: Mapping[str, Any] = frame.f_locals
-        missing = [name for name in parameters if name in locals_ and locals_[name] is None]
-        named = [name for name in missing if re.search(rf"\b{name}\b", line)]
-        if named:
-            return named
+    for lines in (1, 10):  # of a call, all its arguments
+        for frame, number in reversed(frames):
+            text = "".join(linecache.getline(frame.f_code.co_filename, number + more) for more in range(lines))
+            values: Mapping[str, Any] = frame.f_locals
+            missing = [name for name in parameters if name in values and values[name] is None]
+            named = [name for name in missing if re.search(rf"\b{name}\b", text) and find_maker(name)]
+            if named:
+                return named
     return []

@@ -27,6 +27,7 @@ IMAGE_FORMS = {
     "wide": "small|kernel",
     "two": "5D|unpack",
 }
+GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw")
 MAIN = (
     "input_ids",
     "attention_mask",
@@ -56,7 +57,7 @@ def make(model: PreTrainedModel, names: tuple[str, ...], form: str, shapes: Mapp
             inputs[name] = find_maker(name)[1](config, generator, inputs)
         if re.fullmatch("pixel_values.*", name) and name not in shapes:
             inputs[name] = _image(config, generator, form if name == "pixel_values" or form != "one" else "several")
-    grid = next((name for name in ("image_grid_thw", "grid_thw") if name in parameters), None)
+    grid = next((name for name in GRIDS if name in parameters), None)
     if grid and ("pixel_values" in inputs or "hidden_states" in inputs):
         name = "pixel_values" if "pixel_values" in inputs else "hidden_states"
         made = _patches(config, generator, name, grid)
@@ -85,7 +86,11 @@ def find(config: PreTrainedConfig, name: str, default: Any) -> Any:
 
 
 def _ids(config: PreTrainedConfig, generator: Generator, length: int = TOKENS) -> Tensor:
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY
+    try:
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # there are several
+        vocabulary = None
+    vocabulary = vocabulary or find(config, "vocab_size", VOCABULARY)
     return torch.randint(3, max(4, min(vocabulary, 90)), (ROWS, length), generator=generator)
 
 
@@ -116,6 +121,8 @@ def _image(config: PreTrainedConfig, generator: Generator, form: str = "one") ->
     height, width = size if isinstance(size, list | tuple) else (size, size)
     height, width = {"large": (128, 128), "wide": (48, 320)}.get(form, (height, width))
     image = torch.randn(ROWS, find(config, "num_channels", 3), height, width, generator=generator)
+    if form == "two":
+        image = torch.randn(ROWS, image.shape[1], 128, 128, generator=generator)
     if form == "several":
         return image[:, None].repeat(1, find(config, "num_frames", None) or find(config, "frames_per_clip", 1), 1, 1, 1)
     return torch.stack([image, image.flip(-1)], 1) if form == "two" else image
@@ -212,6 +219,24 @@ def _flattened(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -
     return torch.cat([place, place, torch.randn(ROWS, TOKENS, numbers, generator=generator)], -1)
 
 
+def _seen_images(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
+    """`[rows, tokens, images]`: each token sees all."""
+    images = inputs["pixel_values"].shape[1] if "pixel_values" in inputs else 1
+    return torch.ones(ROWS, TOKENS, images, dtype=torch.long)
+
+
+def _places(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
+    """`[rows, tokens]`: the first tokens stand for what is seen in an image."""
+    return (torch.arange(TOKENS) < find(config, "latent_query_num", 1)).long().repeat(ROWS, 1)
+
+
+def _new_ids(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
+    """`[rows, tokens]`; `[rows, tokens, channels]` for a decoder of sounds with several codes at a time (Dia)."""
+    channels = getattr(getattr(config, "decoder_config", None), "num_channels", None)
+    ids = _ids(config, generator, NEW_TOKENS)
+    return ids[..., None].repeat(1, 1, channels) if channels else ids
+
+
 def _same(of: str, value: float) -> Maker:
     def same(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
         return torch.full_like(inputs[of], value) if of in inputs else torch.full((ROWS, TOKENS), value)
@@ -221,13 +246,17 @@ def _same(of: str, value: float) -> Maker:
 
 # The first pattern that fits the name of a parameter says who makes it, and the order who comes first.
 _MAKERS: tuple[tuple[str, Maker], ...] = (
-    ("input_ids|.*_input_ids|task_inputs|text_inputs", lambda config, generator, inputs: _ids(config, generator)),
+    ("decoder_input_ids", _new_ids),
+    ("input_ids|.*_input_ids|text_inputs", lambda config, generator, inputs: _ids(config, generator)),
+    ("task_inputs", lambda config, generator, inputs: _ids(config, generator, find(config, "task_seq_len", TOKENS))),
     ("pixel_values.*|prompt_pixel_values|prompt_masks", lambda config, generator, inputs: _image(config, generator)),
-    ("input_features|audio_mel", _features),
+    ("input_features", _features),
+    ("audio_mel", lambda config, generator, inputs: _features(config, generator, inputs).transpose(1, 2)),
     ("input_values", _samples),
     ("past_values", _series),
     ("flattened_patches", _flattened),
     ("decoder_input_values", _numbers("num_mel_bins")),
+    ("inputs", _numbers("d_model")),
     ("latents|hidden_states|.*_hidden_states|inputs_embeds|.*_embeds", _states),
     ("states", _numbers("state_dim")),
     ("actions", _numbers("act_dim")),
@@ -243,18 +272,20 @@ _MAKERS: tuple[tuple[str, Maker], ...] = (
     ("future_time_features", _time_features("future_values")),
     ("past_values_padding", _same("past_values", 0)),
     (".*observed_mask", _same("past_values", 1)),
+    ("image_attention_mask", _seen_images),
     ("pixel_attention_mask", _grid("mask")),
     ("pixel_position_ids|image_position_ids", _grid("places")),
-    ("spatial_shapes|target_sizes|image_grid_hw", _grid("sides")),
+    ("spatial_shapes|target_sizes", _grid("sides")),
     ("image_sizes", _grid("pixels")),
     ("merge_sizes", lambda config, generator, inputs: torch.ones(ROWS, dtype=torch.long)),
     ("bbox", _boxes),
     ("freq", lambda config, generator, inputs: torch.zeros(ROWS, 1, dtype=torch.long)),
     ("prompt_ids|lang_ids", lambda config, generator, inputs: torch.zeros(ROWS, dtype=torch.long)),
-    ("image_embeds_position_mask|.*token_type_ids", _same("input_ids", 0)),
-    (".*_attention_mask|.*_features_mask|padding_mask|audio_mel_mask", _feature_mask),
+    ("image_embeds_position_mask", _places),
+    (".*token_type_ids", _same("input_ids", 0)),
+    (".*_attention_mask|.*_features_mask|padding_mask", _feature_mask),
+    ("audio_mel_mask", lambda config, generator, inputs: _feature_mask(config, generator, inputs) == 0),
 )
-_MAKERS = (("decoder_input_ids", lambda config, generator, inputs: _ids(config, generator, NEW_TOKENS)), *_MAKERS)
 
 
 def _patches(config: PreTrainedConfig, generator: Generator, name: str, grid: str) -> Inputs:
@@ -266,7 +297,7 @@ def _patches(config: PreTrainedConfig, generator: Generator, name: str, grid: st
     numbers = channels * (getattr(vision, "temporal_patch_size", None) or 1) * size**2
     return {
         name: torch.randn(ROWS * rows * columns, numbers, generator=generator),
-        grid: torch.tensor([[1, rows, columns]] * ROWS),
+        grid: torch.tensor([[1, rows, columns][-2 if grid.endswith("hw") and not grid.endswith("thw") else 0 :]] * ROWS),
     }
 
 

@@ -44,10 +44,10 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r"n_filters|num_filters", "filters", 8),
     (r"n_routed_experts|.*num_experts|num_local_experts", "experts", 4),
     (r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|topk_group|moe_k", "experts", 2),
-    (r"(.*_)?num_queries|num_latents|two_stage_num_proposals", "queries", 6),
+    (r"(.*_)?num_queries|num_latents|latent_query_num|two_stage_num_proposals", "queries", 6),
     (r"mm_tokens_per_image", "image", 4),
     (r".*(image_size|img_size)", "image", IMAGE),
-    (r"patch_size", "image", PATCH),
+    (r"patch_size", "patch", PATCH),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", "positions", POSITIONS),
     (r"sliding_window", "positions", POSITIONS),  # a converted layer has its new attention in place of such a window
     (r".*window_size|attention_chunk_size|context_size", "window", 4),
@@ -66,16 +66,18 @@ NOT_FIELDS += ("model_type", "transformers_version", "architectures", "efficient
 @dataclass(frozen=True)
 class Way:
     """How numbers become small: divided by common factors, or each to its size, widths times `wide`; `kept` kinds and
-    fields stay; of per-layer lists there remain one entry of each kind, the first ones, or twice the second kind."""
+    fields stay; of per-layer lists there remain one entry of each kind, the first ones, or twice the second kind. Last of all the
+    config as it is, which may be a small one."""
 
     in_proportion: bool = False
     wide: int = 1
     kept: tuple[str, ...] = ()
     layers: str = "each"
+    as_it_is: bool = False
     filled: tuple[str, ...] = ()  # fields that say nothing, where a number must be said
 
 
-PLACES = ("positions", "window", "queries")
+PLACES = ("positions", "window", "queries", "patch")
 WAYS = (
     Way(),
     Way(in_proportion=True),
@@ -85,6 +87,7 @@ WAYS = (
     Way(kept=PLACES),
     Way(in_proportion=True, kept=PLACES),
     Way(kept=("width", "dim", "heads", "kv", "filters", "rank", *PLACES)),
+    Way(as_it_is=True),
 )
 
 
@@ -166,7 +169,7 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
     for number, (name, value) in enumerate(own.items()):
         if isinstance(value, PreTrainedConfig):
             fields[name] = _shrunk(value, way, factors) | {"model_type": value.model_type}
-        elif name in way.kept or isinstance(value, bool):
+        elif name in way.kept or isinstance(value, bool) or (name in DEPTHS and "depths" in own):
             fields[name] = value
         elif re.search(r"token_(id|index)$", name):
             fields[name] = _token(name, value, number)
@@ -177,8 +180,6 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
             fields[name] = _number(name, value, way, factors, bool(same))
         elif value is None:
             fields[name] = VOCABULARY if name == "vocab_size" else 4 if name in way.filled else None
-        elif isinstance(value, float) and re.fullmatch("(width|depth)_coefficient", name):
-            fields[name] = min(value, 0.25)
         elif isinstance(value, list | tuple) and sources and len(value) == depth:
             fields[name] = [value[layer] for layer in sources]
         elif _is_by_layer(value, depth):
@@ -258,18 +259,24 @@ def _short_rope(parameters: dict, own: dict[str, Any], factor: int, way: Way) ->
     for section in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
         if section.get("rope_theta", 0) is None:
             section["rope_theta"] = 10_000.0
-        if "mrope_section" in section and section["mrope_section"]:
+        if section.get("mrope_section"):
             parts = section["mrope_section"]
             exact = factor and all(one % factor == 0 for one in parts)
-            rotated = section.get("partial_rotary_factor", own.get("partial_rotary_factor")) or 1
-            half = int(HEAD_DIM * way.wide * rotated) // 2
-            section["mrope_section"] = (
-                [one // factor for one in parts] if exact else [half - 2 * (half // 4), half // 4, half // 4]
-            )
+            section["mrope_section"] = [one // factor for one in parts] if exact else _sections(parts, own, way)
         for name in ("short_factor", "long_factor"):
             if isinstance(section.get(name), list):
                 section[name] = section[name][: HEAD_DIM // 2 if not factor else len(section[name]) // factor]
     return parameters
+
+
+def _sections(parts: list[int], own: dict[str, Any], way: Way) -> list[int]:
+    """As many frequencies as a small head rotates, in about the same parts; what is left over gets the unlike one."""
+    rotated = (own.get("rope_parameters") or {}).get("partial_rotary_factor") or own.get("partial_rotary_factor") or 1
+    half = int(HEAD_DIM * way.wide * rotated) // 2
+    small = [one * half // sum(parts) for one in parts]
+    unlike = next((place for place, one in enumerate(parts) if parts.count(one) == 1), 0)
+    small[unlike] += half - sum(small)
+    return small
 
 
 def _consistent(fields: dict[str, Any], own: dict[str, Any], way: Way) -> dict[str, Any]:
@@ -281,7 +288,7 @@ def _consistent(fields: dict[str, Any], own: dict[str, Any], way: Way) -> dict[s
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
     if not way.in_proportion and "rope_type" in (fields.get("rope_parameters") or {}):
         # some have long sections where none are said
-        fields["rope_parameters"].setdefault("mrope_section", [2 * way.wide, way.wide, way.wide])
+        fields["rope_parameters"].setdefault("mrope_section", _sections([1, 1, 2], own, way))
     if any(kind_of(name)[0] == "experts" and isinstance(value, int) for name, value in own.items()):
         for name in own:  # of experts that there are some must be chosen
             if fields[name] is None and re.fullmatch(r".*experts_per_tok.*|moe_topk|top_k_experts", name):

@@ -35,13 +35,18 @@ CLASSES = (
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
 )
 Made = TypeVar("Made")
 
 
+class NotTinyError(UnsupportedModelError):
+    """A model of a tiny config cannot be built, or not be fed: one with other sizes might."""
+
+
 def tiny_config(config: PreTrainedConfig, way: Way = WAYS[0]) -> PreTrainedConfig:
     """The same architecture with small sizes: what is no size (switches, kinds of layers, activations) stays."""
-    return type(config)(**shrunk(config, way))
+    return copy.deepcopy(config) if way.as_it_is else type(config)(**shrunk(config, way))
 
 
 def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Made]) -> Made:
@@ -50,7 +55,7 @@ def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Made
     Where an error names fields, their numbers are left as they were, and those that said nothing say something.
 
     Raises:
-        UnsupportedModelError: it fails for all of them; the first reason is said.
+        NotTinyError: it fails for all of them; the first reason is said.
     """
     problem: Exception | None = None
     for way in WAYS:
@@ -61,16 +66,16 @@ def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Made
                 problem = problem or error
                 words = set(re.findall(r"\w+", str(error)))
             fields = dict(all_fields(config))
-            kept = words & {name for name, value in fields.items() if value is not None and kind_of(name)[0]}
+            kept = words & {name for name, value in fields.items() if value is not None and kind_of(name)[0] not in ("", "image")}
             filled = words & {name for name, value in fields.items() if value is None}
             if not kept - set(way.kept) | filled - set(way.filled):
                 break
             way = replace(way, kept=(*way.kept, *sorted(kept)), filled=(*way.filled, *sorted(filled)))
     assert problem is not None
-    if isinstance(problem, UnsupportedModelError):
+    if isinstance(problem, NotTinyError):
         raise problem
     reason = " ".join(str(problem).split())
-    raise UnsupportedModelError(f"No tiny {config.model_type} config could be made: {reason}") from problem
+    raise NotTinyError(f"No tiny {config.model_type} config could be made: {reason}") from problem
 
 
 def model_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
@@ -92,7 +97,7 @@ def tiny_model(config: PreTrainedConfig, *model_class: type[PreTrainedModel]) ->
     """A model of a tiny config, in eval mode and float32: of a given class, or the plainest that there is.
 
     Raises:
-        UnsupportedModelError: no class of transformers builds it, or it is not tiny.
+        NotTinyError: no class of transformers builds it, or it is not tiny.
     """
     problem: object = "transformers has no model class for it"
     for one in model_class or model_classes(config):
@@ -107,7 +112,7 @@ def tiny_model(config: PreTrainedConfig, *model_class: type[PreTrainedModel]) ->
                 return _with_strong_weights(one(copy.deepcopy(config)).eval().float())
         except Exception as error:  # whatever the code of a model may raise
             problem = error
-    raise UnsupportedModelError(f"No tiny {config.model_type} model could be built: {problem}")
+    raise NotTinyError(f"No tiny {config.model_type} model could be built: {problem}")
 
 
 @torch.no_grad()
