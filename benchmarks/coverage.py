@@ -386,7 +386,8 @@ def _reasons(row: dict) -> str:
     return "; ".join(f"{', '.join(places)}: {reason}" for reason, places in reasons.items())
 
 
-def main() -> None:
+def read(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="some model types")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -394,7 +395,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write this page of what is in the output, and try nothing")
     parser.add_argument("--configs", type=Path, help="a file of configs for types whose default config does not build")
     parser.add_argument("--compare", type=Path, help="an earlier output: say at the end what changed since then")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = read()
     if args.page:
         write_page(json.loads(args.output.read_text()), args.page)
         return

@@ -9,6 +9,7 @@ import pytest
 import typer
 import yaml
 
+from benchmarks.coverage import read as read_coverage
 from hf_efficient.cli import app, parse_overrides
 from hf_efficient.cli.programs import cache_teacher as caching_script
 from hf_efficient.cli.programs import distill as distillation_script
@@ -23,6 +24,7 @@ SCRIPTS = {
     "scripts/distill.py": distillation_script.read,
     "scripts/cache_teacher.py": caching_script.read,
     "scripts/prune.py": pruning_script.parse,
+    "benchmarks/coverage.py": read_coverage,
 }
 YAML = [(page.stem, block) for page in PAGES for block in blocks(page, "yaml")]
 

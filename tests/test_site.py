@@ -86,8 +86,13 @@ def test_what_makes_a_notebook_short_is_in_one():
     assert all(long in text for long in list(SHORTER)[:-1])  # the last is of what the one before it leaves
 
 
+ONE, *MORE = NOTEBOOKS
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [ONE, *(pytest.param(path, marks=pytest.mark.thorough) for path in MORE)], ids=lambda path: path.stem
+)
 def test_a_notebook_runs(path, tmp_path, monkeypatch, pytestconfig):
     """As it is with --thorough, else with fewer and shorter texts."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra dev")

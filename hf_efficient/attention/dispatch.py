@@ -8,7 +8,6 @@ layer without one, and cross attention unless asked for, gets dense softmax atte
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
@@ -17,10 +16,10 @@ from transformers.utils.output_capturing import _active_collector
 from ..errors import UnsupportedModelError
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
-from .engines.parts import full_attention, full_weights
+from .engines.parts import full_attention, full_weights, match_heads, sdpa
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import AttentionVariant, HeadShape
+from .variant import AttentionVariant, HeadShape, Logits
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
@@ -115,6 +114,8 @@ def efficient_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     state_layer: StateLayer | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -123,13 +124,13 @@ def efficient_attention_forward(
     The weights `[B,H,T,S]` come with `output_attentions=True` alone, else None; `[B,H,T,0]` of a kind without weights.
 
     Raises:
-        UnsupportedModelError: a 4D mask on a converted layer, `softcap` or attention sinks; weights while decoding
-            from a state.
+        UnsupportedModelError: a 4D mask on a converted layer; capped scores (`softcap`) or sinks (`s_aux` [H]) with
+            a kind that is no softmax; weights while decoding from a state.
     """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"This model uses {name!r} in its attention, which cannot be converted yet.")
-    variant = variant_of(module)
+    variant, extra = variant_of(module), {}
+    if softcap is not None or s_aux is not None:
+        check_logits(variant)
+        extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # as transformers' own
     with_weights = _weights_wanted(kwargs)
     if attention_mask is not None and attention_mask.ndim == 4:
@@ -138,16 +139,17 @@ def efficient_attention_forward(
                 "Converted attention takes a 2D attention_mask [batch, length]; a 4D mask was given. "
                 "Pass the 2D mask, or leave this layer unconverted."
             )
-        return _with_given_mask(query, key, value, attention_mask, dropout, scaling), None
+        return _with_given_mask(query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra), None
     if variant is not None and variant.has_state and state_layer is not None:
-        common = {"scaling": scaling, "bias": None if position_bias is None else position_bias[:, :, 0]}
+        bias = None if position_bias is None else position_bias[:, :, 0]
+        common = {"scaling": scaling, "bias": bias, **extra}
         out, weights = _decode(variant, state_layer, (query, key, value, attention_mask), common, with_weights)
         return out.transpose(1, 2).contiguous(), weights
     if attention_mask is not None:
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         attention_mask = attention_mask[:, -key.shape[2] :]
-    common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key)}
+    common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key), **extra}
     window = kwargs.get("sliding_window")
     if window is not None and not causal:
         window = window - 1  # without causality theirs says |i - j| < window (ModernBERT), ours <=
@@ -208,12 +210,20 @@ def _carrier(position_bias: torch.Tensor | None, query: torch.Tensor, key: torch
     return position_bias[:, :, 0] if is_carrier else None
 
 
-def _with_given_mask(query, key, value, mask, dropout, scaling) -> torch.Tensor:
+def check_logits(variant: AttentionVariant | None) -> None:
+    """Refuse a kind with no place for capped scores and sinks; none at all is full attention."""
+    if variant is not None and not variant.takes_logits:
+        allowed = ", ".join(name for name, other in ATTENTIONS.items() if other.takes_logits)
+        raise UnsupportedModelError(
+            f"{variant.config.kind!r} attention cannot express the capped scores or the attention sinks of this "
+            f"model. Kinds that keep them: {allowed}."
+        )
+
+
+def _with_given_mask(query, key, value, mask, **options) -> torch.Tensor:
     """[B,T,H,D]: softmax attention by a mask [B, H or 1, T, S] of transformers' own."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).contiguous()
+    key, value = match_heads(query, key, value)
+    return sdpa(query, key, value, mask, **options).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

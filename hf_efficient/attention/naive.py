@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .variant import Logits
+
 
 def naive_full_attention(
     query: Tensor,
@@ -25,6 +27,7 @@ def naive_full_attention(
     window: int | None = None,
     scaling: float | None = None,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """softmax(scaling q k^T + bias) v over the allowed pairs (Vaswani 2017)."""
     key, value, real = _prepare(query, key, value, key_mask)
@@ -34,7 +37,7 @@ def naive_full_attention(
         allowed = allowed & (distance <= 0)
     if window is not None:
         allowed = allowed & (distance > -window if causal else distance.abs() <= window)
-    return _softmax_attention(query, key, value, allowed, scaling, bias)
+    return _softmax_attention(query, key, value, allowed, scaling, bias, logits)
 
 
 def naive_local_attention(
@@ -48,6 +51,7 @@ def naive_local_attention(
     causal: bool = False,
     scaling: float | None = None,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax over the window, plus the first `global_tokens` real tokens, which see all and are seen by all."""
     key, value, real = _prepare(query, key, value, key_mask)
@@ -57,7 +61,7 @@ def naive_local_attention(
         allowed = ((distance > -window) | is_global[:, None, None, :]) & (distance <= 0)
     else:
         allowed = (distance.abs() <= window) | is_global[:, None, None, :] | is_global[:, None, :, None]
-    return _softmax_attention(query, key, value, allowed & real[:, None, None, :], scaling, bias)
+    return _softmax_attention(query, key, value, allowed & real[:, None, None, :], scaling, bias, logits)
 
 
 def naive_linear_attention(
@@ -185,13 +189,25 @@ def _distance(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float | None, bias: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scaling: float | None,
+    bias: Tensor | None,
+    logits: Logits | None = None,
 ) -> Tensor:
+    softcap, sinks = logits or Logits()
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias[:, :, _distance(query, key) + key.shape[2] - 1]  # [1, H, T, S]
     allowed = allowed.expand_as(scores)
-    weights = torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    if sinks is not None:  # one more score, of no value
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
     return (weights * allowed) @ value
 
 
@@ -236,6 +252,7 @@ def naive_strided_attention(
     causal: bool = False,
     scaling: float | None = None,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax over the own block and up to `num_blocks` others, from the one before back to the farthest."""
     key, value, real = _prepare(query, key, value, key_mask)
@@ -251,7 +268,7 @@ def naive_strided_attention(
                 table[i, (i - 1 - m * (others - 1) // max(used - 1, 1)) % blocks] = True
         sees.append(table)
     allowed = _between_blocks(query, rank // block_size, [table.unsqueeze(0) for table in sees])
-    return _block_softmax(query, key, value, allowed, real, global_tokens, causal, scaling, bias)
+    return _block_softmax(query, key, value, allowed, real, global_tokens, causal, scaling, bias, logits)
 
 
 def naive_topk_attention(
@@ -265,6 +282,7 @@ def naive_topk_attention(
     global_tokens: int = 0,
     causal: bool = False,
     scaling: float | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax over the own block and the top_k - 1 whose mean key has the largest product with the block's query."""
     key, value, real = _prepare(query, key, value, key_mask)
@@ -282,7 +300,7 @@ def naive_topk_attention(
             table[head, i, sorted(scores, key=lambda j: (scores[j], j))[::-1][: top_k - 1]] = True
         sees.append(table)
     allowed = _between_blocks(query, rank // block_size, sees)
-    return _block_softmax(query, key, value, allowed, real, global_tokens, causal, scaling, None)
+    return _block_softmax(query, key, value, allowed, real, global_tokens, causal, scaling, None, logits)
 
 
 def _between_blocks(query: Tensor, block: Tensor, sees: list[Tensor]) -> Tensor:
@@ -303,6 +321,7 @@ def _block_softmax(
     causal: bool,
     scaling: float | None,
     bias: Tensor | None,
+    logits: Logits | None,
 ) -> Tensor:
     """Over the allowed pairs and those of global tokens; zeros for padded queries."""
     is_global = real & (real.cumsum(-1) <= global_tokens)  # [B, S]
@@ -312,7 +331,7 @@ def _block_softmax(
         allowed = allowed & (_distance(query, key) <= 0)
     else:
         allowed = allowed | is_global[:, None, -length:, None]
-    return _softmax_attention(query, key, value, allowed & real[:, None, None, :] & asking, scaling, bias)
+    return _softmax_attention(query, key, value, allowed & real[:, None, None, :] & asking, scaling, bias, logits)
 
 
 def naive_kernel_attention(

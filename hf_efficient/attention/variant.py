@@ -24,6 +24,14 @@ class HeadShape(NamedTuple):
     dim: int
 
 
+class Logits(NamedTuple):
+    """What is done to the scores before they become weights: softmax(c tanh(s / c)) with the cap c (Gemma 2, arXiv
+    2408.00118), and `sinks` [H], one more score for each head in the sum of the softmax, without a value (gpt-oss)."""
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 State = tuple[Tensor, ...]
 MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
 
@@ -38,6 +46,8 @@ class AttentionVariant(nn.Module):
 
     Attributes:
         takes_bias: the kind has a place for T5's relative position bias.
+        takes_logits: it is softmax over the scores of some keys, which may be capped and share it with a sink.
+        takes_uneven: values may be wider or narrower than queries (as in latent attention, MLA).
         takes_cross: queries and keys may come from different sequences, so it can serve cross attention.
         has_weights: the output is a matrix of weights, one for each pair, times the values.
         has_state: `decode` carries a state from call to call, so that no key is kept that is not needed.
@@ -46,6 +56,8 @@ class AttentionVariant(nn.Module):
     """
 
     takes_bias = False
+    takes_logits = False
+    takes_uneven = True
     takes_cross = False
     has_weights = True
     has_state = False
@@ -75,7 +87,8 @@ class AttentionVariant(nn.Module):
         """Attention of query `[B,H,T,D]` over key `[B,K,S,D]` and value `[B,K,S,Dv]`; gives `[B,H,T,Dv]`.
 
         `key_mask` [B,S] is True at real tokens. `bias` is the Toeplitz carrier `[1, H, S+T-1]`; only a kind that
-        `takes_bias` is given one. Query i stands at key position S-T+i.
+        `takes_bias` is given one, and `logits` only to one that `takes_logits`, where there is any. Query i stands at
+        key position S-T+i.
         """
         raise NotImplementedError
 

@@ -25,6 +25,7 @@ from ..models.loading import load_config
 from ..models.rebuild import check_model, rebuild
 from ..models.stacks import ConfigStack, config_stacks
 from ..models.structure import check_fit
+from .alike import check_alike
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
 from .probe import check_reached
@@ -56,8 +57,8 @@ def convert_attention(
         return convert_in_memory(model, _by_layer(config, layers))
     block = _converted(anatomy, config, layers)
     converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
-    if block.is_converted() and anatomy.family.model_type in FAMILIES:  # what is derived has been tried already
-        check_reached(converted)
+    if block.is_converted():
+        check_reached(converted) if anatomy.family.model_type in FAMILIES else check_alike(model, converted)
     return converted
 
 
@@ -126,12 +127,17 @@ def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | i
                         f"The attention of the {name} of {anatomy.family.model_type} models cannot be converted: "
                         f"{stack.entry.why_not(CONVERT)}. Name those that can: {{{_others(stacks)}}}."
                     )
-                check_fit(config, anatomy.family, cross=key == CROSS)
+                check_fit(config, stack, cross=key == CROSS)
             old = getattr(entry, key) or (AttentionConfig(),) * stack.depth
             causal = key != CROSS and stack.is_causal
             # Global tokens are sinks of a causal layer; one that has a window of its own never saw them.
+            has_it = set(range(stack.depth) if key == CROSS else stack.attending)
+            if wanted[key] and not wanted[key].keys() & has_it:
+                raise ConfigError(f"None of these layers of the {name} has softmax attention; {stack.attending} have.")
             new = tuple(
                 wanted[key].get(index, old[index]).resolve(causal and not stack.has_window(index))
+                if index in has_it
+                else AttentionConfig()
                 for index in range(stack.depth)
             )
             changes[key] = new if any(config.kind != "full" for config in new) else ()

@@ -44,6 +44,12 @@ def self_attentions(model: nn.Module, stacks: tuple[str, ...]) -> Modules:
             "The losses `attention`, `relation` and `attention_output` need a family of the table; "
             f"{base.config.model_type!r} is not one. Leave them out of losses."
         )
+    for stack in Anatomy.of(base).stacks:
+        if stack.entry.attending is not None:
+            raise UnsupportedModelError(
+                "The losses `attention`, `relation` and `attention_output` need softmax attention in every layer; of "
+                f"the {stack.name} of {base.config.model_type!r} only {stack.attending} have it."
+            )
     modules = {
         (name, index): layer.get_submodule(stack.entry.attention.module)
         for name, stack in zip(stacks, Anatomy.of(base).stacks, strict=False)

@@ -100,10 +100,11 @@ def _units(
     if heads is None and neurons is None:
         return {}
     groups = [g for g in anatomy.groups if g.stack not in kept or set(g.layers) & set(kept[g.stack])]
+    groups = [g for g in groups if (neurons if g.is_neurons else heads) is not None]
     teacher, units = anatomy.model, {}
     importance = activation(teacher, groups, batches=batches) if batches else magnitude(teacher, groups)
     for group, scores in importance.items():
-        name, count = ("neurons", neurons) if group.kind == "neurons" else ("heads", heads)
+        name, count = ("neurons", neurons) if group.is_neurons else ("heads", heads)
         if count is None:
             continue
         if type(count) is not int or not 1 <= count <= group.units:

@@ -262,8 +262,8 @@ def find_attentions(model: PreTrainedModel) -> dict[str, _Attention]:
     for stack in Anatomy.of(model).stacks:
         for key, attention in stack.attentions.items():
             ending = ".cross" if key == "cross_heads" else ""
-            for index, layer in enumerate(stack.layers):
-                variant = variant_of(layer.get_submodule(attention.module))
+            for index in stack.attending:
+                variant = variant_of(stack.layers[index].get_submodule(attention.module))
                 if variant is not None:
                     attentions[f"{stack.name}.{index}{ending}"] = _Attention(variant, stack.name)
     return attentions

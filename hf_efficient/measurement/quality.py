@@ -124,7 +124,9 @@ def evaluate_quality(
     if len(dataset) == 0:
         raise DataError("The data set to evaluate on is empty. Give at least one sample.")
     if collator is None:
-        from transformers import default_data_collator as collator
+        from transformers import default_data_collator
+
+        collator = default_data_collator
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collator, shuffle=False)
     with evaluating(model):
         if TASKS[task].kind == "embeddings":

@@ -22,12 +22,12 @@ from transformers import PreTrainedConfig
 
 from ..attention.config import AttentionConfig
 from ..errors import ConfigError, shown, unknown_name
-from .family import Family
+from .family import NEURON_KINDS, Family
 from .stacks import ConfigStack, config_stacks
 
 VERSION = 1
 ATTENTIONS = ("attention", "cross_attention")
-SIZES = ("heads", "kv_heads", "cross_heads", "neurons")
+SIZES = ("heads", "kv_heads", "cross_heads", *NEURON_KINDS)
 
 # The largest stock sizes that are accepted when an efficient config is read: above any real model, so that a broken or
 # hostile config.json is refused before anything is allocated.
@@ -139,6 +139,9 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
         for where, values in lists.items():
             if len(values) != layers:
                 raise ConfigError(f"efficient.{where} has {len(values)} entries for {layers} layers.")
+        for index, attention in enumerate(entry.attention):
+            if attention.kind != "full" and index not in stack.attending:
+                raise ConfigError(f"efficient.stacks.{name}.attention[{index}]: this layer has no softmax attention.")
         _check_sizes(entry, stack)
         _check_heads(entry, stack)
 
@@ -146,7 +149,7 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
 def _check_sizes(entry: StackBlock, stack: ConfigStack) -> None:
     limits = dict.fromkeys((kind for kind, attention in stack.attentions.items() if attention.query), stack.num_heads)
     limits |= {"kv_heads": stack.num_kv_heads} if limits else {}
-    limits |= {"neurons": stack.num_neurons} if stack.down else {}
+    limits |= {kind: stack.width_of(kind) for kind in stack.ffns}
     for size, values in entry.sizes.items():
         if size not in limits:
             raise unknown_name(f"key of efficient.stacks.{stack.name}", size, limits)
@@ -192,7 +195,8 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family | None) -> None:
             part = sizes.get(name) or {}
             sizes = vars(part) if isinstance(part, PreTrainedConfig) else _mapping("a sub-config", part)
         limits = {stack.num_layers: MAX_LAYERS, stack.hidden: MAX_WIDTH, stack.heads: MAX_HEADS}
-        limits |= {stack.neurons: MAX_NEURONS} if stack.neurons else {}
+        widths = (stack.neurons, *(ffn.neurons for ffn in stack.more_ffns))
+        limits |= {width: MAX_NEURONS for width in widths if width}
         limits |= {name: limit for name, limit in ((stack.kv_heads, MAX_HEADS), (stack.head_dim, MAX_WIDTH)) if name}
         _check_limits(sizes, LIMITS | limits)
         kv_heads = sizes.get(stack.kv_heads) if stack.kv_heads else None

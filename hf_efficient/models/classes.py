@@ -94,7 +94,7 @@ def with_block(config: PreTrainedConfig, block: EfficientBlock, **changes: Any) 
     config_class = efficient_config_class(stock_config_class(config))
     family = family_of(config)
     if family.model_type not in FAMILIES:  # so that it need not be derived where the checkpoint is loaded
-        block = replace(block, family=family)
+        block = replace(block, family=block.family or family)
     efficient = _make(config_class, config, efficient=block.to_dict(), **changes)
     if efficient.architectures:
         efficient.architectures = [f"{EFFICIENT}{name.removeprefix(EFFICIENT)}" for name in efficient.architectures]

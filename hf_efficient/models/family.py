@@ -11,7 +11,7 @@ no decoder) is left out by `models.stacks`, where the entries meet configs and m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..errors import ConfigError, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MAX_STACKS, MAX_NAMES, MAX_TEXT, MAX_NUMBER = 16, 64, 500, 1 << 20
+MAX_STACKS, MAX_NAMES, MAX_TEXT, MAX_NUMBER, MAX_LAYERS = 16, 64, 500, 1 << 20, 1024
 
 # What can be done with a model; each may be refused for itself.
 CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "layers")
@@ -38,6 +38,10 @@ class Attention:
     `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
     key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
     `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
+    `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
+    scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
+    `measure` is the linear that makes the queries of all heads, and nothing else, where no config field says how wide
+    they are.
     """
 
     module: str
@@ -51,6 +55,47 @@ class Attention:
     width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
     per_head: tuple[str, ...] = ()
+    class_name: str = ""
+    logits: bool = False
+    uneven: bool = False
+    measure: str = ""
+
+    def without_heads(self) -> Attention:
+        """The same module, without what tells its heads apart."""
+        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "measure")}
+        return Attention(self.module, **said)
+
+
+# What groups of FFN neurons are called: those of the first FFN of a layer, of a mixture of experts, of others.
+NEURON_KINDS = ("neurons", "expert_neurons", "neurons_2", "neurons_3", "neurons_4")
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One FFN of a layer, in the layers that have it.
+
+    `up` and `down` are the linears that widen and narrow, as in `Stack`; of a mixture of experts they are parameters
+    `[experts, ., .]`, of which every expert loses as many neurons: `up_dim` and `down_dim` say where they lie in them,
+    and `interleaved` that the gate and what is gated take turns there. `biases` are parameters `[experts, neurons]`
+    and `integers` numbers beside the weights that are the width. `neurons` is the config field with the width, or
+    `num_neurons` the width itself; `active` the field that says how many experts work for one token.
+    """
+
+    kind: str
+    up: tuple[str, ...]
+    down: str
+    neurons: str | None = None
+    num_neurons: int | None = None
+    up_dim: int = 0
+    down_dim: int = 0
+    interleaved: bool = False
+    biases: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
+    active: str | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        return self.down_dim > 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +106,7 @@ class Stack:
         layers: its ModuleList.
         up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated. A path
             that is named twice is one fused linear with a block of outputs for each.
+        more_ffns: those beside it: a dense layer may have another FFN than one with experts, and that several.
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
         config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
@@ -70,6 +116,8 @@ class Stack:
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
             `None` where it accepts none (then pruned heads need the efficient class).
+        head_size: the width of a head itself, where the entry belongs to one config and no field says it.
+        attending: the layers that have this attention; None: all.
         num_neurons: the FFN width itself, where the entry belongs to one config and no field says it.
         causal: its self-attention sees no later tokens; `None`: by its name.
         sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
@@ -83,6 +131,7 @@ class Stack:
     down: str = ""
     gated_up: tuple[str, ...] = ()
     gated_down: str | None = None
+    more_ffns: tuple[FFN, ...] = ()
     cross_attention: Attention | None = None
     cross_if: str | None = None
     config: str | None = None
@@ -93,6 +142,8 @@ class Stack:
     count_neurons: Callable[[PreTrainedConfig], int] | None = None
     kv_heads: str | None = None
     head_dim: str | None = None
+    head_size: int | None = None
+    attending: tuple[int, ...] | None = None
     num_neurons: int | None = None
     causal: bool | None = None
     sees_patches: bool = False
@@ -106,9 +157,16 @@ class Stack:
         """The same stack, but that it does not say what the ability needs."""
         refused = replace(self, refusals=tuple(sorted({**dict(self.refusals), ability: why}.items())))
         if ability == HEADS:
-            cross = self.cross_attention and Attention(self.cross_attention.module)
-            return replace(refused, attention=Attention(self.attention.module), cross_attention=cross)
-        return replace(refused, up=(), down="") if ability == NEURONS else refused
+            cross = self.cross_attention and self.cross_attention.without_heads()
+            return replace(refused, attention=self.attention.without_heads(), cross_attention=cross)
+        return replace(refused, up=(), down="", more_ffns=()) if ability == NEURONS else refused
+
+    def with_layers(self, kept: Sequence[int]) -> Stack:
+        """The same for a stack of which these layers are left, in this order."""
+        if self.attending is None:
+            return self
+        attending = tuple(new for new, old in enumerate(kept) if old in self.attending)
+        return replace(self, attending=attending)
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""
@@ -202,7 +260,7 @@ def _to_dict(entry: Any) -> dict[str, Any]:
     for one in fields(entry):
         value = getattr(entry, one.name)
         if value != one.default:
-            parts = [_to_dict(part) for part in value] if one.name == "stacks" else value
+            parts = [_to_dict(part) for part in value] if one.name in ("stacks", "more_ffns") else value
             written[one.name] = _to_dict(value) if isinstance(value, Attention) else parts
     return written
 
@@ -215,16 +273,19 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
     values: dict[str, Any] = {}
     for name, value in data.items():
         place = f"{where}.{name}"
-        if name == "stacks":
+        if name in ("stacks", "more_ffns"):
             if not isinstance(value, list | tuple) or len(value) > MAX_STACKS:
-                raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} stacks.")
-            values[name] = tuple(_from_dict(Stack, one, f"{place}[{i}]") for i, one in enumerate(value))
+                raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} mappings.")
+            part = Stack if name == "stacks" else FFN
+            values[name] = tuple(_from_dict(part, one, f"{place}[{i}]") for i, one in enumerate(value))
         elif name in ("attention", "cross_attention"):
             values[name] = None if value is None else _from_dict(Attention, value, place)
         elif name == "refusals":
             values[name] = tuple((str(ability), str(why)[:MAX_TEXT]) for ability, why in _pairs(value, place))
         else:
             values[name] = _plain(value, known[name].type, place)
+    if kind is FFN and (values.get("kind") not in NEURON_KINDS or values.get("down_dim", 0) > 2):
+        raise ConfigError(f"efficient.{where}: an FFN is one of {', '.join(NEURON_KINDS)}, in dimension 1 or 2.")
     try:
         return kind(**values)
     except TypeError as error:
@@ -252,5 +313,7 @@ def _plain(value: Any, kind: str, where: str) -> Any:
     if isinstance(value, list | tuple) and len(value) <= MAX_NAMES and "tuple[str, ...]" in kinds:
         return tuple(_plain(one, "str", where) for one in value)
     allowed = {"str": "a path of names", "bool": "a switch", "int": f"a number up to {MAX_NUMBER}", "None": "null"}
+    if isinstance(value, list | tuple) and len(value) <= MAX_LAYERS and "tuple[int, ...]" in kinds:
+        return tuple(_plain(one, "int", where) for one in value)
     names = " or ".join(allowed.get(one, "a few names") for one in kinds)
     raise ConfigError(f"efficient.{where} must be {names}, got {shown(value)}.")

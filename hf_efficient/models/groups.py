@@ -18,9 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED, variant_of
-from .family import Attention
+from .family import FFN, NEURON_KINDS, Attention
 from .linears import input_dim, output_dim
 from .stacks import ModelStack
+
+EXPERT_STEP = 8  # grouped products of matrices need rows of a multiple of 16 bytes, so 8 numbers of 2 bytes
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,24 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that are scored and removed alike. `kind` is `heads`, `cross_heads` or `neurons`."""
+    """Units that are scored and removed alike. `kind` is `heads`, `cross_heads` or one of `family.NEURON_KINDS`.
+    Their number has to be a multiple of `step`, if it is not the full one.
+    """
 
     stack: str
     kind: str
     layers: tuple[int, ...]
     units: int
     members: tuple[Member, ...]
+    step: int = 1
 
     def __hash__(self) -> int:
         """Without the members, which are long: groups are the keys of every table of scores and costs."""
         return hash((self.stack, self.kind, self.layers))
+
+    @property
+    def is_neurons(self) -> bool:
+        return self.kind in NEURON_KINDS
 
     @property
     def name(self) -> str:
@@ -117,7 +126,7 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
     width = stack.head_width
     wide = stack.group_size * width  # all query heads of one key/value head: they leave together
     groups = []
-    for kind, attention in stack.attentions.items():
+    for kind, attention in stack.attentions_in(index).items():
         if not attention.query:  # its heads cannot be told apart
             continue
         inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
@@ -128,10 +137,22 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
             table = Slice(f"{stack.family.relative_bias}.weight", 1, (stack.group_size,))
             member = replace(member, others=(*member.others, table))
         groups.append(_group(layer, stack.name, kind, index, member))
-    if stack.down:
-        ups = ((up, 1) for up in stack.up)
-        groups.append(_group(layer, stack.name, "neurons", index, _member(layer, place, ups, (stack.down, 1))))
+    for kind, ffn in stack.ffns_in(index).items():
+        ups = ((up, 1) for up in ffn.up)
+        member = _experts(place, ffn) if ffn.has_experts else _member(layer, place, ups, (ffn.down, 1))
+        group = _group(layer, stack.name, kind, index, member)
+        groups.append(replace(group, step=EXPERT_STEP) if ffn.has_experts else group)
     return groups
+
+
+def _experts(place: str, ffn: FFN) -> Member:
+    """The same neuron of every expert: they leave together, since the experts are one tensor."""
+    widths: dict[str, tuple[int, ...]] = {up: (ffn.up.count(up),) for up in ffn.up}
+    if not ffn.interleaved:
+        widths = {up: (1,) * width for up, (width,) in widths.items()}
+    inputs = tuple(Slice(up, ffn.up_dim, blocks) for up, blocks in widths.items())
+    biases = tuple(Slice(bias, 1, widths[up]) for bias, up in zip(ffn.biases, widths, strict=False))
+    return Member(place, inputs, Slice(ffn.down, ffn.down_dim), biases)
 
 
 def _group(layer: nn.Module, stack: str, kind: str, index: int, member: Member) -> Group:
@@ -182,8 +203,8 @@ def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, 
 
 
 def output_module(model: PreTrainedModel, member: Member) -> nn.Module:
-    """The linear that reads the units of a member."""
-    return model.get_submodule(f"{member.prefix}.{member.output.name.removesuffix('.weight')}")
+    """The linear that reads the units of a member, or the experts."""
+    return model.get_submodule(f"{member.prefix}.{member.output.name.rpartition('.')[0]}")
 
 
 def output_weight(model: PreTrainedModel, member: Member) -> nn.Parameter:

@@ -17,8 +17,22 @@ def input_dim(linear: nn.Module) -> int:
     return 1 - output_dim(linear)
 
 
+def holds(layer: nn.Module, path: str) -> bool:
+    """Whether a layer has a module or a parameter at this path."""
+    place, _, name = path.rpartition(".")
+    try:
+        module = layer.get_submodule(place)
+    except AttributeError:
+        return False
+    return not path or name in module._modules or name in module._parameters
+
+
 def num_inputs(linear: nn.Module) -> int:
     return linear.weight.shape[input_dim(linear)]
+
+
+def num_outputs(linear: nn.Module) -> int:
+    return linear.weight.shape[output_dim(linear)]
 
 
 def resize_linear(linear: nn.Module, inputs: int | None = None, outputs: int | None = None) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .family import Attention, Family, Stack
+from .family import FFN, Attention, Family, Stack
+from .linears import holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,13 @@ class ConfigStack:
     def head_width(self) -> int:
         """The dimension of one head."""
         field = self.entry.head_dim
-        return (field and getattr(self.sizes, field, None)) or self.width // self.num_heads
+        said = field and getattr(self.sizes, field, None)
+        return said or self.entry.head_size or self.width // self.num_heads
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that have self-attention: all but in hybrids."""
+        return tuple(range(self.depth)) if self.entry.attending is None else self.entry.attending
 
     @property
     def is_causal(self) -> bool:
@@ -109,6 +116,21 @@ class ConfigStack:
         return self.entry.gated_down if self.entry.gated_down and self._is_gated else self.entry.down
 
     @property
+    def ffns(self) -> dict[str, FFN]:
+        """The FFNs under the names that sizes and plans use: `neurons`, and others beside it; {} where none is known.
+        A layer need not have all of them."""
+        entry = self.entry
+        first = FFN("neurons", self.up, self.down, entry.neurons, entry.num_neurons)
+        return {ffn.kind: ffn for ffn in (*((first,) if self.down else ()), *entry.more_ffns)}
+
+    def width_of(self, kind: str) -> int:
+        """The neurons of one of its FFNs; of experts those of each."""
+        ffn = self.ffns[kind]
+        if kind == "neurons":
+            return self.num_neurons
+        return ffn.num_neurons if ffn.neurons is None else getattr(self.sizes, ffn.neurons)
+
+    @property
     def _is_gated(self) -> bool:
         return self.family.gated is not None and bool(getattr(self.config, self.family.gated))
 
@@ -136,6 +158,14 @@ class ModelStack(ConfigStack):
 
     layers: nn.ModuleList
     prefix: str
+
+    def ffns_in(self, index: int) -> dict[str, FFN]:
+        """The FFNs that one layer has."""
+        return {kind: ffn for kind, ffn in self.ffns.items() if holds(self.layers[index], ffn.down)}
+
+    def attentions_in(self, index: int) -> dict[str, Attention]:
+        """The attention modules that one layer has."""
+        return {kind: one for kind, one in self.attentions.items() if holds(self.layers[index], one.module)}
 
     def layer_prefix(self, index: int) -> str:
         """`bert.encoder.layer.3`."""

@@ -16,10 +16,10 @@ from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .family import Attention, Family
+from .family import FFN, Attention
 from .linears import resize_linear
 from .registry import family_of
-from .stacks import ModelStack, model_stacks
+from .stacks import ConfigStack, ModelStack, model_stacks
 
 
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
@@ -36,6 +36,8 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
     for (size, attention), configs in zip(
         stack.attentions.items(), (entry.attention, entry.cross_attention), strict=False
     ):
+        if size not in stack.attentions_in(index):
+            continue
         shape = HeadShape(stack.num_heads, stack.num_kv_heads, stack.head_width)
         if size in entry.sizes:
             heads = entry.sizes[size][index]
@@ -45,39 +47,79 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
                 bias = layer.get_submodule(table)
                 bias.weight = nn.Parameter(bias.weight[:, :heads].clone())
                 bias.embedding_dim = heads
-        if configs:  # made for the heads that are there now
+        if configs and configs[index].kind != "full":  # made for the heads that are there now
             cross = size == "cross_heads"
-            check_fit(configs[index], stack.family, cross)
+            check_fit(configs[index], stack, cross)
             attach(layer.get_submodule(attention.module), configs[index], shape, cross)
-    if "neurons" in entry.sizes:
-        neurons = entry.sizes["neurons"][index]
-        for up, parts in Counter(stack.up).items():
-            resize_linear(layer.get_submodule(up), outputs=parts * neurons)
-        resize_linear(layer.get_submodule(stack.down), inputs=neurons)
+    for kind, ffn in stack.ffns_in(index).items():
+        if kind in entry.sizes:
+            (_resize_experts if ffn.has_experts else _resize_ffn)(layer, ffn, entry.sizes[kind][index])
 
 
-def check_fit(config: AttentionConfig, family: Family, cross: bool = False) -> None:
-    """Refuse a kind that has no place for what the attention of this family is made of.
+def _resize_ffn(layer: nn.Module, ffn: FFN, neurons: int) -> None:
+    for up, parts in Counter(ffn.up).items():
+        resize_linear(layer.get_submodule(up), outputs=parts * neurons)
+    resize_linear(layer.get_submodule(ffn.down), inputs=neurons)
+
+
+def _resize_experts(layer: nn.Module, ffn: FFN, neurons: int) -> None:
+    """Parameters `[experts, ., .]`, and the integers beside them that say how wide an expert is."""
+    parts = Counter(ffn.up)
+    wanted = [(up, ffn.up_dim, count * neurons) for up, count in parts.items()]
+    wanted += [(bias, 1, count * neurons) for bias, count in zip(ffn.biases, parts.values(), strict=False)]
+    for path, dim, size in (*wanted, (ffn.down, ffn.down_dim, neurons)):
+        place, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(place), name, nn.Parameter(layer.get_parameter(path).narrow(dim, 0, size).clone()))
+    for path in ffn.integers:
+        place, _, name = path.rpartition(".")
+        _set_number(layer.get_submodule(place), name, neurons)
+
+
+def _set_number(module: nn.Module, name: str, number: int) -> None:
+    """
+    Raises:
+        ConfigError: the module has no such number; the entry may come from a stranger's config.json.
+    """
+    if type(getattr(module, name, None)) is not int:
+        raise ConfigError(f"efficient.family: {name!r} is no number of {type(module).__name__}.")
+    setattr(module, name, number)
+
+
+def check_fit(config: AttentionConfig, stack: ConfigStack, cross: bool = False) -> None:
+    """Refuse a kind that has no place for what the attention of a stack is made of.
 
     Raises:
-        UnsupportedModelError: a relative position bias that would be dropped, or cross attention of a kind that needs
-            queries and keys of one sequence.
+        UnsupportedModelError: a relative position bias, capped scores or sinks that would be dropped, values of
+            another width than queries, or cross attention of a kind that needs queries and keys of one sequence.
     """
     if config.kind == "full":
         return
-    variant = ATTENTIONS[config.kind]
+    variant, family = ATTENTIONS[config.kind], stack.family
+    attention = stack.cross if cross else stack.entry.attention
     if cross and not variant.takes_cross:
-        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_cross)
         raise UnsupportedModelError(
             f"{config.kind!r} attention needs queries and keys of one sequence, so it cannot serve cross attention. "
-            f"Kinds that can: {allowed}; or leave cross attention full."
+            f"Kinds that can: {_kinds('takes_cross')}; or leave cross attention full."
         )
     if family.relative_bias and not cross and not variant.takes_bias:
-        allowed = ", ".join(kind for kind, other in ATTENTIONS.items() if other.takes_bias)
         raise UnsupportedModelError(
             f"{config.kind!r} attention cannot express the relative position bias of {family.model_type} models. "
-            f"Kinds that keep it for the pairs they see: {allowed}."
+            f"Kinds that keep it for the pairs they see: {_kinds('takes_bias')}."
         )
+    if attention and attention.logits and not variant.takes_logits:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention cannot express the capped scores or the attention sinks of "
+            f"{family.model_type} models. Kinds that keep them: {_kinds('takes_logits')}."
+        )
+    if attention and attention.uneven and not variant.takes_uneven:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention needs values as wide as queries, which {family.model_type} models do not "
+            f"have. Kinds that take others: {_kinds('takes_uneven')}."
+        )
+
+
+def _kinds(ability: str) -> str:
+    return ", ".join(kind for kind, variant in ATTENTIONS.items() if getattr(variant, ability))
 
 
 def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, stack: ModelStack) -> None:
@@ -93,9 +135,7 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
     for name, number in numbers.items():
-        if type(getattr(module, name, None)) is not int:  # the entry may come from a stranger's config.json
-            raise ConfigError(f"efficient.family: {name!r} is no number of {type(module).__name__}.")
-        setattr(module, name, number)
+        _set_number(module, name, number)
     for name in attention.per_head:
         setattr(module, name, nn.Parameter(getattr(module, name)[: shape.heads].clone()))
     if attention.reads_config:

@@ -159,9 +159,15 @@ def structure(teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[L
 
 
 def _counts(stack: "ModelStack", index: int) -> tuple[int, int]:
-    """Query heads and neurons of a layer, as the linears that read them have it."""
-    from ..models.linears import num_inputs
+    """Query heads and neurons of a layer, all its FFNs and experts together; 0 of what is not known."""
+    from ..models.groups import groups_of
 
-    layer = stack.layers[index]
-    heads = num_inputs(layer.get_submodule(stack.entry.attention.output)) // stack.head_width
-    return heads, num_inputs(layer.get_submodule(stack.down))
+    counts = {"heads": 0, "neurons": 0}
+    for group in groups_of(stack):
+        if index not in group.layers or group.kind == "cross_heads":
+            continue
+        weight = stack.layers[group.layers[0]].get_parameter(group.members[0].output.name)
+        experts = len(weight) if weight.ndim == 3 else 1
+        size = group.units * (experts if group.is_neurons else stack.group_size)
+        counts["neurons" if group.is_neurons else "heads"] += size
+    return counts["heads"], counts["neurons"]

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..io.lazy import LazyTable, load
+from ..models.family import NEURON_KINDS
 
 # What each granularity of units removes: the kinds of `models.groups.Group`.
-UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": ("neurons",)}
+UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": NEURON_KINDS}
 GRANULARITIES = ("head", "neuron", "layer", "weight")
 ALLOCATIONS = ("global", "uniform")
 

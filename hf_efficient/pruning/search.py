@@ -18,11 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.anatomy import Anatomy
+from ..models.families import FAMILIES
 from ..models.groups import Group
 from .choose.allocation import allocate, choose_layers, drop_layers, fewest
 from .choose.reach import check_reachable
 from .choose.rearrangement import rearrange
 from .config import PruningConfig
+from .cut.silenced import check_cut
 from .cut.surgery import apply_plan
 from .fit.reconstruction import TokenWeights, reconstruct_blocks, token_weights
 from .plan import PruningPlan
@@ -51,6 +53,8 @@ class Cutter:
         if not plan.layers and not plan.units:
             return self.dense
         small = Anatomy.of(apply_plan(self.dense, plan))
+        if self.batches and self.dense.family.model_type not in FAMILIES:
+            check_cut(self.dense, small.model, plan, self.batches[0])
         if self.fits:
             reconstruct_blocks(small, self.dense, self.batches, self.weights, plan.layers)
         return small

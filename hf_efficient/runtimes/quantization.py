@@ -86,13 +86,13 @@ def check_pruned_groups(model: "PreTrainedModel", prunings: "Sequence[PruningCon
         linear, width = output_module(model, group.members[0]), group.members[0].output.width
         if group.kind not in pruning.unit_kinds or not isinstance(linear, torch.nn.Linear):
             continue
-        if group.kind == "neurons" and pruning.round_to % group_size:
+        if group.is_neurons and pruning.round_to % group_size:
             raise ConfigError(
                 f"Pruning with round_to={pruning.round_to} may leave a number of neurons that group_size={group_size} "
                 f"of int4 does not divide. Set round_to to {math.lcm(pruning.round_to, group_size)}, or quantise with "
                 "method int8."
             )
-        if group.kind != "neurons" and width % group_size:
+        if not group.is_neurons and width % group_size:
             raise ConfigError(
                 f"Pruning heads, of {width} inputs each, may leave a number of inputs that group_size={group_size} of "
                 f"int4 does not divide. Set group_size to {math.gcd(width, group_size)}, leave head out of "

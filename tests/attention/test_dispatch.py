@@ -147,16 +147,16 @@ def test_packed_sequences_are_refused():
     assert model(input_ids=ids, position_ids=torch.arange(6)[None], use_cache=False).logits.shape == (2, 6, VOCABULARY)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_unknown_attention_arithmetic_is_refused(name):
+@pytest.mark.parametrize(("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4))])
+def test_arithmetic_that_a_kind_has_no_place_for_is_refused(name, value):
     from hf_efficient.attention.dispatch import efficient_attention_forward
 
-    module = convert_attention(make_model("llama"), NARROW).model.layers[0].self_attn
+    module = convert_attention(make_model("llama"), LINEAR).model.layers[0].self_attn
     query, key = torch.randn(1, 4, 5, 4), torch.randn(1, 2, 5, 4)
     out, weights = efficient_attention_forward(module, query, key, key, None, **{name: None})
     assert out.shape == (1, 5, 4, 4) and weights is None
-    with pytest.raises(UnsupportedModelError, match=name):
-        efficient_attention_forward(module, query, key, key, None, **{name: 30.0})
+    with pytest.raises(UnsupportedModelError, match="'linear' attention cannot express the capped scores or the att"):
+        efficient_attention_forward(module, query, key, key, None, **{name: value})
 
 
 def test_a_bert_decoder_keeps_its_cross_attention_and_its_causality():

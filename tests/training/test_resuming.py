@@ -53,6 +53,7 @@ def test_whole_checkpoint_is_resumed(run, made):
     assert torch.equal(weights(resume(run).model), made[1])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x04K\x01."])
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
 def test_file_that_is_none(run, file, content):
@@ -60,6 +61,7 @@ def test_file_that_is_none(run, file, content):
     refused(run, file)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
 @pytest.mark.parametrize("kept", [0.3, 0.95])
 def test_file_that_is_cut_short(run, file, kept):

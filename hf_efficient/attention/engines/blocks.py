@@ -129,7 +129,7 @@ def block_attention(
     Returns:
         [B, H, T, Dv]; zeros for padded queries.
     """
-    if use_flex(query, key, value, options.dropout):
+    if options.logits is None and use_flex(query, key, value, options.dropout):
         return flex_block_attention(query, key, value, key_mask, chosen, layout.block, options)
     globals_see = options.global_tokens > 0 and not options.causal
     # Indices lead to real keys alone, except in a row that has none; global tokens as queries look at all keys.
@@ -138,10 +138,10 @@ def block_attention(
         key, value = zero_padding(key, value, key_mask)
     query, key, value = _autocast(query, key, value)
     blocks = _query_blocks(query, layout)
-    seeing = Seeing(layout.block, layout.order, key.shape[2], options._replace(bias=None))
+    seeing = Seeing(layout.block, layout.order, key.shape[2], options._replace(bias=None, logits=None))
     with without_autocast(query.device.type):
         rows = _rows(layout, chosen, query.shape[0])
-        out = gathered_attention(blocks, key, value, rows, seeing, options.bias)  # [B, H, N*s, Dv]
+        out = gathered_attention(blocks, key, value, rows, seeing, options.bias, options.logits)  # [B, H, N*s, Dv]
         if globals_see:
             first = _global_rows(blocks, key, value, key_mask, layout, options)
             out = _put_first(out, first)
@@ -150,8 +150,9 @@ def block_attention(
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: Options) -> Tensor:
     """What `block_attention` gives where all blocks are seen."""
-    causal, scaling, dropout, bias, _ = options
-    out = full_attention(query, key, value, key_mask, causal=causal, scaling=scaling, dropout=dropout, bias=bias)
+    plain = options._asdict()
+    plain.pop("global_tokens")
+    out = full_attention(query, key, value, key_mask, **plain)
     if key_mask is None:
         return out
     is_query = section(key_mask, 1, key.shape[2] - query.shape[2], query.shape[2])
@@ -205,7 +206,7 @@ def _global_rows(
         missing = ~layout.filled.flatten(1)[:, None, rank, None]
         query = query.masked_fill(missing, 0)
     key, value = match_heads(query, key, value)
-    out = sdpa(query, key, value, mask, scaling=options.scaling, dropout=options.dropout)
+    out = sdpa(query, key, value, mask, scaling=options.scaling, dropout=options.dropout, logits=options.logits)
     return out if missing is None else out.masked_fill(missing, 0)
 
 

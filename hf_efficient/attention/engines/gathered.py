@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..variant import Logits
 from .parts import Options, match_heads, sdpa
 from .sums import without_autocast
 
@@ -43,13 +44,26 @@ class Rows(NamedTuple):
 
 
 class Seeing(NamedTuple):
-    """What holds for all rows: tokens in a block, `order` of the layout, S of the keys; the options without the bias,
-    which goes its own way for its gradient."""
+    """What holds for all rows: tokens in a block, `order` of the layout, S of the keys; the options without the bias
+    and the logits, which go their own ways for their gradients."""
 
     block: int
     order: Tensor | None
     seen: int
     options: Options
+
+
+class _Learned(NamedTuple):
+    """What has a gradient beside queries, keys and values: the bias as a `table` [S+T-1, H], the sinks [H]; and the
+    cap of the scores, which has none."""
+
+    table: Tensor | None
+    sinks: Tensor | None
+    softcap: float | None
+
+    @property
+    def logits(self) -> Logits | None:
+        return None if self.sinks is None and self.softcap is None else Logits(self.softcap, self.sinks)
 
 
 class _Source(NamedTuple):
@@ -90,27 +104,36 @@ def _token_rows(x: Tensor, by_token: bool) -> tuple[Tensor, int, int, int]:
 
 
 def gathered_attention(
-    blocks: Tensor, key: Tensor, value: Tensor, rows: Rows, seeing: Seeing, bias: Tensor | None = None
+    blocks: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    seeing: Seeing,
+    bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Query blocks [B,H,N,s,D] over keys [B,K,S,D] and values [B,K,S,Dv]: [B,H,N*s,Dv], zeros where not filled.
 
-    `bias` is that of `full_attention`. The output is stored as [B,N*s,H,Dv], which is what the layers reshape to.
+    `bias` and `logits` are those of `full_attention`. The output is stored as [B,N*s,H,Dv], which is what the layers
+    reshape to.
     """
     by_token = is_by_token(value)  # one index serves both, so keys are laid out as values are
     key_rows, *steps = _token_rows(key, by_token)
     source = _Source(key_rows, _token_rows(value, by_token)[0], key.shape[1], *steps)
-    table = None if bias is None else bias[0].t().contiguous()  # [S+T-1, H]
+    softcap, sinks = logits or Logits()
+    learned = _Learned(None if bias is None else bias[0].t().contiguous(), sinks, softcap)
     limit = PIECE.get(blocks.device.type)
     blocks = blocks.permute(0, 2, 3, 1, 4)  # [B, N, s, H, D]
     size = _keys_in_row(rows, source, seeing) * max(key.shape[3], value.shape[3])
     if torch.compiler.is_compiling() or limit is None or rows.batch.shape[0] * size <= limit:
         index, rank = _find(rows, source, seeing)
         gathered = (x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in source[:2])
-        out = _softmax(_to_rows(blocks), *gathered, table, rank, rows, seeing)
+        out = _softmax(_to_rows(blocks), *gathered, learned, rank, rows, seeing)
         out = _from_rows(out, blocks.shape[0])
     else:
         step = max(limit // size, 1)
-        out = _ByPieces.apply(blocks, source.key, source.value, table, _Work(source[2:], rows, seeing, step))
+        work = _Work(source[2:], rows, seeing, step, softcap)
+        out = _ByPieces.apply(blocks, source.key, source.value, *learned[:2], work)
     return out.flatten(1, 2).transpose(1, 2)
 
 
@@ -145,10 +168,10 @@ def _find(rows: Rows, source: _Source, seeing: Seeing) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(
-    query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, rank: Tensor, rows: Rows, seeing: Seeing
+    query: Tensor, key: Tensor, value: Tensor, learned: _Learned, rank: Tensor, rows: Rows, seeing: Seeing
 ) -> Tensor:
     """[R,H,s,Dv] of query [R,H,s,D] over gathered key [R,h,L,D] and value [R,h,L,Dv]."""
-    mask = None
+    mask, table = None, learned.table
     if rows.filled is not None or seeing.options.causal or seeing.options.global_tokens:
         mask = _visible(rank, rows, seeing)
     if table is not None:  # the bias of the pairs, by their distance in the sequence
@@ -163,7 +186,8 @@ def _softmax(
     if empty is not None:
         query = query.masked_fill(empty, 0)
     key, value = match_heads(query, key, value)
-    out = sdpa(query, key, value, mask, scaling=seeing.options.scaling, dropout=seeing.options.dropout)
+    scaling, dropout = seeing.options.scaling, seeing.options.dropout
+    out = sdpa(query, key, value, mask, scaling=scaling, dropout=dropout, logits=learned.logits)
     return out if empty is None else out.masked_fill(empty, 0)
 
 
@@ -184,58 +208,61 @@ class _ByPieces(torch.autograd.Function):
     """The same, a few query blocks at a time: [B,N,s,H,D] -> [B,N,s,H,Dv]."""
 
     @staticmethod
-    def forward(ctx, blocks, key, value, table, work):
-        ctx.save_for_backward(blocks, key, value, table)
+    def forward(ctx, blocks, key, value, table, sinks, work):
+        ctx.save_for_backward(blocks, key, value, table, sinks)
         ctx.work = work
         seeing = work.seeing
         ctx.draws = (torch.get_rng_state(), *get_device_states(blocks)) if seeing.options.dropout else None
         out = blocks.new_empty(*blocks.shape[:4], value.shape[1])
         for at, piece, _, rank, gathered in _pieces(blocks, key, value, work):
-            part = _softmax(_to_rows(blocks[at]), *gathered, table, rank, piece, seeing)
+            learned = _Learned(table, sinks, work.softcap)
+            part = _softmax(_to_rows(blocks[at]), *gathered, learned, rank, piece, seeing)
             out[at] = _from_rows(part, out[at].shape[0])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        blocks, key, value, table = ctx.saved_tensors
+        blocks, key, value, *extra = ctx.saved_tensors
         work, seeing = ctx.work, ctx.work.seeing
         sums = torch.promote_types(key.dtype, torch.float32)  # a key may be seen by every block
         grad_key, grad_value = (torch.zeros_like(x, dtype=sums) for x in (key, value))
-        grad_blocks, grad_table = torch.empty_like(blocks), None
-        if ctx.needs_input_grad[3]:
-            grad_table, table = torch.zeros_like(table), table.detach().requires_grad_()
+        grad_blocks = torch.empty_like(blocks)
+        wanted = [place for place in (0, 1) if ctx.needs_input_grad[3 + place]]  # of table and sinks
+        grad_extra = [torch.zeros_like(x) if place in wanted else None for place, x in enumerate(extra)]
+        extra = [None if x is None else x.detach().requires_grad_(i in wanted) for i, x in enumerate(extra)]
         with without_autocast(blocks.device.type), _same_draws(ctx.draws):
             for at, piece, index, rank, gathered in _pieces(blocks, key, value, work):
                 leaves = [x.detach().requires_grad_() for x in (_to_rows(blocks[at]), *gathered)]
                 with torch.enable_grad():
-                    out = _softmax(*leaves, table, rank, piece, seeing)
-                inputs = leaves if grad_table is None else [*leaves, table]
-                parts = torch.autograd.grad(out, inputs, _to_rows(grad[at]))
+                    out = _softmax(*leaves, _Learned(*extra, work.softcap), rank, piece, seeing)
+                parts = torch.autograd.grad(out, [*leaves, *(extra[i] for i in wanted)], _to_rows(grad[at]))
                 grad_blocks[at] = _from_rows(parts[0], blocks[at].shape[0])
                 # Tokens in the outer order, heads in the inner one, as `source` has them where projections made it.
                 index = index.transpose(1, 2).flatten()
                 for total, part in zip((grad_key, grad_value), parts[1:], strict=False):
                     total.index_add_(0, index, part.transpose(1, 2).flatten(0, 2).to(sums))
-                if grad_table is not None:
-                    grad_table += parts[3]
-        return grad_blocks, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_table, None
+                for place, part in zip(wanted, parts[3:], strict=True):
+                    grad_extra[place] += part
+        return grad_blocks, grad_key.to(key.dtype), grad_value.to(value.dtype), *grad_extra, None
 
 
 class _Work(NamedTuple):
-    """What `_ByPieces` goes by: the steps of its `_Source`, and `step`, the query blocks to do at a time."""
+    """What `_ByPieces` goes by: the steps of its `_Source`, `step`, the query blocks to do at a time, and the cap of
+    the scores."""
 
     steps: tuple[int, ...]
     rows: Rows
     seeing: Seeing
     step: int
+    softcap: float | None = None
 
 
 def _pieces(blocks: Tensor, key: Tensor, value: Tensor, work: _Work) -> Iterator[tuple]:
     """At most `step` query blocks at a time: where they are in [B,N,...], their rows, what `_find` says of them, and
     their keys and values, in memory that the next piece will use again."""
     batch, count = blocks.shape[:2]
-    steps, rows, seeing, step = work
+    steps, rows, seeing, step, _ = work
     source = _Source(key, value, *steps)
     buffers = [x.new_empty(step * _keys_in_row(rows, source, seeing), x.shape[1]) for x in source[:2]]
     several = max(step // count, 1)  # batch rows

@@ -74,7 +74,7 @@ def global_rows(
         offset = torch.arange(seen, device=query.device) - tokens.index.unsqueeze(-1) + seen - 1  # [B, g, S]
         scores = options.bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B, H, g, S]
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-    out = sdpa(rows, key, value, mask, scaling=options.scaling, dropout=options.dropout)
+    out = sdpa(rows, key, value, mask, scaling=options.scaling, dropout=options.dropout, logits=options.logits)
     return torch.where(tokens.valid[:, None, :, None], out, out.detach())  # a missing token's row is a mere copy
 
 

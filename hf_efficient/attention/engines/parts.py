@@ -1,6 +1,6 @@
 """Dense softmax attention over SDPA, for the layers that stay `full`, and the small parts other variants share.
 
-    out_i = sum_j softmax_j(scaling q_i . k_j + bias_(j-i)) v_j        (Vaswani 2017)
+    out_i = sum_j softmax_j(scaling q_i . k_j + bias_(j-i)) v_j        (Vaswani 2017; `Logits` says what else)
 
     >>> import torch
     >>> query, key = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8)     # 4 query heads share 2 key/value heads
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedModelError
-from ..variant import identity_values
+from ..variant import Logits, identity_values
 
 
 class Options(NamedTuple):
@@ -30,6 +30,7 @@ class Options(NamedTuple):
     dropout: float = 0.0
     bias: Tensor | None = None
     global_tokens: int = 0
+    logits: Logits | None = None
 
 
 def full_attention(
@@ -43,6 +44,7 @@ def full_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax attention over all keys, or over a window of them by a dense mask.
 
@@ -51,6 +53,7 @@ def full_attention(
         scaling: factor on the scores; None means D**-0.5.
         dropout: probability of dropping an attention weight.
         bias: [1, H, S+T-1], added to the score of query position p and key j at index (j-p) + (S-1).
+        logits: a cap of the scores, and sinks.
 
     Returns:
         [B, H, T, Dv]. A query that may see no key gives zeros.
@@ -68,7 +71,8 @@ def full_attention(
         window = None
     if causal and window is None and length == 1:
         causal = False  # a single query at the end sees every key
-    if causal and window is None and key_mask is None and bias is None and length == seen:
+    is_plain = key_mask is None and bias is None and logits is None
+    if causal and window is None and is_plain and length == seen:
         return sdpa(query, key, value, scaling=scaling, dropout=dropout, is_causal=True)
     allowed = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, S]
     if causal or window is not None:
@@ -77,7 +81,7 @@ def full_attention(
     if bias is not None:
         expanded = toeplitz(bias, length, seen).to(query.dtype)  # [1, H, T, S]
         allowed = expanded if allowed is None else expanded.masked_fill(~allowed, float("-inf"))
-    return sdpa(query, key, value, allowed, scaling=scaling, dropout=dropout)
+    return sdpa(query, key, value, allowed, scaling=scaling, dropout=dropout, logits=logits)
 
 
 def full_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -94,12 +98,59 @@ def sdpa(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool = False,
+    logits: Logits | None = None,
 ) -> Tensor:
-    """torch's fused attention; fully masked rows give zeros and finite gradients."""
+    """torch's fused attention; fully masked rows give zeros and finite gradients.
+
+    Sinks are one more key of zeros with a value of zeros, whose score comes by the mask. Where scores are capped the
+    weights [B, H, T, S] are formed: no fused kernel of torch does that.
+    """
+    softcap, sinks = logits or Logits()
+    if sinks is not None:
+        key, value, mask = with_sinks(query, key, value, mask, sinks)
+    if softcap is not None:
+        return _capped(query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap)
     grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210  (compiled, it is symbolic)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling, enable_gqa=grouped
     )
+
+
+def with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Key and value with one more row, and the mask of scores [B or 1, H, T or 1, S+1] that gives it its score."""
+    score = sinks.to(query.dtype)[None, :, None, None]  # [1, H, 1, 1]
+    if mask is None:
+        mask = score.new_zeros(1, 1, 1, key.shape[2])
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    rows, places = mask.shape[0], mask.shape[2]
+    mask = mask.expand(-1, query.shape[1], -1, -1)
+    mask = torch.cat([mask, score.expand(rows, -1, places, -1)], -1)
+    return F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), mask
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.mT
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    blind = (scores == float("-inf")).all(-1, keepdim=True)  # rows that see nothing
+    weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    return F.dropout(weights, dropout) @ value
 
 
 def match_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ class AdditiveParts(NamedTuple):
 class AdditiveAttention(AttentionVariant):
     """`additive_attention` with learned parts of its own."""
 
+    takes_uneven = False
     has_weights = False
     has_state = True
     needs_training = True

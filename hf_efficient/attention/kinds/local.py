@@ -38,13 +38,14 @@ from ..engines.parts import (
     zero_padding,
 )
 from ..engines.pieces import count_blocks, spare_block
-from ..variant import AttentionVariant, State
+from ..variant import AttentionVariant, Logits, State
 
 
 class LocalAttention(AttentionVariant):
     """`local_attention` with the window and the global tokens of the config."""
 
     takes_bias = True
+    takes_logits = True
     has_state = True
     keeps_keys = True
 
@@ -106,6 +107,7 @@ def local_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax attention over a window; shapes and parameters as in `full_attention`.
 
@@ -123,14 +125,14 @@ def local_attention(
     check_shapes(query, key, value, key_mask, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
-    options = Options(causal, scaling, dropout, bias, global_tokens)
+    options = Options(causal, scaling, dropout, bias, global_tokens, logits)
     band = _find_band(window, causal)
     if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
         if window >= seen or (not global_tokens and seen <= sum(band)):
-            plain = {"causal": causal, "scaling": scaling, "dropout": dropout, "bias": bias}
+            plain = {"causal": causal, "scaling": scaling, "dropout": dropout, "bias": bias, "logits": logits}
             return full_attention(query, key, value, key_mask, window=window, **plain)
         band = band._replace(block=min(band.block, length))
-    if use_flex(query, key, value, dropout):
+    if logits is None and use_flex(query, key, value, dropout):
         return flex_local_attention(query, key, value, key_mask, window, options)
     tokens, visible = None, real_keys(key, key_mask)
     if global_tokens:
@@ -166,6 +168,7 @@ def local_decode(
     global_tokens: int = 0,
     scaling: float | None = None,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> tuple[Tensor, State]:
     """Causal `local_attention` of T new tokens after those whose window and global tokens are in `state`.
 
@@ -187,14 +190,14 @@ def local_decode(
         global_state, visible = meet_globals(before, key, value, visible)
     if state is None:
         sees = {"window": window, "global_tokens": global_tokens, "causal": True}
-        out = local_attention(query, key, value, key_mask, **sees, scaling=scaling, bias=bias)
+        out = local_attention(query, key, value, key_mask, **sees, scaling=scaling, bias=bias, logits=logits)
     else:
         old_key, old_value, old_visible = state[:3]
         key, value = zero_padding(key, value, key_mask)
         key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
         visible = torch.cat([old_visible, visible], 1)
         keys = _Keys(key, value, visible, None, key.shape[2])
-        options = Options(True, scaling, bias=bias)
+        options = Options(True, scaling, bias=bias, logits=logits)
         if length == 1:
             out = _decode_one(query, keys, global_state, options)
         else:  # some of the kept keys may be out of the window of some new token
@@ -229,7 +232,7 @@ def _decode_one(query: Tensor, keys: _Keys, global_state: State, options: Option
     if scores is not None:
         mask = scores.unsqueeze(2).to(query.dtype).masked_fill(~mask, float("-inf"))
     key, value = match_heads(query, key, value)
-    return sdpa(query, key, value, mask, scaling=options.scaling)
+    return sdpa(query, key, value, mask, scaling=options.scaling, logits=options.logits)
 
 
 def _windowed(query: Tensor, keys: _Keys, band: _Band, options: Options) -> Tensor:
@@ -242,7 +245,8 @@ def _windowed(query: Tensor, keys: _Keys, band: _Band, options: Options) -> Tens
     if tokens is not None:
         chosen = match_heads(query, tokens.key, tokens.value)
         blocks = blocks._replace(key=prepend(chosen[0], blocks.key), value=prepend(chosen[1], blocks.value))
-    out = sdpa(blocks.query, blocks.key, blocks.value, mask, scaling=options.scaling, dropout=options.dropout)
+    extra = {"scaling": options.scaling, "dropout": options.dropout, "logits": options.logits}
+    out = sdpa(blocks.query, blocks.key, blocks.value, mask, **extra)
     # [B*N, H, block, Dv] -> [B, H, T, Dv], stored as [B, T, H, Dv], which is what the layers reshape to.
     out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     return section(out, 2, blocks.lead, length)
@@ -271,8 +275,18 @@ def _exported(query: Tensor, keys: _Keys, band: _Band, options: Options) -> Tens
         key_parts, value_parts = [first[0], *key_parts], [first[1], *value_parts]
     scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
     scores = rows @ torch.cat(key_parts, 3).mT * scaling
+    softcap, sinks = options.logits or Logits()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.zeros_like(allowed, dtype=scores.dtype).masked_fill(~allowed, torch.finfo(scores.dtype).min / 2)
-    out = (scores + hidden.unsqueeze(1)).softmax(-1) @ torch.cat(value_parts, 3)  # [B, H, N, block, D]
+    scores = scores + hidden.unsqueeze(1)
+    if sinks is not None:  # one more key for each head, of no value
+        column = sinks.to(scores.dtype)[:, None, None, None].expand(*scores.shape[:-1], 1)
+        scores, value_parts = (
+            torch.cat([scores, column], -1),
+            [*value_parts, torch.zeros_like(value_parts[0][..., :1, :])],
+        )
+    out = scores.softmax(-1) @ torch.cat(value_parts, 3)  # [B, H, N, block, D]
     return section(out.flatten(2, 3), 2, 0, length)
 
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from ..engines.blocks import Layout, block_attention, check_blocks, dense_attention, known_mask, lay_out, sees_all
 from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
-from ..variant import AttentionVariant
+from ..variant import AttentionVariant, Logits
 
 
 class StridedAttention(AttentionVariant):
     """`strided_attention` with the blocks and the global tokens of the config."""
 
     takes_bias = True
+    takes_logits = True
 
     def attend(self, query, key, value, key_mask, **kwargs):
         config = self.config
@@ -54,6 +55,7 @@ def strided_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     bias: Tensor | None = None,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax attention over evenly spread blocks; shapes and parameters as in `full_attention`.
 
@@ -74,7 +76,7 @@ def strided_attention(
     seen = key.shape[2]
     check_positions(query.shape[2], seen, causal)
     key_mask = known_mask(key_mask)
-    options = Options(causal, scaling, dropout, bias, global_tokens)
+    options = Options(causal, scaling, dropout, bias, global_tokens, logits)
     if sees_all(seen, block_size, num_blocks + 1, global_tokens):
         return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)

@@ -27,20 +27,21 @@ from ..engines.gathered import is_by_token, take
 from ..engines.parts import Options, check_positions, check_shapes
 from ..engines.pieces import count_blocks
 from ..engines.sums import without_autocast
-from ..variant import AttentionVariant, State
+from ..variant import AttentionVariant, Logits, State
 
 
 class TopkAttention(AttentionVariant):
     """`topk_attention` with the blocks and the global tokens of the config."""
 
+    takes_logits = True
     has_state = True
     keeps_keys = True
 
     def attend(self, query, key, value, key_mask, *, bias=None, **kwargs):
         return topk_attention(query, key, value, key_mask, **self._sizes(), **kwargs)
 
-    def decode(self, query, key, value, key_mask, state, *, scaling, bias=None):
-        return topk_decode(query, key, value, key_mask, state, **self._sizes(), scaling=scaling)
+    def decode(self, query, key, value, key_mask, state, *, bias=None, **kwargs):
+        return topk_decode(query, key, value, key_mask, state, **self._sizes(), **kwargs)
 
     def macs(self, length, causal):
         config, dim = self.config, self.shape.dim
@@ -75,6 +76,7 @@ def topk_attention(
     causal: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
+    logits: Logits | None = None,
 ) -> Tensor:
     """Softmax attention over the best blocks; shapes and parameters as in `full_attention`.
 
@@ -96,7 +98,7 @@ def topk_attention(
     seen = key.shape[2]
     _check_whole(query.shape[2], seen, causal)
     key_mask = known_mask(key_mask)
-    options = Options(causal, scaling, dropout, global_tokens=global_tokens)
+    options = Options(causal, scaling, dropout, global_tokens=global_tokens, logits=logits)
     if sees_all(seen, block_size, top_k, global_tokens):
         return dense_attention(query, key, value, key_mask, options)
     layout = lay_out(query, key, key_mask, block_size)
@@ -128,6 +130,7 @@ def topk_decode(
     top_k: int,
     global_tokens: int = 0,
     scaling: float | None = None,
+    logits: Logits | None = None,
 ) -> tuple[Tensor, State]:
     """Causal `topk_attention` of T new tokens after those in `state`.
 
@@ -142,7 +145,8 @@ def topk_decode(
     mask = torch.cat([before.mask, real], 1)
     whole_key, whole_value = torch.cat([before.key, key], 2), torch.cat([before.value, value], 2)
     seen, known = mask.shape[1], known_mask(mask)
-    layout, options = lay_out(query, whole_key, known, block_size), Options(True, scaling, global_tokens=global_tokens)
+    layout = lay_out(query, whole_key, known, block_size)
+    options = Options(True, scaling, global_tokens=global_tokens, logits=logits)
     with torch.no_grad(), without_autocast(query.device.type):
         owner = _owners(key, real, block_size, before.mask.sum(-1, keepdim=True))
         blocks = count_blocks(seen, block_size)

@@ -68,6 +68,26 @@ def decodes_alike(model: PreTrainedModel, inputs: Mapping[str, Tensor], toleranc
     return whole.shape == steps.shape and distance({"output": steps}, {"output": whole}, {}) <= tolerance
 
 
+REAL_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of the norm; in half precision a router may choose otherwise
+
+
+def unlike(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> str | None:
+    """Which output of a real model is not what is wanted, by the norm at real tokens; None: all are."""
+    for name, right in wanted.items():
+        left, mask = outputs.get(name), inputs.get("attention_mask")
+        if left is None or left.shape != right.shape:
+            return f"{name} has another shape"
+        if mask is not None and mask.shape == right.shape[:2]:
+            left, right = left[mask.bool()], right[mask.bool()]
+        tolerance = HALF_TOLERANCE if right.dtype in (torch.float16, torch.bfloat16) else REAL_TOLERANCE
+        finite = right.isfinite()
+        left, right = left[finite].double(), right[finite].double()
+        apart = ((left - right).norm() / right.norm().clamp(min=1e-6)).item() if len(right) else 0.0
+        if not apart <= tolerance:
+            return f"{name} is {apart:.1e} off"
+    return None
+
+
 def distance(outputs: dict[str, Tensor], wanted: dict[str, Tensor], inputs: Mapping[str, Tensor]) -> float:
     """The largest difference at real tokens, as a part of the largest number of its tensor."""
     worst = 0.0

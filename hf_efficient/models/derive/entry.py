@@ -7,7 +7,7 @@ family.refusals                                           # {"neurons": "encoder
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
-from ..family import CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from .ffns import find_ffns
 from .observe import Call, LayerRun, observing, run
-from .roles import Heads, NotDerivable, attention_call, attention_roles, neuron_roles, norm_place
+from .positions import positions_of
+from .roles import PARTLY, QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place
 from .unseen import unseen_attention
 
 # The standard name of each size, then other names that models have for it.
@@ -30,6 +32,9 @@ FIELDS = {
     "hidden": "hidden_size d_model dim n_embd embed_dim hidden_dim encoder_hidden_size decoder_hidden_size",
     "neurons": "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_hidden_size "
     "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
+    "expert_neurons": "moe_intermediate_size expert_ffn_hidden_size intermediate_size ffn_dim d_ff expert_dim",
+    "shared_neurons": "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp",
+    "experts_per_token": "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_k top_k",
     "head_dim": "head_dim d_kv attention_head_dim kv_channels",
 }
 OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
@@ -45,6 +50,7 @@ class Place:
     cross: dict[str, list[int]] = field(default_factory=dict)
     is_causal: bool = False
     is_biased: bool = False
+    logits: bool = False
 
 
 def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
@@ -89,7 +95,7 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         of_depth=tuple(name for name in OF_DEPTH if hasattr(config, name)),
         relative_bias=relative_bias,
         left_out=tuple(path for path in refusals if path),
-        **_positions(model, inputs),
+        **positions_of(model, inputs),
     )
 
 
@@ -105,6 +111,7 @@ def _places(base: nn.Module, calls: list[Call]) -> dict[str, Place]:
         if index not in layers:
             layers.append(index)
         place.is_causal |= call.is_causal and not call.is_cross
+        place.logits |= call.has_logits
         place.is_biased |= call.has_bias and not call.is_cross
     return places
 
@@ -162,10 +169,11 @@ class Found:
     sizes: Heads
     is_causal: bool
     cross: Attention | None = None
+    attending: tuple[int, ...] | None = None
     why: dict[str, str] = field(default_factory=dict)
 
 
-def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
+def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Found:
     if not place.own:
         raise NotDerivable("its layers have cross attention alone")
     if len(place.own) > 1 or len(place.cross) > 1:
@@ -173,8 +181,8 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
     [(inside, indices)] = place.own.items()
     call = attention_call(layer.base, layer.layer.get_submodule(inside))
     found = Found(Attention(inside), Heads.of(call), place.is_causal)
-    if len(indices) < depth:
-        found.why = dict.fromkeys((CONVERT, HEADS), "some layers have no softmax attention")
+    if len(indices) < len(layers):
+        found.attending, found.why[HEADS] = tuple(sorted(indices)), PARTLY
     try:
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
@@ -185,6 +193,13 @@ def _seen_attention(layer: LayerRun, place: Place, depth: int) -> Found:
         except NotDerivable as reason:
             found.cross = Attention(path)
             found.why.setdefault(HEADS, f"cross attention: {reason}")
+        found.cross = replace(found.cross, logits=place.logits)
+    found.attention = replace(
+        found.attention,
+        class_name=type(call.module).__name__,
+        logits=place.logits,
+        uneven=found.sizes.dim != found.sizes.value_dim,
+    )
     return found
 
 
@@ -201,37 +216,47 @@ def _make_stack(
             "decoder" if found.is_causal and name == "encoder" and "encoder" not in path else name
         )  # now it is known
     else:
-        found = _seen_attention(first, place, len(layers))
+        found = _seen_attention(first, place, layers)
     why = found.why
-    up, down, count = (), "", None
+    ffns: dict[str, FFN] = {}
     try:
-        neurons = neuron_roles(first, found.attention)
-        if any(neuron_roles(LayerRun(model, layer, inputs), found.attention) != neurons for layer in layers):
-            raise NotDerivable("the FFNs of its layers are unlike each other")
-        up, down, count = neurons.up, neurons.down, neurons.count
+        runs = [first if layer is first.layer else LayerRun(model, layer, inputs) for layer in layers]
+        ffns = {ffn.kind: ffn for ffn in find_ffns(runs, found.attention)}
     except NotDerivable as reason:
         why[NEURONS] = str(reason)
-    readers = [found.attention.output, *([found.cross.output] if found.cross else []), down]
+    main = ffns.pop("neurons", FFN("neurons", (), ""))
+    readers = [found.attention.output, *([found.cross.output] if found.cross else []), main.down]
     norm = norm_place(first, readers) if all(readers) else None
     own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
-    fields = _fields(own, path, found, len(layers), first, count)
+    fields = _fields(own, path, found, len(layers), first, main)
     if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
-        why |= dict.fromkeys((CONVERT, HEADS), "no config field says how wide a head is")
+        why.setdefault(HEADS, "no config field says how wide a head is")
+        fields["head_size"], found.attention = found.sizes.dim, _measurable(first, found)
     stack = Stack(
         name=name,
         layers=path,
         attention=found.attention,
         cross_attention=found.cross,
-        up=up,
-        down=down,
+        up=main.up,
+        down=main.down,
+        more_ffns=tuple(width_said(ffn, own) for ffn in ffns.values()),
         config=where or None,
         causal=found.is_causal,
+        attending=found.attending,
         sees_patches=name == "vision",
         **fields,
     )
     for ability, reason in why.items():
         stack = stack.without(ability, reason)
     return stack, norm
+
+
+def _measurable(layer: LayerRun, found: Found) -> Attention:
+    """The attention with the linear by which the width of a head can be measured in any model of the sort."""
+    queries = maker(layer, layer.layer.get_submodule(found.attention.module), QUERY)
+    if layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
+        raise NotDerivable("neither a config field nor a linear says how wide a head is")
+    return replace(found.attention, measure=queries)
 
 
 def _own_config(
@@ -245,7 +270,7 @@ def _own_config(
         if config is own:
             return config, path
     for path, config in configs.items():
-        if _field(config, "heads", sizes.heads) and _field(config, "layers", depth):
+        if find_field(config, "heads", sizes.heads) and find_field(config, "layers", depth):
             return config, path
     raise NotDerivable("no config says how many heads and layers it has")
 
@@ -257,7 +282,7 @@ def _nested(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, Pre
             yield from _nested(value, f"{path}.{name}" if path else name)
 
 
-def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str, mapped: bool = True) -> str | None:
+def find_field(config: PreTrainedConfig, role: str, size: int | None, *first: str, mapped: bool = True) -> str | None:
     """The field of a config that holds a size, under one of the names for its role."""
     for name in (*first, *FIELDS[role].split()):
         real = config.attribute_map.get(name, name)
@@ -267,9 +292,7 @@ def _field(config: PreTrainedConfig, role: str, size: int | None, *first: str, m
     return None
 
 
-def _fields(
-    own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, neurons: int | None
-) -> dict[str, Any]:
+def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, ffn: FFN) -> dict[str, Any]:
     """The names of the config fields of a stack.
 
     Raises:
@@ -279,13 +302,15 @@ def _fields(
     side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
     fields: dict[str, Any] = {
-        "heads": _field(own, "heads", sizes.heads, f"{side}_attention_heads"),
-        "num_layers": _field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
-        "hidden": _field(own, "hidden", wide if wide is not None else _any_hidden(own)),
-        "neurons": _field(own, "neurons", neurons, f"{side}_ffn_dim"),
-        "kv_heads": _field(own, "kv_heads", sizes.kv_heads, mapped=False),  # Whisper calls other heads by this name
+        "heads": find_field(own, "heads", sizes.heads, f"{side}_attention_heads"),
+        "num_layers": find_field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
+        "hidden": find_field(own, "hidden", wide if wide is not None else _any_hidden(own)),
+        "neurons": width_said(ffn, own, f"{side}_ffn_dim").neurons,
+        "kv_heads": find_field(
+            own, "kv_heads", sizes.kv_heads, mapped=False
+        ),  # Whisper calls other heads by this name
     }
-    head_dim = _field(own, "head_dim", sizes.dim)
+    head_dim = find_field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if fields["num_layers"] is None:
         raise NotDerivable(f"no config field says that it has {depth} layers")
@@ -293,9 +318,20 @@ def _fields(
         raise NotDerivable("no config field says how many heads it has, or how wide it is")
     if fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
         raise NotDerivable("no config field says how many key/value heads it has")
-    if neurons is not None and fields["neurons"] is None:
-        fields["num_neurons"] = neurons  # for this one config
+    if fields["neurons"] is None:
+        fields["num_neurons"] = ffn.num_neurons  # for this one config
     return fields
+
+
+def width_said(ffn: FFN, config: PreTrainedConfig, *first: str) -> FFN:
+    """An FFN with the field that says its width instead of the width, and for experts how many work for a token."""
+    role = "neurons" if ffn.down_dim == 0 else "expert_neurons"
+    first += tuple(FIELDS["shared_neurons"].split()) if "shared" in ffn.down or ffn.kind == "neurons_2" else ()
+    name = find_field(config, role, ffn.num_neurons, *first)
+    active = FIELDS["experts_per_token"].split() if ffn.has_experts else []
+    active = [one for one in active if type(vars(config).get(config.attribute_map.get(one, one))) is int]
+    ffn = replace(ffn, active=config.attribute_map.get(active[0], active[0]) if active else None)
+    return replace(ffn, neurons=name, num_neurons=None) if name else ffn
 
 
 def _any_hidden(config: PreTrainedConfig) -> int | None:
@@ -330,38 +366,3 @@ def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]
             and re.search("layer|type|pattern", name)
         }
     return tuple(sorted(names))
-
-
-def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The tables of absolute positions, and the row of the first token: seen in a run."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return {}
-    rows: dict[str, int] = {}
-    base = model.base_model
-
-    def note(name: str, args: tuple) -> None:
-        ids = args[0] if args else None
-        if isinstance(ids, Tensor) and ids.ndim and ids.shape[-1] > 1 and not ids.is_floating_point():
-            last = ids.reshape(-1, ids.shape[-1])[-1]  # the second text has no padding
-            if (last.diff() == 1).all():
-                rows[name] = int(last[0])
-
-    tables = {
-        n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and 0 <= m.num_embeddings - limit <= 8
-    }
-    hooks = [m.register_forward_pre_hook(lambda m, args, name=n: note(name, args)) for n, m in tables.items()]
-    try:
-        run(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, table in tables.items():  # OPT adds its offset itself
-        if name not in rows and "pos" in name and table.num_embeddings > limit:
-            rows[name] = table.num_embeddings - limit
-    entry: dict[str, Any] = {"max_positions": "max_position_embeddings", "positions": tuple(rows)}
-    first, pad = max(rows.values(), default=0), getattr(config, "pad_token_id", None)
-    if first and first == (pad or 0) + 1 and all(tables[name].num_embeddings == limit for name in rows):
-        return entry | {"positions_after_pad": True}
-    return entry | {"position_offset": first}

@@ -8,9 +8,11 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..family import CONVERT, HEADS, NEURONS, Family
-from ..linears import input_dim, num_inputs, output_dim
+from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
+from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from ..stacks import ModelStack, model_stacks
+from .entry import width_said
+from .roles import PARTLY
 
 OTHERWISE = "some of its layers are built otherwise"
 
@@ -18,27 +20,63 @@ OTHERWISE = "some of its layers are built otherwise"
 def fitted(family: Family, model: PreTrainedModel) -> Family:
     """The entry without what does not hold for every layer, and with the FFN widths that no config field says."""
     for stack in model_stacks(model, family):
-        entry = stack.entry
-        if entry.num_neurons and entry.down and _has(stack.layers[0], entry.down):
-            counted = replace(entry, num_neurons=num_inputs(stack.layers[0].get_submodule(entry.down)))
-            family = replace(family, stacks=tuple(counted if one is entry else one for one in family.stacks))
+        counted = _counted(stack)
+        family = replace(family, stacks=tuple(counted if one is stack.entry else one for one in family.stacks))
+    for stack in model_stacks(model, family):
+        family = replace(family, stacks=tuple(_measured(one, stack) for one in family.stacks))
     for stack in model_stacks(model, family):
         modules = [attention.module for attention in stack.attentions.values()]
-        if not all(_has(layer, path) for layer in stack.layers for path in modules):
+        if not stack.attending or not all(holds(stack.layers[i], path) for i in stack.attending for path in modules):
             family = family.without(CONVERT, OTHERWISE, stack.name).without(HEADS, OTHERWISE, stack.name)
+        elif stack.entry.attending is not None:
+            family = family.without(HEADS, PARTLY, stack.name)
         elif stack.entry.attention.query and not all(_has_heads(layer, stack) for layer in stack.layers):
             family = family.without(HEADS, OTHERWISE, stack.name)
-        if stack.down and not all(_has_neurons(layer, stack) for layer in stack.layers):
+        indices = range(len(stack.layers))
+        if any(not _has_neurons(stack.layers[i], stack, kind) for i in indices for kind in stack.ffns_in(i)):
             family = family.without(NEURONS, OTHERWISE, stack.name)
     return family
 
 
-def _has(layer: nn.Module, path: str) -> bool:
-    try:
-        layer.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def _measured(entry: Stack, stack: ModelStack) -> Stack:
+    """The entry with the layers that have its attention, and with the width of a head that no field says."""
+    if entry is not stack.entry:
+        return entry
+    attention, layers = entry.attention, stack.layers
+    here = [i for i, layer in enumerate(layers) if holds(layer, attention.module) and _is_of(layer, attention)]
+    entry = replace(entry, attending=tuple(here) if len(here) < len(layers) else None)
+    if here and attention.measure:
+        queries = layers[here[0]].get_submodule(attention.measure)
+        entry = replace(entry, head_size=num_outputs(queries) // stack.num_heads)
+    return entry
+
+
+def _is_of(layer: nn.Module, attention: Attention) -> bool:
+    return attention.class_name in ("", type(layer.get_submodule(attention.module)).__name__)
+
+
+def _counted(stack: ModelStack) -> Stack:
+    """The entry, whose FFNs have the fields with the widths that these layers have, or these widths themselves."""
+    entry = stack.entry
+    widths: dict[str, int] = {}
+    for index, layer in enumerate(stack.layers):
+        for kind, ffn in stack.ffns_in(index).items():
+            widths.setdefault(kind, _width(layer, ffn))
+    said: dict[str, FFN] = {}
+    for kind, width in widths.items():
+        ffn = stack.ffns[kind]
+        is_right = ffn.neurons is not None and getattr(stack.sizes, ffn.neurons) == width
+        unsaid = replace(ffn, neurons=None, num_neurons=width)
+        said[kind] = ffn if is_right or entry.count_neurons else width_said(unsaid, stack.sizes)
+    if "neurons" in said:
+        entry = replace(entry, neurons=said["neurons"].neurons, num_neurons=said["neurons"].num_neurons)
+    return replace(entry, more_ffns=tuple(said.get(ffn.kind, ffn) for ffn in entry.more_ffns))
+
+
+def _width(layer: nn.Module, ffn: FFN) -> int:
+    if ffn.has_experts:
+        return layer.get_parameter(ffn.down).shape[ffn.down_dim]
+    return num_inputs(layer.get_submodule(ffn.down))
 
 
 def _has_heads(layer: nn.Module, stack: ModelStack) -> bool:
@@ -55,14 +93,18 @@ def _has_heads(layer: nn.Module, stack: ModelStack) -> bool:
     return True
 
 
-def _has_neurons(layer: nn.Module, stack: ModelStack) -> bool:
-    count = stack.num_neurons
-    ups = all(_is_wide(layer, path, count * stack.up.count(path), is_output=True) for path in stack.up)
-    return ups and _is_wide(layer, stack.down, count, is_output=False)
+def _has_neurons(layer: nn.Module, stack: ModelStack, kind: str) -> bool:
+    ffn, count = stack.ffns[kind], stack.width_of(kind)
+    if ffn.has_experts:
+        ups = ((up, ffn.up_dim, count * ffn.up.count(up)) for up in ffn.up)
+        wanted = (*ups, (ffn.down, ffn.down_dim, count))
+        return all(holds(layer, p) and layer.get_parameter(p).shape[dim] == size for p, dim, size in wanted)
+    ups = all(_is_wide(layer, path, count * ffn.up.count(path), is_output=True) for path in ffn.up)
+    return ups and _is_wide(layer, ffn.down, count, is_output=False)
 
 
 def _is_wide(layer: nn.Module, path: str, width: int, is_output: bool) -> bool:
-    if not _has(layer, path):
+    if not holds(layer, path):
         return False
     linear = layer.get_submodule(path)
     weight = getattr(linear, "weight", None)

@@ -75,7 +75,7 @@ def _mended(model: PreTrainedModel, names: tuple[str, ...], form: str) -> tuple[
         wanted: dict[str, tuple[int, ...]] = {}
         made: Inputs = {}
         try:
-            made = make(model, names, form, shapes)
+            made = {name: _placed(value, model) for name, value in make(model, names, form, shapes).items()}
             _run(model, made, wanted)
             return made, None
         except Exception as error:  # whatever the code of a model may raise
@@ -92,6 +92,10 @@ def _mended(model: PreTrainedModel, names: tuple[str, ...], form: str) -> tuple[
             if not more:
                 shapes |= wanted
     return None, problem
+
+
+def _placed(value: Tensor, model: PreTrainedModel) -> Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
 def _by_error(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:

@@ -309,7 +309,9 @@ def _put_tokens(model: PreTrainedModel, inputs: Inputs, kind: str) -> None:
     if token is None or get is None or (inputs["input_ids"] == token).any():
         return
     taken = inspect.signature(get).parameters
-    given = {name: value for name, value in inputs.items() if name in taken and name not in ("input_ids", "attention_mask")}
+    given = {name: value for name, value in inputs.items() if name in taken and name not in MAIN[:3]}
+    dtype = model.dtype
+    given = {name: value.to(model.device, dtype if value.is_floating_point() else None) for name, value in given.items()}
     with torch.no_grad():
         features = get(**given)
     features = getattr(features, "pooler_output", features)

@@ -43,6 +43,7 @@ class Call:
     is_cross: bool
     is_causal: bool
     has_bias: bool
+    has_logits: bool
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +72,9 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
         output, weights = eager(module, query, key, value, mask, **kwargs)
         has_bias = kwargs.get("position_bias") is not None
-        calls.append(Call(module, query, key, value, output, is_cross, _is_causal(module, mask, kwargs), has_bias))
+        has_logits = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+        is_causal = _is_causal(module, mask, kwargs)
+        calls.append(Call(module, query, key, value, output, is_cross, is_causal, has_bias, has_logits))
         return output, weights
 
     before = [(config, config._attn_implementation) for config in _configs(model)]

@@ -9,7 +9,7 @@ What fails is switched off, with the reason. The comparisons would notice: each 
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
 from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
-from ..groups import Group, groups_of, output_module
+from ..groups import Group, groups_of, output_module, output_weight
 from ..rebuild import rebuild
 from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
@@ -113,6 +113,8 @@ def _second_try(trial: Trial, ability: str) -> Family | None:
     if ability == HEADS:
         entry = _with_own_config(trial.stack.entry)
         family = replace(family, stacks=tuple(entry if one.name == name else one for one in family.stacks))
+    elif ability == NEURONS and len(trial.stack.ffns) > 1:
+        family = _provable_ffns(trial)
     elif ability == LAYERS and not family.first_stays:
         family = replace(family, first_stays=True)
     else:
@@ -120,29 +122,48 @@ def _second_try(trial: Trial, ability: str) -> Family | None:
     stack = next(one for one in model_stacks(trial.model, family) if one.name == name)
     try:
         remember(trial.model.config, family)
-        (_heads if ability == HEADS else _layers)(replace(trial, stack=stack, family=family))
+        proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}[ability]
+        proof(replace(trial, stack=stack, family=family))
     except Exception:  # whatever the code of a model may raise
         return None
     return family
 
 
+def _provable_ffns(trial: Trial) -> Family:
+    """The entry with those FFNs of the stack alone of which each is proven by itself."""
+    entry, proven = trial.stack.entry, []
+    for kind in trial.stack.ffns:
+        with suppress(Exception):  # whatever the code of a model may raise
+            _units(trial, kind)
+            proven.append(kind)
+    if "neurons" not in proven:
+        entry = replace(entry, up=(), down="", neurons=None, num_neurons=None)
+    entry = replace(entry, more_ffns=tuple(ffn for ffn in entry.more_ffns if ffn.kind in proven))
+    stacks = tuple(entry if one.name == entry.name else one for one in trial.family.stacks)
+    return replace(trial.family, stacks=stacks)
+
+
 def _convert(trial: Trial) -> None:
     stack = trial.stack
-    modules = {layer.get_submodule(stack.entry.attention.module) for layer in stack.layers}
+    modules = {stack.layers[index].get_submodule(stack.entry.attention.module) for index in stack.attending}
+
+    def everywhere(attention: AttentionConfig) -> StackBlock:
+        full = AttentionConfig()
+        return StackBlock(tuple(attention if i in stack.attending else full for i in range(len(stack.layers))))
 
     def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         return _banded(mask, queries, keys, stack.is_causal) if module in modules else mask
 
     for window, change in ((MAX_WINDOW, None), (WINDOW, masked)):
         attention = AttentionConfig("local", window=window, global_tokens=0)
-        converted = trial.rebuilt(StackBlock(attention=(attention,) * len(stack.layers)))
+        converted = trial.rebuilt(everywhere(attention))
         with observing(trial.model, masked=change):
             wanted = outputs_of(trial.model, trial.inputs)
         trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
     trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
         keeps_keys = AttentionConfig("strided")
-        for kind in (converted, trial.rebuilt(StackBlock(attention=(keeps_keys,) * len(stack.layers)))):
+        for kind in (converted, trial.rebuilt(everywhere(keeps_keys))):
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
@@ -168,32 +189,45 @@ def _with_own_config(entry: Stack) -> Stack:
 
 
 def _neurons(trial: Trial) -> None:
-    _units(trial, "neurons")
+    for kind in trial.stack.ffns:
+        _units(trial, kind)
 
 
 def _units(trial: Trial, kind: str) -> None:
-    """One unit leaves the first layer, another the last; those between keep all, so that layers become unlike."""
+    """One unit (as many as have to leave together) leaves the first layer, another the last; those between keep all,
+    so that layers become unlike."""
     stack, model = trial.stack, trial.model
     groups = [group for group in groups_of(stack) if group.kind == kind]
-    gone = {groups[0].name: 0} | ({groups[-1].name: groups[-1].units - 1} if len(groups) > 1 else {})
-    kept = {group.name: [unit for unit in range(group.units) if unit != gone.get(group.name)] for group in groups}
+    if not groups:
+        raise NotDerivable(f"no layer has {kind}")
+    gone = {group.name: range(0) for group in groups}
+    gone[groups[-1].name] = range(groups[-1].units - groups[-1].step, groups[-1].units)
+    gone[groups[0].name] = range(groups[0].step)
+    kept = {group.name: [unit for unit in range(group.units) if unit not in gone[group.name]] for group in groups}
     counts = {layer: len(kept[group.name]) for group in groups for layer in group.layers}
-    sizes = {kind: tuple(counts[layer] for layer in sorted(counts))}
+    most = max(counts.values())
+    sizes = {kind: tuple(counts.get(layer, most) for layer in range(len(stack.layers)))}
     if kind == "heads" and stack.group_size > 1:
         sizes |= {"kv_heads": sizes["heads"], "heads": tuple(count * stack.group_size for count in sizes["heads"])}
     small = trial.rebuilt(StackBlock(sizes=sizes), cut_units(model.state_dict(), groups, kept))
     with ExitStack() as hooks:
         for group in groups:
-            if group.name in gone:
-                _silence(model, group, gone[group.name], hooks)
+            for unit in gone[group.name]:
+                _silence(model, group, unit, hooks)
         wanted = outputs_of(model, trial.inputs)
     trial.compare(small, wanted, f"without some {kind}")
     trial.check_matters(wanted, f"without some {kind}")
 
 
 def _silence(model: PreTrainedModel, group: Group, unit: int, hooks: ExitStack) -> None:
-    """The linear that reads the units gets zeros from one of them."""
+    """The linear that reads the units gets zeros from one of them; experts do not read it."""
     for member in group.members:
+        weight = output_weight(model, member)
+        if weight.ndim == 3:
+            whole = weight.detach().clone()
+            hooks.callback(weight.data.copy_, whole)
+            weight.data.select(member.output.dim, unit).zero_()
+            continue
         reader, width = output_module(model, member), member.output.width
 
         def without(module: nn.Module, args: tuple, width: int = width) -> tuple:
@@ -213,7 +247,7 @@ def _layers(trial: Trial) -> None:
         changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)
         state = cut_layers(trial.model.state_dict(), stack, kept)
         small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
-        handle = stack.layers[index].register_forward_hook(_hand_on, with_kwargs=True)
+        handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True)
         try:
             wanted = outputs_of(trial.model, trial.inputs)
         finally:
@@ -222,7 +256,8 @@ def _layers(trial: Trial) -> None:
         trial.check_matters(wanted, f"without layer {index}")
 
 
-def _hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """A hook that makes a layer do nothing."""
     given = (*args, *kwargs.values())
     states = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
     return states if isinstance(output, Tensor) else (states, *output[1:])

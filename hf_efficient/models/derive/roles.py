@@ -3,12 +3,11 @@
 - The linear that *reads* the heads is the one whose input is the attention's output.
 - The linears that *make* query, key and value are those whose noise arrives there without passing another such linear.
 - The units of a maker belong to the heads whose query, key or value they change.
-- A *neuron* is an output of one linear that changes exactly one input of another.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from ..family import Attention
 from .observe import SMALL, Call, LayerRun, Seen, differs
 
 QKV = "qkv"
+PARTLY = "some layers have no softmax attention"
+QUERY = 0  # its place in QKV
 # Integers beside the weights that are heads x head_dim; others of the same value may be the hidden size.
 WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_head_size", "hidden_size")
 
@@ -72,10 +73,10 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     for name, parameter in own.items():
         if parameter.shape[0] != sizes.heads or sizes.heads in parameter.shape[1:]:
             raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
-    readers = [name for name, given in layer.base.inputs.items() if _is_same(given, call.output)]
+    readers = [name for name, given in layer.base.inputs.items() if is_same(given, call.output)]
     if len(readers) != 1:
         raise NotDerivable(f"{len(readers)} linears read the heads as they are")
-    makers = dict(zip(QKV, (_maker(layer, module, letter) for letter in range(3)), strict=True))
+    makers = dict(zip(QKV, (maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
     layouts = {name: layout(owners[name], together[name], sizes) for name in owners}
@@ -107,12 +108,12 @@ def integers_of(module: nn.Module, sizes: Heads) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _is_same(given: Tensor, output: Tensor) -> bool:
+def is_same(given: Tensor, output: Tensor) -> bool:
     flat = output.reshape(-1)
     return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
 
 
-def _maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
+def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
     """The last linear on the way to query, key or value."""
     base = attention_call(layer.base, module).tensors[letter]
     arriving = []
@@ -131,7 +132,7 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
     output = layer.base.outputs[name]
     owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
     is_flat = output.ndim == 2  # the tokens of all images one after another
-    for units in _rounds(output[None] if is_flat else output):
+    for units in rounds(output[None] if is_flat else output):
         call = attention_call(layer.run(name, units[0] if is_flat else units), module)
         for letter, new, old in zip(QKV, call.tensors, base.tensors, strict=True):
             if letter not in letters:
@@ -146,7 +147,7 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
     return owners
 
 
-def _rounds(output: Tensor) -> Iterator[Tensor]:
+def rounds(output: Tensor) -> Iterator[Tensor]:
     """`[batch, length]` tensors that together give every unit of an output a token."""
     if output.ndim != 3:
         raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
@@ -182,88 +183,6 @@ def layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> st
     if any(len({head for letter, head in one if letter == other}) > 1 for one in owners for other in letters):
         raise NotDerivable("an output of a projection belongs to several heads (a norm over all of them)")
     raise NotDerivable("the heads lie in the projections in an order of their own")
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """The linears of an FFN: those that widen, in the order of `families.Stack.up`, and the one that narrows."""
-
-    up: tuple[str, ...]
-    down: str
-    count: int
-
-
-def neuron_roles(layer: LayerRun, attention: Attention) -> Neurons:
-    """Those outside of the attention that was found, and of any other that is seen.
-
-    Raises:
-        NotDerivable: there is no FFN, there are several, or its neurons lie in an order of their own.
-    """
-    for name, module in layer.layer.named_modules():
-        is_expert = "expert" in f"{name} {type(module).__name__}".lower()
-        if is_expert and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
-            raise NotDerivable("a mixture of experts")
-        if is_expert and isinstance(module, nn.ModuleList):
-            raise NotDerivable("a mixture of experts")
-    attending = _attending(layer) | {attention.query, attention.key, attention.value, attention.output}
-    pairs: list[tuple[str, str, list[int | None]]] = []
-    rest = [name for name in layer.linears if name not in attending]
-    for name in rest:
-        for other in rest:
-            if layer.reaches(name, other):
-                mapping = _mapping(layer, name, other)
-                if mapping is not None:
-                    pairs.append((name, other, mapping))
-    downs = list(dict.fromkeys(down for _, down, _ in pairs))
-    if len(downs) != 1:
-        raise NotDerivable(f"{len(downs) or 'no'} FFNs in one layer")
-    count = layer.base.inputs[downs[0]].shape[-1]
-    up: list[str] = []
-    for name, _, mapping in pairs:
-        if mapping != list(range(count)) * (len(mapping) // count):
-            raise NotDerivable("the neurons lie in the linear in an order of their own")
-        up += [name] * (len(mapping) // count)
-    return Neurons(tuple(up), downs[0], count)
-
-
-def _mapping(layer: LayerRun, name: str, other: str) -> list[int | None] | None:
-    """For each output of one linear the one input of another that it changes; None if one changes several."""
-    output, given = layer.base.outputs[name], layer.base.inputs[other]
-    if output.ndim not in (2, 3) or given.shape[:-1] != output.shape[:-1]:
-        return None
-    mapping: list[int | None] = [None] * output.shape[-1]
-    flat = output if output.ndim == 3 else output[None]
-    if flat.shape[0] * flat.shape[1] < 4:
-        return None
-    for first in _rounds(flat):
-        for shift in (0, 1, 3):  # at one token alone its gate, or a ReLU, may be closed
-            units = first.view(-1).roll(shift).view(first.shape)
-            units = units if output.ndim == 3 else units[0]
-            seen = layer.run(name, units).inputs.get(other)
-            if seen is None or seen.shape != given.shape:
-                return None
-            hit = (seen - given).abs() > SMALL * given.abs().max()
-            if (hit.any(-1) & (units < 0)).any() or (hit.sum(-1) > 1).any():
-                return None
-            for place in (hit.any(-1) & (units >= 0)).nonzero().tolist():
-                where = tuple(place)
-                mapping[int(units[where])] = int(hit[where].nonzero()[0])
-    return mapping if None not in mapping else None
-
-
-def _attending(layer: LayerRun) -> set[str]:
-    """The linears that make or read the heads of any attention of the layer."""
-    names = set()
-    for index, call in enumerate(layer.base.calls):
-        names |= {name for name, given in layer.base.inputs.items() if _is_same(given, call.output)}
-        for letter in range(3):
-            arriving = set()
-            for name in layer.linears:
-                calls = layer.disturbed(name).calls
-                if index < len(calls) and differs(calls[index].tensors[letter], call.tensors[letter]):
-                    arriving.add(name)
-            names |= set(layer.last(arriving))
-    return names
 
 
 def norm_place(layer: LayerRun, readers: Sequence[str]) -> str | None:

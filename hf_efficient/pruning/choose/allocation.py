@@ -7,7 +7,7 @@ chunks, so that what remains is a multiple of `round_to`.
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from math import inf
+from math import inf, lcm
 
 import torch
 
@@ -96,12 +96,15 @@ def allocate_uniform(
     counts = {kind: _common_counts(groups, round_to) for kind, groups in by_kind.items()}
     if heads_divide:
         counts["head"] = [count for count in counts["head"] if count == 0 or heads_divide % count == 0]
+    least: dict[str, int] = {}  # of each kind: experts are much narrower than a dense FFN
+    for group in scores:
+        least[group.kind] = min(least.get(group.kind, group.units), group.units)
     # The total score of the best 0, 1, 2, ... units.
     gains = {g: [0.0, *s.double().sort(descending=True).values.cumsum(0).tolist()] for g, s in scores.items()}
     best, choice = -inf, None
     for heads in counts["head"]:
         for neurons in counts["neuron"]:
-            kept = {group: heads if group.kind != "neurons" else neurons for group in scores}
+            kept = {g: _of_kind(g, neurons, least, round_to) if g.is_neurons else heads for g in scores}
             freed = sum(cost(group, group.units) - cost(group, count) for group, count in kept.items())
             gain = sum(gains[group][count] for group, count in kept.items())
             if freed > remove - ROUNDING and gain > -inf:  # -inf would bring back what the callback has removed
@@ -111,6 +114,16 @@ def allocate_uniform(
     if choice is None:
         raise _out_of_reach()
     return {group: _best(scores[group], count) for group, count in choice.items()}
+
+
+def _of_kind(group: Group, neurons: int, least: dict[str, int], round_to: int) -> int:
+    """What FFNs of a kind keep where the narrowest keep so many: as large a part."""
+    narrowest = min(count for kind, count in least.items() if kind in UNIT_KINDS["neuron"])
+    if least[group.kind] == narrowest:
+        return neurons
+    count = neurons * least[group.kind] // narrowest
+    step = _step(group, round_to)
+    return group.units if neurons == narrowest else max(count - count % step, min(step, group.units))
 
 
 def choose_layers(
@@ -180,7 +193,7 @@ def fewest(group: Group, config: PruningConfig) -> int:
 
 
 def _step(group: Group, round_to: int) -> int:
-    return round_to if group.kind == "neurons" else 1
+    return lcm(round_to, group.step) if group.is_neurons else 1
 
 
 def _remaining(group: Group, round_to: int) -> list[int]:
@@ -194,7 +207,7 @@ def _common_counts(groups: list[Group], round_to: int) -> list[int]:
     """Counts that all groups can have, descending; `[0]` stands for "no such groups"."""
     if not groups:
         return [0]
-    smallest = min(groups, key=lambda group: group.units)
+    smallest = min(groups, key=lambda group: (group.units, -group.step))
     same = all(group.units == smallest.units for group in groups)
     is_round = smallest.units % _step(smallest, round_to) == 0
     return _remaining(smallest, round_to)[0 if same or is_round else 1 :]

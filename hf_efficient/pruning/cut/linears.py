@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...models.anatomy import Anatomy
+from ...models.linears import holds
 
 # What a linear reads: tokens of one of these, or of nothing that can be padded.
 MAIN, DECODER, ENCODER_STATES, UNPADDED = "main", "decoder", "encoder states", "unpadded"
@@ -41,9 +42,12 @@ def find_linears(anatomy: Anatomy) -> list[Linear]:
             # Cross attention makes its keys and values of what the encoder gives.
             read = other if kind == "cross_heads" else own
             reads |= {attention.query: own, attention.key: read, attention.value: read, attention.output: own}
-        reads |= dict.fromkeys((*stack.up, stack.down), own)
-        for place in map(stack.layer_prefix, range(len(stack.layers))):
-            linears += [Linear(f"{place}.{path}", place, whose) for path, whose in reads.items() if path]
+        for ffn in stack.ffns.values():
+            reads |= {} if ffn.has_experts else dict.fromkeys((*ffn.up, ffn.down), own)
+        for index, layer in enumerate(stack.layers):
+            place = stack.layer_prefix(index)
+            paths = [path for path in reads if path and holds(layer, path)]
+            linears += [Linear(f"{place}.{path}", place, reads[path]) for path in paths]
     return linears
 
 

@@ -16,10 +16,11 @@ from transformers.initialization import no_init_weights
 
 from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
-from ...models.block import EfficientBlock, StackBlock
+from ...models.block import MAX_LAYERS, EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
 from ...models.cutting import cut_layers, cut_units
 from ...models.families import FAMILIES
+from ...models.family import FFN
 from ...models.groups import groups_of
 from ...models.rebuild import rebuild
 from ...models.registry import EFFICIENT_PREFIX, is_known, remember
@@ -40,7 +41,9 @@ def apply_plan(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedModel:
     for stack in anatomy.stacks:
         state = cut_layers(state, stack, kept_layers(stack, plan))
     small = rebuild(anatomy.model, planned_config(anatomy, plan), state)
-    if not is_known(small.config) and not any(stack.entry.num_neurons for stack in anatomy.stacks):
+    if not is_known(small.config) and not any(
+        ffn.num_neurons for stack in anatomy.stacks for ffn in stack.ffns.values()
+    ):
         remember(small.config, anatomy.family)  # another size of the same architecture need not be derived again
     return small
 
@@ -53,8 +56,11 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
     unsaid: Sizes = {}  # what the stock config has no field for
     for stack in anatomy.stacks:
         changes, unsaid[stack.name] = _stock_fields(stack, sizes)
-        if changes and not _stock_takes(anatomy, stack, changes, sizes[stack.name]):
-            changes, unsaid[stack.name] = {}, dict(sizes[stack.name])
+        if changes and anatomy.family.model_type not in FAMILIES:  # the table is known, others are asked
+            if _stock_takes(anatomy, stack, changes, sizes[stack.name]):  # a field may say other widths too
+                unsaid[stack.name] = {k: counts for k, counts in sizes[stack.name].items() if len(set(counts)) > 1}
+            else:
+                changes, unsaid[stack.name] = {}, dict(sizes[stack.name])
         kept = layers[stack.name]
         changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(stack.family.of_depth)
         fields = stack.changed(fields, changes | stack.per_layer(kept))
@@ -119,7 +125,10 @@ def _sizes(anatomy: Anatomy, plan: PruningPlan, layers: Layers) -> Sizes:
     sizes: Sizes = {}
     for stack in anatomy.stacks:
         kinds = sorted({kind for name, kind, _ in counts if name == stack.name})
-        own = {kind: tuple(counts[stack.name, kind, layer] for layer in layers[stack.name]) for kind in kinds}
+        own = {}
+        for kind in kinds:  # a layer without such units is said to have as many as the largest, which changes nothing
+            most = max(count for key, count in counts.items() if key[:2] == (stack.name, kind))
+            own[kind] = tuple(counts.get((stack.name, kind, layer), most) for layer in layers[stack.name])
         if stack.group_size > 1 and "heads" in own:  # a unit of `heads` is a key/value head with its query heads
             own |= {"kv_heads": own["heads"], "heads": tuple(n * stack.group_size for n in own["heads"])}
         sizes[stack.name] = own
@@ -130,11 +139,12 @@ def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict
     """Split the sizes of a stack into stock config fields and what only the block can say."""
     fields: dict[str, Any] = {}
     unsaid = dict(sizes[stack.name])
-    neurons = _counts(("neurons",), "neurons", stack, sizes)
-    if len(neurons) == 1 and (stack.entry.neurons or neurons == {stack.num_neurons}):
-        unsaid.pop("neurons", None)
-        if stack.entry.neurons and neurons != {stack.num_neurons}:
-            fields[stack.entry.neurons] = neurons.pop()
+    for kind, ffn in stack.ffns.items():
+        neurons = _neuron_counts(ffn, stack, sizes) if ffn.neurons else set(sizes[stack.name].get(kind, ()))
+        if len(neurons) == 1 and (ffn.neurons or neurons == {stack.width_of(kind)}):
+            unsaid.pop(kind, None)
+            if ffn.neurons and neurons != {stack.width_of(kind)}:
+                fields[ffn.neurons] = neurons.pop()
     heads = _counts(HEADS, "heads", stack, sizes)
     if len(heads) == 1 and _is_legal(count := heads.pop(), stack):
         if count != stack.num_heads:
@@ -148,11 +158,8 @@ def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict
 
 
 def _stock_takes(anatomy: Anatomy, stack: ModelStack, changes: dict[str, Any], sizes: dict[str, tuple]) -> bool:
-    """Whether the stock class, built with these fields, has these sizes. Of the table that is known; others are
-    asked."""
-    if anatomy.family.model_type in FAMILIES:
-        return True
-    neurons, heads = (sizes.get(kind, (0,))[0] for kind in ("neurons", "heads"))
+    """Whether the stock class, built with these fields, has these sizes."""
+    heads = sizes.get("heads", (0,))[0]
     try:
         config = stock_config(with_block(anatomy.config, EfficientBlock(), **stack.changed({}, changes)))
         with torch.device("meta"), no_init_weights():
@@ -164,7 +171,8 @@ def _stock_takes(anatomy: Anatomy, stack: ModelStack, changes: dict[str, Any], s
         others = ((name, tensor) for name, tensor in model.state_dict().items() if name not in cut and name in whole)
         if any(tensor.shape != whole[name].shape for name, tensor in others):  # the field says other sizes too
             return False
-        return all(one.units == (neurons if one.kind == "neurons" else heads // new.group_size) for one in groups)
+        wanted = {kind: sizes[kind][0] for kind in sizes if kind in stack.ffns}
+        return all(one.units == wanted.get(one.kind, heads // new.group_size) for one in groups)
     except Exception:  # whatever a config or a model may raise at sizes that it does not like
         return False
 
@@ -175,6 +183,18 @@ def _counts(kinds: tuple[str, ...], name: str, stack: ModelStack, sizes: Sizes) 
     sharing = [other for other in stack.family.stacks if (other.config, getattr(other, name)) == field]
     counts = [sizes[other.name].get(kind, ()) for other in sharing if other.name in sizes for kind in kinds]
     return {count for of_layers in counts for count in of_layers}
+
+
+def _neuron_counts(ffn: FFN, stack: ModelStack, sizes: Sizes) -> set[int]:
+    """The same of FFNs, of which several of one stack may share a field too."""
+    field = (stack.entry.config, ffn.neurons)
+    return {
+        count
+        for other in stack.family.stacks
+        for kind, name in (("neurons", other.neurons), *((one.kind, one.neurons) for one in other.more_ffns))
+        if other.name in sizes and (other.config, name) == field
+        for count in sizes[other.name].get(kind, ())
+    }
 
 
 def _is_legal(heads: int, stack: ModelStack) -> bool:
@@ -192,7 +212,7 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
         kept, entry = layers[stack.name], old.stack(stack.name)
         # What the stock config says anyway need not be said twice.
         stock = dict.fromkeys(HEADS, stack.num_heads) | {"kv_heads": stack.num_kv_heads}
-        stock |= {"neurons": stack.num_neurons} if stack.down else {}
+        stock |= {kind: stack.width_of(kind) for kind in stack.ffns}
         own = {kind: values for kind, values in sizes[stack.name].items() if set(values) != {stock[kind]}}
         small = StackBlock(
             attention=tuple(entry.attention[i] for i in kept) if entry.attention else (),
@@ -204,4 +224,8 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
         before = old.kept_layers.get(stack.name, tuple(range(stack.depth)))
         if len(kept) < stack.depth or stack.name in old.kept_layers:
             original[stack.name] = tuple(before[i] for i in kept)
+    family = anatomy.family
+    if family.model_type not in FAMILIES:
+        left = tuple(one.with_layers(layers.get(one.name, range(MAX_LAYERS))) for one in family.stacks)
+        old = replace(old, family=replace(family, stacks=left))
     return replace(old, stacks=stacks, kept_layers=original)

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from ...models.anatomy import Anatomy
 from ...models.linears import input_dim
 from ...models.modes import eval_mode
-from ...models.stacks import ConfigStack
+from ...models.stacks import ModelStack
 from ..score.finite import check_finite
 from ..score.stream import Batch, Block, Stream
 
@@ -58,7 +58,7 @@ def reconstruct_blocks(
     with eval_mode(small.model, dense.model), torch.no_grad():
         for stack in small.stacks:
             origin = list((kept_layers or {}).get(stack.name, range(len(stack.layers))))
-            name, blocks = stack.name, find_blocks(stack)
+            name, first = stack.name, dense.stack(stack.name)
             pruned, whole = Stream(small, name, batches), Stream(dense, name, batches)
             if len(whole.states) != len(
                 batches
@@ -66,12 +66,13 @@ def reconstruct_blocks(
                 continue
             # The dense stream goes through all its layers, the pruned one with it where it has the layer.
             for theirs in range(max(origin) + 1):
+                blocks = find_blocks(first, theirs)
                 sums = whole.advance(theirs, blocks)
                 if theirs not in origin:
                     continue
                 mine = origin.index(theirs)
                 for _, path in blocks:
-                    place = f"{dense.stack(name).layer_prefix(theirs)}.{path}"
+                    place = f"{first.layer_prefix(theirs)}.{path}"
                     fit = _Fit(stack.layers[mine].get_submodule(path), place)
                     read = pruned.inputs(mine, blocks, path)
                     for (x, residual), total, c in zip(read, sums[path], weights[place], strict=True):
@@ -91,8 +92,8 @@ def token_weights(
     paths = [
         f"{stack.layer_prefix(index)}.{path}"
         for stack in anatomy.stacks
-        for _, path in find_blocks(stack)
         for index in range(len(stack.layers))
+        for _, path in find_blocks(stack, index)
     ]
     weights: TokenWeights = {path: [] for path in paths}
     offsets: dict[str, torch.Tensor] = {}
@@ -125,10 +126,13 @@ def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.where(weight > 0, (1 - FLOOR) * weight / mean + FLOOR, 0.0) for weight in weights]
 
 
-def find_blocks(stack: ConfigStack) -> list[Block]:
-    """The blocks of a layer, in the order in which they run."""
-    blocks = [Block(attention.query, attention.output) for attention in stack.attentions.values() if attention.query]
-    return [*blocks, Block(stack.up[0], stack.down)] if stack.down else blocks
+def find_blocks(stack: ModelStack, index: int) -> list[Block]:
+    """The blocks of a layer that can be fitted, in the order in which they run; experts and FFNs beside the first
+    cannot."""
+    attentions = (attention for attention in stack.attentions_in(index).values() if attention.query)
+    blocks = [Block(attention.query, attention.output) for attention in attentions]
+    ffn = stack.ffns_in(index).get("neurons")
+    return [*blocks, Block(ffn.up[0], ffn.down)] if ffn else blocks
 
 
 class _Fit:

@@ -16,6 +16,7 @@ from ...attention.dispatch import variant_of
 from ...models.anatomy import Anatomy
 from ...models.family import HEADS, NEURONS
 from ...models.groups import Group, unit_parameters
+from ...models.stacks import ModelStack
 from ..methods import METRICS
 from ..plan import PruningPlan
 
@@ -62,9 +63,10 @@ def _counted(anatomy: Anatomy, metric: str, length: int) -> Costs:
 def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
     """What one unit of the group costs: parameters, or multiply-accumulates on one sequence of `length` tokens.
 
-    A linear costs rows x columns for each token. A head of width D under full attention costs 2 length D more for each
-    token (scores and weighted sum), with fewer keys under local attention, and 2 D (D + 1) under linear attention
-    (Kwon 2022, section 4.1). `length` is that of the text where a model sees an image too, whose own is known (CLIP).
+    A linear costs rows x columns for each token, experts the part of it that works for one. A head of width D under
+    full attention costs 2 length D more for each token (scores and weighted sum), with fewer keys under local
+    attention, and 2 D (D + 1) under linear attention (Kwon 2022, section 4.1). `length` is that of the text where a
+    model sees an image too, whose own is known (CLIP).
     """
     model, stack = anatomy.model, anatomy.stack(group.stack)
     if metric == "parameters":
@@ -74,13 +76,24 @@ def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
     total = 0
     for member in group.members:
         weights = [model.get_parameter(f"{member.prefix}.{part.name}") for part in (*member.inputs, member.output)]
-        total += length * sum(weight.numel() // group.units for weight in weights)
-        if group.kind != "neurons":
+        macs_of_all = length * sum(weight.numel() // group.units for weight in weights)
+        total += int(macs_of_all * _active(stack, group))
+        if not group.is_neurons:
             module = model.get_submodule(f"{member.prefix}.{stack.attentions[group.kind].module}")
             variant = variant_of(module)
             macs = 2 * length * stack.head_width if variant is None else variant.macs(length, module.is_causal)
             total += length * macs * stack.group_size  # a unit is a key/value head with its query heads
     return total
+
+
+def _active(stack: ModelStack, group: Group) -> float:
+    """The part of a group's weights that works for one token: few of many experts, where the config says how many."""
+    ffn = stack.ffns.get(group.kind)
+    if ffn is None or ffn.active is None:
+        return 1.0
+    [layer] = group.layers
+    experts = len(stack.layers[layer].get_parameter(ffn.down))
+    return min(1.0, getattr(stack.sizes, ffn.active) / experts)
 
 
 def num_patches(config: PreTrainedConfig) -> int:

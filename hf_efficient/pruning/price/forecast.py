@@ -12,6 +12,7 @@ from ...io.text import for_terminal
 from ...measurement.size import count_macs
 from ...models.anatomy import Anatomy, ConfigAnatomy
 from ...models.classes import stock_config
+from ...models.groups import Group, output_weight
 from ...models.inputs import dummy_inputs
 from ...models.rebuild import class_for
 from ...reporting.tables import align, format_bytes, format_count
@@ -91,11 +92,16 @@ def _by_layer(anatomy: Anatomy, length: int) -> dict[tuple[str, int], dict[str, 
     sizes = {key: {"parameters": parameters[key], "macs": macs[key], "heads": 0, "neurons": 0} for key in macs}
     for group in anatomy.groups:
         for layer in group.layers:
-            if group.kind == "neurons":
-                sizes[group.stack, layer]["neurons"] = group.units
+            if group.is_neurons:
+                sizes[group.stack, layer]["neurons"] += group.units * _experts(anatomy, group)
             elif group.kind == "heads":
                 sizes[group.stack, layer]["heads"] = group.units * anatomy.stack(group.stack).group_size
     return sizes
+
+
+def _experts(anatomy: Anatomy, group: Group) -> int:
+    weight = output_weight(anatomy.model, group.members[0])
+    return len(weight) if weight.ndim == 3 else 1
 
 
 def _cache_numbers(anatomy: Anatomy) -> int:

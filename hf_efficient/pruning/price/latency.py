@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ...errors import ConfigError, UnsupportedModelError
 from ...measurement.latency import compare_latency
 from ...models.anatomy import Anatomy
+from ...models.family import NEURON_KINDS
 from ...models.groups import Group
 from ...models.inputs import dummy_inputs
 from ...models.modes import using_threads
@@ -34,7 +35,7 @@ from .costs import Costs
 from .latency_table import Curve, LatencyTable, load, make_key, save
 
 FRACTIONS = (0.75, 0.5, 0.25, 0.0)  # of the units that stay; of none the fewest that can
-FEWEST = {"heads": 1, "cross_heads": 1, "neurons": 8}
+FEWEST = {"heads": 1, "cross_heads": 1} | dict.fromkeys(NEURON_KINDS, 8)
 NEURON_STEP = 8  # odd widths are slow, and no plan has them
 SECONDS = 2.0  # to time one copy for the table; a planned model gets twice as long
 ROUNDS = (8, 60)  # how many that may be
@@ -162,7 +163,7 @@ def _curve(watch: Stopwatch, groups: list[Group]) -> Curve:
         kept = {}
         for group in groups:
             count = round(fraction * group.units)
-            if group.kind == "neurons":
+            if group.is_neurons:
                 count -= count % NEURON_STEP
             kept[group.name] = tuple(range(min(group.units, max(count, FEWEST[group.kind]))))
         part = sum(map(len, kept.values())) / whole

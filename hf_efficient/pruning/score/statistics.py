@@ -1,11 +1,12 @@
 """What calibration batches say of each unit: derivatives of the loss with respect to masks, in one pass.
 
 A mask multiplies what a unit hands to the linear that reads it: 1 keeps the unit, 0 removes it (Kwon 2022, section 3).
-No weight is touched and no weight gradient is computed.
+No weight is touched and no weight gradient is computed. What experts in one tensor hand on cannot be seen: there the
+mask multiplies the weights that read the unit, which is the same, but is one mask for all rows of a batch.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...models.groups import Group, output_module
+from ...errors import UnsupportedModelError
+from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode, evaluating
 from .calibration import Loss, token_mask, wide
 from .stream import Batch, forward
@@ -25,7 +27,7 @@ def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterabl
     """`[rows, units]` for each group: d loss / d mask, for every row of every batch.
 
     `loss(model, batch)` is a scalar summed over the rows of a batch, so that rows do not mix. A unit that got no
-    gradient has zeros.
+    gradient has zeros. Of experts in one tensor the rows of a batch are one row.
     """
     rows: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
     with eval_mode(model):
@@ -34,6 +36,9 @@ def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterabl
             with ExitStack() as hooks, torch.enable_grad():
                 for group in groups:
                     for member in group.members:
+                        if output_weight(model, member).ndim == 3:
+                            hooks.enter_context(_masked_experts(model, group, member, masks))
+                            continue
                         handle = output_module(model, member).register_forward_pre_hook(_masked(group, masks))
                         hooks.callback(handle.remove)
                 scalar = loss(model, batch)
@@ -59,10 +64,40 @@ def _masked(group: Group, masks: dict[Group, torch.Tensor]) -> Callable:
     return hook
 
 
+@contextmanager
+def _masked_experts(
+    model: PreTrainedModel, group: Group, member: Member, masks: dict[Group, torch.Tensor]
+) -> Iterator[None]:
+    """The parameter `[experts, ., .]` that reads the units is, for a while, its product with a mask `[1, units]`."""
+    module, name = output_module(model, member), member.output.name.rpartition(".")[2]
+    weight = module._parameters[name]
+    assert weight is not None
+    masks[group] = torch.ones(1, group.units, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    shape = [1] * weight.ndim
+    shape[member.output.dim] = group.units
+    del module._parameters[name]
+    setattr(module, name, weight.detach() * masks[group].view(shape))
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        module.register_parameter(name, weight)
+
+
 def input_squares(
     model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch]
 ) -> dict[Group, list[torch.Tensor]]:
-    """What the output linears read: for each member of a group `[units x width]`, the sum of x^2 over real tokens."""
+    """What the output linears read: for each member of a group `[units x width]`, the sum of x^2 over real tokens.
+
+    Raises:
+        UnsupportedModelError: experts in one tensor, which read what no hook sees.
+    """
+    hidden = [group for group in groups for member in group.members if output_weight(model, member).ndim == 3]
+    if hidden:
+        raise UnsupportedModelError(
+            f"What the experts of {hidden[0].name} read cannot be seen, for they are one tensor. Use importance "
+            "'fisher', 'taylor' or 'magnitude'."
+        )
     sums: dict[Group, list[torch.Tensor]] = {group: [torch.zeros(1)] * len(group.members) for group in groups}
 
     def add(batch: Batch, group: Group, number: int, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -8,6 +8,7 @@ Each layer is called with the arguments (masks, positions, encoder states) that 
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -140,9 +141,12 @@ class _Seen:
 def forward(model: PreTrainedModel, batch: Batch):
     """The model's answer to one batch, without a cache of keys and values."""
     inputs = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
-    without = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    options = {"return_dict": True} | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
+    known = inspect.signature(model.forward).parameters  # a model of one's own may know neither
+    if not any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        options = {name: value for name, value in options.items() if name in known}
     try:
-        return model(**inputs, **without, return_dict=True)
+        return model(**inputs, **options)
     except HfEfficientError:
         raise
     except (IndexError, TypeError, ValueError) as error:  # what no check of names, sizes and ranges foresees

@@ -12,7 +12,7 @@ from hf_efficient import AttentionConfig, ConfigError, PruningConfig, Unsupporte
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.entry import make_entry
-from hf_efficient.models.derive.fitting import OTHERWISE, fitted
+from hf_efficient.models.derive.fitting import OTHERWISE, PARTLY, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
@@ -40,9 +40,11 @@ TYPES = {
     "siglip": EVERYTHING,
     "wav2vec2": EVERYTHING,
     "llava": EVERYTHING,
-    "qwen3_moe": EVERYTHING - {"neurons"},
-    "gpt_oss": {"heads", "layers"},  # attention sinks, one of each head
-    "gemma2": PRUNED,  # softcap
+    "qwen3_moe": EVERYTHING,
+    "gpt_oss": EVERYTHING,  # attention sinks, one of each head
+    "gemma2": EVERYTHING,  # softcap
+    "deepseek_v3": EVERYTHING - {"heads"},  # latent attention: values of another width than queries
+    "qwen3_next": EVERYTHING - {"heads"},  # one layer in four has softmax attention
     "gptj": PRUNED,  # attention of its own
     "mpnet": {"neurons", "layers"},
     "albert": {"convert", "heads", "neurons"},  # one layer for all
@@ -172,11 +174,9 @@ def test_a_window_matters_and_a_wide_one_does_not():
 
 
 def test_what_cannot_be_removed_is_refused_with_the_reason():
-    moe = make("qwen3_moe")[0]
-    with pytest.raises(
-        UnsupportedModelError, match=r"neurons of qwen3_moe .* mixture of experts\. .*\('head', 'layer'\)"
-    ):
-        prune(moe, BY_SIZE)
+    olmo = make("olmo2")[0]
+    with pytest.raises(UnsupportedModelError, match=r"heads of olmo2 .* several heads .*\. .*\('neuron', 'layer'\)"):
+        prune(olmo, BY_SIZE)
     with pytest.raises(UnsupportedModelError, match=r"layers of albert .* one layer alone"):
         prune(make("albert")[0], replace(BY_SIZE, granularity=("layer",)))
 
@@ -240,7 +240,54 @@ def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
     model.decoder.layers[1].fc1 = torch.nn.Linear(32, 20)
     assert dict(fitted(family, model).stacks[0].refusals) == {"neurons": OTHERWISE}
     del model.decoder.layers[1].self_attn
+    without_one = fitted(family, model).stacks[0]
+    assert dict(without_one.refusals) == {"heads": PARTLY, "neurons": OTHERWISE}
+    assert without_one.attending == (0, 2)
+    for layer in model.decoder.layers:
+        layer.self_attn = torch.nn.Identity()  # something else that has the name
     assert dict(fitted(family, model).stacks[0].refusals) == dict.fromkeys(("convert", "heads", "neurons"), OTHERWISE)
+
+
+def test_only_layers_with_softmax_attention_are_converted(tmp_path):
+    """A hybrid: which layers have it is found in the real model, kept in the entry, counted anew when some leave."""
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]
+    model, inputs = make("qwen3_next")
+    config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": 5, "layer_types": kinds})
+    model = tiny_model(config)
+    [stack] = Anatomy.of(model).stacks
+    assert stack.entry.attending == (1, 3, 4) and stack.entry.why_not("heads")
+    wide, narrow = (convert_attention(model, AttentionConfig("local", window=w, global_tokens=0)) for w in (64, 2))
+    assert [one["kind"] for one in narrow.config.efficient["stacks"]["decoder"]["attention"]] == [
+        {"linear_attention": "full", "full_attention": "local"}[kind] for kind in kinds
+    ]
+    real = inputs["attention_mask"].bool()
+    assert_close(outputs(wide, inputs)[real], outputs(model, inputs)[real], 1e-4)
+    assert (outputs(narrow, inputs) - outputs(model, inputs))[real].abs().max() > 1e-3
+    small = prune(narrow, replace(BY_SIZE, ratio=0.3, granularity=("layer",)))
+    left = [kinds[layer] for layer in small.config.efficient["kept_layers"]["decoder"]]
+    assert len(left) < 5
+    expected = tuple(i for i, kind in enumerate(left) if kind == "full_attention")
+    assert Anatomy.of(small).stacks[0].attending == expected
+    small.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
+    with pytest.raises(ConfigError, match=r"None of these layers of the decoder has softmax attention; \(1, 3, 4\)"):
+        convert_attention(model, {0: AttentionConfig("local")})
+    wrong = narrow.config.to_dict()
+    wrong["efficient"]["stacks"]["decoder"]["attention"][0] = {"kind": "local"}
+    with pytest.raises(ConfigError, match=r"decoder\.attention\[0\]: this layer has no softmax attention"):
+        type(narrow.config)(**wrong)
+
+
+def test_the_width_of_latent_heads_is_measured():
+    model, inputs = make("deepseek_v3", qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=20)
+    stack = Anatomy.of(model).stacks[0]
+    assert stack.head_width == 16 and stack.entry.attention.uneven  # of the tiny model 8 + 8
+    config = CONFIG_MAPPING["deepseek_v3"](num_hidden_layers=2, qk_nope_head_dim=24, qk_rope_head_dim=8)
+    assert config_stacks(config, family_for(config))[0].head_width == 32
+    for kind in ("local", "linear", "kernel"):
+        assert outputs(convert_attention(model, AttentionConfig(kind)), inputs).isfinite().all()
+    with pytest.raises(UnsupportedModelError, match=r"'additive' attention needs values as wide .* local, strided"):
+        convert_attention(model, AttentionConfig("additive"))
 
 
 def test_a_width_that_no_field_says_is_that_of_the_config():

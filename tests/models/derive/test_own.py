@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from types import ModuleType
 
 import pytest
 from transformers import AutoModel
@@ -12,11 +10,10 @@ from hf_efficient import CheckpointError, UnsupportedModelError
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.loading import load_model
 
-from ...pages import ROOT, blocks
 from ...processes import python, run_fresh
+from .toy import DOCUMENTED, documented
 
-[CODE, *_] = re.split("^AutoConfig.register", blocks(ROOT / "docs/howto/own-models.md", "python")[0], flags=re.M)
-IMPORTS, CONFIG, *MODULES = re.split("^(?=class )", CODE, flags=re.M)
+IMPORTS, CONFIG, *MODULES = re.split("^(?=class )", DOCUMENTED, flags=re.M)
 CLASSES = {
     "converted": "EfficientToyModel",
     "head": "EfficientToyModel",
@@ -68,9 +65,7 @@ def test_without_trust_it_is_refused_with_a_reason(made):
 def test_code_of_the_same_name_is_not_confused(monkeypatch):
     """Two checkpoints may call their model alike, with the same fields, and build it in two ways."""
     for name in ("mixer", "blender"):
-        module = ModuleType(f"code_with_{name}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(CODE.replace("self.mixer", f"self.{name}"), vars(module))
+        module = documented(monkeypatch, f"code_with_{name}", **{"self.mixer": f"self.{name}"})
         [stack] = family_for(module.ToyConfig(), module.ToyModel(module.ToyConfig())).stacks
         assert stack.attention.module == name and not stack.refusals
         with pytest.raises(UnsupportedModelError, match="load the model first"):

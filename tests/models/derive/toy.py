@@ -1,9 +1,18 @@
 """An architecture that nobody knows: other names than any model of transformers, attention of its own."""
 
+import re
+import sys
+from types import ModuleType
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+from ...pages import ROOT, blocks
+
+# The documentation's model, which calls the attention interface, without its registration.
+[DOCUMENTED, *_] = re.split("^AutoConfig.register", blocks(ROOT / "docs/howto/own-models.md", "python")[0], flags=re.M)
 
 
 class ToyConfig(PreTrainedConfig):
@@ -56,6 +65,18 @@ class ToyModel(PreTrainedModel):
         for block in self.blocks:
             states = block(states, mask == 0)
         return BaseModelOutput(last_hidden_state=states)
+
+
+def documented(monkeypatch, name, **changes):
+    """A module of that name with the documentation's model, in which some words are others."""
+    code = DOCUMENTED
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    module = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(code, vars(module))
+    return module
 
 
 def register():
