@@ -10,12 +10,12 @@ with a head; attention converted, heads, neurons and layers pruned, each result 
 `--processes` of them run side by side. A type says why it cannot do what it cannot.
 
 Some default configs are those of no model: they do not build, or say nothing where a number must be said. With
-`--configs FILE.jsonl` such types are tried with a config of that file, made small by the same rules, and their row says
-`"config": "given"` instead of "default". A line is one JSON object with
+`--configs FILE.jsonl` such types are tried with a config of that file, made small by the same rules, and their row
+says `"config": "given"` instead of "default". A line is one JSON object with
 
     model_type    as in the config classes of transformers
     config        the fields of a config of that type
-    inputs        optional, by the name of a model class and then of a parameter: inputs for that class built from
+    inputs        optional, by the name of a model class and then of a parameter: inputs for that class, built from
                   exactly this config, taken where none can be made by rule: {"shape": [2, 9], "dtype": "int64",
                   "min": 0, "max": 99} for random numbers (without min and max normal ones), or with all "values"
 
@@ -47,13 +47,13 @@ from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prun
 from hf_efficient.errors import HfEfficientError
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive.compare import distance, outputs_of
-from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.entry import make_entry
+from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import NotTinyError, first_tiny, model_classes, tiny_model
-from hf_efficient.models.families import remember
 from hf_efficient.models.family import ABILITIES
 from hf_efficient.models.heads import auto_class_of_architecture
+from hf_efficient.models.registry import remember
 
 HEAD_CLASSES = (
     "ForCausalLM",
@@ -173,7 +173,9 @@ def _running(config: PreTrainedConfig, given: dict) -> tuple[PreTrainedModel, di
     model = tiny_model(config, model_class)
     generator = torch.Generator().manual_seed(4)
     inputs = {
-        name: _tensor(value, generator) for name, value in given[model_class.__name__].items() if isinstance(value, dict)
+        name: _tensor(value, generator)
+        for name, value in given[model_class.__name__].items()
+        if isinstance(value, dict)
     }
     remember(model.config, prove(make_entry(model, inputs), model, inputs))
     return model, inputs
@@ -200,7 +202,9 @@ def read_configs(path: Path) -> dict[str, dict]:
             line = json.loads(text)
             lines.setdefault(line["model_type"], {"config": line["config"], "inputs": line.get("inputs") or {}})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SystemExit(f"{path}, line {number}: an object with model_type and config is wanted: {error!r}") from error
+            raise SystemExit(
+                f"{path}, line {number}: an object with model_type and config is wanted: {error!r}"
+            ) from error
     return lines
 
 

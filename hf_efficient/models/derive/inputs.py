@@ -80,7 +80,7 @@ def _mended(model: PreTrainedModel, names: tuple[str, ...], form: str) -> tuple[
             return made, None
         except Exception as error:  # whatever the code of a model may raise
             problem = error
-            more = [name for name in _asked(error, model) if name not in names and find_maker(name)]
+            more = _asked(error, model, names)
             wanted = {name: shape for name, shape in wanted.items() if name not in shapes}
             wanted = _by_error(error, made) or wanted
             if both := re.search(r"both `?(\w+)`? and `?(\w+)", str(error)):
@@ -171,25 +171,23 @@ def _wanted_shape(module: nn.Module, value: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def _asked(error: Exception, model: PreTrainedModel) -> list[str]:
+def _asked(error: Exception, model: PreTrainedModel, given: tuple[str, ...]) -> list[str]:
     """Parameters of the forward that an error asks for: by its words, or because one was None where it came from."""
-    parameters = [name for name in inspect.signature(model.forward).parameters if not NEVER.fullmatch(name)]
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name in parameters if name not in given and not NEVER.fullmatch(name) and find_maker(name)]
     words = set(re.findall(r"\w+", str(error)))
-    named = [name for name in parameters if name in words]
-    if named:
-        return named
-    if "None" not in str(error) and not isinstance(error, AttributeError | TypeError):
-        return []
+    named = [name for name in names if name in words]
     trace, frames = error.__traceback__, []
-    while trace is not None:
+    while trace is not None and not named:
         frames.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
+    if "None" not in str(error) and not isinstance(error, AttributeError | TypeError):
+        frames = []
     for lines in (1, 10):  # of a call, all its arguments
         for frame, number in reversed(frames):
             text = "".join(linecache.getline(frame.f_code.co_filename, number + more) for more in range(lines))
             values: Mapping[str, Any] = frame.f_locals
-            missing = [name for name in parameters if name in values and values[name] is None]
-            named = [name for name in missing if re.search(rf"\b{name}\b", text) and find_maker(name)]
-            if named:
-                return named
-    return []
+            missing = [name for name in names if name in values and values[name] is None]
+            named = named or [name for name in missing if re.search(rf"\b{name}\b", text)]
+    kinds = {name: name.removesuffix("_ids") for name in names if name.endswith("_ids")}  # lang_ids: of a language
+    return named or [name for name, kind in kinds.items() if any(word.lower().startswith(kind) for word in words)]

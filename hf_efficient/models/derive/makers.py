@@ -124,7 +124,9 @@ def _image(config: PreTrainedConfig, generator: Generator, form: str = "one") ->
     if form == "two":
         image = torch.randn(ROWS, image.shape[1], 128, 128, generator=generator)
     if form == "several":
-        return image[:, None].repeat(1, find(config, "num_frames", None) or find(config, "frames_per_clip", 1), 1, 1, 1)
+        return image[:, None].repeat(
+            1, find(config, "num_frames", None) or find(config, "frames_per_clip", 1), 1, 1, 1
+        )
     return torch.stack([image, image.flip(-1)], 1) if form == "two" else image
 
 
@@ -231,10 +233,12 @@ def _places(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> T
 
 
 def _new_ids(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
-    """`[rows, tokens]`; `[rows, tokens, channels]` for a decoder of sounds with several codes at a time (Dia)."""
+    """`[rows, tokens]`; for a decoder of sounds with several codes at a time `[rows, tokens, channels]` (Dia), or as
+    many rows for each (Musicgen)."""
     channels = getattr(getattr(config, "decoder_config", None), "num_channels", None)
     ids = _ids(config, generator, NEW_TOKENS)
-    return ids[..., None].repeat(1, 1, channels) if channels else ids
+    codes = getattr(getattr(config, "decoder", None), "num_codebooks", 1)
+    return ids[..., None].repeat(1, 1, channels) if channels else ids.repeat(codes, 1)
 
 
 def _same(of: str, value: float) -> Maker:
@@ -265,7 +269,10 @@ _MAKERS: tuple[tuple[str, Maker], ...] = (
     ("visual_feats", _numbers("visual_feat_dim")),
     ("visual_pos", lambda config, generator, inputs: torch.rand(ROWS, TOKENS, 4, generator=generator)),
     ("noise_sequence", _numbers("model_in_channels")),
-    ("speaker_embeddings", lambda config, generator, inputs: torch.randn(ROWS, find(config, "speaker_embedding_dim", 32))),
+    (
+        "speaker_embeddings",
+        lambda config, generator, inputs: torch.randn(ROWS, find(config, "speaker_embedding_dim", 32)),
+    ),
     ("attention_mask", _mask),
     ("past_time_features", _time_features("past_values")),
     ("future_values", _future),
@@ -295,9 +302,10 @@ def _patches(config: PreTrainedConfig, generator: Generator, name: str, grid: st
     channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
     size = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     numbers = channels * (getattr(vision, "temporal_patch_size", None) or 1) * size**2
+    sides = [rows, columns] if grid == "image_grid_hw" else [1, rows, columns]
     return {
         name: torch.randn(ROWS * rows * columns, numbers, generator=generator),
-        grid: torch.tensor([[1, rows, columns][-2 if grid.endswith("hw") and not grid.endswith("thw") else 0 :]] * ROWS),
+        grid: torch.tensor([sides] * ROWS),
     }
 
 
@@ -311,7 +319,9 @@ def _put_tokens(model: PreTrainedModel, inputs: Inputs, kind: str) -> None:
     taken = inspect.signature(get).parameters
     given = {name: value for name, value in inputs.items() if name in taken and name not in MAIN[:3]}
     dtype = model.dtype
-    given = {name: value.to(model.device, dtype if value.is_floating_point() else None) for name, value in given.items()}
+    given = {
+        name: value.to(model.device, dtype if value.is_floating_point() else None) for name, value in given.items()
+    }
     with torch.no_grad():
         features = get(**given)
     features = getattr(features, "pooler_output", features)

@@ -30,33 +30,53 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r".*bottleneck_size", "width", HIDDEN),
     (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers", "layers", 1),
     (r"conv_dim|num_conv_pos_embedding.*", "width", HIDDEN),
-    (r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers|num_self_.*per_block", "layers", LAYERS),
+    (
+        r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers|num_self_.*per_block",
+        "layers",
+        LAYERS,
+    ),
     (KV_FIELDS, "kv", KV_HEADS),
     (HEAD_FIELDS, "heads", HEADS),
     (r"rotary_dim", "dim", HEAD_DIM // 2),
     (r".*head_dim|.*head_size|d_kv|kv_channels|d_head|.*_d_head", "dim", HEAD_DIM),
     (r".*lora_rank|.*_rank", "rank", 16),
-    (r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner", "neurons", NEURONS),
+    (
+        r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner",
+        "neurons",
+        NEURONS,
+    ),
     (r".*hidden_size.*|d_model|dim|.*embed_dim|n_embd|.*_dim|.*embedding_size", "width", HIDDEN),
-    (r".*(output|projection)_size|.*mamba_d_ssm|d_latents|base_channels|output_channels|(coordinate|shape)_size", "width", HIDDEN),
+    (
+        r".*(output|projection)_size|.*mamba_d_ssm|d_latents|base_channels|output_channels",
+        "width",
+        HIDDEN,
+    ),
     (r"num_pos_feats", "width", HIDDEN // 2),
+    (r"coordinate_size", "width", HIDDEN // 8),  # four of these and two of those make a hidden width
+    (r"shape_size", "width", HIDDEN // 4),
     (r"(mamba_)?n_groups", "groups", 2),
     (r"n_filters|num_filters", "filters", 8),
     (r"n_routed_experts|.*num_experts|num_local_experts", "experts", 4),
-    (r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|topk_group|moe_k", "experts", 2),
+    (
+        r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|num_expert_group|topk_group|moe_k",
+        "experts",
+        2,
+    ),
     (r"(.*_)?num_queries|num_latents|latent_query_num|two_stage_num_proposals", "queries", 6),
-    (r"mm_tokens_per_image", "image", 4),
+    (r"mm_tokens_per_image|.*prompt_size", "image", 4),
     (r".*(image_size|img_size)", "image", IMAGE),
     (r"patch_size", "patch", PATCH),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", "positions", POSITIONS),
     (r"sliding_window", "positions", POSITIONS),  # a converted layer has its new attention in place of such a window
-    (r".*window_size|attention_chunk_size|context_size", "window", 4),
+    (r"n_window_infer", "window", 16),
+    (r"n_window|.*window_size|attention_chunk_size|context_size", "window", 4),
 )
 KEPT = re.compile(
     r".*token.*id.*|num_channels|in_channels|.*_stride|.*kernel.*|temporal_patch_size|spatial_merge_size|.*rate.*"
     r"|num_labels|.*_layers_(enabled|idx)|num_feat_extract_layers|num_mel_bins"
 )
-WIDTH_LISTS = r"hidden_sizes?|.*_sizes|.*dims?|.*channels|.*_features|.*(dim|channel)_list|.*dim_per_stage"  # of stages, in a list
+# In a list: of stages, and of layers by their numbers.
+WIDTH_LISTS = r"hidden_sizes?|.*_sizes|.*dims?|.*channels|.*_features|.*(dim|channel)_list|.*dim_per_stage"
 INDEX_LISTS = r".*(feature_layers?|indexes|indices|index_list)"
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers")
 NOT_FIELDS = ("stage_names", "out_features", "out_indices")  # made anew for another depth
@@ -65,9 +85,11 @@ NOT_FIELDS += ("model_type", "transformers_version", "architectures", "efficient
 
 @dataclass(frozen=True)
 class Way:
-    """How numbers become small: divided by common factors, or each to its size, widths times `wide`; `kept` kinds and
-    fields stay; of per-layer lists there remain one entry of each kind, the first ones, or twice the second kind. Last of all the
-    config as it is, which may be a small one."""
+    """How numbers become small: each to the size of its kind, widths times `wide`, or divided by common factors.
+
+    `kept` kinds and fields stay. Of per-layer lists there remain one entry of "each" kind, the "first" ones, or twice
+    the "second" kind. `as_it_is` is for configs that are small already.
+    """
 
     in_proportion: bool = False
     wide: int = 1
@@ -86,6 +108,7 @@ WAYS = (
     Way(wide=4),
     Way(kept=PLACES),
     Way(in_proportion=True, kept=PLACES),
+    Way(in_proportion=True, layers="second"),
     Way(kept=("width", "dim", "heads", "kv", "filters", "rank", *PLACES)),
     Way(as_it_is=True),
 )
@@ -142,7 +165,9 @@ def _sources(own: dict[str, Any], way: Way) -> list[int]:
 
     def kind(layer: int) -> list:
         lists = [value[layer] for value in own.values() if isinstance(value, list | tuple) and len(value) == depth]
-        return lists + [value.get(layer, value.get(str(layer))) for value in own.values() if _is_by_layer(value, depth)]
+        return lists + [
+            value.get(layer, value.get(str(layer))) for value in own.values() if _is_by_layer(value, depth)
+        ]
 
     unlike = [layer for layer in range(depth) if kind(layer) != kind(0)] or [1]
     others = [layer for layer in unlike if kind(layer) == kind(unlike[0])]
@@ -231,14 +256,18 @@ def _list(name: str, values: list, way: Way, factors: dict[str, int], widths: se
     is_width = kind == "width" or re.fullmatch(WIDTH_LISTS, name)
     if not factors and is_width and min(values) >= POSITIONS and "width" not in way.kept:
         return [min(one, HIDDEN * way.wide) if one in widths else one for one in values]
-    return [one // factors["width"] for one in values] if factors and is_width and min(values) >= factors["width"] else values
+    return (
+        [one // factors["width"] for one in values]
+        if factors and is_width and min(values) >= factors["width"]
+        else values
+    )
 
 
 def _computed(config: PreTrainedConfig, own: dict[str, Any]) -> list[str]:
     """Numbers that a config of transformers makes of others, and makes anew."""
     if not type(config).__module__.startswith("transformers."):
         return []
-    said = {*inspect.signature(type(config)).parameters, *config.attribute_map}
+    said = {*inspect.signature(type(config)).parameters, *config.attribute_map, *config.attribute_map.values()}
     return [name for name, value in own.items() if name not in said and isinstance(value, int | float | list | tuple)]
 
 

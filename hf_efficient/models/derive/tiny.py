@@ -66,7 +66,9 @@ def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Made
                 problem = problem or error
                 words = set(re.findall(r"\w+", str(error)))
             fields = dict(all_fields(config))
-            kept = words & {name for name, value in fields.items() if value is not None and kind_of(name)[0] not in ("", "image")}
+            kept = words & {
+                name for name, value in fields.items() if value is not None and kind_of(name)[0] not in ("", "image")
+            }
             filled = words & {name for name, value in fields.items() if value is None}
             if not kept - set(way.kept) | filled - set(way.filled):
                 break
