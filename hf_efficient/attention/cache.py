@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 
 from ..errors import UnsupportedModelError
 from .config import AttentionConfig
-from .variant import State
+from .variant import State, hides_future
 
 _ARGUMENTS = ("past_key_values", "layer_past")  # what attention modules call the cache; the latter GPT-NeoX
 _STOCK = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
@@ -217,7 +217,7 @@ def _find_state(
     (config, has_state, keeps_keys), (name, place) = kind, argument
     cache = args[place] if len(args) > place else kwargs.get(name)
     index = getattr(module, "layer_idx", None)  # None where one module serves several layers (Zamba)
-    if cache is None or index is None or not getattr(module, "is_causal", True):
+    if cache is None or index is None or not hides_future(module):
         return None
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

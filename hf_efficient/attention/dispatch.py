@@ -16,14 +16,15 @@ from transformers.utils.output_capturing import _active_collector
 from ..errors import UnsupportedModelError
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
-from .engines.parts import full_attention, full_weights, match_heads, sdpa
+from .engines.parts import full_attention, full_weights
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import AttentionVariant, HeadShape, Logits
+from .variant import AttentionVariant, HeadShape, Logits, hides_future
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
 ATTACHED = "efficient_attention"
+HIDDEN = -1000.0  # added to a score: its weight is 0 in every dtype
 
 
 def attach(
@@ -101,7 +102,7 @@ def decodes_from_state(model: nn.Module) -> bool:
     """True if a layer of the model carries a state from token to token instead of all keys and values."""
     pairs = ((module, variant_of(module)) for module in model.modules())
     stateful = (module for module, variant in pairs if variant is not None and variant.has_state)
-    return any(getattr(module, "is_causal", True) for module in stateful)
+    return any(hides_future(module) for module in stateful)
 
 
 def efficient_attention_forward(
@@ -124,22 +125,18 @@ def efficient_attention_forward(
     The weights `[B,H,T,S]` come with `output_attentions=True` alone, else None; `[B,H,T,0]` of a kind without weights.
 
     Raises:
-        UnsupportedModelError: a 4D mask on a converted layer; capped scores (`softcap`) or sinks (`s_aux` [H]) with
-            a kind that is no softmax; weights while decoding from a state.
+        UnsupportedModelError: a 4D mask with a kind that cannot obey it; capped scores (`softcap`) or sinks (`s_aux`
+            [H]) with a kind that is no softmax; weights while decoding from a state.
     """
     variant, extra = variant_of(module), {}
     if softcap is not None or s_aux is not None:
         check_logits(variant)
         extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # as transformers' own
+    causal = hides_future(module, is_causal)
     with_weights = _weights_wanted(kwargs)
-    if attention_mask is not None and attention_mask.ndim == 4:
-        if variant is not None or position_bias is not None:
-            raise UnsupportedModelError(
-                "Converted attention takes a 2D attention_mask [batch, length]; a 4D mask was given. "
-                "Pass the 2D mask, or leave this layer unconverted."
-            )
-        return _with_given_mask(query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra), None
+    is_paired = attention_mask is not None and attention_mask.ndim == 4
+    if is_paired:
+        extra["pairs"], attention_mask = _read_pairs(variant, attention_mask, query, causal)
     if variant is not None and variant.has_state and state_layer is not None:
         bias = None if position_bias is None else position_bias[:, :, 0]
         common = {"scaling": scaling, "bias": bias, **extra}
@@ -149,6 +146,8 @@ def efficient_attention_forward(
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         attention_mask = attention_mask[:, -key.shape[2] :]
+        if is_paired:
+            extra["pairs"] = extra["pairs"][..., -key.shape[2] :]
     common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key), **extra}
     window = kwargs.get("sliding_window")
     if window is not None and not causal:
@@ -156,7 +155,9 @@ def efficient_attention_forward(
     if variant is None:
         # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
         unbiased_zeros = position_bias is not None and common["bias"] is None
-        common["window"] = None if unbiased_zeros else window
+        common["window"] = None if unbiased_zeros or is_paired else window
+        if is_paired:  # it says all
+            attention_mask, common["causal"] = None, False
         out = full_attention(query, key, value, attention_mask, dropout=dropout, **common)
         weights = full_weights(query, key, attention_mask, **common) if with_weights else None
     else:
@@ -220,10 +221,33 @@ def check_logits(variant: AttentionVariant | None) -> None:
         )
 
 
-def _with_given_mask(query, key, value, mask, **options) -> torch.Tensor:
-    """[B,T,H,D]: softmax attention by a mask [B, H or 1, T, S] of transformers' own."""
-    key, value = match_heads(query, key, value)
-    return sdpa(query, key, value, mask, **options).transpose(1, 2).contiguous()
+def _read_pairs(
+    variant: AttentionVariant | None, mask: torch.Tensor, query: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mask of all pairs [B or 1, H or 1, T or 1, S] of the model's own, bool or added scores; and which keys [B, S]
+    any query sees.
+
+    Raises:
+        UnsupportedModelError: a kind that cannot obey it, one of another shape, or keys behind the last
+            query (a static cache).
+    """
+    if mask.shape[2] not in (1, query.shape[2]):
+        raise UnsupportedModelError(f"A 4D mask {list(mask.shape)} does not fit {query.shape[2]} queries.")
+    is_bool = mask.dtype == torch.bool
+    sees = mask if is_bool else mask > HIDDEN
+    if variant is not None and not variant.takes_pairs:
+        allowed = ", ".join(name for name, other in ATTENTIONS.items() if other.takes_pairs)
+        raise UnsupportedModelError(
+            f"{variant.config.kind!r} attention takes a 2D attention_mask [batch, length]; a 4D mask was given, by "
+            "the caller or by a model whose masks are more than padding and causality (packed sequences, images in "
+            f"a text). Kinds that obey one: {allowed}; or pass the 2D mask, or leave this layer unconverted."
+        )
+    behind = variant is not None and causal and query.shape[2] < mask.shape[3]
+    if behind and not torch.compiler.is_compiling() and not sees[..., -1, -1].any():
+        raise UnsupportedModelError("A 4D mask with keys behind the last query (a static cache) cannot be obeyed.")
+    if not is_bool:
+        mask = mask.to(query.dtype) if variant is None else mask.to(query.dtype).masked_fill(~sees, float("-inf"))
+    return mask, sees.any(1).any(1).expand(query.shape[0], -1)
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

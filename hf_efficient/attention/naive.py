@@ -28,6 +28,7 @@ def naive_full_attention(
     scaling: float | None = None,
     bias: Tensor | None = None,
     logits: Logits | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """softmax(scaling q k^T + bias) v over the allowed pairs (Vaswani 2017)."""
     key, value, real = _prepare(query, key, value, key_mask)
@@ -37,7 +38,7 @@ def naive_full_attention(
         allowed = allowed & (distance <= 0)
     if window is not None:
         allowed = allowed & (distance > -window if causal else distance.abs() <= window)
-    return _softmax_attention(query, key, value, allowed, scaling, bias, logits)
+    return _softmax_attention(query, key, value, allowed, scaling, bias, logits, pairs)
 
 
 def naive_local_attention(
@@ -52,6 +53,7 @@ def naive_local_attention(
     scaling: float | None = None,
     bias: Tensor | None = None,
     logits: Logits | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the window, plus the first `global_tokens` real tokens, which see all and are seen by all."""
     key, value, real = _prepare(query, key, value, key_mask)
@@ -61,7 +63,7 @@ def naive_local_attention(
         allowed = ((distance > -window) | is_global[:, None, None, :]) & (distance <= 0)
     else:
         allowed = (distance.abs() <= window) | is_global[:, None, None, :] | is_global[:, None, :, None]
-    return _softmax_attention(query, key, value, allowed & real[:, None, None, :], scaling, bias, logits)
+    return _softmax_attention(query, key, value, allowed & real[:, None, None, :], scaling, bias, logits, pairs)
 
 
 def naive_linear_attention(
@@ -196,6 +198,7 @@ def _softmax_attention(
     scaling: float | None,
     bias: Tensor | None,
     logits: Logits | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     softcap, sinks = logits or Logits()
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -203,6 +206,10 @@ def _softmax_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias[:, :, _distance(query, key) + key.shape[2] - 1]  # [1, H, T, S]
+    if pairs is not None and pairs.dtype == torch.bool:
+        allowed = allowed & pairs
+    elif pairs is not None:
+        scores, allowed = scores + pairs.nan_to_num(neginf=0), allowed & (pairs > float("-inf"))
     allowed = allowed.expand_as(scores)
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     if sinks is not None:  # one more score, of no value

@@ -33,7 +33,21 @@ class Logits(NamedTuple):
 
 
 State = tuple[Tensor, ...]
+CAUSAL = "efficient_is_causal"
 MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
+
+
+def hides_future(module: nn.Module, said: bool | None = None) -> bool:
+    """Whether an attention module hides later tokens: what was seen of it (`CAUSAL`), or else what its model says, and
+    that may be wrong where a mask of the model decides (NLLB-MoE, Splinter).
+
+    Parameters:
+        said: the argument `is_causal` of a call.
+    """
+    seen = vars(module).get(CAUSAL)
+    if seen is not None:
+        return seen
+    return getattr(module, "is_causal", True) if said is None else said
 
 
 class AttentionVariant(nn.Module):
@@ -47,6 +61,7 @@ class AttentionVariant(nn.Module):
     Attributes:
         takes_bias: the kind has a place for T5's relative position bias.
         takes_logits: it is softmax over the scores of some keys, which may be capped and share it with a sink.
+        takes_pairs: it can obey a mask of all pairs, beside what it leaves out itself.
         takes_uneven: values may be wider or narrower than queries (as in latent attention, MLA).
         takes_cross: queries and keys may come from different sequences, so it can serve cross attention.
         has_weights: the output is a matrix of weights, one for each pair, times the values.
@@ -57,6 +72,7 @@ class AttentionVariant(nn.Module):
 
     takes_bias = False
     takes_logits = False
+    takes_pairs = False
     takes_uneven = True
     takes_cross = False
     has_weights = True
@@ -87,8 +103,9 @@ class AttentionVariant(nn.Module):
         """Attention of query `[B,H,T,D]` over key `[B,K,S,D]` and value `[B,K,S,Dv]`; gives `[B,H,T,Dv]`.
 
         `key_mask` [B,S] is True at real tokens. `bias` is the Toeplitz carrier `[1, H, S+T-1]`; only a kind that
-        `takes_bias` is given one, and `logits` only to one that `takes_logits`, where there is any. Query i stands at
-        key position S-T+i.
+        `takes_bias` is given one, `logits` only to one that `takes_logits` and `pairs` [B or 1, H or 1, T or 1, S], a
+        bool mask or added scores, to one that `takes_pairs`, where there are any. Query i stands at key position
+        S-T+i.
         """
         raise NotImplementedError
 

@@ -205,7 +205,8 @@ def check_stock_sizes(fields: Mapping[str, Any], family: Family | None) -> None:
 
 
 def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
-    for name, limit in limits.items():
+    for place, limit in limits.items():
+        name = place.partition(".")[0]  # of a list every entry
         low = 0 if name in MAY_BE_NONE else 1
         kinds = (int, float) if name == "mlp_ratio" else (int,)
         value = fields.get(name)

@@ -29,7 +29,7 @@ CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "l
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module of a layer.
+    """One attention module of a layer; without a path one of which nothing is known.
 
     `module` is the one that calls transformers' attention interface; the projections are `nn.Linear`s or GPT-2's
     `Conv1D`s; empty where heads cannot be told apart. A path that stands for several of query, key and value is one
@@ -110,8 +110,9 @@ class Stack:
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
         config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
-        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width.
-            `neurons` is `None` where no field can say any width.
+        num_layers, hidden, heads, neurons: fields with the depth, the width, the query heads and the FFN width;
+            `depths.1` is an entry of a list. `heads` is empty where nothing is known of any, and `neurons` is `None`
+            where no field can say any width.
         count_neurons: the FFN width of a config, where it is not simply in the field.
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,

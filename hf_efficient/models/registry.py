@@ -46,8 +46,11 @@ def forget(config: PreTrainedConfig) -> None:
     _OTHERS.pop(_key(config), None)
 
 
+NOT_STRUCTURE = ("efficient", "auto_map", "problem_type")  # the last is set by a forward with labels
+
+
 def _key(config: PreTrainedConfig) -> str:
-    fields = {name: value for name, value in config.to_dict().items() if name not in ("efficient", "auto_map")}
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_STRUCTURE}
     return f"{type(config).__module__} {type(config).__name__} {json.dumps(fields, sort_keys=True, default=str)}"
 
 

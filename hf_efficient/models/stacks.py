@@ -11,8 +11,35 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from .family import FFN, Attention, Family, Stack
 from .linears import holds
+
+
+def said(config: PreTrainedConfig, field: str) -> Any:
+    """What a config says in a field; `depths.1` is the second entry of a list.
+
+    Raises:
+        ConfigError: it says nothing there.
+    """
+    name, _, index = field.partition(".")
+    try:
+        value = getattr(config, name)
+        return value[int(index)] if index else value
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"A {type(config).__name__} has no {field!r}.") from error
+
+
+def _entered(changes: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The changes, those of an entry of a list as changes of the list."""
+    new: dict[str, Any] = {}
+    for field, value in changes.items():
+        name, _, index = field.partition(".")
+        whole = list(new.get(name, fields.get(name))) if index else value
+        if index:
+            whole[int(index)] = value
+        new[name] = whole
+    return new
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,23 +62,23 @@ class ConfigStack:
     def changed(self, fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         """The changes of a config so far, and these of the sizes of this stack."""
         if not self.entry.config:
-            return fields | changes
+            return fields | _entered(changes, vars(self.config) | fields)
         first, *rest = self.entry.config.split(".")
         whole = fields.get(first) or getattr(self.config, first).to_dict()
         part = whole
         for name in rest:
             part = part[name]
-        part.update(changes)
+        part.update(_entered(changes, part))
         return fields | {first: whole}
 
     @property
     def depth(self) -> int:
-        return getattr(self.sizes, self.entry.num_layers)
+        return said(self.sizes, self.entry.num_layers)
 
     @property
     def width(self) -> int:
         """The hidden size."""
-        return getattr(self.sizes, self.entry.hidden)
+        return said(self.sizes, self.entry.hidden)
 
     @property
     def num_neurons(self) -> int:
@@ -64,11 +91,12 @@ class ConfigStack:
 
     @property
     def num_heads(self) -> int:
-        return getattr(self.sizes, self.entry.heads)
+        """One where nothing is known of any."""
+        return said(self.sizes, self.entry.heads) if self.entry.heads else 1
 
     @property
     def num_kv_heads(self) -> int:
-        return getattr(self.sizes, self.entry.kv_heads or self.entry.heads)
+        return said(self.sizes, self.entry.kv_heads) if self.entry.kv_heads else self.num_heads
 
     @property
     def group_size(self) -> int:
@@ -79,8 +107,8 @@ class ConfigStack:
     def head_width(self) -> int:
         """The dimension of one head."""
         field = self.entry.head_dim
-        said = field and getattr(self.sizes, field, None)
-        return said or self.entry.head_size or self.width // self.num_heads
+        width = field and getattr(self.sizes, field, None)
+        return width or self.entry.head_size or self.width // self.num_heads
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -164,8 +192,9 @@ class ModelStack(ConfigStack):
         return {kind: ffn for kind, ffn in self.ffns.items() if holds(self.layers[index], ffn.down)}
 
     def attentions_in(self, index: int) -> dict[str, Attention]:
-        """The attention modules that one layer has."""
-        return {kind: one for kind, one in self.attentions.items() if holds(self.layers[index], one.module)}
+        """The attention modules that one layer has: among state-space layers few have any."""
+        held = {kind: one for kind, one in self.attentions.items() if holds(self.layers[index], one.module)}
+        return {kind: one for kind, one in held.items() if kind != "heads" or index in self.attending}
 
     def layer_prefix(self, index: int) -> str:
         """`bert.encoder.layer.3`."""

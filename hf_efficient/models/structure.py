@@ -13,7 +13,7 @@ from ..attention.config import AttentionConfig
 from ..attention.dispatch import attach
 from ..attention.registry import ATTENTIONS
 from ..attention.relative_bias import use_toeplitz_bias
-from ..attention.variant import HeadShape
+from ..attention.variant import CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .family import FFN, Attention
@@ -25,8 +25,11 @@ from .stacks import ConfigStack, ModelStack, model_stacks
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
-        for index in range(len(stack.layers)):
+        for index, layer in enumerate(stack.layers):
             _apply_to_layer(stack, index, block.stack(stack.name))
+            if block.is_converted() and stack.entry.causal is not None:  # converted attention has no mask that tells
+                for kind, attention in stack.attentions_in(index).items():
+                    setattr(layer.get_submodule(attention.module), CAUSAL, kind == "heads" and stack.is_causal)
         if stack.family.relative_bias and block.is_converted():
             use_toeplitz_bias(stack.layers[0].get_submodule(stack.entry.attention.module))
 

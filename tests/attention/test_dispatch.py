@@ -115,13 +115,25 @@ def test_attention_weights_are_those_that_are_used(name):
         convert(name, NARROW).config.output_attentions = True
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
-def test_a_4d_mask_is_refused_by_a_converted_layer(name):
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_4d_mask_is_obeyed_by_local_and_refused_by_others(name):
     inputs = make_inputs(name)
-    inputs["attention_mask"] = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    other = AttentionConfig("strided", block_size=2, num_blocks=1)
     for config in (NARROW, {2: NARROW}):
-        with pytest.raises(UnsupportedModelError, match=r"2D attention_mask .*a 4D mask was given"):
-            convert_attention(make_model(name), config)(**inputs)
+        converted = convert_attention(make_model(name), config)
+        plain = converted(**inputs)[0]
+        assert_close(
+            converted(**inputs | {"attention_mask": mask.tril() if name == "llama" else mask})[0], plain, 1e-5
+        )
+        mask[..., 1] = False
+        assert (converted(**inputs | {"attention_mask": mask})[0] - plain).abs().max() > 1e-3
+        mask[..., 1] = True
+    for config in (other, {2: other}):
+        with pytest.raises(UnsupportedModelError, match=r"'strided' .* a 4D mask was given"):
+            convert_attention(make_model(name), config)(**inputs | {"attention_mask": mask})
+    with pytest.raises(UnsupportedModelError, match=r"A 4D mask \[2, 1, 2, \d+\] does not fit \d+ queries"):
+        converted(**inputs | {"attention_mask": mask[:, :, :2]})
 
 
 def test_a_layer_left_dense_still_takes_a_4d_mask():
@@ -136,15 +148,6 @@ def test_a_layer_left_dense_still_takes_a_4d_mask():
     ]
     assert_close(outs[0], outs[1], 1e-6)
     assert (outs[0] - outs[2]).abs().max() > 1e-3
-
-
-def test_packed_sequences_are_refused():
-    model = convert_attention(make_model("llama"), NARROW)
-    ids = torch.randint(3, VOCABULARY, (2, 6))
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)
-    with pytest.raises(UnsupportedModelError, match=r"Packed sequences .*one sequence in each row"):
-        model(input_ids=ids, position_ids=packed, use_cache=False)
-    assert model(input_ids=ids, position_ids=torch.arange(6)[None], use_cache=False).logits.shape == (2, 6, VOCABULARY)
 
 
 @pytest.mark.parametrize(("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4))])

@@ -225,9 +225,27 @@ REFUSED = {
         {"d_model": 8, "num_layers": 2, "num_heads": 2, "d_kv": 4, "d_ff": 8, "vocab_size": 20},
         "bias or its mask",
     ),
-    "Gemma2": (LAYERS | {"num_key_value_heads": 2, "head_dim": 4}, "'softcap'"),
+}
+# What only some kinds have a place for: capped scores, and a bias that comes as a mask.
+SOME_KINDS = {
+    "Gemma2": (LAYERS | {"num_key_value_heads": 2, "head_dim": 4}, "capped scores"),
     "Swin": ({"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}, "4D mask"),
 }
+
+
+@pytest.mark.parametrize("name", SOME_KINDS)
+def test_some_kinds_keep_what_others_refuse(name):
+    fields, message = SOME_KINDS[name]
+    model = randomize(getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**fields)))
+    inputs = (
+        {"pixel_values": torch.randn(1, 3, 32, 32)} if name == "Swin" else {"input_ids": torch.arange(3, 16)[None]}
+    )
+    expected = model(**inputs)[0]
+    wide = convert_attention(model, AttentionConfig("local", window=64, global_tokens=0))
+    assert_close(wide(**inputs)[0], expected, 1e-4)
+    assert (convert_attention(model, NARROW)(**inputs)[0] - expected).abs().max() > 1e-4
+    with pytest.raises(UnsupportedModelError, match=f"'linear' .*{message}"):
+        convert_attention(model, LINEAR)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -151,7 +151,7 @@ def block_attention(
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: Options) -> Tensor:
     """What `block_attention` gives where all blocks are seen."""
     plain = options._asdict()
-    plain.pop("global_tokens")
+    del plain["global_tokens"]
     out = full_attention(query, key, value, key_mask, **plain)
     if key_mask is None:
         return out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..variant import State
-from .parts import Options, match_heads, sdpa, zero_padding
+from .parts import Options, join_masks, match_heads, sdpa, zero_padding
 
 
 class GlobalTokens(NamedTuple):
@@ -69,13 +69,25 @@ def global_rows(
     seen, count = query.shape[2], tokens.index.shape[1]
     key, value = match_heads(query, key, value)
     rows = _take(query, tokens.index)
-    mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, -1, count, -1)
+    allowed = None if key_mask is None else key_mask[:, None, None, :].expand(-1, -1, count, -1)
+    scores, pairs = None, options.pairs
     if options.bias is not None:
         offset = torch.arange(seen, device=query.device) - tokens.index.unsqueeze(-1) + seen - 1  # [B, g, S]
         scores = options.bias[0][:, offset].movedim(0, 1).to(query.dtype)  # [B, H, g, S]
-        mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    if pairs is not None:
+        pairs = pairs.expand(query.shape[0], -1, seen, -1)
+        rows_of = tokens.index[:, None, :, None].expand(-1, pairs.shape[1], -1, pairs.shape[3])
+        pairs = pairs.gather(2, rows_of)  # [B, H or 1, g, S]
+    mask = join_masks(allowed, scores, pairs)
     out = sdpa(rows, key, value, mask, scaling=options.scaling, dropout=options.dropout, logits=options.logits)
     return torch.where(tokens.valid[:, None, :, None], out, out.detach())  # a missing token's row is a mere copy
+
+
+def columns(pairs: Tensor, index: Tensor) -> Tensor:
+    """A mask [B or 1, H or 1, T, S] for the keys at index [B,g]: [B, H or 1, T, g]."""
+    index = index.clamp(0, pairs.shape[3] - 1)[:, None, None, :]
+    pairs = pairs.expand(index.shape[0], -1, -1, -1)
+    return pairs.gather(3, index.expand(-1, *pairs.shape[1:3], -1))
 
 
 def prepend(chosen: Tensor, windows: Tensor) -> Tensor:

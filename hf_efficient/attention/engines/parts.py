@@ -31,6 +31,7 @@ class Options(NamedTuple):
     bias: Tensor | None = None
     global_tokens: int = 0
     logits: Logits | None = None
+    pairs: Tensor | None = None
 
 
 def full_attention(
@@ -45,6 +46,7 @@ def full_attention(
     dropout: float = 0.0,
     bias: Tensor | None = None,
     logits: Logits | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over all keys, or over a window of them by a dense mask.
 
@@ -54,6 +56,7 @@ def full_attention(
         dropout: probability of dropping an attention weight.
         bias: [1, H, S+T-1], added to the score of query position p and key j at index (j-p) + (S-1).
         logits: a cap of the scores, and sinks.
+        pairs: [B or 1, H or 1, T or 1, S], a mask of the caller's own: True where a pair may meet, or added scores.
 
     Returns:
         [B, H, T, Dv]. A query that may see no key gives zeros.
@@ -71,17 +74,16 @@ def full_attention(
         window = None
     if causal and window is None and length == 1:
         causal = False  # a single query at the end sees every key
-    is_plain = key_mask is None and bias is None and logits is None
+    is_plain = key_mask is None and bias is None and logits is None and pairs is None
     if causal and window is None and is_plain and length == seen:
         return sdpa(query, key, value, scaling=scaling, dropout=dropout, is_causal=True)
     allowed = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, S]
     if causal or window is not None:
         band = _band(length, seen, causal, window, query.device)  # [T, S]
         allowed = band[None, None] if allowed is None else allowed & band
-    if bias is not None:
-        expanded = toeplitz(bias, length, seen).to(query.dtype)  # [1, H, T, S]
-        allowed = expanded if allowed is None else expanded.masked_fill(~allowed, float("-inf"))
-    return sdpa(query, key, value, allowed, scaling=scaling, dropout=dropout, logits=logits)
+    expanded = None if bias is None else toeplitz(bias, length, seen).to(query.dtype)  # [1, H, T, S]
+    mask = join_masks(allowed, expanded, pairs)
+    return sdpa(query, key, value, mask, scaling=scaling, dropout=dropout, logits=logits)
 
 
 def full_weights(query: Tensor, key: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -114,6 +116,17 @@ def sdpa(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling, enable_gqa=grouped
     )
+
+
+def join_masks(allowed: Tensor | None, scores: Tensor | None, pairs: Tensor | None) -> Tensor | None:
+    """One mask for `sdpa` of which pairs may meet, of added scores, and of a mask that is either."""
+    if pairs is not None and pairs.dtype == torch.bool:
+        allowed = pairs if allowed is None else allowed & pairs
+    elif pairs is not None:
+        scores = pairs if scores is None else scores + pairs
+    if scores is None or allowed is None:
+        return allowed if scores is None else scores
+    return scores.masked_fill(~allowed, float("-inf"))
 
 
 def with_sinks(

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engines.flex import flex_local_attention, use_flex
-from ..engines.global_tokens import GlobalTokens, find_globals, global_rows, meet_globals, no_globals, prepend
+from ..engines.global_tokens import GlobalTokens, columns, find_globals, global_rows, meet_globals, no_globals, prepend
 from ..engines.parts import (
     Options,
     check_positions,
     check_shapes,
     check_window,
     full_attention,
+    join_masks,
     match_heads,
     real_keys,
     sdpa,
@@ -46,6 +47,7 @@ class LocalAttention(AttentionVariant):
 
     takes_bias = True
     takes_logits = True
+    takes_pairs = True
     has_state = True
     keeps_keys = True
 
@@ -108,6 +110,7 @@ def local_attention(
     dropout: float = 0.0,
     bias: Tensor | None = None,
     logits: Logits | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over a window; shapes and parameters as in `full_attention`.
 
@@ -125,19 +128,21 @@ def local_attention(
     check_shapes(query, key, value, key_mask, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
-    options = Options(causal, scaling, dropout, bias, global_tokens, logits)
+    options = Options(causal, scaling, dropout, bias, global_tokens, logits, pairs)
     band = _find_band(window, causal)
     if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
         if window >= seen or (not global_tokens and seen <= sum(band)):
-            plain = {"causal": causal, "scaling": scaling, "dropout": dropout, "bias": bias, "logits": logits}
+            plain = options._asdict()
+            del plain["global_tokens"]
             return full_attention(query, key, value, key_mask, window=window, **plain)
         band = band._replace(block=min(band.block, length))
-    if logits is None and use_flex(query, key, value, dropout):
+    if logits is None and pairs is None and use_flex(query, key, value, dropout):
         return flex_local_attention(query, key, value, key_mask, window, options)
     tokens, visible = None, real_keys(key, key_mask)
     if global_tokens:
         tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
-    if length == seen and bias is None and not dropout and torch.compiler.is_exporting():
+    is_plain = bias is None and pairs is None and not dropout
+    if length == seen and is_plain and torch.compiler.is_exporting():
         out = _exported(query, _Keys(key, value, visible, tokens, seen), band, options)
     else:
         if length != seen:  # decoding: of a long cache, touch only the keys in a window
@@ -169,6 +174,7 @@ def local_decode(
     scaling: float | None = None,
     bias: Tensor | None = None,
     logits: Logits | None = None,
+    pairs: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Causal `local_attention` of T new tokens after those whose window and global tokens are in `state`.
 
@@ -190,14 +196,16 @@ def local_decode(
         global_state, visible = meet_globals(before, key, value, visible)
     if state is None:
         sees = {"window": window, "global_tokens": global_tokens, "causal": True}
-        out = local_attention(query, key, value, key_mask, **sees, scaling=scaling, bias=bias, logits=logits)
+        out = local_attention(
+            query, key, value, key_mask, **sees, scaling=scaling, bias=bias, logits=logits, pairs=pairs
+        )
     else:
         old_key, old_value, old_visible = state[:3]
         key, value = zero_padding(key, value, key_mask)
         key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
         visible = torch.cat([old_visible, visible], 1)
         keys = _Keys(key, value, visible, None, key.shape[2])
-        options = Options(True, scaling, bias=bias, logits=logits)
+        options = Options(True, scaling, bias=bias, logits=logits, pairs=pairs)
         if length == 1:
             out = _decode_one(query, keys, global_state, options)
         else:  # some of the kept keys may be out of the window of some new token
@@ -228,9 +236,15 @@ def _decode_one(query: Tensor, keys: _Keys, global_state: State, options: Option
         if bias is not None and scores is not None:
             to_globals = bias[0][:, (bias.shape[-1] - age).clamp(max=bias.shape[-1] - 1)].transpose(0, 1)  # [B, H, g]
             scores = torch.cat([to_globals, scores], -1)
-    mask = visible[:, None, None, :]
-    if scores is not None:
-        mask = scores.unsqueeze(2).to(query.dtype).masked_fill(~mask, float("-inf"))
+    pairs = options.pairs
+    if pairs is not None:  # of the kept tokens, the global ones first
+        end = pairs.shape[3]
+        place = torch.arange(end - keys.key.shape[2], end, device=key.device).expand(key.shape[0], -1)
+        if global_state:
+            place = torch.cat([(end - global_state[2]).clamp(max=end - 1), place], 1)
+        pairs = columns(pairs, place)
+    scores = None if scores is None else scores.unsqueeze(2).to(query.dtype)
+    mask = join_masks(visible[:, None, None, :], scores, pairs)
     key, value = match_heads(query, key, value)
     return sdpa(query, key, value, mask, scaling=options.scaling, logits=options.logits)
 
@@ -241,7 +255,8 @@ def _windowed(query: Tensor, keys: _Keys, band: _Band, options: Options) -> Tens
     key, value = match_heads(query, keys.key, keys.value)
     blocks = _cut(query, keys._replace(key=key, value=value), band)
     center = keys.seen if bias is None else bias.shape[-1] - length + 1  # the keys that bias spans
-    mask = _mask(blocks, band, tokens, options, center)
+    pairs = None if options.pairs is None else _pairs_of_blocks(blocks, keys, options.pairs, length)
+    mask = _mask(blocks, band, tokens, options, center, pairs)
     if tokens is not None:
         chosen = match_heads(query, tokens.key, tokens.value)
         blocks = blocks._replace(key=prepend(chosen[0], blocks.key), value=prepend(chosen[1], blocks.value))
@@ -348,14 +363,16 @@ def _allowed(
     return torch.cat([seen_by.expand(*allowed.shape[:3], -1), allowed], -1)
 
 
-def _mask(blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, options: Options, seen: int) -> Tensor:
+def _mask(
+    blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, options: Options, seen: int, pairs: Tensor | None
+) -> Tensor:
     """What the blocks' queries may see: bool [B*N,1,block,keys], or scores [B*N,H,block,keys] with a bias."""
     batch = blocks.query.shape[0] // blocks.visible.shape[1]
     block, span, bias = blocks.query.shape[2], blocks.key.shape[2], options.bias
     allowed = _allowed(blocks.visible, blocks.position, band, blocks.before, tokens, options.causal, batch)
     allowed = allowed.flatten(0, 1).unsqueeze(1)
     if bias is None:
-        return allowed
+        return join_masks(allowed, None, pairs)
     # [1, H, block, span]: bias[seen - 1] is distance 0; the ends are filled up where a block is longer than the input.
     first = blocks.before + block
     scores = F.pad(bias, (first, span))[..., seen : seen + block + span - 1]
@@ -364,4 +381,19 @@ def _mask(blocks: _Blocks, band: _Band, tokens: GlobalTokens | None, options: Op
         offset = tokens.index[:, None, None, :] - blocks.position[..., None] + seen - 1  # [B, N, block, g]
         to_globals = bias[0][:, offset.clamp(0, bias.shape[-1] - 1)].movedim(0, 2).flatten(0, 1)  # [B*N, H, block, g]
         scores = torch.cat([to_globals, scores.expand(to_globals.shape[0], -1, -1, -1)], -1)
-    return scores.to(blocks.query.dtype).masked_fill(~allowed, float("-inf"))
+    return join_masks(allowed, scores.to(blocks.query.dtype), pairs)
+
+
+def _pairs_of_blocks(blocks: _Blocks, keys: _Keys, pairs: Tensor, length: int) -> Tensor:
+    """[B*N, H or 1, block, keys]: the mask [B or 1, H or 1, T or 1, S] for the keys of each block, the global ones
+    first. Of what a block holds beyond the sequence any pair will do: it is not visible."""
+    span, ahead = blocks.visible.shape[2], pairs.shape[3] - keys.seen  # tokens that are no longer among the keys
+    batch = blocks.query.shape[0] // blocks.position.shape[0]
+    pairs = pairs.expand(batch, -1, length, -1)
+    row = (blocks.position - (keys.seen - length)).clamp(0, length - 1)  # [N, block]
+    first = blocks.position[:, :1] - blocks.before + ahead
+    column = (first + torch.arange(span, device=pairs.device)).clamp(0, pairs.shape[3] - 1)  # [N, span]
+    parts = [pairs[:, :, row[:, :, None], column[:, None, :]]]  # [B, H or 1, N, block, span]
+    if keys.tokens is not None:
+        parts.insert(0, columns(pairs, keys.tokens.index + ahead)[:, :, row])
+    return torch.cat(parts, -1).transpose(1, 2).flatten(0, 1)

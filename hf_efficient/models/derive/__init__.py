@@ -24,6 +24,7 @@ from .entry import make_entry
 from .fitting import fitted
 from .inputs import tiny_inputs
 from .proof import prove
+from .roles import said_of
 from .tiny import NotTinyError, first_tiny, model_classes, tiny_model
 
 _DERIVING = RLock()  # the table of attention functions is there once for all threads
@@ -52,7 +53,7 @@ def family_for(config: PreTrainedConfig, model: PreTrainedModel | None = None) -
             except Exception as error:  # whatever the code of a config or a model may raise
                 raise UnsupportedModelError(
                     f"How models of type {stock_type(config)!r} are built could not be found out: "
-                    f"{_said(error).rstrip('.')}."
+                    f"{said_of(error).rstrip('.')}."
                 ) from error
             remember(config, family)
     return family
@@ -106,8 +107,3 @@ def _undisturbed() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(usual)
-
-
-def _said(error: Exception) -> str:
-    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
-    return f"{kind}{' '.join(str(error).split())[:300]}"

@@ -6,7 +6,7 @@ family.refusals                                           # {"neurons": "encoder
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,29 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import UnsupportedModelError
 from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from ..stacks import said
 from .ffns import find_ffns
+from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
 from .observe import Call, LayerRun, observing, run
 from .positions import positions_of
-from .roles import PARTLY, QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place
-from .unseen import unseen_attention
+from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
+from .unseen import attends, unseen_attention
 
-# The standard name of each size, then other names that models have for it.
-FIELDS = {
-    "heads": "num_attention_heads num_heads n_head n_heads attention_heads encoder_attention_heads "
-    "decoder_attention_heads",
-    "kv_heads": "num_key_value_heads num_kv_heads n_head_kv kv_heads",
-    "layers": "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers "
-    "num_encoder_layers depth layers inner_group_num",
-    "hidden": "hidden_size d_model dim n_embd embed_dim hidden_dim encoder_hidden_size decoder_hidden_size",
-    "neurons": "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_hidden_size "
-    "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
-    "expert_neurons": "moe_intermediate_size expert_ffn_hidden_size intermediate_size ffn_dim d_ff expert_dim",
-    "shared_neurons": "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp",
-    "experts_per_token": "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_k top_k",
-    "head_dim": "head_dim d_kv attention_head_dim kv_channels",
-}
 OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
 NAMES = (("vision", "visio|visual|image|pixel"), ("audio", "audio|speech|acoustic"), ("text", "text|language"))
 
@@ -62,18 +48,21 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         run(model, inputs)
     base = model.base_model
     places: dict[str, Place | None] = dict(_places(base, calls))
-    places |= dict.fromkeys(_unseen_places(base, [path for path in places if path]))
+    configs = [config for _, config in nested_configs(model.config)]
+    depths = {len(said(config, name)) for config in configs for name in lists_of(config, "layers")}
+    places |= dict.fromkeys(_unseen_places(base, [path for path in places if path], depths))
     if not places:
         raise NotDerivable("it has no list of layers with attention")
-    stacks, norms, refusals, relative_bias = [], set(), {}, None
+    stacks, others, norms, refusals, relative_bias = [], [], set(), {}, None
     names = _stack_names(places)
     for path, place in places.items():
         try:
             if not path:
                 raise NotDerivable("attention outside of a list of layers")
             stack, norm = _make_stack(model, path, names[path], place, inputs)
-        except UnsupportedModelError as reason:
-            refusals[path] = f"{names[path]}: {reason}"
+        except Exception as error:  # whatever the code of a model may raise
+            if place is not None or attends(model, base.get_submodule(path), inputs):
+                refusals[path] = f"{names[path]}: {said_of(error)}"
             continue
         if place is not None and place.is_biased:
             try:
@@ -81,8 +70,10 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
             except NotDerivable as reason:
                 for ability in (CONVERT, HEADS, LAYERS):
                     stack = stack.without(ability, str(reason))
-        stacks.append(stack)
+        has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
+        (stacks if has_attention else others).append(stack)
         norms.add(norm)
+    stacks = stacks or others  # beside layers with attention, lists without any are no towers
     if not stacks:
         raise NotDerivable("; ".join(refusals.values()))
     config = model.config
@@ -131,17 +122,22 @@ def _layer_of(modules: Mapping[str, nn.Module], name: str) -> tuple[str, int, st
     return (alike[0] if alike else candidates[-1])[1:]
 
 
-def _unseen_places(base: nn.Module, seen: list[str]) -> list[str]:
+def _unseen_places(base: nn.Module, seen: list[str], depths: set[int]) -> list[str]:
     """Lists of modules that are alike, outside of those in which attention was seen: what has tokens meet in it is
-    found later. Lists inside lists are parts of layers."""
+    found later. Lists inside lists are parts of layers, but where a config says how deep each stage is."""
     paths: list[str] = []
     for path, module in base.named_modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(one) for one in module}) == 1
         inside = [f"{other}." for other in (*seen, *paths)]
         holds = any(f"{other}.".startswith(f"{path}.") for other in seen)
-        if is_list and not holds and not any(f"{path}.".startswith(other) for other in inside):
+        is_of_stages = is_list and len(module) in depths and _has_lists(module)
+        if is_list and not holds and not is_of_stages and not any(f"{path}.".startswith(one) for one in inside):
             paths.append(path)
     return [path for path in paths if _has_linears(base.get_submodule(path))]
+
+
+def _has_lists(stages: nn.ModuleList) -> bool:
+    return all(any(isinstance(one, nn.ModuleList | nn.Sequential) for one in stage.modules()) for stage in stages)
 
 
 def _has_linears(layers: nn.Module) -> bool:
@@ -163,10 +159,10 @@ def _stack_names(places: Mapping[str, Place | None]) -> dict[str, str]:
 
 @dataclass
 class Found:
-    """The attention of the first layer of a stack."""
+    """The attention of the first layer of a stack; without sizes one of which nothing is known."""
 
     attention: Attention
-    sizes: Heads
+    sizes: Heads | None
     is_causal: bool
     cross: Attention | None = None
     attending: tuple[int, ...] | None = None
@@ -182,7 +178,7 @@ def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Fou
     call = attention_call(layer.base, layer.layer.get_submodule(inside))
     found = Found(Attention(inside), Heads.of(call), place.is_causal)
     if len(indices) < len(layers):
-        found.attending, found.why[HEADS] = tuple(sorted(indices)), PARTLY
+        found.attending = tuple(sorted(indices))
     try:
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
@@ -203,6 +199,17 @@ def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Fou
     return found
 
 
+def _attention(layer: LayerRun, place: Place | None, layers: nn.ModuleList) -> Found:
+    """What is known of the attention of a layer, which may be nothing: it then has FFNs, and may leave."""
+    try:
+        if place is not None:
+            return _seen_attention(layer, place, layers)
+        return Found(*unseen_attention(layer), why={CONVERT: "it computes its attention itself"})
+    except Exception as error:  # whatever the code of a model may raise
+        is_causal = place.is_causal if place else False
+        return Found(Attention(""), None, is_causal, why=dict.fromkeys((CONVERT, HEADS), said_of(error)))
+
+
 def _make_stack(
     model: PreTrainedModel, path: str, name: str, place: Place | None, inputs: Mapping[str, Tensor]
 ) -> tuple[Stack, str | None]:
@@ -210,13 +217,9 @@ def _make_stack(
     layers = model.base_model.get_submodule(path)
     start = min((indices[0] for indices in place.own.values()), default=0) if place else 0
     first = LayerRun(model, layers[start], inputs)
-    if place is None:
-        found = Found(*unseen_attention(first), why={CONVERT: "it computes its attention itself"})
-        name = (
-            "decoder" if found.is_causal and name == "encoder" and "encoder" not in path else name
-        )  # now it is known
-    else:
-        found = _seen_attention(first, place, layers)
+    found = _attention(first, place, layers)
+    if place is None and found.is_causal and name == "encoder" and "encoder" not in path:
+        name = "decoder"  # now it is known
     why = found.why
     ffns: dict[str, FFN] = {}
     try:
@@ -227,11 +230,8 @@ def _make_stack(
     main = ffns.pop("neurons", FFN("neurons", (), ""))
     readers = [found.attention.output, *([found.cross.output] if found.cross else []), main.down]
     norm = norm_place(first, readers) if all(readers) else None
-    own, where = _own_config(model, first.layer.get_submodule(found.attention.module), found.sizes, len(layers))
+    own, where = _own_config(model, first.layer, found, len(layers), path)
     fields = _fields(own, path, found, len(layers), first, main)
-    if fields["head_dim"] is None and getattr(own, fields["hidden"]) != found.sizes.dim * found.sizes.heads:
-        why.setdefault(HEADS, "no config field says how wide a head is")
-        fields["head_size"], found.attention = found.sizes.dim, _measurable(first, found)
     stack = Stack(
         name=name,
         layers=path,
@@ -260,83 +260,68 @@ def _measurable(layer: LayerRun, found: Found) -> Attention:
 
 
 def _own_config(
-    model: PreTrainedModel, attention: nn.Module, sizes: Heads, depth: int
+    model: PreTrainedModel, layer: nn.Module, found: Found, depth: int, place: str
 ) -> tuple[PreTrainedConfig, str]:
     """The config with the sizes of a stack, and its path in that of the model: the one that the attention reads, or
     the first that says these numbers of heads and layers."""
-    configs = dict(_nested(model.config))
-    own = getattr(attention, "config", None)
+    configs = dict(nested_configs(model.config))
+    own = getattr(layer.get_submodule(found.attention.module), "config", None)
     for path, config in configs.items():
         if config is own:
             return config, path
     for path, config in configs.items():
-        if find_field(config, "heads", sizes.heads) and find_field(config, "layers", depth):
+        stage = of_stage(place, config)
+        has_heads = found.sizes is None or find_field(config, "heads", found.sizes.heads, *stage["heads"])
+        if has_heads and find_field(config, "layers", depth, *stage["layers"]):
             return config, path
     raise NotDerivable("no config says how many heads and layers it has")
-
-
-def _nested(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
-    yield path, config
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig) and not name.startswith("_"):
-            yield from _nested(value, f"{path}.{name}" if path else name)
-
-
-def find_field(config: PreTrainedConfig, role: str, size: int | None, *first: str, mapped: bool = True) -> str | None:
-    """The field of a config that holds a size, under one of the names for its role."""
-    for name in (*first, *FIELDS[role].split()):
-        real = config.attribute_map.get(name, name)
-        value = vars(config).get(real)
-        if size is not None and type(value) is int and value == size and (mapped or real == name):
-            return real
-    return None
 
 
 def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, ffn: FFN) -> dict[str, Any]:
     """The names of the config fields of a stack.
 
     Raises:
-        NotDerivable: no field says how many layers or heads it has, or how wide it is.
+        NotDerivable: no field says how many layers it has, or how wide it is.
     """
     sizes, attention = found.sizes, found.attention
     side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+    stage = of_stage(path, own)
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
+    hidden = wide if wide is not None else any_hidden(own)
     fields: dict[str, Any] = {
-        "heads": find_field(own, "heads", sizes.heads, f"{side}_attention_heads"),
-        "num_layers": find_field(own, "layers", depth, f"{side}_layers", f"num_{side}_layers"),
-        "hidden": find_field(own, "hidden", wide if wide is not None else _any_hidden(own)),
+        "num_layers": find_field(own, "layers", depth, *stage["layers"], f"{side}_layers", f"num_{side}_layers"),
+        "hidden": find_field(own, "hidden", hidden, *stage["hidden"])
+        or find_field(own, "hidden", any_hidden(own))
+        or next(iter(stage["hidden"]), None),
         "neurons": width_said(ffn, own, f"{side}_ffn_dim").neurons,
-        "kv_heads": find_field(
-            own, "kv_heads", sizes.kv_heads, mapped=False
-        ),  # Whisper calls other heads by this name
+        "heads": "",
     }
-    head_dim = find_field(own, "head_dim", sizes.dim)
-    fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if fields["num_layers"] is None:
         raise NotDerivable(f"no config field says that it has {depth} layers")
-    if fields["heads"] is None or fields["hidden"] is None:
-        raise NotDerivable("no config field says how many heads it has, or how wide it is")
-    if fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
-        raise NotDerivable("no config field says how many key/value heads it has")
+    if fields["hidden"] is None:
+        raise NotDerivable("no config field says how wide it is")
     if fields["neurons"] is None:
         fields["num_neurons"] = ffn.num_neurons  # for this one config
+    if sizes is None:
+        return fields
+    # Whisper calls other heads by the name of key/value heads
+    fields["kv_heads"] = find_field(own, "kv_heads", sizes.kv_heads, mapped=False)
+    fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], f"{side}_attention_heads") or ""
+    head_dim = find_field(own, "head_dim", sizes.dim)
+    fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
+    if not fields["heads"]:
+        found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many heads it has")
+    elif fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
+        found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many key/value heads it has")
+    elif fields["head_dim"] is None and said(own, fields["hidden"]) != sizes.dim * sizes.heads:
+        fields["head_size"] = sizes.dim
+        try:
+            found.attention = _measurable(layer, found)
+        except NotDerivable as reason:
+            found.why.setdefault(CONVERT, str(reason))
+            if not attention.output:
+                found.why.setdefault(HEADS, str(reason))
     return fields
-
-
-def width_said(ffn: FFN, config: PreTrainedConfig, *first: str) -> FFN:
-    """An FFN with the field that says its width instead of the width, and for experts how many work for a token."""
-    role = "neurons" if ffn.down_dim == 0 else "expert_neurons"
-    first += tuple(FIELDS["shared_neurons"].split()) if "shared" in ffn.down or ffn.kind == "neurons_2" else ()
-    name = find_field(config, role, ffn.num_neurons, *first)
-    active = FIELDS["experts_per_token"].split() if ffn.has_experts else []
-    active = [one for one in active if type(vars(config).get(config.attribute_map.get(one, one))) is int]
-    ffn = replace(ffn, active=config.attribute_map.get(active[0], active[0]) if active else None)
-    return replace(ffn, neurons=name, num_neurons=None) if name else ffn
-
-
-def _any_hidden(config: PreTrainedConfig) -> int | None:
-    names = (config.attribute_map.get(name, name) for name in FIELDS["hidden"].split())
-    return next((value for name in names if type(value := vars(config).get(name)) is int), None)
 
 
 def _shared_table(layers: nn.ModuleList, attention: str) -> str:
@@ -355,7 +340,7 @@ def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]
     names = set()
     for stack in stacks:
         own = stack.own_config(config)
-        depth = getattr(own, stack.num_layers)
+        depth = said(own, stack.num_layers)
         known = getattr(type(own), "__dataclass_fields__", {})
         names |= {
             name

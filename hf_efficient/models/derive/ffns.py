@@ -77,16 +77,12 @@ def _of_linears(layer: LayerRun, attention: Attention) -> list[FFN]:
 def _mapping(layer: LayerRun, name: str, other: str) -> list[int | None] | None:
     """For each output of one linear the one input of another that it changes; None if one changes several."""
     output, given = layer.base.outputs[name], layer.base.inputs[other]
-    if output.ndim not in (2, 3) or given.shape[:-1] != output.shape[:-1]:
+    if output.ndim < 2 or given.shape[:-1] != output.shape[:-1] or output.shape[:-1].numel() < 4:
         return None
     mapping: list[int | None] = [None] * output.shape[-1]
-    flat = output if output.ndim == 3 else output[None]
-    if flat.shape[0] * flat.shape[1] < 4:
-        return None
-    for first in rounds(flat):
+    for first in rounds(output):
         for shift in (0, 1, 3):  # at one token alone its gate, or a ReLU, may be closed
             units = first.view(-1).roll(shift).view(first.shape)
-            units = units if output.ndim == 3 else units[0]
             seen = layer.run(name, units).inputs.get(other)
             if seen is None or seen.shape != given.shape:
                 return None

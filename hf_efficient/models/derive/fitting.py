@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
 from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from ..stacks import ModelStack, model_stacks
-from .entry import width_said
-from .roles import PARTLY
+from .fields import width_said
 
 OTHERWISE = "some of its layers are built otherwise"
 
@@ -28,9 +27,7 @@ def fitted(family: Family, model: PreTrainedModel) -> Family:
         modules = [attention.module for attention in stack.attentions.values()]
         if not stack.attending or not all(holds(stack.layers[i], path) for i in stack.attending for path in modules):
             family = family.without(CONVERT, OTHERWISE, stack.name).without(HEADS, OTHERWISE, stack.name)
-        elif stack.entry.attending is not None:
-            family = family.without(HEADS, PARTLY, stack.name)
-        elif stack.entry.attention.query and not all(_has_heads(layer, stack) for layer in stack.layers):
+        elif stack.entry.attention.query and not all(_has_heads(stack, index) for index in stack.attending):
             family = family.without(HEADS, OTHERWISE, stack.name)
         indices = range(len(stack.layers))
         if any(not _has_neurons(stack.layers[i], stack, kind) for i in indices for kind in stack.ffns_in(i)):
@@ -48,6 +45,11 @@ def _measured(entry: Stack, stack: ModelStack) -> Stack:
     if here and attention.measure:
         queries = layers[here[0]].get_submodule(attention.measure)
         entry = replace(entry, head_size=num_outputs(queries) // stack.num_heads)
+    elif here and entry.head_size and not attention.output:
+        entry = entry.without(CONVERT, "neither a config field nor a linear says how wide a head is")
+    elif here and entry.head_size:
+        reader = layers[here[0]].get_submodule(attention.output)
+        entry = replace(entry, head_size=num_inputs(reader) // stack.num_heads)
     return entry
 
 
@@ -79,10 +81,11 @@ def _width(layer: nn.Module, ffn: FFN) -> int:
     return num_inputs(layer.get_submodule(ffn.down))
 
 
-def _has_heads(layer: nn.Module, stack: ModelStack) -> bool:
-    """Every projection is as wide as its heads."""
+def _has_heads(stack: ModelStack, index: int) -> bool:
+    """Every projection is as wide as its heads, if the layer has this attention."""
+    layer = stack.layers[index]
     heads, kv_heads = stack.num_heads * stack.head_width, stack.num_kv_heads * stack.head_width
-    for attention in stack.attentions.values():
+    for attention in stack.attentions_in(index).values():
         outputs: dict[str, int] = {}
         for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
             outputs[path] = outputs.get(path, 0) + width

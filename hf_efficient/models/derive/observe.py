@@ -100,8 +100,10 @@ def _is_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any
     """By the mask, if it says anything about the future; else by what the model says."""
     said = options.get("is_causal")
     said = getattr(module, "is_causal", True) if said is None else said
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] < 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] < 2:
         return bool(said)
+    if mask.shape[-2] < 2:  # the same for all queries: padding
+        return False
     hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
     queries, keys = mask.shape[-2:]
     future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)

@@ -29,7 +29,7 @@ from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, outputs_of
 from .observe import observing
-from .roles import NotDerivable
+from .roles import NotDerivable, said_of
 
 TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
@@ -49,6 +49,10 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
                 family = _tried(ability, proof, name, family, model, inputs, expected)
     finally:
         forget(model.config)  # what was tried is no knowledge yet
+    stages = [stack for stack in family.stacks if "." in stack.num_layers]
+    if any(stack.why_not(LAYERS) for stack in stages):  # windows that move by turns show in large images alone
+        for stack in stages:
+            family = family.without(LAYERS, stack.why_not(LAYERS) or "other stages cannot lose any", stack.name)
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
     return family
@@ -67,9 +71,7 @@ def _tried(
         proof(trial)
         return family
     except Exception as error:  # whatever the code of a model may raise
-        reason = " ".join(str(error).split())[:200]
-        kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
-        return _second_try(trial, ability) or family.without(ability, f"{kind}{reason}", name)
+        return _second_try(trial, ability) or family.without(ability, said_of(error), name)
 
 
 @dataclass
@@ -162,10 +164,19 @@ def _convert(trial: Trial) -> None:
         trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
     trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
-        keeps_keys = AttentionConfig("strided")
-        for kind in (converted, trial.rebuilt(everywhere(keeps_keys))):
+        keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
+        for kind in (converted, keeps_keys) if _runs(keeps_keys, trial.inputs) else (converted,):
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
+
+
+def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Not where attention of this kind is refused, as by masks that it cannot obey."""
+    try:
+        outputs_of(model, inputs)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
@@ -242,6 +253,8 @@ def _layers(trial: Trial) -> None:
     stack, family = trial.stack, trial.family
     if len(stack.layers) < 2:
         raise NotDerivable("there is one layer alone")
+    if family.first_stays and len(stack.layers) < 3:
+        raise NotDerivable("in a tiny model no layer takes the place of another")
     for index in range(int(family.first_stays), len(stack.layers)):
         kept = [layer for layer in range(len(stack.layers)) if layer != index]
         changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)

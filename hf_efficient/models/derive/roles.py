@@ -18,7 +18,6 @@ from ..family import Attention
 from .observe import SMALL, Call, LayerRun, Seen, differs
 
 QKV = "qkv"
-PARTLY = "some layers have no softmax attention"
 QUERY = 0  # its place in QKV
 # Integers beside the weights that are heads x head_dim; others of the same value may be the hidden size.
 WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_head_size", "hidden_size")
@@ -26,6 +25,12 @@ WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_he
 
 class NotDerivable(UnsupportedModelError):
     """What stands in the way of an ability, in one line."""
+
+
+def said_of(error: Exception) -> str:
+    """An error in one line; whose it is, if it is not ours."""
+    kind = "" if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"
 
 
 class Heads(NamedTuple):
@@ -131,6 +136,8 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
     """For each output of a linear that makes these of query, key and value, the heads that it reaches: {("q", 0)}."""
     output = layer.base.outputs[name]
     owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
+    if output.ndim > 3:
+        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
     is_flat = output.ndim == 2  # the tokens of all images one after another
     for units in rounds(output[None] if is_flat else output):
         call = attention_call(layer.run(name, units[0] if is_flat else units), module)
@@ -148,15 +155,14 @@ def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: C
 
 
 def rounds(output: Tensor) -> Iterator[Tensor]:
-    """`[batch, length]` tensors that together give every unit of an output a token."""
-    if output.ndim != 3:
-        raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
-    places = output.shape[0] * output.shape[1]
-    for first in range(0, output.shape[2], places):
+    """`[batch, length]` tensors that together give every unit of an output a token; of an image there are rows and
+    columns of tokens."""
+    places = output.shape[:-1].numel()
+    for first in range(0, output.shape[-1], places):
         units = torch.full((places,), -1)
-        count = min(places, output.shape[2] - first)
+        count = min(places, output.shape[-1] - first)
         units[:count] = torch.arange(first, first + count)
-        yield units.view(output.shape[:2])
+        yield units.view(output.shape[:-1])
 
 
 def layout(owners: list[set[tuple[str, int]]], letters: str, sizes: Heads) -> str:

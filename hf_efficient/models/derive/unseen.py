@@ -8,15 +8,22 @@ one that was disturbed. Of the linears before it, a unit that changes the reader
 - at other tokens, in one unit (of each query head of its group), to a *value*.
 """
 
+import inspect
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from ..family import Attention
-from .observe import SMALL, LayerRun, differs
+from .observe import SMALL, LayerRun, differs, run
 from .roles import Heads, NotDerivable, integers_of, layout
 
+WORDS = "softmax", "attention"  # in the names of whatever computes it
 ROW, TOKEN = 1, 2  # of what is disturbed: the second text has no padding
 
 
@@ -40,6 +47,45 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
             far = frozenset(others.any(0).nonzero().flatten().tolist())
             sets[name].append(("away", far) if far else ("here", own))
     return _described(layer, reader, sets, is_causal)
+
+
+def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether there may be softmax attention in some modules: a softmax is computed in them, or, where they are not
+    reached, their code names one.
+
+    Lists of modules without any, such as those that merge the patches of an image, have nothing to convert.
+    """
+    noted = _Softmax()
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(lambda *given: noted.enter()).remove)
+            hooks.callback(layer.register_forward_hook(lambda *given: noted.leave()).remove)
+        with noted:
+            run(model, inputs)
+    return noted.found if noted.is_reached else any(_names_softmax(type(module)) for module in layers.modules())
+
+
+def _names_softmax(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and any(word in name.lower() for name in code.co_names for word in WORDS)
+
+
+class _Softmax(TorchDispatchMode):
+    """Notes a softmax, alone or in fused attention, while inside of the modules that are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.is_reached, self.found = 0, False, False
+
+    def enter(self) -> None:
+        self.inside, self.is_reached = self.inside + 1, True
+
+    def leave(self) -> None:
+        self.inside -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= self.inside > 0 and any(word in str(func) for word in WORDS)
+        return func(*args, **(kwargs or {}))
 
 
 def _reader(layer: LayerRun) -> str:

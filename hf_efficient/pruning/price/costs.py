@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.dispatch import variant_of
+from ...attention.variant import hides_future
 from ...models.anatomy import Anatomy
 from ...models.family import HEADS, NEURONS
 from ...models.groups import Group, unit_parameters
@@ -81,7 +82,7 @@ def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
         if not group.is_neurons:
             module = model.get_submodule(f"{member.prefix}.{stack.attentions[group.kind].module}")
             variant = variant_of(module)
-            macs = 2 * length * stack.head_width if variant is None else variant.macs(length, module.is_causal)
+            macs = 2 * length * stack.head_width if variant is None else variant.macs(length, hides_future(module))
             total += length * macs * stack.group_size  # a unit is a key/value head with its query heads
     return total
 

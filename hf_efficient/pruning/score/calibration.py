@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...errors import DataError, shown
 from ...models.anatomy import Anatomy
+from ...models.modes import evaluating
 from ...models.registry import token_limit
 from ...models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
 from ..price.costs import num_patches
@@ -51,11 +53,15 @@ def check_calibration(anatomy: Anatomy, calibration: Iterable[Batch] | None) -> 
 
 def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
     """Tokens in a sequence of the calibration data, padding not counted; for images the number of patches, for
-    sound that of frames. Of CLIP's two towers it is that of the text."""
-    if model.main_input_name == "pixel_values":
-        return num_patches(model.config)
+    sound that of frames. Of CLIP's two towers it is that of the text. Of other inputs it is what its first layer reads
+    of the first batch."""
+    vision = getattr(model.config, "vision_config", model.config)
+    if model.main_input_name == "pixel_values" and hasattr(vision, "image_size"):
+        return num_patches(vision)
     if model.main_input_name == "input_features":
         return model.config.max_source_positions
+    if batches and "input_ids" not in batches[0]:
+        return _length_read(batches[0], model)
     tokens = sequences = 0
     for batch in batches:
         mask = batch.get("attention_mask")
@@ -63,6 +69,22 @@ def average_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
         tokens += int(mask.sum()) if mask is not None else ids.numel()
         sequences += ids.shape[0]
     return max(1, tokens // sequences) if sequences else DEFAULT_LENGTH
+
+
+def _length_read(batch: Batch, model: PreTrainedModel) -> int:
+    lengths: list[int] = []
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        lengths.append(states.shape[-2])
+
+    handle = Anatomy.of(model).stacks[0].layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with evaluating(model):
+            forward(model, batch)
+    finally:
+        handle.remove()
+    return lengths[0]
 
 
 def fitting_length(batches: Sequence[Batch], model: PreTrainedModel) -> int:
@@ -209,8 +231,22 @@ def token_mask(batch: Batch, model: PreTrainedModel, stack: str | None, like: to
 
     A mask of another shape belongs to something else (frames of sound before they were joined).
     """
-    masks = masks_of(batch, model)
-    mask = masks["encoder" if stack == "encoder" else list(masks)[-1]]
+    mask = _mask_of(stack, batch, model)
     if stack == "vision" or mask.shape != like.shape[:2]:
         return torch.ones(like.shape[:2], dtype=like.dtype, device=like.device)
     return mask.to(like)
+
+
+def state_mask(batch: Batch, model: PreTrainedModel, stack: str, states: torch.Tensor) -> torch.Tensor:
+    """`token_mask` of states `[B, T, width]`; `[N]` of states `[N, width]`, all tokens one after another (OPT)."""
+    if states.ndim > 2:
+        return token_mask(batch, model, stack, states)
+    mask = _mask_of(stack, batch, model).flatten()
+    if stack == "vision" or len(mask) != len(states):
+        return torch.ones(len(states), dtype=states.dtype, device=states.device)
+    return mask.to(states)
+
+
+def _mask_of(stack: str | None, batch: Batch, model: PreTrainedModel) -> torch.Tensor:
+    masks = masks_of(batch, model)
+    return masks["encoder" if stack == "encoder" else list(masks)[-1]]

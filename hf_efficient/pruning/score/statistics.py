@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode, evaluating
-from .calibration import Loss, token_mask, wide
+from .calibration import Loss, state_mask, wide
 from .stream import Batch, forward
 
 MaskGradients = dict[Group, torch.Tensor]
@@ -102,7 +102,7 @@ def input_squares(
 
     def add(batch: Batch, group: Group, number: int, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         states = wide(args[0])
-        mask = token_mask(batch, model, group.stack, states)
+        mask = state_mask(batch, model, group.stack, states)
         squares = (states.square() * mask[..., None]).flatten(0, -2).sum(0)
         sums[group][number] = sums[group][number] + squares.cpu()
 

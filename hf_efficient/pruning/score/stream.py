@@ -135,7 +135,7 @@ class _Seen:
 
     def _by_token(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, numbers]`, also where the layer lays the tokens of all rows one after another (OPT)."""
-        return tensor.reshape(*self.sum.shape[:2], tensor.shape[-1])
+        return tensor.reshape(*self.sum.shape[:-1], tensor.shape[-1])
 
 
 def forward(model: PreTrainedModel, batch: Batch):

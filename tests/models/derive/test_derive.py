@@ -11,11 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_efficient import AttentionConfig, ConfigError, PruningConfig, UnsupportedModelError, convert_attention, prune
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive import family_for
+from hf_efficient.models.derive.compare import distance, outputs_of
 from hf_efficient.models.derive.entry import make_entry
-from hf_efficient.models.derive.fitting import OTHERWISE, PARTLY, fitted
+from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
+from hf_efficient.models.derive.unseen import attends
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
@@ -241,7 +243,7 @@ def test_a_layer_that_is_built_otherwise_is_seen_in_the_real_model():
     assert dict(fitted(family, model).stacks[0].refusals) == {"neurons": OTHERWISE}
     del model.decoder.layers[1].self_attn
     without_one = fitted(family, model).stacks[0]
-    assert dict(without_one.refusals) == {"heads": PARTLY, "neurons": OTHERWISE}
+    assert dict(without_one.refusals) == {"neurons": OTHERWISE}
     assert without_one.attending == (0, 2)
     for layer in model.decoder.layers:
         layer.self_attn = torch.nn.Identity()  # something else that has the name
@@ -276,6 +278,28 @@ def test_only_layers_with_softmax_attention_are_converted(tmp_path):
     wrong["efficient"]["stacks"]["decoder"]["attention"][0] = {"kind": "local"}
     with pytest.raises(ConfigError, match=r"decoder\.attention\[0\]: this layer has no softmax attention"):
         type(narrow.config)(**wrong)
+
+
+def test_what_hides_the_future_is_seen_and_not_believed():
+    """Splinter's modules do not say that they hide nothing, and AIMv2's say of the text that it sees all."""
+    for name, causal in (("splinter", [False]), ("aimv2", [False, True])):
+        model, inputs = make(name)
+        assert [stack.is_causal for stack in Anatomy.of(model).stacks] == causal
+        converted = convert_attention(model, AttentionConfig("local", window=64, global_tokens=0))
+        assert distance(outputs_of(converted, inputs), outputs_of(model, inputs), inputs) < 1e-4
+
+
+def test_lists_without_attention_are_not_left_out():
+    model, inputs = make("qwen3_vl_vision")
+    assert family_for(model.config).left_out == ()  # though those that merge patches are lists of layers too
+    assert not attends(model, model.deepstack_merger_list, inputs)
+    assert attends(model, model.blocks, inputs)
+    model, inputs = make("llava")
+    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    text["input_ids"] = text["input_ids"].clamp(max=90)
+    vision = model.vision_tower.encoder.layers
+    assert attends(model, vision, text)  # not reached
+    assert not attends(model, torch.nn.ModuleList(layer.mlp for layer in vision), text)
 
 
 def test_the_width_of_latent_heads_is_measured():

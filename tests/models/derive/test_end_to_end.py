@@ -1,59 +1,141 @@
-"""Types outside of the table, from pruning to a student that was distilled, saved and loaded by its Auto class."""
+"""Named types outside of the table: pruned, converted, distilled, saved, loaded in another process, exported."""
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_efficient import DistillationArguments, DistillationTrainer, PruningConfig, prune
+from hf_efficient import (
+    AttentionConfig,
+    DistillationArguments,
+    DistillationTrainer,
+    PruningConfig,
+    convert_attention,
+    export,
+    prune,
+)
+from hf_efficient.models.anatomy import Anatomy
+from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 
 from ...helpers import selected
+from ...processes import python
 
-BY_DATA = PruningConfig(ratio=0.2, granularity=("neuron",), importance="taylor", round_to=1)
-TYPES = {  # a class with a head, and what leaves beside neurons
-    "opt": ("OPTForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "gpt_neox": ("GPTNeoXForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "phi3": ("Phi3ForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "qwen2": ("Qwen2ForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "gemma2": ("Gemma2ForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "gpt_oss": ("GptOssForCausalLM", "AutoModelForCausalLM", ("head", "neuron")),
-    "mpnet": ("MPNetForSequenceClassification", "AutoModelForSequenceClassification", ("neuron",)),
-    "deberta-v2": ("DebertaV2ForSequenceClassification", "AutoModelForSequenceClassification", ("neuron",)),
-    "albert": ("AlbertForSequenceClassification", "AutoModelForSequenceClassification", ("head", "neuron")),
+
+@dataclass(frozen=True)
+class Row:
+    """A class with a head, what loads it, the parts that leave, and the stacks that are converted."""
+
+    head: str
+    auto: str
+    parts: str = "layer head neuron"
+    converted: str = ""
+    importance: str = "activation"
+    exports: bool = True
+
+
+CLASSES, TEXT, SUMMARY = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
+READ, BOTH = "AutoModelForImageTextToText", "encoder decoder"
+EXPERTS = {"importance": "taylor"}  # what experts in one tensor read is seen by nobody
+ROWS = {
+    "mpnet": Row("MPNetForSequenceClassification", CLASSES, "layer neuron"),
+    "deberta-v2": Row("DebertaV2ForSequenceClassification", CLASSES),
+    "albert": Row("AlbertForSequenceClassification", CLASSES, "head neuron", "encoder"),  # one layer for all
+    "qwen2": Row("Qwen2ForCausalLM", TEXT, converted="decoder"),
+    "qwen3_moe": Row("Qwen3MoeForCausalLM", TEXT, converted="decoder", **EXPERTS),
+    "gemma2": Row("Gemma2ForCausalLM", TEXT, converted="decoder"),
+    "phi3": Row("Phi3ForCausalLM", TEXT, converted="decoder"),
+    "gpt_neox": Row("GPTNeoXForCausalLM", TEXT, converted="decoder"),
+    "opt": Row("OPTForCausalLM", TEXT, converted="decoder"),
+    "gpt_oss": Row("GptOssForCausalLM", TEXT, converted="decoder", **EXPERTS),
+    "mt5": Row("MT5ForConditionalGeneration", SUMMARY, converted=BOTH),
+    "m2m_100": Row("M2M100ForConditionalGeneration", SUMMARY, converted=BOTH),  # NLLB
+    "pegasus": Row("PegasusForConditionalGeneration", SUMMARY, converted=BOTH),
+    "wav2vec2": Row("Wav2Vec2ForSequenceClassification", "AutoModelForAudioClassification", converted="encoder"),
+    "siglip": Row("SiglipForImageClassification", "AutoModelForImageClassification", converted="vision"),
+    "qwen2_5_vl": Row("Qwen2_5_VLForConditionalGeneration", READ, converted="vision text", exports=False),
+    "llava": Row("LlavaForConditionalGeneration", READ, converted="vision text", exports=False),
 }
-FAST = ("opt", "qwen3_moe", "deberta-v2")
+FAST = ("mpnet", "opt", "qwen3_moe", "m2m_100", "siglip", "llava")
 
 
-@pytest.mark.parametrize(("name",), selected([(name,) for name in TYPES], lambda name: name in FAST))
-def test_pruned_distilled_saved_and_loaded(name, tmp_path):
-    class_name, auto, granularity = TYPES[name]
-    teacher = tiny_model(tiny_config(CONFIG_MAPPING[name]()), getattr(transformers, class_name))
-    ids = torch.randint(3, 90, (8, 9))
-    rows = [
-        {"input_ids": row, "labels": row if auto.endswith("CausalLM") else torch.tensor(i % 2)}
-        for i, row in enumerate(ids)
-    ]
-    batches = [{key: torch.stack([row[key] for row in rows]) for key in rows[0]}]
-    student = prune(teacher, replace(BY_DATA, granularity=granularity, ratio=0.05), batches)
+def make(name):
+    """A tiny teacher, inputs for it, and the same with labels."""
+    teacher = tiny_model(tiny_config(CONFIG_MAPPING[name]()), getattr(transformers, ROWS[name].head))
+    inputs = tiny_inputs(teacher)
+    labels = torch.tensor([0, 1])
+    if "Classification" not in ROWS[name].head:
+        labels = inputs.get("decoder_input_ids", inputs["input_ids"])
+    batch = {key: value for key, value in inputs.items() if key != "decoder_input_ids"} | {"labels": labels}
+    return teacher, inputs, batch
+
+
+def pruned(model, part, batch, importance):
+    config = PruningConfig(
+        ratio=0.04,
+        granularity=(part,),
+        importance=importance,
+        layer_importance="magnitude",
+        round_to=1,
+        reconstruct=importance == "activation",
+    )
+    return prune(model, replace(config, ratio=0.2) if part == "layer" else config, [batch])
+
+
+def distilled(student, teacher, batch, folder):
+    """After two steps; a row of the data is a whole batch, whatever it is made of."""
     arguments = DistillationArguments(
-        str(tmp_path / "run"),
-        losses={"kd": 1.0, "hidden": 0.1},
+        str(folder),
+        losses={"kd": 1.0},
         max_steps=2,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=1,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
     )
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    DistillationTrainer(model=student, teacher=teacher, args=arguments, train_dataset=rows).train()
+    options = {"train_dataset": [batch, batch], "data_collator": lambda rows: dict(rows[0])}
+    DistillationTrainer(model=student, teacher=teacher, args=arguments, **options).train()
     assert any(not torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    student.eval().save_pretrained(tmp_path / "model")
-    loaded = getattr(transformers, auto).from_pretrained(tmp_path / "model")
+    return student.eval()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("name",), selected([(name,) for name in ROWS], lambda name: name in FAST))
+def test_pruned_converted_distilled_saved_and_loaded(name, tmp_path):
+    row = ROWS[name]
+    teacher, inputs, batch = make(name)
+    student, sizes = teacher, [teacher.num_parameters()]
+    for part in row.parts.split():
+        student = pruned(student, part, batch, row.importance)
+        sizes.append(student.num_parameters())
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert {stack.name for stack in Anatomy.of(student).stacks} >= set(row.converted.split())
+    if row.converted:
+        student = convert_attention(student, dict.fromkeys(row.converted.split(), AttentionConfig("local", window=3)))
+    student = distilled(student, teacher, batch, tmp_path / "run")
+    saved = tmp_path / "saved" / name
+    student.save_pretrained(saved)
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, student(input_ids=ids).logits)
-    assert loaded.num_parameters() < teacher.num_parameters()
+        save_file(inputs | {"expected": student(**inputs)[0].contiguous()}, saved / "expected.safetensors")
+    (saved / "auto.txt").write_text(row.auto)
+    done = python("-m", "tests.models.derive.again_driver", tmp_path / "saved")
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout.splitlines()[-1])[name]
+    assert answer == {"class": type(student).__name__, "equal": True, "parameters": sizes[-1]}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.exports])
+def test_exported(name, tmp_path):
+    row = ROWS[name]
+    teacher, inputs, batch = make(name)
+    student = pruned(teacher, row.parts.split()[-1], batch, row.importance)
+    if row.converted:
+        student = convert_attention(student, dict.fromkeys(row.converted.split(), AttentionConfig("local", window=3)))
+    assert export(student, "torch", tmp_path / "program", inputs=[inputs]).difference < 1e-4
