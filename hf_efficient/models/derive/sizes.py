@@ -67,7 +67,11 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r".*(image_size|img_size)", "image", IMAGE),
     (r"patch_size", "patch", PATCH),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", "positions", POSITIONS),
-    (r"sliding_window", "positions", 4 * POSITIONS),  # a converted layer has its new attention in place of such a window
+    (
+        r"sliding_window",
+        "positions",
+        4 * POSITIONS,
+    ),  # a converted layer has its new attention in place of such a window
     (r"n_window_infer", "window", 16),
     (r"n_window|.*window_size|attention_chunk_size|context_size", "window", 4),
 )
