@@ -58,6 +58,8 @@ def _choices(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
     ]
     needed = [name for name in needed if find_maker(name)]
     known = [name for name in (*MAIN, *main_names, *needed) if name in parameters and find_maker(name)]
+    if "input_ids" not in known and "attention_mask" not in needed:
+        known = [name for name in known if name != "attention_mask"]  # of what else, an error will say
     text = [name for name in known if name in ("input_ids", "attention_mask", "decoder_input_ids")]
     others = [name for name in known if name not in (*text, "hidden_states", "inputs_embeds")]
     main = [name for name in known if name in (*main_names, "decoder_input_ids")]

@@ -212,7 +212,7 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
         elif isinstance(value, list | tuple) and sources and len(value) == depth:
             fields[name] = [value[layer] for layer in sources]
         elif _is_by_layer(value, depth):
-            by_layer = {int(key): one for key, one in value.items()}
+            by_layer = {int(key): _small_entry(one, way, factors) for key, one in value.items()}
             fields[name] = {new: by_layer[old] for new, old in enumerate(sources) if old in by_layer}
         elif isinstance(value, list | tuple):
             fields[name] = _list(name, list(value), way, factors, widths)
@@ -220,6 +220,14 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
             fields[name] = _short_rope(copy.deepcopy(value), own, factors.get("dim", 0), way)
     fields |= _outputs(config, fields, own)
     return _consistent(fields, own, way)
+
+
+def _small_entry(entry: Any, way: Way, factors: dict[str, int]) -> Any:
+    """What a dict says of one layer: fields like those of the config."""
+    if not isinstance(entry, dict):
+        return entry
+    numbers = {name: one for name, one in entry.items() if isinstance(one, int) and not isinstance(one, bool)}
+    return entry | {name: _number(name, one, way, factors, False) for name, one in numbers.items()}
 
 
 def _number(name: str, value: int, way: Way, factors: dict[str, int], is_width: bool) -> int:
@@ -268,11 +276,14 @@ def _list(name: str, values: list, way: Way, factors: dict[str, int], widths: se
 
 
 def _computed(config: PreTrainedConfig, own: dict[str, Any]) -> list[str]:
-    """Numbers that a config of transformers makes of others, and makes anew."""
+    """Numbers that a config of transformers makes of others, and makes anew; not its lists of layers."""
     if not type(config).__module__.startswith("transformers."):
         return []
     said = {*inspect.signature(type(config)).parameters, *config.attribute_map, *config.attribute_map.values()}
-    return [name for name, value in own.items() if name not in said and isinstance(value, int | float | list | tuple)]
+    depth = next((own[name] for name in DEPTHS if isinstance(own.get(name), int)), 0)
+    numbers = {name: value for name, value in own.items() if isinstance(value, int | float | list | tuple)}
+    lists = {name for name, value in numbers.items() if isinstance(value, list | tuple) and len(value) == depth}
+    return [name for name in numbers if name not in said and name not in lists]
 
 
 def _outputs(config: PreTrainedConfig, fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
