@@ -16,10 +16,10 @@ from transformers.utils.output_capturing import _active_collector
 from ..errors import UnsupportedModelError
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
-from .engines.parts import full_attention, full_weights
+from .engines.parts import full_attention, full_weights, join_masks
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import AttentionVariant, HeadShape, Logits, hides_future
+from .variant import BIASED, AttentionVariant, HeadShape, Logits, hides_future
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
@@ -42,6 +42,8 @@ def attach(
         if device.type != "meta":
             for part, name, value in _plain_tensors(variant):
                 setattr(part, name, value.to(device))
+        if is_biased(module):
+            variant.has_state = False  # the model makes its bias by the keys that it sees in the cache
         module.add_module(ATTACHED, variant)
         if not cross:
             handle = attach_cache(module, variant.config, variant.has_state, variant.keeps_keys)
@@ -134,20 +136,21 @@ def efficient_attention_forward(
         extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
     causal = hides_future(module, is_causal)
     with_weights = _weights_wanted(kwargs)
-    is_paired = attention_mask is not None and attention_mask.ndim == 4
-    if is_paired:
-        extra["pairs"], attention_mask = _read_pairs(variant, attention_mask, query, causal)
+    is_given = attention_mask is not None and attention_mask.ndim == 4
+    if is_given or is_biased(module):
+        given = attention_mask, position_bias
+        attention_mask, position_bias, extra["pairs"] = _read_pairs(module, given, query, key, causal)
     if variant is not None and variant.has_state and state_layer is not None:
-        bias = None if position_bias is None else position_bias[:, :, 0]
-        common = {"scaling": scaling, "bias": bias, **extra}
+        common = {"scaling": scaling, "bias": None if position_bias is None else position_bias[:, :, 0], **extra}
         out, weights = _decode(variant, state_layer, (query, key, value, attention_mask), common, with_weights)
         return out.transpose(1, 2).contiguous(), weights
     if attention_mask is not None:
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+        width = attention_mask.shape[1]
+        key, value = key[:, :, :width], value[:, :, :width]
         attention_mask = attention_mask[:, -key.shape[2] :]
-        if is_paired:
-            extra["pairs"] = extra["pairs"][..., -key.shape[2] :]
+        if extra.get("pairs") is not None:
+            extra["pairs"] = extra["pairs"][..., :width][..., -key.shape[2] :]
     common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key), **extra}
     window = kwargs.get("sliding_window")
     if window is not None and not causal:
@@ -155,8 +158,8 @@ def efficient_attention_forward(
     if variant is None:
         # Zeros that T5 passes to cross attention are no relative bias, and there is no window over other sequences.
         unbiased_zeros = position_bias is not None and common["bias"] is None
-        common["window"] = None if unbiased_zeros or is_paired else window
-        if is_paired:  # it says all
+        common["window"] = None if unbiased_zeros or is_given else window
+        if is_given:  # it says all
             attention_mask, common["causal"] = None, False
         out = full_attention(query, key, value, attention_mask, dropout=dropout, **common)
         weights = full_weights(query, key, attention_mask, **common) if with_weights else None
@@ -221,33 +224,49 @@ def check_logits(variant: AttentionVariant | None) -> None:
         )
 
 
+def is_biased(module: nn.Module) -> bool:
+    """Whether the model of an attention module gives it a bias for all pairs, which is no Toeplitz carrier."""
+    return bool(vars(module).get(BIASED))
+
+
 def _read_pairs(
-    variant: AttentionVariant | None, mask: torch.Tensor, query: torch.Tensor, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mask of all pairs [B or 1, H or 1, T or 1, S] of the model's own, bool or added scores; and which keys [B, S]
-    any query sees.
+    module: nn.Module,
+    given: tuple[torch.Tensor | None, torch.Tensor | None],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """From a mask and a position bias, one or both of which are of all pairs: a 2D mask, a Toeplitz carrier, and one
+    mask of all pairs [B or 1, H or 1, T or 1, S], bool or added scores.
 
     Raises:
-        UnsupportedModelError: a kind that cannot obey it, one of another shape, or keys behind the last
-            query (a static cache).
+        UnsupportedModelError: a kind that cannot obey it, one of another shape, or keys behind the last query (a
+            static cache).
     """
-    if mask.shape[2] not in (1, query.shape[2]):
-        raise UnsupportedModelError(f"A 4D mask {list(mask.shape)} does not fit {query.shape[2]} queries.")
-    is_bool = mask.dtype == torch.bool
-    sees = mask if is_bool else mask > HIDDEN
+    (mask, bias), variant, pairs = given, variant_of(module), None
     if variant is not None and not variant.takes_pairs:
         allowed = ", ".join(name for name, other in ATTENTIONS.items() if other.takes_pairs)
         raise UnsupportedModelError(
             f"{variant.config.kind!r} attention takes a 2D attention_mask [batch, length]; a 4D mask was given, by "
             "the caller or by a model whose masks are more than padding and causality (packed sequences, images in "
-            f"a text). Kinds that obey one: {allowed}; or pass the 2D mask, or leave this layer unconverted."
+            f"a text, a bias of its own). Kinds that obey one: {allowed}; or pass the 2D mask, or leave this layer "
+            "unconverted."
         )
-    behind = variant is not None and causal and query.shape[2] < mask.shape[3]
-    if behind and not torch.compiler.is_compiling() and not sees[..., -1, -1].any():
-        raise UnsupportedModelError("A 4D mask with keys behind the last query (a static cache) cannot be obeyed.")
-    if not is_bool:
-        mask = mask.to(query.dtype) if variant is None else mask.to(query.dtype).masked_fill(~sees, float("-inf"))
-    return mask, sees.any(1).any(1).expand(query.shape[0], -1)
+    if mask is not None and mask.ndim == 4:
+        if mask.shape[2] not in (1, query.shape[2]):
+            raise UnsupportedModelError(f"A 4D mask {list(mask.shape)} does not fit {query.shape[2]} queries.")
+        sees = mask if mask.dtype == torch.bool else mask > HIDDEN
+        behind = variant is not None and causal and query.shape[2] < mask.shape[3]
+        if behind and not torch.compiler.is_compiling() and not sees[..., -1, -1].any():
+            raise UnsupportedModelError("A 4D mask with keys behind the last query (a static cache) cannot be obeyed.")
+        pairs = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+        if variant is not None and mask.dtype != torch.bool:
+            pairs = pairs.masked_fill(~sees, float("-inf"))
+        mask = sees.any(1).any(1).expand(query.shape[0], -1)  # the keys that any query sees
+    if bias is not None and is_biased(module):
+        width = key.shape[2] if pairs is None else pairs.shape[3]
+        pairs, bias = join_masks(None, bias[..., :width].to(query.dtype), pairs), None
+    return mask, bias, pairs
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

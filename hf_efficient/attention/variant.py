@@ -33,7 +33,7 @@ class Logits(NamedTuple):
 
 
 State = tuple[Tensor, ...]
-CAUSAL = "efficient_is_causal"
+CAUSAL, BIASED = "efficient_is_causal", "efficient_is_biased"  # what is known of an attention module
 MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
 
 

@@ -134,7 +134,17 @@ class EfficientMixin:
         block = config.block()
         if block.is_converted():
             config._attn_implementation = NAME
-        super().__init__(config, *args, **kwargs)
+        try:
+            super().__init__(config, *args, **kwargs)
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            # It has classes by the names of implementations (Unlimited OCR); others ask their config when they run.
+            config._attn_implementation = "eager"
+            super().__init__(config, *args, **kwargs)
+            for part in self.modules():
+                if isinstance(getattr(part, "config", None), PreTrainedConfig):
+                    part.config._attn_implementation = NAME
         apply_block(self, block)
         if not block.is_trivial():
             # Stock models inside an efficient one would lose its structure without a word.

@@ -36,10 +36,13 @@ class Attention:
     fused linear: its outputs are those of each, one block after another, or `interleaved`, those of one key/value head
     with its queries after another. `head_attributes`, `kv_attributes` and
     `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
-    key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
+    key/value heads, and heads x head_dim; `kv_width_attributes` the same of the key/value heads.
+    `reads_config`: its forward reads the numbers from its config.
+    `gates` are linears whose outputs, as many for each head, multiply what the heads give before `output` reads it.
     `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
     `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
     scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
+    `biased`: its model gives it a bias of its own for all pairs of tokens.
     `measure` is the linear that makes the queries of all heads, and nothing else, where no config field says how wide
     they are.
     """
@@ -53,16 +56,19 @@ class Attention:
     head_attributes: tuple[str, ...] = ()
     kv_attributes: tuple[str, ...] = ()
     width_attributes: tuple[str, ...] = ()
+    kv_width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
+    gates: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     class_name: str = ""
     logits: bool = False
     uneven: bool = False
+    biased: bool = False
     measure: str = ""
 
     def without_heads(self) -> Attention:
         """The same module, without what tells its heads apart."""
-        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "measure")}
+        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "biased", "measure")}
         return Attention(self.module, **said)
 
 

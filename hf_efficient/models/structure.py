@@ -13,11 +13,11 @@ from ..attention.config import AttentionConfig
 from ..attention.dispatch import attach
 from ..attention.registry import ATTENTIONS
 from ..attention.relative_bias import use_toeplitz_bias
-from ..attention.variant import CAUSAL, HeadShape
+from ..attention.variant import BIASED, CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
-from .family import FFN, Attention
-from .linears import resize_linear
+from .family import CONVERT, FFN, Attention
+from .linears import num_inputs, num_outputs, resize_linear
 from .registry import family_of
 from .stacks import ConfigStack, ModelStack, model_stacks
 
@@ -25,13 +25,27 @@ from .stacks import ConfigStack, ModelStack, model_stacks
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
-        for index, layer in enumerate(stack.layers):
+        for index in range(len(stack.layers)):
+            if block.is_converted():
+                _say_what_is_known(stack, index)
             _apply_to_layer(stack, index, block.stack(stack.name))
-            if block.is_converted() and stack.entry.causal is not None:  # converted attention has no mask that tells
-                for kind, attention in stack.attentions_in(index).items():
-                    setattr(layer.get_submodule(attention.module), CAUSAL, kind == "heads" and stack.is_causal)
-        if stack.family.relative_bias and block.is_converted():
+        entry = stack.entry
+        if (
+            stack.family.relative_bias
+            and block.is_converted()
+            and not (entry.attention.biased or entry.why_not(CONVERT))
+        ):
             use_toeplitz_bias(stack.layers[0].get_submodule(stack.entry.attention.module))
+
+
+def _say_what_is_known(stack: ModelStack, index: int) -> None:
+    """Tell the attention modules of a layer what converted attention, which has no full mask, cannot see."""
+    for kind, attention in stack.attentions_in(index).items():
+        module = stack.layers[index].get_submodule(attention.module)
+        if stack.entry.causal is not None:
+            setattr(module, CAUSAL, kind == "heads" and stack.is_causal)
+        if attention.biased:
+            setattr(module, BIASED, True)
 
 
 def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
@@ -114,6 +128,11 @@ def check_fit(config: AttentionConfig, stack: ConfigStack, cross: bool = False) 
             f"{config.kind!r} attention cannot express the capped scores or the attention sinks of "
             f"{family.model_type} models. Kinds that keep them: {_kinds('takes_logits')}."
         )
+    if attention and attention.biased and not variant.takes_pairs:
+        raise UnsupportedModelError(
+            f"{config.kind!r} attention has no place for the bias that {family.model_type} models have for all pairs "
+            f"of tokens. Kinds that have one: {_kinds('takes_pairs')}."
+        )
     if attention and attention.uneven and not variant.takes_uneven:
         raise UnsupportedModelError(
             f"{config.kind!r} attention needs values as wide as queries, which {family.model_type} models do not "
@@ -129,6 +148,8 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     outputs = Counter({attention.query: shape.heads * shape.dim})  # of a fused linear: the sum
     outputs.update({attention.key: shape.kv_heads * shape.dim})
     outputs.update({attention.value: shape.kv_heads * shape.dim})
+    before = num_inputs(layer.get_submodule(attention.output)) // shape.dim
+    outputs |= {gate: num_outputs(layer.get_submodule(gate)) * shape.heads // before for gate in attention.gates}
     for path, count in outputs.items():
         resize_linear(layer.get_submodule(path), outputs=count)
     resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * shape.dim)
@@ -137,6 +158,7 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers = dict.fromkeys(attention.head_attributes, shape.heads)
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
+    numbers |= dict.fromkeys(attention.kv_width_attributes, shape.kv_heads * shape.dim)
     for name, number in numbers.items():
         _set_number(module, name, number)
     for name in attention.per_head:

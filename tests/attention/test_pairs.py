@@ -130,8 +130,18 @@ def test_what_a_carrier_cannot_say_is_a_mask_of_pairs():
     assert torch.equal(wanted[0, 0], torch.ones(5, 5, dtype=torch.bool).tril())
 
 
+def test_a_bias_of_all_pairs_is_refused_by_others():
+    model = tiny_model(tiny_config(CONFIG_MAPPING["umt5"]()))
+    with pytest.raises(UnsupportedModelError, match=r"'strided' .* bias that umt5 models have .*: local"):
+        convert_attention(model, AttentionConfig("strided"))
+    module = convert_attention(model, AttentionConfig("local")).encoder.block[0].layer[0].SelfAttention
+    query, bias = torch.randn(2, 1, 4, 7, 8), torch.randn(1, 4, 7, 7)
+    outs = [efficient_attention_forward(module, *query, query[0], None, position_bias=b)[0] for b in (bias, bias * 0)]
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+
+
 # Models that make their masks themselves: padding alone, blocks of images, a relative bias beside it, chunks.
-@pytest.mark.parametrize("model_type", ["layoutlm", "pixtral", "switch_transformers", "llama4_text"])
+@pytest.mark.parametrize("model_type", ["layoutlm", "pixtral", "switch_transformers", "llama4_text", "umt5"])
 def test_models_with_masks_of_their_own(model_type):
     model = tiny_model(tiny_config(CONFIG_MAPPING[model_type]()))
     inputs, family = tiny_inputs(model), family_for(model.config, model)

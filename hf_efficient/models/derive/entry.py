@@ -65,11 +65,13 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
                 refusals[path] = f"{names[path]}: {said_of(error)}"
             continue
         if place is not None and place.is_biased:
-            try:
-                relative_bias = _shared_table(base.get_submodule(path), stack.attention.module)
-            except NotDerivable as reason:
-                for ability in (CONVERT, HEADS, LAYERS):
-                    stack = stack.without(ability, str(reason))
+            tables = _bias_tables(base.get_submodule(path), stack.attention.module)
+            if len(tables[0]) == 1 and not any(tables[1:]):  # of the first layer, which all share
+                relative_bias = f"{stack.attention.module}.{tables[0].pop()}"
+            else:
+                stack = replace(stack, attention=replace(stack.attention, biased=True))
+                for ability in (HEADS,) if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
+                    stack = stack.without(ability, "a position bias that is not one table in the first layer")
         has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
         (stacks if has_attention else others).append(stack)
         norms.add(norm)
@@ -324,15 +326,12 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
     return fields
 
 
-def _shared_table(layers: nn.ModuleList, attention: str) -> str:
-    """The path in a layer of the relative position bias of the first, which all layers share."""
-    tables = [
+def _bias_tables(layers: nn.ModuleList, attention: str) -> list[set[str]]:
+    """The tables in the attention of each layer."""
+    return [
         {name for name, module in layer.get_submodule(attention).named_modules() if isinstance(module, nn.Embedding)}
         for layer in layers
     ]
-    if len(tables[0]) != 1 or any(tables[1:]):
-        raise NotDerivable("a position bias that is not one table in the first layer")
-    return f"{attention}.{tables[0].pop()}"
 
 
 def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]:
@@ -348,6 +347,6 @@ def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]
             if isinstance(value, list | tuple)
             and len(value) == depth
             and name in known
-            and re.search("layer|type|pattern", name)
+            and re.search("layer|type|pattern|window", name)
         }
     return tuple(sorted(names))

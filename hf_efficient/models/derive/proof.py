@@ -8,7 +8,7 @@
 What fails is switched off, with the reason. The comparisons would notice: each also checks that the change matters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, outputs_of
 from .observe import observing
-from .roles import NotDerivable, said_of
+from .roles import Heads, NotDerivable, other_numbers, said_of
 
 TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
@@ -103,32 +103,43 @@ class Trial:
         if not worst <= TOLERANCE:
             raise NotDerivable(f"{what}, the output of a tiny model is {worst:.1e} off")
 
+    def matters(self, wanted: dict[str, Tensor]) -> bool:
+        return distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE
+
     def check_matters(self, wanted: dict[str, Tensor], what: str) -> None:
-        if not distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE:
+        if not self.matters(wanted):
             raise NotDerivable(f"{what}, the output of a tiny model stays the same")
 
 
 def _second_try(trial: Trial, ability: str) -> Family | None:
-    """Another entry that is proven: the attention reads its head counts from its config; the first layer is unlike the
-    others and stays."""
-    name, family = trial.stack.name, trial.family
+    """Another entry that is proven: the attention reads its head counts from its config, or from other numbers than
+    their names say; some FFNs stay; the first layer is unlike the others and stays."""
+    proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}.get(ability)
+    with suppress(Exception):  # whatever the code of a model may raise
+        for family in _other_entries(trial, ability):
+            stack = next(one for one in model_stacks(trial.model, family) if one.name == trial.stack.name)
+            remember(trial.model.config, family)
+            with suppress(Exception):
+                assert proof is not None
+                proof(replace(trial, stack=stack, family=family))
+                return family
+    return None
+
+
+def _other_entries(trial: Trial, ability: str) -> Iterator[Family]:
+    entry, family = trial.stack.entry, trial.family
     if ability == HEADS:
-        entry = _with_own_config(trial.stack.entry)
-        family = replace(family, stacks=tuple(entry if one.name == name else one for one in family.stacks))
+        stack, own = trial.stack, entry.attention
+        sizes = Heads(stack.num_heads, stack.num_kv_heads, stack.head_width, stack.head_width)
+        module = stack.layers[stack.attending[0]].get_submodule(own.module)
+        for attention in (own, *other_numbers(module, own, sizes)):
+            other = replace(entry, attention=attention)
+            for one in (_with_own_config(other), other):
+                yield replace(family, stacks=tuple(one if old is entry else old for old in family.stacks))
     elif ability == NEURONS and len(trial.stack.ffns) > 1:
-        family = _provable_ffns(trial)
+        yield _provable_ffns(trial)
     elif ability == LAYERS and not family.first_stays:
-        family = replace(family, first_stays=True)
-    else:
-        return None
-    stack = next(one for one in model_stacks(trial.model, family) if one.name == name)
-    try:
-        remember(trial.model.config, family)
-        proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}[ability]
-        proof(replace(trial, stack=stack, family=family))
-    except Exception:  # whatever the code of a model may raise
-        return None
-    return family
+        yield replace(family, first_stays=True)
 
 
 def _provable_ffns(trial: Trial) -> Family:
@@ -153,36 +164,35 @@ def _convert(trial: Trial) -> None:
         full = AttentionConfig()
         return StackBlock(tuple(attention if i in stack.attending else full for i in range(len(stack.layers))))
 
-    def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
-        return _banded(mask, queries, keys, stack.is_causal) if module in modules else mask
+    for window in (MAX_WINDOW, WINDOW, 1):
 
-    for window, change in ((MAX_WINDOW, None), (WINDOW, masked)):
+        def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int, window: int = window) -> Any:
+            return _banded(mask, queries, keys, stack.is_causal, window) if module in modules else mask
+
         attention = AttentionConfig("local", window=window, global_tokens=0)
-        converted = trial.rebuilt(everywhere(attention))
-        with observing(trial.model, masked=change):
+        converted, is_wide = trial.rebuilt(everywhere(attention)), window == MAX_WINDOW
+        with observing(trial.model, masked=None if is_wide else masked):
             wanted = outputs_of(trial.model, trial.inputs)
-        trial.compare(converted, wanted, f"with a window of {window} tokens" if change else "with everything in view")
-    trial.check_matters(wanted, f"with a window of {WINDOW} tokens")
+        said = "with everything in view" if is_wide else f"with a window of {window} tokens"
+        trial.compare(converted, wanted, said)
+        if not is_wide and trial.matters(wanted):  # few tokens, as of a masked autoencoder, want a smaller one
+            break
+    trial.check_matters(wanted, said)
     if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
-        keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
-        for kind in (converted, keeps_keys) if _runs(keeps_keys, trial.inputs) else (converted,):
+        kinds = [converted]
+        with suppress(UnsupportedModelError):  # by masks and biases that a kind which keeps all keys has no place for
+            keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
+            outputs_of(keeps_keys, trial.inputs)
+            kinds.append(keeps_keys)
+        for kind in kinds:
             if not decodes_alike(kind, trial.inputs, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
 
-def _runs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    """Not where attention of this kind is refused, as by masks that it cannot obey."""
-    try:
-        outputs_of(model, inputs)
-    except UnsupportedModelError:
-        return False
-    return True
-
-
-def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
+def _banded(mask: Tensor | None, queries: int, keys: int, causal: bool, window: int) -> Tensor:
     """A mask `[..., queries, keys]` that also hides what is too far away."""
     i, j = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)[None]
-    far = (i - j >= WINDOW) | (j > i) if causal else (i - j).abs() > WINDOW
+    far = (i - j >= window) | (j > i) if causal else (i - j).abs() > window
     if mask is None:
         return torch.zeros(1, 1, queries, keys).masked_fill(far, torch.finfo(torch.float32).min)
     return mask & ~far if mask.dtype == torch.bool else mask.masked_fill(far, torch.finfo(mask.dtype).min)

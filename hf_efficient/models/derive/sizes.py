@@ -38,10 +38,10 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (KV_FIELDS, "kv", KV_HEADS),
     (HEAD_FIELDS, "heads", HEADS),
     (r"rotary_dim", "dim", HEAD_DIM // 2),
-    (r".*head_dim|.*head_size|d_kv|kv_channels|d_head|.*_d_head", "dim", HEAD_DIM),
+    (r".*head_dim|.*head_size|d_kv|kv_channels|d_head|dim_head|.*_d_head", "dim", HEAD_DIM),
     (r".*lora_rank|.*_rank", "rank", 16),
     (
-        r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner",
+        r".*intermediate_size.*|.*ffn.*(dim|size)|d_ff|dim_ff|.*mlp_dim|dim_feedforward|.*inner_size|n_inner",
         "neurons",
         NEURONS,
     ),
@@ -68,7 +68,7 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r"patch_size", "patch", PATCH),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", "positions", POSITIONS),
     (
-        r"sliding_window",
+        r"sliding_window|attention_window_size",
         "positions",
         4 * POSITIONS,
     ),  # a converted layer has its new attention in place of such a window

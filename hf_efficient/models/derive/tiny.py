@@ -138,6 +138,8 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and re.search(r"(lambda|gamma|scale)[^.]*(\.weight)?$", name):
             parameter.fill_(0.7)  # layer scales of 1e-6 hide what a layer does, and of 1 that they are there
+        elif parameter.ndim == 2 and not parameter.any():  # a matrix of zeros hides what it is multiplied with
+            parameter.normal_(0, 1 / math.sqrt(parameter.shape[0]), generator=generator)
     model.tie_weights()
     for module in model.modules():
         if getattr(getattr(module, "config", None), "use_cache", False) is True:

@@ -289,6 +289,15 @@ def test_what_hides_the_future_is_seen_and_not_believed():
         assert distance(outputs_of(converted, inputs), outputs_of(model, inputs), inputs) < 1e-4
 
 
+def test_a_model_with_classes_by_implementation_is_built():
+    """A vision tower looks its attention up in a dict of its own, by the name of the implementation."""
+    model, inputs = make("unlimited_ocr")
+    converted = convert_attention(model, {"text": AttentionConfig("local", window=64)})
+    assert distance(outputs_of(converted, inputs), outputs_of(model, inputs), inputs) < 1e-4
+    narrow = convert_attention(model, {"text": AttentionConfig("local", window=1, global_tokens=0)})
+    assert distance(outputs_of(narrow, inputs), outputs_of(model, inputs), inputs) > 1e-3
+
+
 def test_lists_without_attention_are_not_left_out():
     model, inputs = make("qwen3_vl_vision")
     assert family_for(model.config).left_out == ()  # though those that merge patches are lists of layers too
