@@ -51,13 +51,13 @@ def test_the_few_layers_are_like_the_same_layers_in_all_lists():
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     config = LlamaConfig(num_hidden_layers=12)
     config.layer_types, config.thetas = kinds * 2, [float(layer) for layer in range(12)]
-    config.by_layer = {5: {"head_dim": 64}, 11: {"head_dim": 32}}
+    config.by_layer = {5: {"head_dim": 64, "kind": "a"}, 11: {"kind": "b"}}
     config.thetas[1:5] = [0.0] * 4
     config.thetas[6:11] = [0.0] * 5
     few = {name: shrunk_fields(config)[name] for name in ("layer_types", "thetas", "by_layer")}
     assert few["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
     assert few["thetas"] == [0.0, 5.0, 11.0]
-    assert few["by_layer"] == {1: {"head_dim": 64}, 2: {"head_dim": 32}}
+    assert few["by_layer"] == {1: {"head_dim": 8, "kind": "a"}, 2: {"kind": "b"}}
     assert shrunk_fields(config, Way(layers="first"))["layer_types"] == kinds[:LAYERS]
 
 
