@@ -36,7 +36,9 @@ class Attention:
     fused linear: its outputs are those of each, one block after another, or `interleaved`, those of one key/value head
     with its queries after another. `head_attributes`, `kv_attributes` and
     `width_attributes` are the integers that the module keeps beside its weights: the numbers of query heads and of
-    key/value heads, and heads x head_dim. `reads_config`: its forward reads the numbers from its config.
+    key/value heads, and heads x head_dim; `kv_width_attributes` the same of the key/value heads.
+    `reads_config`: its forward reads the numbers from its config.
+    `gates` are linears whose outputs, as many for each head, multiply what the heads give before `output` reads it.
     `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
     `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
     scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
@@ -54,7 +56,9 @@ class Attention:
     head_attributes: tuple[str, ...] = ()
     kv_attributes: tuple[str, ...] = ()
     width_attributes: tuple[str, ...] = ()
+    kv_width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
+    gates: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     class_name: str = ""
     logits: bool = False

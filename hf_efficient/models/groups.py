@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED, variant_of
 from .family import FFN, NEURON_KINDS, Attention
-from .linears import input_dim, output_dim
+from .linears import input_dim, num_inputs, num_outputs, output_dim
 from .stacks import ModelStack
 
 EXPERT_STEP = 8  # grouped products of matrices need rows of a multiple of 16 bytes, so 8 numbers of 2 bytes
@@ -129,7 +129,9 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
     for kind, attention in stack.attentions_in(index).items():
         if not attention.query:  # its heads cannot be told apart
             continue
-        inputs = ((attention.query, wide), (attention.key, width), (attention.value, width))
+        inputs = [(attention.query, wide), (attention.key, width), (attention.value, width)]
+        units = num_inputs(layer.get_submodule(attention.output)) // wide
+        inputs += [(gate, num_outputs(layer.get_submodule(gate)) // units) for gate in attention.gates]
         learned = _learned(attention, layer, wide)
         learned += tuple(Slice(_inside(attention.module, name), 0, (stack.group_size,)) for name in attention.per_head)
         member = _member(layer, place, inputs, (attention.output, wide), learned, attention.interleaved)

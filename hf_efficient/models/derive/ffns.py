@@ -15,6 +15,8 @@ from ..family import FFN, NEURON_KINDS, Attention
 from .observe import SMALL, LayerRun, differs
 from .roles import NotDerivable, is_same, rounds
 
+MOST_ROUNDS = 200  # in which the outputs of one linear are tried
+
 
 def find_ffns(layers: Sequence[LayerRun], attention: Attention) -> tuple[FFN, ...]:
     """Those of a stack, each in some layers at least, with their widths in `num_neurons`; the first of linears is
@@ -78,6 +80,8 @@ def _mapping(layer: LayerRun, name: str, other: str) -> list[int | None] | None:
     """For each output of one linear the one input of another that it changes; None if one changes several."""
     output, given = layer.base.outputs[name], layer.base.inputs[other]
     if output.ndim < 2 or given.shape[:-1] != output.shape[:-1] or output.shape[:-1].numel() < 4:
+        return None
+    if output.shape[-1] > MOST_ROUNDS * output.shape[:-1].numel():  # hours, and no tiny model has it
         return None
     mapping: list[int | None] = [None] * output.shape[-1]
     for first in rounds(output):

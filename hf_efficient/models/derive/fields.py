@@ -19,8 +19,8 @@ FIELDS = {
     "layers": "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers "
     "num_encoder_layers depth layers inner_group_num",
     "hidden": "hidden_size d_model dim n_embd embed_dim hidden_dim encoder_hidden_size decoder_hidden_size",
-    "neurons": "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner ffn_hidden_size "
-    "mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
+    "neurons": "intermediate_size ffn_dim d_ff dim_ff encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner "
+    "ffn_hidden_size mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
     "expert_neurons": "moe_intermediate_size expert_ffn_hidden_size intermediate_size ffn_dim d_ff expert_dim",
     "shared_neurons": "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp",
     "experts_per_token": "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_k top_k",

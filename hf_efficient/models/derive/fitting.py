@@ -86,6 +86,13 @@ def _has_heads(stack: ModelStack, index: int) -> bool:
     layer = stack.layers[index]
     heads, kv_heads = stack.num_heads * stack.head_width, stack.num_kv_heads * stack.head_width
     for attention in stack.attentions_in(index).values():
+        module = layer.get_submodule(attention.module)
+        numbers = dict.fromkeys(attention.head_attributes, stack.num_heads)
+        numbers |= dict.fromkeys(attention.kv_attributes, stack.num_kv_heads)
+        numbers |= dict.fromkeys(attention.width_attributes, heads)
+        numbers |= dict.fromkeys(attention.kv_width_attributes, kv_heads)
+        if any(getattr(module, name, None) != number for name, number in numbers.items()):
+            return False  # in the tiny model it had this value by chance
         outputs: dict[str, int] = {}
         for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
             outputs[path] = outputs.get(path, 0) + width

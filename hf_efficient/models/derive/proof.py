@@ -8,7 +8,7 @@
 What fails is switched off, with the reason. The comparisons would notice: each also checks that the change matters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, outputs_of
 from .observe import observing
-from .roles import NotDerivable, said_of
+from .roles import Heads, NotDerivable, other_numbers, said_of
 
 TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
@@ -112,26 +112,34 @@ class Trial:
 
 
 def _second_try(trial: Trial, ability: str) -> Family | None:
-    """Another entry that is proven: the attention reads its head counts from its config; the first layer is unlike the
-    others and stays."""
-    name, family = trial.stack.name, trial.family
+    """Another entry that is proven: the attention reads its head counts from its config, or from other numbers than
+    their names say; some FFNs stay; the first layer is unlike the others and stays."""
+    proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}.get(ability)
+    with suppress(Exception):  # whatever the code of a model may raise
+        for family in _other_entries(trial, ability):
+            stack = next(one for one in model_stacks(trial.model, family) if one.name == trial.stack.name)
+            remember(trial.model.config, family)
+            with suppress(Exception):
+                assert proof is not None
+                proof(replace(trial, stack=stack, family=family))
+                return family
+    return None
+
+
+def _other_entries(trial: Trial, ability: str) -> Iterator[Family]:
+    entry, family = trial.stack.entry, trial.family
     if ability == HEADS:
-        entry = _with_own_config(trial.stack.entry)
-        family = replace(family, stacks=tuple(entry if one.name == name else one for one in family.stacks))
+        stack, own = trial.stack, entry.attention
+        sizes = Heads(stack.num_heads, stack.num_kv_heads, stack.head_width, stack.head_width)
+        module = stack.layers[stack.attending[0]].get_submodule(own.module)
+        for attention in (own, *other_numbers(module, own, sizes)):
+            other = replace(entry, attention=attention)
+            for one in (_with_own_config(other), other):
+                yield replace(family, stacks=tuple(one if old is entry else old for old in family.stacks))
     elif ability == NEURONS and len(trial.stack.ffns) > 1:
-        family = _provable_ffns(trial)
+        yield _provable_ffns(trial)
     elif ability == LAYERS and not family.first_stays:
-        family = replace(family, first_stays=True)
-    else:
-        return None
-    stack = next(one for one in model_stacks(trial.model, family) if one.name == name)
-    try:
-        remember(trial.model.config, family)
-        proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}[ability]
-        proof(replace(trial, stack=stack, family=family))
-    except Exception:  # whatever the code of a model may raise
-        return None
-    return family
+        yield replace(family, first_stays=True)
 
 
 def _provable_ffns(trial: Trial) -> Family:

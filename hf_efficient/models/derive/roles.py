@@ -8,6 +8,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ..family import Attention
 from .observe import SMALL, Call, LayerRun, Seen, differs
 
 QKV = "qkv"
+MOST_NUMBERS = 4  # beside the weights of an attention that are tried
 QUERY = 0  # its place in QKV
 # Integers beside the weights that are heads x head_dim; others of the same value may be the hidden size.
 WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "attention_head_size", "hidden_size")
@@ -78,25 +80,47 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     for name, parameter in own.items():
         if parameter.shape[0] != sizes.heads or sizes.heads in parameter.shape[1:]:
             raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
-    readers = [name for name, given in layer.base.inputs.items() if is_same(given, call.output)]
-    if len(readers) != 1:
-        raise NotDerivable(f"{len(readers)} linears read the heads as they are")
     makers = dict(zip(QKV, (maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
     layouts = {name: layout(owners[name], together[name], sizes) for name in owners}
     if len(set(layouts.values())) > 1:
         raise NotDerivable(f"projections of several layouts: {layouts}")
+    reader, gates = _reader(layer, call, set(makers.values()))
     return Attention(
         module=path,
         query=makers["q"],
         key=makers["k"],
         value=makers["v"],
-        output=readers[0],
+        output=reader,
+        gates=gates,
         interleaved=next(iter(layouts.values())) == "interleaved",
         per_head=tuple(own),
         **integers_of(module, sizes),
     )
+
+
+def _reader(layer: LayerRun, call: Call, makers: set[str]) -> tuple[str, tuple[str, ...]]:
+    """The linear that reads the heads, and the linears that make gates between the attention and it.
+
+    Raises:
+        NotDerivable: several, or something else is between them.
+    """
+    same = [name for name, given in layer.base.inputs.items() if is_same(given, call.output)]
+    if len(same) == 1:
+        return same[0], ()
+    reached = [name for name in layer.linears if all(layer.reaches(one, name) for one in makers)]
+    first = [name for name in reached if not any(layer.reaches(other, name) for other in reached)]
+    if same or len(first) != 1 or layer.base.inputs[first[0]].numel() != call.output.numel():
+        raise NotDerivable(f"{len(same)} linears read the heads as they are")
+    arriving = [name for name in layer.linears if layer.reaches(name, first[0])]
+    gates = tuple(name for name in layer.last(arriving) if name not in makers)
+    heads, given = call.query.shape[1], layer.base.inputs[first[0]]
+    if not gates and is_same(given.flatten().sort().values, call.output.flatten().sort().values):
+        return first[0], ()  # in another order of rows and tokens
+    if not gates or any(layer.base.outputs[gate].shape[-1] % heads for gate in gates):
+        raise NotDerivable("a norm over all heads, or the like, between the attention and the linear that reads it")
+    return first[0], gates
 
 
 def integers_of(module: nn.Module, sizes: Heads) -> dict[str, tuple[str, ...]]:
@@ -113,6 +137,24 @@ def integers_of(module: nn.Module, sizes: Heads) -> dict[str, tuple[str, ...]]:
     }
 
 
+def other_numbers(module: nn.Module, attention: Attention, sizes: Heads) -> Iterator[Attention]:
+    """The attention with other integers that count heads, whatever they are called: the fewest first, so that none is
+    among them without need."""
+    whole, part = sizes.heads * sizes.dim, sizes.kv_heads * sizes.dim
+    roles = {whole: "width_attributes", part: "kv_width_attributes"} if whole != part else {whole: "width_attributes"}
+    roles |= {sizes.kv_heads: "kv_attributes"} | {sizes.heads: "head_attributes"}
+    known = {name for role in roles.values() for name in getattr(attention, role)}
+    numbers = {n: value for n, value in vars(module).items() if type(value) is int and value in roles}
+    others = [name for name in numbers if name not in known][:MOST_NUMBERS]
+    for count in range(1, len(others) + 1):
+        for chosen in combinations(others, count):
+            added: dict[str, tuple[str, ...]] = {}
+            for name in chosen:
+                role = roles[numbers[name]]
+                added[role] = (*added.get(role, getattr(attention, role)), name)
+            yield replace(attention, **added)
+
+
 def is_same(given: Tensor, output: Tensor) -> bool:
     flat = output.reshape(-1)
     return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
@@ -123,8 +165,9 @@ def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
     base = attention_call(layer.base, module).tensors[letter]
     arriving = []
     for name in layer.linears:
-        calls = [call for call in layer.disturbed(name).calls if call.module is module]
-        if calls and differs(calls[0].tensors[letter], base):
+        seen = layer.disturbed(name)
+        is_called = any(call.module is module for call in seen.calls)
+        if is_called and differs(attention_call(seen, module).tensors[letter], base):
             arriving.append(name)
     last = layer.last(arriving)
     if len(last) != 1:
