@@ -332,3 +332,16 @@ def test_the_page_of_model_types_is_that_of_the_results(tmp_path):
     said = f"{counts['convert']} model types convert ({counts['converted whole']} of them whole), "
     said += f"{counts['heads or neurons']} lose heads or neurons"
     assert f"{said}, {counts['layers']} lose layers" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.processes
+def test_merging_is_measured(tmp_path):
+    """Of 16 patches one is merged in each layer; the original is as fast as itself."""
+    options = ["--image", "64", "--batch", "1", "--rounds", "1", "--output", str(tmp_path / "merging.json")]
+    done = python(str(ROOT / "benchmarks" / "merging.py"), *options)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "merging.json").read_text())["rows"]
+    assert [row["method"] for row in rows][:3] == ["original", "merging 0", "merging 1"]
+    assert rows[0]["forward_speedup"] == rows[0]["train_speedup"] == 1
+    assert all(row["forward_ms"] > 0 and row["train_ms"] > 0 and row["train_bytes"] > 0 for row in rows)
+    assert rows[0]["macs"] > rows[2]["macs"] > 0.5 * rows[0]["macs"]

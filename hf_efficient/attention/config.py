@@ -5,7 +5,7 @@
 An `AttentionConfig` is plain data: it is written to config.json as a small dict and read back with the same checks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ KINDS: dict[str, Kind] = {
     ),
     "additive": Kind((), "attention.kinds.additive:AdditiveAttention"),
     "kernel": Kind(("kernel", "feature_dim", "seed"), "attention.kinds.kernel:KernelAttention"),
+    "merging": Kind(("merged_tokens", "protected_tokens"), "attention.kinds.merging:MergingAttention"),
 }
 FEATURE_MAPS: LazyTable[Any] = LazyTable(
     {
@@ -70,8 +71,19 @@ _RANGES = {
     "num_hashes": (1, 64),
     "num_buckets": (1, MAX_COUNT),
     "feature_dim": (0, MAX_FEATURES),
+    "protected_tokens": (0, MAX_GLOBAL_TOKENS),
     "seed": (0, (1 << 31) - 1),
 }
+_MAY_BE_NONE = ("feature_dim", "global_tokens", "protected_tokens")
+
+
+def decreasing_tokens(mean: int, layers: int) -> list[int]:
+    """How many tokens each layer merges where the first ones merge most: from 2 x `mean` down to 0, `mean` on average
+    (the decreasing schedule of ToMe, Bolya 2023).
+
+        AttentionConfig("merging", merged_tokens=decreasing_tokens(8, layers=12))
+    """
+    return [round(2 * mean * (layers - 1 - layer) / (layers - 1)) for layer in range(layers)] if layers > 1 else [mean]
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class AttentionConfig:
 
     Parameters:
         kind: `"full"`, `"local"`, `"strided"`, `"lsh"`, `"topk"`, `"linear"`, `"local_linear"`, `"additive"`,
-            `"kernel"`, or a name given to `register_attention`.
+            `"kernel"`, `"merging"`, or a name given to `register_attention`.
         window: `local`, `local_linear`: in tokens. Bidirectional: keys with |i - j| <= window. Causal: the last
             `window` keys including the token itself, as transformers' `sliding_window`.
         global_tokens: `local`, `strided`, `topk`: the number of first tokens (padding not counted) that see all and
@@ -94,6 +106,9 @@ class AttentionConfig:
         feature_dim: `favor`: random features, default the head dimension. `kernel`: content features, default 16;
             0: a kernel of the positions alone.
         kernel: `kernel`: `"gaussian"`, `"exponential"` (ALiBi's) or `"cauchy"` (far reach), of a learned width.
+        merged_tokens: `merging`: how many tokens a layer joins to others, at most half of them; a list has one number
+            for each of the layers that it is given for (`decreasing_tokens` makes one).
+        protected_tokens: `merging`: the first tokens, of no part of the image, that are never merged. None: found out.
         seed: of what is drawn at random: rotations of `lsh`, projections of `favor` and `kernel`.
         options: settings of a kind of your own (`register_attention`): a flat mapping to numbers, text or booleans.
 
@@ -112,6 +127,8 @@ class AttentionConfig:
     feature_map: str = "elu"
     feature_dim: int | None = None
     kernel: str = "gaussian"
+    merged_tokens: int | Sequence[int] = 8
+    protected_tokens: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -125,10 +142,11 @@ class AttentionConfig:
             raise unknown_name("kernel", self.kernel, KERNELS)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is None and name in ("feature_dim", "global_tokens"):
+            if value is None and name in _MAY_BE_NONE:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ConfigError(f"{name} must be an integer from {low} to {high}, got {shown(value)}.")
+        self._check_merged()
         if self.global_tokens == 0 and "global_tokens" not in KINDS[self.kind].fields:
             object.__setattr__(self, "global_tokens", None)  # no global tokens is true of every kind
         if self.num_buckets > 1 and self.num_buckets % 2:
@@ -169,6 +187,28 @@ class AttentionConfig:
             return self
         return replace(self, global_tokens=SINKS if causal and self.kind in _FORGETTING else 0)
 
+    def _check_merged(self) -> None:
+        merged, is_list = self.merged_tokens, isinstance(self.merged_tokens, list | tuple)
+        numbers = merged if isinstance(merged, list | tuple) else (merged,)
+        if not numbers or not all(type(number) is int and 0 <= number <= MAX_COUNT for number in numbers):
+            raise ConfigError(
+                f"merged_tokens must be an integer from 0 to {MAX_COUNT}, or a list of such, got {shown(merged)}."
+            )
+        if is_list:
+            object.__setattr__(self, "merged_tokens", tuple(numbers))
+
+    def for_layers(self, count: int) -> "list[AttentionConfig]":
+        """One config for each of `count` layers: a list of `merged_tokens` has a number for each.
+
+        Raises:
+            ConfigError: it has another number of numbers.
+        """
+        if isinstance(self.merged_tokens, int):
+            return [self] * count
+        if len(self.merged_tokens) != count:
+            raise ConfigError(f"merged_tokens has {len(self.merged_tokens)} numbers for {count} layers.")
+        return [replace(self, merged_tokens=number) for number in self.merged_tokens]
+
     def _used(self) -> tuple[str, ...]:
         used = KINDS[self.kind].fields
         if "feature_map" in used and self.feature_map not in _SEEDED:
@@ -182,7 +222,8 @@ class AttentionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Only what the kind uses: `{"kind": "local", "window": 64, "global_tokens": 1}`."""
         used = ("kind", *self._used())
-        return {name: value for name, value in asdict(self).items() if name in used and value not in (None, {})}
+        written = {name: value for name, value in asdict(self).items() if name in used and value not in (None, {})}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in written.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AttentionConfig":

@@ -21,6 +21,7 @@ from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..models.derive.compare import outputs_of, unlike
 from ..models.derive.inputs import tiny_inputs
+from ..models.merging import merging_nothing
 from ..models.modes import eval_mode
 
 MAX_PARAMETERS, MAX_NUMBERS = 2_000_000_000, 1_000_000  # of a model, and of one input: what is more is not cheap
@@ -42,9 +43,9 @@ def check_alike(model: PreTrainedModel, converted: PreTrainedModel) -> None:
         if any(value.numel() > MAX_NUMBERS for value in inputs.values()):
             return
         options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        with _everything_in_view(model):  # it may be converted already
+        with merging_nothing(model), _everything_in_view(model):  # it may be converted already
             expected = outputs_of(model, {**inputs, **options})
-        with _everything_in_view(converted) as (stand_ins, reached):
+        with merging_nothing(converted), _everything_in_view(converted) as (stand_ins, reached):
             outputs = outputs_of(converted, {**inputs, **options})
     if stand_ins and not reached:
         raise UnsupportedModelError(

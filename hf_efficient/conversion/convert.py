@@ -18,13 +18,14 @@ from ..attention.dispatch import ATTACHED
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy, ConfigAnatomy
 from ..models.block import ATTENTIONS, EfficientBlock
-from ..models.classes import with_block
+from ..models.classes import stock_config, with_block
+from ..models.derive.merging import protected_tokens
 from ..models.families import FAMILIES
 from ..models.family import CONVERT
 from ..models.loading import load_config
-from ..models.rebuild import check_model, rebuild
+from ..models.rebuild import check_model, class_for, rebuild
 from ..models.stacks import ConfigStack, config_stacks
-from ..models.structure import check_fit
+from ..models.structure import MERGING, check_fit
 from .alike import check_alike
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
@@ -55,7 +56,7 @@ def convert_attention(
     anatomy = _find_anatomy(check_model(model))
     if anatomy is None:
         return convert_in_memory(model, _by_layer(config, layers))
-    block = _converted(anatomy, config, layers)
+    block = _converted(anatomy, config, layers, class_for(model, stock_config(model.config)))
     converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
     if block.is_converted():
         check_reached(converted) if anatomy.family.model_type in FAMILIES else check_alike(model, converted)
@@ -107,7 +108,12 @@ def efficient_config(
     return with_block(stock, block, **changes)
 
 
-def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | int | str | None) -> EfficientBlock:
+def _converted(
+    anatomy: ConfigAnatomy,
+    mixing: Mixing,
+    layers: Sequence[int] | int | str | None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> EfficientBlock:
     """The block with the attentions that `mixing` names, in all stacks of the family: a class may leave one out."""
     stacks = {stack.name: stack for stack in config_stacks(anatomy.config, anatomy.family)}
     if anatomy.family.left_out and isinstance(mixing, AttentionConfig):
@@ -140,11 +146,22 @@ def _converted(anatomy: ConfigAnatomy, mixing: Mixing, layers: Sequence[int] | i
                 else AttentionConfig()
                 for index in range(stack.depth)
             )
+            if any(config.kind == MERGING for config in new):
+                new = _with_protected(new, protected_tokens(model_class, stock_config(anatomy.config), name))
             changes[key] = new if any(config.kind != "full" for config in new) else ()
         entry = replace(entry, **changes)
         if entry.sizes or entry.is_converted():
             entries[name] = entry
     return replace(anatomy.block, stacks=entries)
+
+
+def _with_protected(configs: Sequence[AttentionConfig], protected: int) -> tuple[AttentionConfig, ...]:
+    """The same, where nothing is said with as many protected tokens as there are that are not of the image."""
+    missing = [one.kind == MERGING and one.protected_tokens is None for one in configs]
+    return tuple(
+        replace(one, protected_tokens=protected) if is_missing else one
+        for one, is_missing in zip(configs, missing, strict=True)
+    )
 
 
 def _others(stacks: Mapping[str, ConfigStack]) -> str:

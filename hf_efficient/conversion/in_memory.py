@@ -57,6 +57,10 @@ def convert_in_memory(model: PreTrainedModel, mixing: Mixing) -> PreTrainedModel
     layers, reached = find_self_attentions(converted, inputs, expected)
     names = {module: name for name, module in converted.named_modules()}
     by_place = _choose(mixing, [names[layer.module] for layer in layers])
+    if any(config.kind == "merging" for config in by_place.values()):
+        raise UnsupportedModelError(
+            f"Tokens of {type(converted).__name__} cannot be merged: where its layers begin and end is not known."
+        )
     chosen = [(layers[i], config.resolve(layers[i].is_causal)) for i, config in by_place.items()]
     _check_towers(converted, {names[module] for module in reached}, mixing)
     if not chosen:

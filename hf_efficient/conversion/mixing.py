@@ -93,7 +93,7 @@ def unknown_stack(name: LayerKey, known: Iterable[str]) -> ConfigError:
 def spread_layers(by_layer: ByLayer, count: int) -> dict[int, AttentionConfig]:
     """The attention of each named layer of a stack of `count` layers."""
     if isinstance(by_layer, AttentionConfig):
-        return dict.fromkeys(range(count), by_layer)
+        return dict(enumerate(by_layer.for_layers(count)))
     if not isinstance(by_layer, Mapping):
         raise ConfigError(
             f"Expected an AttentionConfig or a mapping from layers to AttentionConfig, got {by_layer!r}."
@@ -107,12 +107,12 @@ def spread_layers(by_layer: ByLayer, count: int) -> dict[int, AttentionConfig]:
         if not isinstance(config, AttentionConfig):
             raise ConfigError(f"Layer {key!r}: expected an AttentionConfig, got {config!r}.")
         rank, layers = read_layers(key, count)
-        for layer in layers:
+        for layer, one in zip(layers, config.for_layers(len(layers)), strict=True):
             old = chosen.get(layer, (-1, None))[0]
             if old == rank:
                 raise ConfigError(f"Layer {layer} is given twice, the second time by {key!r}.")
             if rank > old:
-                chosen[layer] = rank, config
+                chosen[layer] = rank, one
     return {layer: config for layer, (_, config) in chosen.items()}
 
 
@@ -124,4 +124,4 @@ def only(config: AttentionConfig, layers: Sequence[int] | int | str | None) -> B
         return {layers: config}
     if not layers:
         raise ConfigError("`layers` is empty, so there is nothing to convert. Leave it out for all layers.")
-    return dict.fromkeys(layers, config)
+    return dict(zip(layers, config.for_layers(len(layers)), strict=True))

@@ -168,10 +168,21 @@ def _pixel_values(
             raise DataError(f"Row {index}, image column {column!r}: {error}") from error
     if processor is None:
         return [(2 * _resized(array, image_size) - 1).astype("float32") for array in arrays]
-    rgb = [np.broadcast_to((array * 255).round().astype("uint8"), (3, *array.shape[1:])) for array in arrays]
-    channels_last = [np.ascontiguousarray(array.transpose(1, 2, 0)) for array in rgb]
+    channels_last = [_rgb(array) for array in arrays]
     inputs = processor(images=channels_last, input_data_format="channels_last", return_tensors="np")
     return list(np.asarray(inputs["pixel_values"], dtype="float32"))
+
+
+def rgb_of(image: Any) -> np.ndarray:
+    """An image of a row as RGB of 8 bits, [H, W, 3]: a `datasets.Image`, or numbers; DataError if it is none."""
+    return _rgb(_unit_array(image, None, 255))
+
+
+def _rgb(array: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    channels = np.broadcast_to((array * 255).round().astype("uint8"), (3, *array.shape[1:]))
+    return np.ascontiguousarray(channels.transpose(1, 2, 0))
 
 
 def _unit_array(image: Any, mode: str | None, white: int) -> np.ndarray:
@@ -179,7 +190,7 @@ def _unit_array(image: Any, mode: str | None, white: int) -> np.ndarray:
     import numpy as np
 
     if isinstance(image, dict) and {"bytes", "path"} <= image.keys():
-        return read_image(_bytes_of(image), mode=mode)
+        return read_image(bytes_of(image), mode=mode)
     if not isinstance(image, (list, np.ndarray)):
         raise DataError(f"it has {shown(image)}, where an image is needed.")
     try:
@@ -203,13 +214,13 @@ def _unit_array(image: Any, mode: str | None, white: int) -> np.ndarray:
     return array / top
 
 
-def _bytes_of(image: Mapping[str, Any]) -> bytes:
-    """The encoded image: in the row, in a file that it names, or behind an address of the Hub."""
+def bytes_of(image: Mapping[str, Any], what: str = "image") -> bytes:
+    """The encoded image or sound: in the row, in a file that it names, or behind an address of the Hub."""
     data, path = image["bytes"], image["path"]
     if data is not None:
         return data
     if path is None:
-        raise DataError("it has no image: neither bytes nor a path.")
+        raise DataError(f"it has no {what}: neither bytes nor a path.")
     try:
         if "://" in path:
             import fsspec
@@ -217,16 +228,16 @@ def _bytes_of(image: Mapping[str, Any]) -> bytes:
             kinds = {part.partition("://")[0].lower() for part in path.split("::") if "://" in part}
             if not kinds <= _HERE:
                 raise DataError(
-                    f"the image lies at {without_secrets(path)!r}, and images are read from files and from the Hub. "
+                    f"the {what} lies at {without_secrets(path)!r}, and {what}s are read from files and from the Hub. "
                     "Download it, and name the file."
                 )
             with fsspec.open(path, "rb") as file:
                 return file.read()
         if not Path(path).is_file():
-            raise DataError(f"there is no image file {path!r}.")
+            raise DataError(f"there is no {what} file {path!r}.")
         return Path(path).read_bytes()
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"the image {path!r} cannot be read: {error}") from error
+        raise DataError(f"the {what} {path!r} cannot be read: {error}") from error
 
 
 def _resized(array: np.ndarray, size: int | None) -> np.ndarray:

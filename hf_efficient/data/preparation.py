@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, did_you_mean, shown, unknown_name
 from .images import image_settings, undecoded
+from .media import BATCH, check_processor, encoded, media_settings
 from .tables import FORMATS, place_of, read_table
 from .tasks import ROLES, TASKS, Task, column_name
 from .text import IGNORED, check_tokenizer
@@ -66,12 +67,14 @@ def prepare(
     - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
       word carries its label, all others -100.
     - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every epoch, in `test` once.
+    - image-text-to-text: image and question in, `target_column` out, labels -100 before it; see data/media.py.
+    - automatic-speech-recognition and speech-ctc: `audio_column` in, `target_column` out; see data/sounds.py.
     - question-answering: rows as in SQuAD. A context that is too long is cut at its end, without a second part that
       begins later; an answer that is not in what is left has the positions 0.
 
     Parameters:
-        processor: the tokenizer, or for images an AutoImageProcessor or None. A tokenizer without a padding token
-            gets its end-of-sequence token as one.
+        processor: the tokenizer; for images an AutoImageProcessor or None; for both, or for sounds, an AutoProcessor.
+            A tokenizer without a padding token gets its end-of-sequence token as one.
         names: the columns, as `<role>_column` for each of `tasks.ROLES` (`text_column="review"`); those that are not
             named are found by their usual names.
         max_length: in tokens; by default what the tokenizer says, at most 512.
@@ -89,19 +92,35 @@ def prepare(
     columns = _columns(dataset, entry, {arguments[name]: column for name, column in names.items()})
     is_by_word = "tokens" in columns
     classes, ids = _classes(dataset, columns["label"], is_by_word) if "label" in columns else ((), {})
-    settings: dict[str, Any] = {"columns": columns, "ids": ids}
-    if entry.is_of_images:
-        dataset, batch_size = undecoded(dataset, columns["image"]), 100
-        settings |= image_settings(dataset, columns["image"], processor, image_size)
-    else:
-        settings |= _text_settings(processor, max_length)
-        check_tokenizer(task, entry.needs, processor)
-        batch_size = 1000
+    dataset, settings, batch_size = _reading(dataset, task, columns, ids, processor, (max_length, image_size))
     train = _map(dataset["train"], entry.tokenize, settings, batch_size)
     test = _map(dataset["test"], entry.tokenize_test or entry.tokenize, settings, batch_size)
     if not len(train) or not len(test):
         raise DataError(f"No tokens are left of the {'test' if len(train) else 'train'} split: its texts are empty.")
     return PreparedData(train, test, entry.collate(processor), len(classes) or None, classes, task)
+
+
+def _reading(
+    dataset: Mapping[str, Dataset], task: str, columns: dict, ids: dict, processor: Any, sizes: tuple
+) -> tuple[Mapping[str, Dataset], dict[str, Any], int]:
+    """The rows as they are stored, the arguments of the function that makes inputs of them, and how many at once.
+
+    `sizes`: max_length and image_size as they were given.
+    """
+    settings: dict[str, Any] = {"columns": columns, "ids": ids}
+    entry, (max_length, image_size) = TASKS[task], sizes
+    if entry.reads:
+        check_processor(processor, entry.reads)
+        dataset = encoded(dataset, columns["image" if "image" in columns else "audio"])
+        settings |= {"processor": processor, "folder": os.path.dirname(_source(dataset["train"]) or "")}
+        settings |= {"max_length": _text_settings(processor.tokenizer, max_length)["max_length"]}
+        return dataset, settings | media_settings(dataset, entry.tokenize, settings), BATCH
+    if entry.is_of_images:
+        dataset = undecoded(dataset, columns["image"])
+        return dataset, settings | image_settings(dataset, columns["image"], processor, image_size), 100
+    settings |= _text_settings(processor, max_length)
+    check_tokenizer(task, entry.needs, processor)
+    return dataset, settings, 1000
 
 
 def check_labels(model_config: Any, prepared: PreparedData) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import images, text
+from . import images, media, text
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ ROLES: dict[str, Role] = {
     "label": Role(("label", "labels", "category")),
     "target": Role(("target", "summary", "output"), "Output text of seq2seq."),
     "image": Role(("image", "img")),
+    "audio": Role(("audio", "sound", "speech"), "Paths, or sounds, for automatic-speech-recognition.", is_rare=True),
     "tokens": Role(("tokens", "words"), "Lists of words, for token-classification.", is_rare=True),
     "question": Role(("question",), "For question-answering.", is_rare=True),
     "context": Role(("context",), "The text that holds the answer.", is_rare=True),
@@ -57,10 +58,13 @@ class Task:
         columns: the roles that it reads. optional: those that it reads where they are named.
         auto_class: the Auto class that loads its model.
         kind: what is a target: `examples` (a class for each), `tokens` (a label for each token), `causal_lm` (the
-            next token), `spans` (the first and the last token of an answer), `embeddings` (no head: pairs of texts).
-        metric: the main score: accuracy, perplexity, or the one of its kind.
+            next token), `spans` (the first and the last token of an answer), `embeddings` (no head: pairs of texts),
+            `ctc` (a text, whose tokens come in their order at times of their own).
+        metric: the main score: accuracy, perplexity, wer (word error rate of what is heard), or the one of its kind.
         tokenize, tokenize_test: a batch of rows to model inputs; the second for the test split, default the first.
         collate: processor -> what pads a list of samples into a batch.
+        reads: the part of an AutoProcessor that reads beside its tokenizer: `image_processor` or `feature_extractor`;
+            empty where a tokenizer, or for images alone an image processor, is all there is.
         needs: of a tokenizer: `mask_token`, `offsets`, `right_padding`.
         heads: endings of the names of its model classes, beside the one that the Auto class says.
         usual: names that are tried for a role in the place of those of `ROLES`.
@@ -78,6 +82,7 @@ class Task:
     collate: Callable[[Any], Callable]
     tokenize_test: Callable[..., dict] | None = None
     optional: tuple[str, ...] = ()
+    reads: str = ""
     needs: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     usual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -89,7 +94,13 @@ class Task:
 
     @property
     def is_of_images(self) -> bool:
-        return "image" in self.columns
+        """Whether it reads images alone."""
+        return "image" in self.columns and not self.reads
+
+    @property
+    def processor_class(self) -> str:
+        """The Auto class of what prepares its inputs."""
+        return "AutoProcessor" if self.reads else "AutoImageProcessor" if self.is_of_images else "AutoTokenizer"
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -198,5 +209,42 @@ TASKS: dict[str, Task] = {
         needs=("offsets", "right_padding"),
         sample='"A question?", "A text that answers it."',
         call=("print(model(**inputs).start_logits.argmax().item())",),
+    ),
+    "image-text-to-text": Task(
+        columns=("image", "text", "target"),
+        usual={"text": ("text", "question"), "target": ("target", "answer", "output")},
+        auto_class="AutoModelForImageTextToText",
+        kind="causal_lm",
+        metric="perplexity",
+        tokenize=media.describe,
+        collate=media.Padding,
+        reads="image_processor",
+        sample='images=image, text="<image> A question?"',
+        call=GENERATED,
+    ),
+    "automatic-speech-recognition": Task(
+        columns=("audio", "target"),
+        usual={"target": ("text", "sentence", "transcription", "target")},
+        auto_class="AutoModelForSpeechSeq2Seq",
+        kind="tokens",
+        metric="wer",
+        tokenize=media.transcribe,
+        collate=media.Padding,
+        reads="feature_extractor",
+        sample="sound, sampling_rate=16_000",
+        call=GENERATED,
+    ),
+    "speech-ctc": Task(
+        columns=("audio", "target"),
+        usual={"target": ("text", "sentence", "transcription", "target")},
+        auto_class="AutoModelForCTC",
+        kind="ctc",
+        metric="wer",
+        tokenize=media.transcribe,
+        collate=media.Padding,
+        reads="feature_extractor",
+        hub_name="automatic-speech-recognition",
+        sample="sound, sampling_rate=16_000",
+        call=("print(processor.batch_decode(model(**inputs).logits.argmax(-1)))",),
     ),
 }

@@ -21,7 +21,7 @@ NO_ANSWER = 0  # the position of an answer that is not in the text: the first to
 
 
 def classify(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    texts = [_strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
+    texts = [strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
     labels = [ids[value] for value in batch[columns["label"]]]
     if len(texts) == 1:
         return _truncated(tokenizer, max_length, text=texts[0]) | {"labels": labels}
@@ -29,7 +29,7 @@ def classify(batch: dict, indices: list[int], *, columns: dict, ids: dict, token
 
 
 def translate(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    sources, targets = (_strings(batch, indices, columns[role]) for role in ("text", "target"))
+    sources, targets = (strings(batch, indices, columns[role]) for role in ("text", "target"))
     labels = _truncated(tokenizer, max_length, text_target=targets)["input_ids"]
     return _truncated(tokenizer, max_length, text=sources) | {"labels": labels}
 
@@ -60,16 +60,16 @@ def fill_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, toke
 
 def embed(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     """Each text of a pair is a row of its own; blank ones are left out."""
-    sides = [_strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
+    sides = [strings(batch, indices, columns[role]) for role in ("text", "text_pair") if role in columns]
     texts = [text for row in zip(*sides, strict=True) for text in row if text.strip()]
     return _truncated(tokenizer, max_length, text=texts)
 
 
 def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     """Two rows with the same number `pair` for each pair; without a column of pairs the two halves of each text."""
-    texts = _strings(batch, indices, columns["text"])
+    texts = strings(batch, indices, columns["text"])
     if "text_pair" in columns:
-        rows = list(zip(texts, _strings(batch, indices, columns["text_pair"]), strict=True))
+        rows = list(zip(texts, strings(batch, indices, columns["text_pair"]), strict=True))
     else:
         middles = [len(text) // 2 for text in texts]  # cut at the first space behind it or, without one, there
         cuts = [max(text.find(" ", middle), middle) for text, middle in zip(texts, middles, strict=True)]
@@ -104,7 +104,7 @@ def tag(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer:
 
 def answer(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     """The first and the last token of the first answer; `NO_ANSWER` where there is none, or it was cut away."""
-    questions, contexts = (_strings(batch, indices, columns[role]) for role in ("question", "context"))
+    questions, contexts = (strings(batch, indices, columns[role]) for role in ("question", "context"))
     options = {"truncation": "only_second", "max_length": max_length, "return_offsets_mapping": True}
     try:
         encoded = tokenizer(questions, contexts, **options)
@@ -194,7 +194,7 @@ def _truncated(tokenizer: Any, max_length: int, **texts: list[str]) -> dict[str,
 def _pack(batch: dict, indices: list[int], column: str, tokenizer: Any, max_length: int) -> list[list[int]]:
     """The documents joined, each closed by the end-of-sequence token if there is one, cut into blocks."""
     tokens: list[int] = []
-    for text in _strings(batch, indices, column):
+    for text in strings(batch, indices, column):
         document = tokenizer(text, verbose=False)["input_ids"] if text.strip() else []
         ends = tokenizer.eos_token_id is None or not document or document[-1] == tokenizer.eos_token_id
         tokens += document if ends else [*document, tokenizer.eos_token_id]
@@ -253,7 +253,8 @@ def _span_of_tokens(
     return (shared[0], shared[-1]) if shared else (NO_ANSWER, NO_ANSWER)
 
 
-def _strings(batch: dict, indices: list[int], column: str) -> list[str]:
+def strings(batch: dict, indices: list[int], column: str) -> list[str]:
+    """The texts of a column; DataError for a row that has none."""
     for index, value in zip(indices, batch[column], strict=True):
         if not isinstance(value, str):
             raise DataError(f"Row {index} has {value!r} in the text column {column!r}, where a string is needed.")

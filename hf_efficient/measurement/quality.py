@@ -18,6 +18,8 @@ sqrt(b + c - (b - c)^2 / n) / n, where b and c count the samples that only one o
 the ratio estimator's with perplexity * (s_i - r w_i) of the second model minus that of the first in the sum, for the
 accuracy over tokens the same without that factor.
 
+Of speech the totals are word errors and words (`speech`); its loss is that of the tokens, given those before them.
+
 An answer is right if its first and its last token are; an embedding, if the nearest is that of its own pair
 (`retrieval`).
 """
@@ -33,13 +35,14 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import TASKS, Task
 from ..errors import DataError, UnsupportedModelError, check_positive, unknown_name
-from ..models.heads import auto_class_of_architecture
+from ..models.heads import auto_class_of_architecture, decoder_inputs
 from ..models.modes import evaluating
 from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from .retrieval import PAIR, find_pairs
 from .scores import check_metrics, further_scores, load_metrics
+from .speech import ctc_losses, decoder_of, score_texts
 
 _LABELS = ("labels", "start_positions", "end_positions", PAIR)
 _SPAN = 1 << 32
@@ -51,9 +54,9 @@ class Evaluation:
 
     Parameters:
         loss, correct, count: `[n]` summed negative log-likelihood (of embeddings 1 - 1 / rank), right predictions and
-            targets of each sample.
+            targets of each sample; of speech word errors and words.
         predictions, targets: `[total targets]` class or token ids, sample after sample; of embeddings the nearest and
-            the own pair; of an answer start * 2^32 + end.
+            the own pair; of an answer start * 2^32 + end; of speech a digest of each text.
     """
 
     quality: Quality
@@ -132,6 +135,10 @@ def evaluate_quality(
         if TASKS[task].kind == "embeddings":
             losses, nearest = find_pairs(*_embeddings(model, loader, pooling))
             rows = [_one(*each, pair) for pair, each in enumerate(zip(losses, nearest, strict=True))]
+        elif TASKS[task].metric == "wer":
+            decode = decoder_of(collator)
+            batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
+            return _speech(task, [row for batch in batches for row in _score_speech(model, batch, task, decode)])
         else:
             batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
             rows = [row for batch in batches for row in _score_batch(model, batch, TASKS[task])]
@@ -146,6 +153,31 @@ def evaluate_quality(
         further = further_scores(metrics, predictions, targets, count, config.num_labels)
         scores += tuple(score for score in further if score.name not in known)
     return Evaluation(Quality(task, len(count), int(count.sum()), scores), loss, correct, count, predictions, targets)
+
+
+def _score_speech(model: Any, batch: Mapping[str, Any], task: str, decode: Callable) -> list[tuple]:
+    """(loss sum, tokens, word errors, words, digest heard, digest said) of each sample."""
+    if "labels" not in batch:
+        raise DataError(f"The batch has no 'labels', only {', '.join(sorted(batch))}. Give texts of what is said.")
+    inputs, labels = inputs_of(model, batch), batch["labels"].to(next(model.parameters()).device)
+    if TASKS[task].kind == "ctc":
+        logits = model(**inputs).logits
+        _check_labels(labels[labels != IGNORED], logits.shape[-1], "tokens of its output")
+        losses, tokens = ctc_losses(model, inputs, logits, labels)
+        told = list(zip(losses.cpu(), tokens.cpu(), strict=True))
+    else:
+        logits, told = None, [row[:3:2] for row in _score_batch(model, batch, TASKS[task])]
+    texts = score_texts(model, inputs, logits, labels, decode)
+    return [(*loss, *(torch.tensor(number) for number in text)) for loss, text in zip(told, texts, strict=True)]
+
+
+def _speech(task: str, rows: list[tuple]) -> Evaluation:
+    loss, tokens, errors, words = (torch.stack([row[i] for row in rows]).double() for i in range(4))
+    heard, said = (torch.stack([row[i] for row in rows]) for i in (4, 5))
+    if not words.sum() or not tokens.sum():
+        raise DataError("Nothing is said in any of the texts. Give samples with words.")
+    scores = Score("wer", *mean_and_error(errors, words), False), Score("loss", *mean_and_error(loss, tokens), False)
+    return Evaluation(Quality(task, len(rows), int(words.sum()), scores), loss, errors, words, heard, said)
 
 
 def _embeddings(model: Any, loader: Iterable[Mapping[str, Any]], pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +227,7 @@ def _place(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ta
     has_decoder = model.config.is_encoder_decoder
     if has_decoder and "decoder_input_ids" not in inputs:
         labels = from_first(labels)
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     masks = token_masks(inputs | {"labels": labels}, has_decoder=has_decoder)
     return real_labels(labels, list(masks.values())[-1], ahead=int(task.kind == "causal_lm"))
 
@@ -333,7 +365,8 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
     if not same or first.quality.task != second.quality.task:
         raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")
     n = len(first.count)
-    if TASKS[first.quality.task].is_by_token:
+    entry = TASKS[first.quality.task]
+    if entry.is_by_token or entry.metric == "wer":
         change = _pulls(second) - _pulls(first)
         error = (n / (n - 1) * (change**2).sum()).sqrt().item() / first.count.sum().item() if n > 1 else math.nan
     else:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..errors import CheckpointError
@@ -73,8 +74,12 @@ def count_macs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> int:
         torch.ops.aten._int_mm: lambda left, right, *_, **__: 2 * left[0] * left[1] * right[1],
     }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with evaluating(model), counter:
-        model(**inputs)
+    with evaluating(model), parametrize.cached():
+        for module in model.modules():  # the counter fails at weights that are computed, such as those of weight_norm
+            for name in module.parametrizations if parametrize.is_parametrized(module) else ():
+                getattr(module, name)
+        with counter:
+            model(**inputs)
     return counter.get_total_flops() // 2
 
 

@@ -12,6 +12,7 @@ from ..errors import ConfigError, DataError, UnsupportedModelError, check_positi
 from .registry import token_limit
 
 MAX_NUMBERS = 1 << 31  # of one input
+SAMPLES = 16_000  # a second of sound, for models that read it as it is
 
 # These heads shift `input_ids` into the decoder themselves.
 _OWN_DECODER_INPUT = ("ForSequenceClassification", "ForQuestionAnswering")
@@ -25,8 +26,9 @@ def dummy_inputs(
     Tokens: random ordinary ids `[batch_size, sequence_length]`, nothing padded; encoders, decoders (prefill) and
     encoder-decoders alike read all of them. An encoder-decoder gets one decoder token, so what is timed is reading the
     input and making the first output token. Images: `[batch_size, channels, height, width]` of the config's
-    `image_size`, and sound `[batch_size, num_mel_bins, frames]` of the length that the model is made for;
-    `sequence_length` has no meaning for them. A model that takes texts and images (CLIP) gets both.
+    `image_size`, and sound `[batch_size, num_mel_bins, frames]` of the length that the model is made for, or a second
+    of samples; `sequence_length` has no meaning for them. A model that takes texts and images gets both: CLIP apart,
+    LLaVA the tokens of the image in front of those of the text.
 
     Raises:
         ConfigError: a size below 1, more tokens than the model has positions for, or more numbers than 2**31.
@@ -39,6 +41,10 @@ def dummy_inputs(
         inputs = _tokens(model, batch_size, sequence_length, generator)
         if "pixel_values" in inspect.signature(model.forward).parameters:
             inputs |= _pixels(model, batch_size, generator)
+            _put_image_tokens(model, inputs)
+    elif model.main_input_name == "input_values":
+        inputs = {"input_values": torch.randn(batch_size, SAMPLES, generator=generator).to(model.dtype)}
+        _check_numbers(batch_size, SAMPLES)
     elif model.main_input_name == "pixel_values":
         inputs = _pixels(model, batch_size, generator)
     elif model.main_input_name == "input_features":
@@ -46,7 +52,7 @@ def dummy_inputs(
     else:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes {model.main_input_name!r}; dummy inputs are made for 'input_ids', "
-            "'pixel_values' and 'input_features'. Time it with compare_latency and inputs of your own."
+            "'pixel_values', 'input_features' and 'input_values'. Time it with compare_latency and inputs of your own."
         )
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -78,6 +84,24 @@ def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Gener
         if "decoder_input_ids" in names and not type(model).__name__.endswith(_OWN_DECODER_INPUT):
             inputs["decoder_input_ids"] = torch.full((batch_size, 1), config.decoder_start_token_id)
     return inputs
+
+
+def _put_image_tokens(model, inputs: dict[str, torch.Tensor]) -> None:
+    """A model that reads images among its tokens (LLaVA) wants as many image tokens as it makes of an image, here in
+    front of the text. CLIP reads them apart."""
+    token = next((getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")), None)
+    if token is None or not hasattr(model, "get_image_features"):
+        return
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=inputs["pixel_values"].to(device))
+    features = getattr(features, "pooler_output", features)
+    parts = features if isinstance(features, (list, tuple)) else [features]
+    rows = inputs["input_ids"].shape[0]
+    tokens = torch.full((rows, sum(part.shape[:-1].numel() for part in parts) // rows), token)
+    text = inputs["input_ids"].masked_fill(inputs["input_ids"] == token, token - 1 if token else 1)
+    inputs["input_ids"] = torch.cat([tokens, text], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
 
 def _sound(model, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

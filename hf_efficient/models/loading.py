@@ -126,15 +126,22 @@ def auto_class_of(name: str | Path, *, trust_remote_code: bool = False) -> str:
     return auto_class
 
 
-def load_processor(name: str | Path, *, images: bool, trust_remote_code: bool = False) -> Any:
-    """The tokenizer or image processor that comes with a model; None for a folder of an image model that has none."""
+def load_processor(
+    name: str | Path, *, images: bool = False, whole: bool = False, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer or image processor that comes with a model; None for a folder of an image model that has none.
+
+    `whole`: the AutoProcessor, with all its parts.
+    """
     folder = _folder(name)
     if folder is not None:
         if images and not (folder / "preprocessor_config.json").is_file():
             return None
         check_links(folder)
-        check_processor(folder, images)
+        for is_of_images in {images, whole} if whole else {images}:
+            check_processor(folder, is_of_images)
     auto = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+    auto = transformers.AutoProcessor if whole else auto
     return _load(auto, name, trust_remote_code=trust_remote_code)
 
 

@@ -5,6 +5,7 @@ apply_block(model, EfficientBlock.from_dict(config.efficient))    # in the __ini
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,17 +19,24 @@ from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .family import CONVERT, FFN, Attention
 from .linears import num_inputs, num_outputs, resize_linear
+from .merging import merge_layers
 from .registry import family_of
 from .stacks import ConfigStack, ModelStack, model_stacks
+
+MERGING = "merging"
 
 
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
+        wanted = _with_merging(block.stack(stack.name), stack.name)
         for index in range(len(stack.layers)):
             if block.is_converted():
                 _say_what_is_known(stack, index)
-            _apply_to_layer(stack, index, block.stack(stack.name))
+            _apply_to_layer(stack, index, wanted)
+        if any(config.kind == MERGING for config in wanted.attention):
+            tokens = [config.merged_tokens for config in wanted.attention]
+            merge_layers(stack.layers, stack.entry.attention, tokens, wanted.attention[0].protected_tokens)
         entry = stack.entry
         if (
             stack.family.relative_bias
@@ -46,6 +54,26 @@ def _say_what_is_known(stack: ModelStack, index: int) -> None:
             setattr(module, CAUSAL, kind == "heads" and stack.is_causal)
         if attention.biased:
             setattr(module, BIASED, True)
+
+
+def _with_merging(entry: StackBlock, name: str) -> StackBlock:
+    """In a stack where any layer merges tokens all layers count with their sizes: those that are full merge none.
+
+    Raises:
+        ConfigError: layers of another kind, or of several numbers of protected tokens.
+    """
+    merging = [config for config in entry.attention if config.kind == MERGING]
+    if not merging:
+        return entry
+    settings = {config.protected_tokens for config in merging}
+    others = {config.kind for config in entry.attention} - {MERGING, "full"}
+    if others or len(settings) > 1 or None in settings or not all(type(one.merged_tokens) is int for one in merging):
+        raise ConfigError(
+            f"efficient.stacks.{name}.attention: layers that merge tokens can stand beside full ones alone, each with "
+            f"a number of merged_tokens and all with the same protected_tokens; got {sorted(others) or settings}."
+        )
+    none = replace(merging[0], merged_tokens=0)
+    return replace(entry, attention=tuple(none if one.kind == "full" else one for one in entry.attention))
 
 
 def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:

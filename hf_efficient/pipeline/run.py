@@ -55,7 +55,8 @@ class Run:
         model, images = self.recipe.model, self.task.is_of_images
         name = model.name_or_path or model.tokenizer
         if name is not None:
-            return load_processor(name, images=images, trust_remote_code=model.trust_remote_code)
+            whole = bool(self.task.reads)
+            return load_processor(name, images=images, whole=whole, trust_remote_code=model.trust_remote_code)
         if images:
             return None
         if (self.teacher_folder / "tokenizer.json").is_file():  # of a run that goes on
@@ -91,7 +92,7 @@ class Run:
         """The Auto class that loads what `save` writes beside the model, if anything."""
         if self.processor is None:
             return None
-        return "AutoImageProcessor" if self.task.is_of_images else "AutoTokenizer"
+        return self.task.processor_class
 
     @property
     def auto_class(self) -> str:
@@ -151,7 +152,7 @@ class Run:
     def processor_for(self, model: PreTrainedModel) -> Any:
         """The processor; a tokenizer goes along with a model that was extended to longer inputs."""
         limit = token_limit(model.config)
-        if self.task.is_of_images or limit == token_limit(self.config):
+        if self.task.is_of_images or self.task.reads or limit == token_limit(self.config):
             return self.processor
         tokenizer = copy.deepcopy(self.processor)
         tokenizer.model_max_length = limit

@@ -62,6 +62,10 @@ class ModelSettings(Settings):
         named = self.tokenizer is not None or self.tokenizer_size is not None
         if named and TASKS[task].is_of_images:
             raise ConfigError(f"model.tokenizer and model.tokenizer_size have no meaning for task {task!r}.")
+        if TASKS[task].reads and self.config is not None:
+            raise ConfigError(
+                f"model.config: task {task!r} needs an existing model with its processor: give name_or_path instead."
+            )
         if self.config is not None and not named and not TASKS[task].is_of_images:
             raise ConfigError(
                 "model.tokenizer or model.tokenizer_size must be given, as a fresh model has no tokenizer: a Hub id, "

@@ -215,7 +215,9 @@ def _read_layers(section: dict[str, Any], path: str) -> dict[int | str, Attentio
         key: _read_config(value, f"{path}.{key}") for key, value in section.items()
     }
     try:
-        spread_layers(configs, MAX_LAYERS)  # how many layers there are is not known yet; the form of the keys is
+        spread_layers(
+            dict.fromkeys(configs, AttentionConfig()), MAX_LAYERS
+        )  # how many layers there are is not known yet; the form of the keys is
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return configs

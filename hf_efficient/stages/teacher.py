@@ -89,7 +89,7 @@ def original(run: Run, prepared: "PreparedData") -> "PreTrainedModel":
         options |= labels | {"new_head": True}
     model = load_model(run.auto_class, source.name_or_path, **options)
     if model.config.pad_token_id is None and not run.task.is_of_images:
-        model.config.pad_token_id = run.processor.pad_token_id
+        model.config.pad_token_id = getattr(run.processor, "tokenizer", run.processor).pad_token_id
     if block_of(model.config).kept_layers:  # it is the original now, and has all of its layers
         model.config.efficient = replace(block_of(model.config), kept_layers={}).to_dict()
     return model

@@ -100,6 +100,11 @@ def head_of(model: nn.Module) -> Head:
             "ForMaskedLM, ForCausalLM, ForSeq2SeqLM, ForSpeechSeq2Seq or ForImageClassification; or, for embeddings, "
             "an encoder or decoder with AutoModel (T5EncoderModel for T5)."
         )
+    if kind == "ctc":
+        raise UnsupportedModelError(
+            f"{type(base).__name__} cannot be distilled: its outputs belong to frames, and which frame says what is "
+            "not known (CTC). It can be pruned, converted and measured (task speech-ctc)."
+        )
     if kind == "causal_lm" and len(stacks) == 2:
         kind = "tokens"
     is_decoder = is_known(base.config) and [stack.name for stack in Anatomy.of(base).stacks] == ["decoder"]

@@ -65,7 +65,7 @@ def scores(length: int) -> int:
 
 def test_every_kind_has_its_settings():
     ours = {kind for kind, variant in ATTENTIONS.items() if variant.__module__.startswith("hf_efficient.")}
-    assert set(KINDS) == ours
+    assert set(KINDS) == ours - {"merging"}  # softmax over the tokens that are left
 
 
 @pytest.mark.processes

@@ -77,8 +77,8 @@ def test_sizes_are_checked(sizes):
 
 def test_other_inputs_are_refused():
     model = bert_classifier()
-    model.main_input_name = "input_values"
-    with pytest.raises(UnsupportedModelError, match="input_values"):
+    model.main_input_name = "input_frames"
+    with pytest.raises(UnsupportedModelError, match="input_frames"):
         dummy_inputs(model, 1, 8)
 
 

@@ -63,7 +63,10 @@ class DataArguments(_Columns):
     def load_processor(self) -> Any:
         """The teacher's tokenizer or image processor; without one, the student's."""
         return load_processor(
-            self.source, images=TASKS[self.task].is_of_images, trust_remote_code=self.trust_remote_code
+            self.source,
+            images=TASKS[self.task].is_of_images,
+            whole=bool(TASKS[self.task].reads),
+            trust_remote_code=self.trust_remote_code,
         )
 
     def load_teacher(self) -> PreTrainedModel:

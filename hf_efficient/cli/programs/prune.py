@@ -94,7 +94,8 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     """
     folder = check_empty(script.output_dir)
     trust = {"trust_remote_code": script.trust_remote_code}
-    processor = load_processor(script.model, images="image" in TASKS[script.task].columns, **trust)
+    entry = TASKS[script.task]
+    processor = load_processor(script.model, images=entry.is_of_images, whole=bool(entry.reads), **trust)
     names = ("seed", "limit", "test_fraction", "label_column")
     splits = load_dataset_any(script.dataset, **{name: getattr(script, name) for name in names})
     columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}

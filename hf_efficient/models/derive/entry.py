@@ -225,7 +225,10 @@ def _make_stack(
     why = found.why
     ffns: dict[str, FFN] = {}
     try:
-        runs = [first if layer is first.layer else LayerRun(model, layer, inputs) for layer in layers]
+        unlike = {_shapes(layer): layer for layer in (*reversed(layers), first.layer)}.values()
+        runs = [
+            first if layer is first.layer else LayerRun(model, layer, inputs) for layer in layers if layer in unlike
+        ]
         ffns = {ffn.kind: ffn for ffn in find_ffns(runs, found.attention)}
     except NotDerivable as reason:
         why[NEURONS] = str(reason)
@@ -251,6 +254,11 @@ def _make_stack(
     for ability, reason in why.items():
         stack = stack.without(ability, reason)
     return stack, norm
+
+
+def _shapes(layer: nn.Module) -> tuple:
+    """What layers that are built alike have in common."""
+    return (type(layer), *((name, *parameter.shape) for name, parameter in layer.named_parameters()))
 
 
 def _measurable(layer: LayerRun, found: Found) -> Attention:

@@ -11,6 +11,7 @@ from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.cutting import cut_units
 from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.inputs import tiny_inputs
+from hf_efficient.models.derive.observe import differs
 from hf_efficient.models.derive.roles import Heads, other_numbers
 from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from hf_efficient.models.family import Attention
@@ -73,3 +74,10 @@ def test_a_number_that_has_another_value_in_the_real_model_is_none_of_heads():
     assert fitted(family, model).why_not("heads") is None
     model.decoder.layers[1].self_attn.num_heads = 5
     assert dict(fitted(family, model).stacks[0].refusals)["heads"] == OTHERWISE
+
+
+def test_what_no_token_reaches_stays_the_same():
+    """The audio half of a layer, where a text has no audio."""
+    nothing = torch.zeros(0, 3)
+    assert not differs(nothing, nothing) and not differs(None, nothing)
+    assert differs(torch.ones(1, 3), torch.zeros(1, 3))
