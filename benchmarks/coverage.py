@@ -8,6 +8,18 @@
 Each type is tried in a process of its own: its default config made small, its plain model and the most important one
 with a head; attention converted, heads, neurons and layers pruned, each result saved and loaded again and compared.
 `--processes` of them run side by side. A type says why it cannot do what it cannot.
+
+Some default configs are those of no model: they do not build, or say nothing where a number must be said. With
+`--configs FILE.jsonl` such types are tried with a config of that file, made small by the same rules, and their row
+says `"config": "given"` instead of "default". A line is one JSON object with
+
+    model_type    as in the config classes of transformers
+    config        the fields of a config of that type
+    inputs        optional, by the name of a model class and then of a parameter: inputs for that class, built from
+                  exactly this config, taken where none can be made by rule: {"shape": [2, 9], "dtype": "int64",
+                  "min": 0, "max": 99} for random numbers (without min and max normal ones), or with all "values"
+
+and whatever else it has is not read. Of several lines of one type the first counts.
 """
 
 import argparse
@@ -27,7 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -35,10 +47,13 @@ from hf_efficient import AttentionConfig, PruningConfig, convert_attention, prun
 from hf_efficient.errors import HfEfficientError
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive.compare import distance, outputs_of
+from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.inputs import tiny_inputs
-from hf_efficient.models.derive.tiny import model_classes, tiny_config, tiny_model
+from hf_efficient.models.derive.proof import prove
+from hf_efficient.models.derive.tiny import NotTinyError, first_tiny, model_classes, tiny_model
 from hf_efficient.models.family import ABILITIES
 from hf_efficient.models.heads import auto_class_of_architecture
+from hf_efficient.models.registry import remember
 
 HEAD_CLASSES = (
     "ForCausalLM",
@@ -79,17 +94,24 @@ class _Named:
         self.model_type = model_type
 
 
-def try_type(model_type: str) -> dict:
-    row: dict = {"type": model_type, "abilities": {}, "why": {}, "seconds": 0.0}
+def try_type(model_type: str, given: dict | None = None) -> dict:
+    """The row of a type: what its default config gives, else what the given one does."""
+    row: dict = {"type": model_type, "config": "default", "abilities": {}, "why": {}, "seconds": 0.0}
     start = time.perf_counter()
     try:
-        config = tiny_config(CONFIG_MAPPING[model_type]())
-        model = tiny_model(config)
-        inputs = tiny_inputs(model)
+        try:
+            model, inputs = _running(CONFIG_MAPPING[model_type](), {})
+        except Exception:
+            if given is None:
+                raise
+            model, inputs = _running(CONFIG_MAPPING[model_type].from_dict(given["config"]), given.get("inputs", {}))
+            row["config"] = "given"
         outputs_of(model, inputs)
     except Exception as error:
         row["why"]["model"] = _said(error)
         return row
+    row["built_seconds"] = round(time.perf_counter() - start, 2)
+    start = time.perf_counter()
     row["class"] = type(model).__name__
     row["has_attention"] = any("attn" in name or "attention" in name for name, _ in model.named_modules())
     try:
@@ -104,8 +126,8 @@ def try_type(model_type: str) -> dict:
     row["whole"] = not family.left_out and not any(stack.why_not("convert") for stack in family.stacks)
     for stack in family.stacks:
         row["why"] |= {f"{stack.name}.{ability}": why for ability, why in stack.refusals}
-    for one in (model, *_head_model(config, type(model))):
-        inputs = tiny_inputs(one)
+    for one in (model, *_head_model(model.config, type(model))):
+        inputs = inputs if one is model else tiny_inputs(one)
         before = outputs_of(one, inputs)
         stacks = Anatomy.of(one).stacks
         for ability in ABILITIES:
@@ -133,6 +155,57 @@ def try_type(model_type: str) -> dict:
                 row["why"].setdefault(ability, f"{type(one).__name__}: {_said(error)}")
     row["total_seconds"] = time.perf_counter() - start
     return row
+
+
+def _running(config: PreTrainedConfig, given: dict) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A tiny model and inputs for it, by rule; else the model of exactly this config with the given inputs."""
+
+    def make(small: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        model = tiny_model(small)
+        return model, tiny_inputs(model)
+
+    try:
+        return first_tiny(config, make)
+    except NotTinyError:
+        model_class = next((one for one in model_classes(config) if one.__name__ in given), None)
+        if model_class is None:
+            raise
+    model = tiny_model(config, model_class)
+    generator = torch.Generator().manual_seed(4)
+    inputs = {
+        name: _tensor(value, generator)
+        for name, value in given[model_class.__name__].items()
+        if isinstance(value, dict)
+    }
+    remember(model.config, prove(make_entry(model, inputs), model, inputs))
+    return model, inputs
+
+
+def _tensor(said: dict, generator: torch.Generator) -> torch.Tensor:
+    dtype, shape = getattr(torch, said["dtype"]), said["shape"]
+    if "values" in said:
+        return torch.tensor(said["values"], dtype=dtype).reshape(shape)
+    if "min" in said:
+        return torch.randint(int(said["min"]), int(said["max"]) + 1, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def read_configs(path: Path) -> dict[str, dict]:
+    """The lines of a file of configs, by type.
+
+    Raises:
+        SystemExit: a line is no such object.
+    """
+    lines: dict[str, dict] = {}
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.setdefault(line["model_type"], {"config": line["config"], "inputs": line.get("inputs") or {}})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SystemExit(
+                f"{path}, line {number}: an object with model_type and config is wanted: {error!r}"
+            ) from error
+    return lines
 
 
 def _head_model(config, base: type[PreTrainedModel]) -> list[PreTrainedModel]:
@@ -184,7 +257,7 @@ def _said(error: Exception) -> str:
     return own + " ".join(str(error).split())[:400]
 
 
-def in_child(model_type: str) -> dict:
+def in_child(model_type: str, given: dict | None = None) -> dict:
     """The row of one type; what a child dies of stays its own."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -198,7 +271,7 @@ def in_child(model_type: str) -> dict:
             with os.fdopen(writer, "w") as file, open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), 1)
                 os.dup2(nothing.fileno(), 2)
-                json.dump(try_type(model_type), file)
+                json.dump(try_type(model_type, given), file)
         finally:
             os._exit(0)
     os.close(writer)
@@ -220,6 +293,7 @@ def summary(rows: list[dict]) -> dict[str, int]:
         ),
         "converted whole": sum(bool(row["abilities"].get("convert") and row["whole"]) for row in rows),
         "built": sum("model" not in row["why"] for row in rows),
+        "built from given configs": sum("model" not in row["why"] and row.get("config") == "given" for row in rows),
         "silently wrong": sum(any("silent wrong" in why for why in row["why"].values()) for row in rows),
     }
 
@@ -323,6 +397,7 @@ def read(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--page", type=Path, help="write this page of what is in the output, and try nothing")
+    parser.add_argument("--configs", type=Path, help="a file of configs for types whose default config does not build")
     parser.add_argument("--compare", type=Path, help="an earlier output: say at the end what changed since then")
     return parser.parse_args(words)
 
@@ -338,7 +413,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.processes) as pool:
         known = json.loads(args.output.read_text())["rows"] if args.only and args.output.exists() else []
         rows = [row for row in known if row["type"] not in args.only]  # some types again
-        for row in pool.map(in_child, args.only or types()):
+        given, names = read_configs(args.configs) if args.configs else {}, args.only or types()
+        for row in pool.map(in_child, names, [given.get(name) for name in names]):
             rows.append(row)
             print(row["type"], row["abilities"], round(row.get("total_seconds", 0), 1), flush=True)
     rows.sort(key=lambda row: row["type"])

@@ -19,7 +19,7 @@ from .config import AttentionConfig
 from .engines.parts import full_attention, full_weights, join_masks
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import BIASED, AttentionVariant, HeadShape, Logits, hides_future
+from .variant import BIASED, CAUSAL, AttentionVariant, HeadShape, Logits, hides_future
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
@@ -138,19 +138,19 @@ def efficient_attention_forward(
     with_weights = _weights_wanted(kwargs)
     is_given = attention_mask is not None and attention_mask.ndim == 4
     if is_given or is_biased(module):
-        given = attention_mask, position_bias
-        attention_mask, position_bias, extra["pairs"] = _read_pairs(module, given, query, key, causal)
+        given = attention_mask, position_bias, causal
+        attention_mask, position_bias, causal, pairs = _read_pairs(module, given, query, key)
+        extra |= {} if pairs is None else {"pairs": pairs}
     if variant is not None and variant.has_state and state_layer is not None:
         common = {"scaling": scaling, "bias": None if position_bias is None else position_bias[:, :, 0], **extra}
         out, weights = _decode(variant, state_layer, (query, key, value, attention_mask), common, with_weights)
         return out.transpose(1, 2).contiguous(), weights
     if attention_mask is not None:
         # The keys of a static cache are longer than the text, those of a sliding one shorter.
-        width = attention_mask.shape[1]
-        key, value = key[:, :, :width], value[:, :, :width]
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+        if "pairs" in extra:
+            extra["pairs"] = extra["pairs"][..., : attention_mask.shape[1]][..., -key.shape[2] :]
         attention_mask = attention_mask[:, -key.shape[2] :]
-        if extra.get("pairs") is not None:
-            extra["pairs"] = extra["pairs"][..., :width][..., -key.shape[2] :]
     common = {"causal": causal, "scaling": scaling, "bias": _carrier(position_bias, query, key), **extra}
     window = kwargs.get("sliding_window")
     if window is not None and not causal:
@@ -231,20 +231,40 @@ def is_biased(module: nn.Module) -> bool:
 
 def _read_pairs(
     module: nn.Module,
-    given: tuple[torch.Tensor | None, torch.Tensor | None],
+    given: tuple[torch.Tensor | None, torch.Tensor | None, bool],
     query: torch.Tensor,
     key: torch.Tensor,
-    causal: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """From a mask and a position bias, one or both of which are of all pairs: a 2D mask, a Toeplitz carrier, and one
-    mask of all pairs [B or 1, H or 1, T or 1, S], bool or added scores.
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, torch.Tensor | None]:
+    """From a mask and a position bias, one or both of which are of all pairs, and whether later tokens are hidden: a
+    2D mask, a Toeplitz carrier, the latter again, and one mask of all pairs [B or 1, H or 1, T or 1, S], bool or added
+    scores.
 
     Raises:
         UnsupportedModelError: a kind that cannot obey it, one of another shape, or keys behind the last query (a
             static cache).
     """
-    (mask, bias), variant, pairs = given, variant_of(module), None
-    if variant is not None and not variant.takes_pairs:
+    (mask, bias, causal), variant, pairs = given, variant_of(module), None
+    looks = not torch.compiler.is_compiling()
+    if mask is not None and mask.ndim == 4:
+        if mask.shape[2] not in (1, query.shape[2]):
+            raise UnsupportedModelError(f"A 4D mask {list(mask.shape)} does not fit {query.shape[2]} queries.")
+        is_bool = mask.dtype == torch.bool
+        sees = mask if is_bool else mask > HIDDEN
+        pairs, mask = mask, sees.any(1).any(1).expand(query.shape[0], -1)  # the keys that any query sees
+        if variant is not None and looks:
+            causal = _hides(module, sees, query.shape[2], causal)
+            # The same for all heads and queries is padding; for one query that has a state it may be more than that.
+            is_row = pairs.shape[1] == pairs.shape[2] == 1 and not variant.takes_pairs
+            is_known = query.shape[2] > 1 or not variant.has_state or sees.all()
+            if is_row and is_known and (is_bool or not pairs.masked_fill(~sees, 0).any()):
+                pairs = None
+        if pairs is not None and not is_bool:
+            pairs = pairs.to(query.dtype)
+            pairs = pairs if variant is None else pairs.masked_fill(~sees, float("-inf"))
+    if bias is not None and is_biased(module):
+        width = key.shape[2] if pairs is None else pairs.shape[3]
+        pairs, bias = join_masks(None, bias[..., :width].to(query.dtype), pairs), None
+    if pairs is not None and variant is not None and not variant.takes_pairs:
         allowed = ", ".join(name for name, other in ATTENTIONS.items() if other.takes_pairs)
         raise UnsupportedModelError(
             f"{variant.config.kind!r} attention takes a 2D attention_mask [batch, length]; a 4D mask was given, by "
@@ -252,21 +272,21 @@ def _read_pairs(
             f"a text, a bias of its own). Kinds that obey one: {allowed}; or pass the 2D mask, or leave this layer "
             "unconverted."
         )
-    if mask is not None and mask.ndim == 4:
-        if mask.shape[2] not in (1, query.shape[2]):
-            raise UnsupportedModelError(f"A 4D mask {list(mask.shape)} does not fit {query.shape[2]} queries.")
-        sees = mask if mask.dtype == torch.bool else mask > HIDDEN
-        behind = variant is not None and causal and query.shape[2] < mask.shape[3]
-        if behind and not torch.compiler.is_compiling() and not sees[..., -1, -1].any():
-            raise UnsupportedModelError("A 4D mask with keys behind the last query (a static cache) cannot be obeyed.")
-        pairs = mask if mask.dtype == torch.bool else mask.to(query.dtype)
-        if variant is not None and mask.dtype != torch.bool:
-            pairs = pairs.masked_fill(~sees, float("-inf"))
-        mask = sees.any(1).any(1).expand(query.shape[0], -1)  # the keys that any query sees
-    if bias is not None and is_biased(module):
-        width = key.shape[2] if pairs is None else pairs.shape[3]
-        pairs, bias = join_masks(None, bias[..., :width].to(query.dtype), pairs), None
-    return mask, bias, pairs
+    return mask, bias, causal, pairs
+
+
+def _hides(module: nn.Module, sees: torch.Tensor, length: int, causal: bool) -> bool:
+    """Whether later tokens are hidden, by a mask [B or 1, H or 1, T or 1, S] of all pairs if nothing else is known.
+
+    Raises:
+        UnsupportedModelError: keys behind the last query.
+    """
+    seen = sees.shape[3]
+    if causal and length < seen and not sees[..., -1, -1].any():
+        raise UnsupportedModelError("A 4D mask with keys behind the last query (a static cache) cannot be obeyed.")
+    if CAUSAL in vars(module) or length < seen or length == 1:
+        return causal
+    return not sees.expand(-1, -1, length, -1).triu(1).any()
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

@@ -106,6 +106,31 @@ def test_kinds_that_cannot_obey_refuse(kind):
         converted(input_ids=torch.ones(1, 6, dtype=torch.long), position_ids=positions, use_cache=False)
 
 
+def test_a_mask_that_is_the_same_for_all_queries_is_padding_for_every_kind():
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, 6:] = False
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    for kind in ATTENTIONS:
+        module = convert_attention(make_llama(), AttentionConfig(kind)).model.layers[0].self_attn
+        module.efficient_is_causal = False
+        expected = efficient_attention_forward(module, query, key, key, real)[0]
+        for mask in (real[:, None, None], torch.zeros(2, 1, 1, 9).masked_fill(~real[:, None, None], -10000.0)):
+            assert_close(efficient_attention_forward(module, query, key, key, mask)[0], expected, 1e-6)
+    with pytest.raises(UnsupportedModelError, match="a 4D mask was given"):
+        efficient_attention_forward(module, query, key, key, torch.randn(2, 1, 1, 9))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_module_of_which_nothing_is_known_hides_what_its_mask_hides(causal):
+    module = convert_attention(make_llama(), AttentionConfig("local", window=3)).model.layers[0].self_attn
+    module.is_causal = not causal
+    inputs = torch.randn(1, 4, 9, 8), *torch.randn(2, 1, 2, 9, 8)
+    pairs = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    out = efficient_attention_forward(module, *inputs, pairs.tril() if causal else pairs)[0]
+    options = {"window": 3, "global_tokens": 4, "causal": causal}
+    assert_close(out.transpose(1, 2), local_attention(*inputs, **options), 1e-6)
+
+
 def test_keys_behind_the_last_query_are_refused():
     module = convert_attention(make_llama(), AttentionConfig("local", window=3)).model.layers[0].self_attn
     query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 9, 8)

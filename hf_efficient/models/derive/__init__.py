@@ -25,7 +25,7 @@ from .fitting import fitted
 from .inputs import tiny_inputs
 from .proof import prove
 from .roles import said_of
-from .tiny import model_classes, tiny_config, tiny_model
+from .tiny import NotTinyError, first_tiny, model_classes, tiny_model
 
 _DERIVING = RLock()  # the table of attention functions is there once for all threads
 _ENTRIES: dict[str, Family | Exception] = {}  # by the tiny config
@@ -60,16 +60,22 @@ def family_for(config: PreTrainedConfig, model: PreTrainedModel | None = None) -
 
 
 def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
-    with quietly():
-        small = tiny_config(config)
-    classes = list(model_classes(small)) or ([] if model is None else [type(model)])
+    classes = list(model_classes(config)) or ([] if model is None else [type(model)])
     if not classes:
         raise UnsupportedModelError("transformers has no model class for it; load the model first, and ask of that")
-    key = f"{classes[0].__module__}.{classes[0].__name__} {small.to_json_string(use_diff=False)}"
-    if key not in _ENTRIES:
-        with _undisturbed():
-            _ENTRIES[key] = _made(small, classes)
-    entry = _ENTRIES[key]
+
+    def found(small: PreTrainedConfig) -> Family | Exception:
+        key = f"{classes[0].__module__}.{classes[0].__name__} {small.to_json_string(use_diff=False)}"
+        if key not in _ENTRIES:
+            with _undisturbed():
+                _ENTRIES[key] = _made(small, classes)
+        entry = _ENTRIES[key]
+        if isinstance(entry, NotTinyError):
+            raise entry
+        return entry
+
+    with quietly():
+        entry = first_tiny(config, found)
     if isinstance(entry, Exception):
         raise entry
     if model is None:
@@ -88,7 +94,7 @@ def _made(small: PreTrainedConfig, classes: list[type[PreTrainedModel]]) -> Fami
         return family
     except Exception as error:  # whatever the code of a model may raise
         forget(small)
-        return error
+        return error.with_traceback(None)  # which holds the model
 
 
 @contextmanager

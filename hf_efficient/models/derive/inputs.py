@@ -1,165 +1,195 @@
-"""Inputs for a tiny model of any sort, made by rule: texts, images, videos, sounds, alone or together.
+"""Inputs for a tiny model of any sort, found by rule: texts, images, videos, sounds, series, alone or together.
 
 model(**tiny_inputs(model))
+
+What the forward takes is made by the names of its parameters (`makers`), the richest choice first. Where the model
+fails, the error says what else it wants, and the first module that reads an input how wide it must be.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+import linecache
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError
-from .tiny import HIDDEN, VOCABULARY
+from .makers import FRAMES, IMAGE_FORMS, MAIN, TOKENS, Inputs, find_maker, make
+from .tiny import NotTinyError
 
-ROWS, TOKENS, NEW_TOKENS, FRAMES = 2, 9, 6, 64  # two lengths of text, so that cross attention is told from others
-Inputs = dict[str, Tensor]
+MAX_TRIES = 6  # of one choice of inputs, each time with what the last error asked for
+NEVER = re.compile(r".*past_key_values|.*labels|.*cache.*|.*outputs|inputs_embeds|return_.*|use_.*|output_.*|kwargs")
 
 
 def tiny_inputs(model: PreTrainedModel) -> Inputs:
     """Inputs with which a tiny model runs: two texts, one of them padded, images, sounds; the most that it takes.
 
     Raises:
-        UnsupportedModelError: it runs with none of them.
+        NotTinyError: it runs with none of them.
     """
     problem: Exception | None = None
-    for inputs in _attempts(model):
-        try:
-            made = {
-                name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-                for name, value in inputs().items()
-            }
-            with torch.no_grad():
-                model(**{name: value.clone() for name, value in made.items()})
-            return made
-        except Exception as error:  # whatever the code of a model may raise
-            problem = problem or error
+    tried: set[tuple] = set()
+    for names in _choices(model):
+        error: Exception | None = None
+        for form, wanted in IMAGE_FORMS.items():
+            is_asked = error is None or (re.search(wanted, str(error)) and any("pixel" in name for name in names))
+            if is_asked and (names, form) not in tried:
+                tried.add((names, form))
+                inputs, error = _mended(model, names, form)
+                if inputs is not None:
+                    return inputs
+                problem = problem or error
     reason = problem or f"it takes {', '.join(inspect.signature(model.forward).parameters)}"
-    raise UnsupportedModelError(f"No inputs could be made for a tiny {type(model).__name__}: {reason}")
+    raise NotTinyError(f"No inputs could be made for a tiny {type(model).__name__}: {reason}")
 
 
-def _attempts(model: PreTrainedModel) -> Iterator[Callable[[], Inputs]]:
+def _choices(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
     """The richest first: all that the forward takes, each main input with what belongs to it, then hidden states."""
-    names = inspect.signature(model.forward).parameters
-    known = [name for name in _MAKERS if name in names]
+    parameters = inspect.signature(model.forward).parameters
+    main_names = model.main_input_name
+    main_names = [main_names] if isinstance(main_names, str) else list(main_names)
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    needed = [name for name in needed if find_maker(name)]
+    known = [name for name in (*MAIN, *main_names, *needed) if name in parameters and find_maker(name)]
+    if "input_ids" not in known and "attention_mask" not in needed:
+        known = [name for name in known if name != "attention_mask"]  # of what else, an error will say
     text = [name for name in known if name in ("input_ids", "attention_mask", "decoder_input_ids")]
     others = [name for name in known if name not in (*text, "hidden_states", "inputs_embeds")]
-    main = [name for name in known if name in (model.main_input_name, "decoder_input_ids")]
-    tried: set[tuple] = set()
+    main = [name for name in known if name in (*main_names, "decoder_input_ids")]
     for chosen in ([*text, *others], [*others, *main], others, main, text, ["hidden_states"], ["inputs_embeds"]):
-        chosen = tuple(dict.fromkeys(name for name in chosen if name in known))
-        for form in _IMAGES if "pixel_values" in chosen else (_image,):
-            if chosen and (chosen, form) not in tried:
-                tried.add((chosen, form))
-                yield lambda chosen=chosen, form=form: _made(model, chosen, form)
+        chosen = [name for name in chosen if name in known]
+        if chosen:
+            yield tuple(dict.fromkeys([*chosen, *needed]))
 
 
-def _made(model: PreTrainedModel, chosen: tuple[str, ...], form: Callable[..., Tensor]) -> Inputs:
-    names, config = inspect.signature(model.forward).parameters, model.config
-    generator = torch.Generator().manual_seed(2)
-    inputs = {name: _MAKERS[name](config, generator) for name in chosen}
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = form(config, generator)
-    grid = next((name for name in ("image_grid_thw", "grid_thw") if name in names), None)
-    if grid and ("pixel_values" in inputs or "hidden_states" in inputs):
-        inputs |= _patches(config, generator, "pixel_values" if "pixel_values" in inputs else "hidden_states", grid)
-    if "pixel_values" in inputs and "input_ids" in inputs:
-        _put_image_tokens(model, inputs)
-    return inputs
+def _mended(model: PreTrainedModel, names: tuple[str, ...], form: str) -> tuple[Inputs | None, Exception | None]:
+    """Inputs of these names with which the model runs, or why it does not."""
+    problem: Exception | None = None
+    shapes: dict[str, tuple[int, ...]] = {}  # where the first reader of an input wants another one
+    for _ in range(MAX_TRIES):
+        wanted: dict[str, tuple[int, ...]] = {}
+        made: Inputs = {}
+        try:
+            made = {name: _placed(value, model) for name, value in make(model, names, form, shapes).items()}
+            _run(model, made, wanted)
+            return made, None
+        except Exception as error:  # whatever the code of a model may raise
+            problem = error
+            more = _asked(error, model, names)
+            wanted = {name: shape for name, shape in wanted.items() if name not in shapes}
+            wanted = _by_error(error, made) or wanted
+            if both := re.search(r"both `?(\w+)`? and `?(\w+)", str(error)):
+                names, more = tuple(name for name in names if name != both[2]), []
+                wanted = wanted or {"": ()}
+            if not more and not wanted.items() - shapes.items():
+                break
+            names = (*names, *more)
+            if not more:
+                shapes |= wanted
+    return None, problem
 
 
-def _ids(config: PreTrainedConfig, generator: torch.Generator, length: int = TOKENS) -> Tensor:
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY
-    return torch.randint(3, min(vocabulary, 90), (ROWS, length), generator=generator)
+def _placed(value: Tensor, model: PreTrainedModel) -> Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
-def _padding(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
-    mask[0, -3:] = 0
-    return mask
+def _by_error(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """The shape that an error asks for: as many channels; of a sound more numbers at each time."""
+    text = str(error)
+    if channels := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
+        wanted, given = int(channels[1]), int(channels[2])
+        for name, value in inputs.items():
+            if value.is_floating_point() and value.ndim > 2 and value.shape[1] == given:
+                rest = value.shape[2:] if value.ndim > 3 else [max(FRAMES, value.shape[2])]
+                return {name: (value.shape[0], wanted, *rest)}
+            if value.is_floating_point() and value.ndim == 3 and value.shape[2] == given:
+                return {name: (value.shape[0], value.shape[1], wanted)}
+    if "input_features" not in inputs:
+        return {}
+    rows, *rest, bins = inputs["input_features"].shape
+    rest = [rows, *rest] if len(rest) > 1 else [rows, FRAMES]
+    behind = re.search(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", text)
+    added = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)", text)
+    if behind is not None:
+        return {"input_features": (*rest, bins * int(behind[2]) // int(behind[1]))}
+    return {"input_features": (*rest, int(added[2]))} if added is not None and int(added[1]) == bins else {}
 
 
-def _image(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    """`[rows, channels, height, width]`."""
-    size = _find(config, "image_size", 32)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.randn(ROWS, _find(config, "num_channels", 3), height, width, generator=generator)
+def _run(model: PreTrainedModel, inputs: Inputs, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Run a model; what the first module that reads an input wants instead is put into `wanted`."""
+    seen: set[str] = set()
+
+    def before(module: nn.Module, args: tuple) -> None:
+        given = next((one for one in args if isinstance(one, Tensor) and one.is_floating_point()), None)
+        if given is None:
+            return
+        same = [name for name, value in copies.items() if value.data_ptr() == given.data_ptr()]
+        for name, value in inputs.items():
+            alike = value.is_floating_point() and value.numel() == given.numel() and not same
+            if name not in seen and (name in same or alike):
+                seen.add(name)
+                wanted.pop(name, None)
+                shape = _wanted_shape(module, value)
+                if shape is not None and shape != tuple(value.shape):
+                    wanted[name] = shape
+
+    copies = {name: value.clone() for name, value in inputs.items()}
+    for name, value in inputs.items():
+        if name == "input_values" and value.ndim == 2:
+            wanted[name] = (value.shape[0], 1, value.shape[1])  # unless a module reads it
+        elif name == "input_features" and value.ndim == 3:
+            wanted[name] = (value.shape[0], 1, value.shape[2], value.shape[1])
+    with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in model.modules():
+            if next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None:
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+        model(**copies)
 
 
-def _images(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    """One of several images of a text (Idefics), or the frames of a video."""
-    return _image(config, generator)[:, None].repeat(1, _find(config, "num_frames", 1), 1, 1, 1)
+def _wanted_shape(module: nn.Module, value: Tensor) -> tuple[int, ...] | None:
+    """The shape of an input of the same sort that a module can read: `[rows, frames, width]` and the like."""
+    rows, length = value.shape[0], max(value.shape[1:], default=1)
+    if isinstance(module, nn.Linear | nn.LayerNorm):
+        width = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
+        if value.ndim == 2 and rows > 2:  # patches
+            return rows, width
+        return rows, TOKENS if value.ndim > 3 else min(length, FRAMES), width
+    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+        return rows, module.in_channels, length
+    if isinstance(module, nn.Conv2d | nn.Conv3d) and value.ndim == 2 and rows > 2:
+        return rows, module.in_channels, *module.kernel_size
+    if isinstance(module, nn.Conv2d) and value.ndim == 3:  # the frames first
+        return rows, value.shape[2], value.shape[1]
+    if isinstance(module, nn.Conv2d) and value.ndim == 4 and value.shape[1] != module.in_channels:
+        return rows, module.in_channels, *value.shape[2:]
+    return None
 
 
-_IMAGES = (_image, _images)
-
-
-def _features(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    """`[rows, bins, frames]` of Whisper and its kin."""
-    frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else FRAMES
-    return torch.randn(ROWS, _find(config, "num_mel_bins", 80), frames, generator=generator)
-
-
-def _samples(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    """`[rows, samples]` of a sound; `[rows, frames, bins]` where the config counts both (AST)."""
-    bins, frames = (getattr(config, name, None) for name in ("num_mel_bins", "max_length"))
-    shape = (frames, bins) if bins and frames and hasattr(config, "frequency_stride") else (6400,)
-    return torch.randn(ROWS, *shape, generator=generator)
-
-
-def _states(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
-    return torch.randn(ROWS, TOKENS, HIDDEN, generator=generator)
-
-
-_MAKERS: dict[str, Callable[[PreTrainedConfig, torch.Generator], Tensor]] = {
-    "input_ids": _ids,
-    "attention_mask": _padding,
-    "decoder_input_ids": lambda config, generator: _ids(config, generator, NEW_TOKENS),
-    "pixel_values": _image,
-    "input_features": _features,
-    "input_values": _samples,
-    "hidden_states": _states,
-    "inputs_embeds": _states,
-}
-
-
-def _find(config: PreTrainedConfig, name: str, default: Any) -> Any:
-    """The field of a config, or of the first config inside it that has one."""
-    value = getattr(config, name, None)
-    if value is not None:
-        return value
-    inner = (part for part in vars(config).values() if isinstance(part, PreTrainedConfig))
-    return next((found for part in inner if (found := _find(part, name, None)) is not None), default)
-
-
-def _patches(config: PreTrainedConfig, generator: torch.Generator, name: str, grid: str) -> Inputs:
-    """Images as Qwen's models and their kin read them: patches of all images one after another, and their grids."""
-    vision = getattr(config, "vision_config", config)
-    rows = columns = 2 * getattr(vision, "spatial_merge_size", 2)
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
-    numbers = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-    return {
-        name: torch.randn(ROWS * rows * columns, numbers, generator=generator),
-        grid: torch.tensor([[1, rows, columns]] * ROWS),
-    }
-
-
-def _put_image_tokens(model: PreTrainedModel, inputs: Inputs) -> None:
-    """A model that reads images among its tokens wants as many image tokens as it makes of an image."""
-    token = next((getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")), None)
-    if token is None or not hasattr(model, "get_image_features"):
-        return
-    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
-    with torch.no_grad():
-        features = model.get_image_features(**images)
-    features = getattr(features, "pooler_output", features)
-    parts = features if isinstance(features, list | tuple) else [features]
-    count = sum(part.shape[:-1].numel() for part in parts) // ROWS
-    tokens = torch.full((ROWS, count), token)
-    inputs["input_ids"] = torch.cat([tokens, inputs["input_ids"]], 1)
-    if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.cat([torch.ones_like(tokens), inputs["attention_mask"]], 1)
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()
+def _asked(error: Exception, model: PreTrainedModel, given: tuple[str, ...]) -> list[str]:
+    """Parameters of the forward that an error asks for: by its words, or because one was None where it came from."""
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name in parameters if name not in given and not NEVER.fullmatch(name) and find_maker(name)]
+    words = set(re.findall(r"\w+", str(error)))
+    named = [name for name in names if name in words]
+    trace, frames = error.__traceback__, []
+    while trace is not None and not named:
+        frames.append((trace.tb_frame, trace.tb_lineno))
+        trace = trace.tb_next
+    if "None" not in str(error) and not isinstance(error, AttributeError | TypeError):
+        frames = []
+    for lines in (1, 10):  # of a call, all its arguments
+        for frame, number in reversed(frames):
+            text = "".join(linecache.getline(frame.f_code.co_filename, number + more) for more in range(lines))
+            values: Mapping[str, Any] = frame.f_locals
+            missing = [name for name in names if name in values and values[name] is None]
+            named = named or [name for name in missing if re.search(rf"\b{name}\b", text)]
+    kinds = {name: name.removesuffix("_ids") for name in names if name.endswith("_ids")}  # lang_ids: of a language
+    return named or [name for name, kind in kinds.items() if any(word.lower().startswith(kind) for word in words)]

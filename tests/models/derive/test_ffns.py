@@ -15,6 +15,7 @@ from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from hf_efficient.models.family import Family
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.surgery import apply_plan
+from hf_efficient.pruning.fit.reconstruction import find_blocks
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import unit_cost
 from hf_efficient.pruning.score.statistics import mask_gradients
@@ -99,6 +100,14 @@ def test_experts_are_scored_by_data(importance):
     assert small.num_parameters() < model.num_parameters()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, torch.nn.Parameter)
+
+
+def test_experts_are_not_reconstructed_and_dense_layers_are():
+    model, inputs = make("deepseek_v3")
+    [stack] = Anatomy.of(model).stacks
+    assert [[block.writes for block in find_blocks(stack, index)] for index in range(3)] == [["mlp.down_proj"], [], []]
+    small = prune(model, replace(BY_SIZE, ratio=0.1, importance="fisher", reconstruct=True), [inputs] * 3)
+    assert outputs(small, inputs).isfinite().all()
 
 
 def test_the_gradient_of_a_mask_is_the_slope_of_the_loss():

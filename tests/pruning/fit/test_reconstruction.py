@@ -126,7 +126,7 @@ def test_token_weights(case):
     """Nothing for padding, something for all that is read."""
     model, inputs = make(case).double(), doubled(case)[:1]
     weights = token_weights(Anatomy.of(model), inputs, answer_loss())
-    assert len(weights) == sum(len(stack.layers) * len(find_blocks(stack)) for stack in Anatomy.of(model).stacks)
+    assert len(weights) == sum(len(stack.layers) * len(find_blocks(stack, 0)) for stack in Anatomy.of(model).stacks)
     mask = inputs[0]["attention_mask"].bool()
     for path, (own,) in weights.items():
         assert (own >= 0).all() and own.max() > 0
@@ -145,7 +145,7 @@ def test_a_stream_is_the_forward_of_the_model():
         states = model(**inputs[0], output_hidden_states=True).hidden_states
         for index in range(3):
             assert torch.equal(stream.states[0], states[index])
-            blocks = find_blocks(Anatomy.of(model).stacks[0])
+            blocks = find_blocks(Anatomy.of(model).stacks[0], 0)
             read, residual = next(stream.inputs(index, blocks, "output.dense"))
             sums = stream.advance(index, blocks)
             linear = model.bert.encoder.layer[index].output.dense
@@ -163,7 +163,7 @@ def test_what_a_block_is_added_to(name):
         return
     with torch.no_grad():
         for stack in anatomy.stacks:
-            stream, blocks = Stream(anatomy, stack.name, [batch]), find_blocks(stack)
+            stream, blocks = Stream(anatomy, stack.name, [batch]), find_blocks(stack, 0)
             for index, layer in enumerate(stack.layers):
                 read: list[torch.Tensor] = []
                 note = partial(lambda seen, module, args: seen.append(args[0]), read)
