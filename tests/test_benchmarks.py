@@ -334,6 +334,7 @@ def test_the_page_of_model_types_is_that_of_the_results(tmp_path):
     assert f"{said}, {counts['layers']} lose layers" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_merging_is_measured(tmp_path):
     """Of 16 patches one is merged in each layer; the original is as fast as itself."""

@@ -119,7 +119,7 @@ def test_every_attention_kind_is_measured():
     configs = ATTENTION["setting"]["configs"]
     measured = {configs[base]["kind"] for base in configs if (base, FORWARD, 32768) in CELLS}
     ours = {kind for kind, variant in ATTENTIONS.items() if variant.__module__.startswith("hf_efficient.")}
-    assert measured == ours
+    assert measured | {"merging"} == ours  # which is of a whole model: `benchmarks/merging.py`
     assert ("dense", FORWARD, 32768) in CELLS and ("dense", BACKWARD, 16384) in CELLS
     assert not ATTENTION["not_measured"]
     assert not [cell for cell in ATTENTION["cells"] if "error" in cell]

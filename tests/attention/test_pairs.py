@@ -22,6 +22,8 @@ from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from ..helpers import assert_close, padding_mask
 from .cases import HEADS, assert_equals_naive, make_bias, make_inputs
 
+OF_TEXT = [kind for kind in ATTENTIONS if kind != "merging"]  # a decoder cannot merge tokens
+
 FUNCTIONS = {
     "full": (full_attention, naive.naive_full_attention, {}),
     "local": (local_attention, naive.naive_local_attention, {"window": 5}),
@@ -98,7 +100,7 @@ def test_packed_sequences_give_what_each_gives_alone():
         assert (packed - converted(input_ids=ids, use_cache=False).logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ATTENTIONS if not ATTENTIONS[kind].takes_pairs])
+@pytest.mark.parametrize("kind", [kind for kind in OF_TEXT if not ATTENTIONS[kind].takes_pairs])
 def test_kinds_that_cannot_obey_refuse(kind):
     converted = convert_attention(make_llama(), AttentionConfig(kind))
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
@@ -110,7 +112,7 @@ def test_a_mask_that_is_the_same_for_all_queries_is_padding_for_every_kind():
     real = torch.ones(2, 9, dtype=torch.bool)
     real[0, 6:] = False
     query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
-    for kind in ATTENTIONS:
+    for kind in OF_TEXT:
         module = convert_attention(make_llama(), AttentionConfig(kind)).model.layers[0].self_attn
         module.efficient_is_causal = False
         expected = efficient_attention_forward(module, query, key, key, real)[0]
