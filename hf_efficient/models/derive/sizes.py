@@ -73,6 +73,7 @@ KINDS: tuple[tuple[str, str, int], ...] = (
         4 * POSITIONS,
     ),  # a converted layer has its new attention in place of such a window
     (r"n_window_infer", "window", 16),
+    (r"((mamba|ssm)_)?chunk_size", "window", 8),  # to a multiple of which states are padded: 256 take a second each
     (r"n_window|.*window_size|attention_chunk_size|context_size", "window", 4),
 )
 KEPT = re.compile(

@@ -70,6 +70,11 @@ def shrunk_fields(config, way=WAYS[0]):
     return shrunk(config, way)
 
 
+def test_states_are_padded_to_little():
+    assert tiny_config(config_of("mamba2"), PROPORTION).chunk_size == 8
+    assert tiny_config(config_of("bamba"), PROPORTION).mamba_chunk_size == 8
+
+
 def test_labels_are_no_layers():
     config = LlamaConfig(num_hidden_layers=12, num_labels=4)
     assert len(shrunk(config, WAYS[0])["id2label"]) == 4
