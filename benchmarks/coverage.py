@@ -332,9 +332,10 @@ def _listed(abilities: set[str]) -> str:
 PAGE = """# Model types
 
 What can be done with {types} model types of transformers {transformers}, each tried on a tiny model made by rule from
-its default config: converted, pruned, saved, loaded again and compared. {convert} can be converted ({whole} of them
-whole, the others in some of their stacks), {units} lose heads or neurons, {layers} lose layers. The numbers of this
-page are those of `python benchmarks/coverage.py`; what stands in brackets is the stack that it is said of.
+its default config, or where that makes no model from a small config that runs ({given} types): converted, pruned,
+saved, loaded again and compared. {convert} can be converted ({whole} of them whole, the others in some of their
+stacks), {units} lose heads or neurons, {layers} lose layers. The numbers of this page are those of
+`python benchmarks/coverage.py`; what stands in brackets is the stack that it is said of.
 
 A type that is missing here could not be made small, or fed, by rule: that says nothing of it. Ask the model itself:
 
@@ -361,6 +362,7 @@ def write_page(result: dict, path: Path) -> None:
     order = [*first, *sorted(rows.keys() - set(first))]
     text = PAGE.format(
         types=len(rows),
+        given=counts["built from given configs"],
         transformers=result["transformers"],
         convert=counts["convert"],
         layers=counts["layers"],
