@@ -58,8 +58,10 @@ def convert_attention(
         return convert_in_memory(model, _by_layer(config, layers))
     block = _converted(anatomy, config, layers, class_for(model, stock_config(model.config)))
     converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
-    if block.is_converted():
-        check_reached(converted) if anatomy.family.model_type in FAMILIES else check_alike(model, converted)
+    if block.is_converted() and anatomy.family.model_type in FAMILIES:
+        check_reached(converted)
+    elif block.is_converted():
+        check_alike(model, converted)
     return converted
 
 

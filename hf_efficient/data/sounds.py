@@ -57,9 +57,13 @@ def read_sound(data: bytes, rate: int) -> np.ndarray:
     except ImportError as error:
         raise DataError("it is no WAV file, and other formats need soundfile: pip install soundfile.") from error
     try:
-        samples, own_rate = soundfile.read(io.BytesIO(data), dtype="float64", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            count, own_rate = file.frames * file.channels, file.samplerate
+            samples = file.read(dtype="float64", always_2d=True) if count <= MAX_SAMPLES else None
     except Exception as error:  # the decoders raise whatever the bytes make them run into
         raise DataError(f"the sound cannot be decoded ({str(error)[:200]}): mend or remove it.") from error
+    if samples is None:
+        raise DataError(f"it has {count:,} samples, at most {MAX_SAMPLES:,} are read. Cut it.")
     return _checked(samples.mean(1), own_rate, rate)
 
 
@@ -95,6 +99,11 @@ def _checked(samples: np.ndarray, own_rate: Any, rate: int) -> np.ndarray:
         raise DataError(f"it has samples from {samples.min():g} to {samples.max():g}; they must lie in -1..1.")
     if type(own_rate) is not int or not 1 <= own_rate <= 1 << 20:
         raise DataError(f"its sampling rate is {shown(own_rate)}, where samples a second are needed.")
+    if samples.size * rate > MAX_SAMPLES * own_rate:  # a file may say one sample a second
+        raise DataError(
+            f"its {samples.size:,} samples at {own_rate:,} a second would be more than {MAX_SAMPLES:,} at {rate:,}. "
+            "Cut it, or mend its sampling rate."
+        )
     return resampled(samples, own_rate, rate).astype("float32")
 
 

@@ -1,6 +1,8 @@
 """Rows with images or sounds and texts: read from files, labelled, padded; and every refusal."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -146,6 +148,35 @@ def test_too_many_samples_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_efficient.data.sounds.MAX_SAMPLES", 99)
     with pytest.raises(DataError, match="100 samples, at most 99"):
         read_sound((tmp_path / "a.wav").read_bytes(), RATE)
+
+
+def test_a_rate_that_would_make_too_many_samples_is_refused(monkeypatch):
+    sound = {"array": [0.1] * 100, "sampling_rate": 1}
+    assert samples_of(sound, 16).shape == (1600,)
+    monkeypatch.setattr("hf_efficient.data.sounds.MAX_SAMPLES", 1599)
+    with pytest.raises(DataError, match="100 samples at 1 a second would be more than 1,599 at 16"):
+        samples_of(sound, 16)
+
+
+class SoundFile:
+    """What soundfile gives of a file, which is one second of a million channels; it is not to be read."""
+
+    frames, channels, samplerate = 16000, 1_000_000, 16000
+
+    def __init__(self, file):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_other_formats_are_not_decoded_either_where_they_are_too_large(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", SimpleNamespace(SoundFile=SoundFile))
+    with pytest.raises(DataError, match="16,000,000,000 samples, at most"):
+        read_sound(b"fLaC", RATE)
 
 
 def test_an_image_that_leaves_no_room(llava, pictures):

@@ -27,6 +27,7 @@ from hf_efficient.models.stacks import config_stacks
 from ...families import make_config
 from ...helpers import assert_close, selected
 from ...processes import run_fresh, save_with_expectation
+from .tiny import make, outputs
 from .toy import ToyConfig, ToyModel, register
 
 # What can be done with types outside of the table, by their default configs: everything, or these.
@@ -55,17 +56,6 @@ FAST = ("gpt_neox", "phi3", "gpt_oss", "gptj", "albert", "opt")
 
 
 BY_SIZE = PruningConfig(ratio=0.2, importance="magnitude", layer_importance="magnitude", round_to=1, reconstruct=False)
-
-
-def make(model_type, **changes):
-    """A tiny model and inputs for it."""
-    model = tiny_model(tiny_config(CONFIG_MAPPING[model_type](**changes)))
-    return model, tiny_inputs(model)
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs)[0]
 
 
 def described(family, config):

@@ -5,13 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModel, MixtralForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_efficient import ConfigError, PruningConfig, UnsupportedModelError, prune
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.cutting import cut_units
-from hf_efficient.models.derive.inputs import tiny_inputs
-from hf_efficient.models.derive.tiny import tiny_config, tiny_model
+from hf_efficient.models.derive.tiny import tiny_model
 from hf_efficient.models.family import Family
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.surgery import apply_plan
@@ -19,6 +17,8 @@ from hf_efficient.pruning.fit.reconstruction import find_blocks
 from hf_efficient.pruning.plan import PruningPlan
 from hf_efficient.pruning.price.costs import unit_cost
 from hf_efficient.pruning.score.statistics import mask_gradients
+
+from .tiny import make, outputs
 
 BY_SIZE = PruningConfig(
     ratio=0.2, granularity=("neuron",), importance="magnitude", round_to=1, reconstruct=False, sequence_length=9
@@ -29,16 +29,6 @@ KINDS = {  # of the FFNs of each layer
     "qwen2_moe": [{"neurons": 40, "expert_neurons": 40}] * 3,
     "deepseek_v3": [{"neurons": 40}] + [{"neurons_2": 40, "expert_neurons": 40}] * 2,
 }
-
-
-def make(model_type, **changes):
-    model = tiny_model(tiny_config(CONFIG_MAPPING[model_type](**changes)))
-    return model, tiny_inputs(model)
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs)[0]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -4,19 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_efficient import PruningConfig, prune
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.cutting import cut_units
 from hf_efficient.models.derive.fitting import OTHERWISE, fitted
-from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.observe import differs
 from hf_efficient.models.derive.roles import Heads, other_numbers
-from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from hf_efficient.models.family import Attention
 
 from ...helpers import selected
+from .tiny import make
 
 BY_SIZE = PruningConfig(ratio=0.1, granularity=("head",), importance="magnitude", round_to=1, reconstruct=False)
 TYPES = {  # and what is said of their attention
@@ -26,11 +24,6 @@ TYPES = {  # and what is said of their attention
     "exaone4_5_vision": {"kv_width_attributes": ("kv_dim",)},
 }
 FAST = ("glm4v_vision", "muse_glimmer_text")
-
-
-def make(model_type):
-    model = tiny_model(tiny_config(CONFIG_MAPPING[model_type]()))
-    return model, tiny_inputs(model)
 
 
 @pytest.mark.parametrize(("name",), selected([(name,) for name in TYPES], lambda name: name in FAST))

@@ -16,6 +16,7 @@ from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.stacks import config_stacks
 
 from ...helpers import selected
+from .tiny import make, outputs
 
 BY_SIZE = PruningConfig(
     ratio=0.1, importance="magnitude", layer_importance="magnitude", round_to=1, reconstruct=False, sequence_length=9
@@ -31,16 +32,6 @@ PARTS = {  # some of the abilities of types whose attention cannot be described,
     "swin": {"neurons"},
 }
 FAST = ("falcon", "fnet", "minimax")
-
-
-def make(model_type):
-    model = tiny_model(tiny_config(CONFIG_MAPPING[model_type]()))
-    return model, tiny_inputs(model)
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs)[0]
 
 
 @pytest.mark.parametrize(("name",), selected([(name,) for name in PARTS], lambda name: name in FAST))
