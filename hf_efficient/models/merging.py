@@ -1,6 +1,6 @@
 """Layers that go on with fewer tokens after their attention: what `AttentionConfig("merging")` needs of a layer.
 
-    merge_layers(layers, paths, settings)     # by `models.structure`
+    merge_layers(layers, attention, tokens=[8] * 12, protected=1)     # by `models.structure`
 
 The forward of a layer is its own code and knows nothing of merging. So it runs twice, each time half of it. First to
 the end of its attention, which hands over what it gives and stops the run; the tokens are matched by their keys; then
