@@ -29,8 +29,9 @@ lint: $(VENV)/ready
 	$(BIN)/python scripts/make_model_cards.py --check
 	$(BIN)/python scripts/make_docs.py --check
 
+# One worker more than the two cores that CI has: some of the tests wait for other processes.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations 25
 
 # All combinations of families and kinds, every benchmark and every kill: far longer.
 test-thorough: lint

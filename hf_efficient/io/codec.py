@@ -65,6 +65,8 @@ def _plain(value: Any, secrets: tuple[str | None, ...]) -> Any:
 
 
 def _plain_text(text: str, secrets: tuple[str | None, ...]) -> str:
+    if len(text) < 16 and text.isidentifier() and not secrets:
+        return text  # most are keys, and a secret or a path has more letters or other signs
     text = without_secrets(text, secrets).replace("file://", "")
     home = os.path.expanduser("~")
     if len(home) > 1:  # a user name with a space in it is still one part of a path

@@ -104,6 +104,7 @@ def assert_compiles_whole(
     """One graph for every length. The other sizes are those of a model: as symbols they would cost minutes.
 
     With `dropout` in the options the results need only be finite; some kinds take short texts by another graph.
+    Most rows are thorough: by default every kind is compiled in a model, and exported for any length.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -168,7 +168,10 @@ def test_a_bias_of_all_pairs_is_refused_by_others():
 
 
 # Models that make their masks themselves: padding alone, blocks of images, a relative bias beside it, chunks.
-@pytest.mark.parametrize("model_type", ["layoutlm", "pixtral", "switch_transformers", "llama4_text", "umt5"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["layoutlm", "pixtral", pytest.param("switch_transformers", marks=pytest.mark.thorough), "llama4_text", "umt5"],
+)
 def test_models_with_masks_of_their_own(model_type):
     model = tiny_model(tiny_config(CONFIG_MAPPING[model_type]()))
     inputs, family = tiny_inputs(model), family_for(model.config, model)

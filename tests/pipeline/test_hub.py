@@ -256,6 +256,7 @@ def test_nor_is_one_of_the_environment(result, hub, monkeypatch):
 NONSENSE = [b"", b"<html>Log in to the hotel</html>", b"[]", b"null", b'"text"', b"{}", b"3", b"\xff\xfe", b"[" * 9999]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("answer", NONSENSE, ids=range(len(NONSENSE)))
 @pytest.mark.parametrize(
     "where", ["/api/repos/create", "/api/models/me/fast", "/preupload/", "/objects/batch", "/commit/"]

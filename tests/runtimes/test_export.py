@@ -88,7 +88,7 @@ def test_it_loads_without_us_and_computes_the_same(format, exported):
         ("vit", "onnx"),
         pytest.param("llama", "onnx", marks=pytest.mark.thorough),
         pytest.param("t5", "onnx", marks=pytest.mark.thorough),
-        ("t5", "torch"),
+        pytest.param("t5", "torch", marks=pytest.mark.thorough),
     ],
 )
 def test_other_inputs_and_heads(family, format, tmp_path):

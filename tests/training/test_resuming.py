@@ -76,6 +76,7 @@ class Evil:
         return exec, ("raise SystemExit('it ran')",)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("value", [[], 7, {}, {"a": torch.ones(2)}, None, pytest.param(Evil(), id="evil")], ids=str)
 def test_file_that_holds_something_else(run, file, value):

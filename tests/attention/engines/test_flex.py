@@ -135,6 +135,7 @@ def test_chosen_blocks_allow_what_they_say(causal, heads, block_size, global_tok
             assert torch.equal(listed.expand_as(needed), needed)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("attention", [local, strided, topk])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("side", [None, "left"])

@@ -265,7 +265,8 @@ def test_half_precision_sums_in_single(causal):
     assert_close(cast / expected.abs().max(), expected / expected.abs().max(), 1e-5)
 
 
-@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.thorough
+@pytest.mark.parametrize("causal", [False, True])
 def test_compiles_whole(causal):
     assert_compiles_whole(attend, make_inputs, causal=causal)
 

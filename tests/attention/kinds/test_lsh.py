@@ -1,5 +1,7 @@
 """lsh_attention against its naive twin, SDPA, and the limits it promises; by blocks, and by a dense mask."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,16 +270,16 @@ def test_dropout_is_unbiased(form, options):
 @pytest.mark.cover
 @pytest.mark.parametrize(
     ("causal", "dropout"),
-    selected([(False, 0.0), (True, 0.0), (True, 0.2)], lambda causal, dropout: causal != (dropout == 0)),
+    selected([(False, 0.0), (True, 0.0), (True, 0.2)], lambda _, dropout: dropout > 0),
 )
 def test_compiles_whole(form, causal, dropout):
     options = hashing(causal=causal, dropout=dropout)
     assert_compiles_whole(lsh_attention, gradients=True, **options)
 
 
-@pytest.mark.cover
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("num_buckets", [1, 4])
+@pytest.mark.parametrize(
+    ("causal", "num_buckets"), selected(product((False, True), (1, 4)), lambda *row: row == (True, 4))
+)
 def test_exports_with_any_length(causal, num_buckets):
     options = hashing(2, num_buckets, causal=causal)  # drawn here: a program draws anew at each call
     assert_exports(lsh_attention, ((1, 1), (1, 2), (1, 70), (3, 301), (2, 1000)), **options)
