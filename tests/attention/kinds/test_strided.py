@@ -266,7 +266,7 @@ def test_dropout_is_the_same_going_back(monkeypatch):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("causal", "global_tokens"), product((False, True), (0, 2)))
+@pytest.mark.parametrize(("causal", "global_tokens"), list(product((False, True), (0, 2))))
 def test_compiles_whole(causal, global_tokens):
     assert_compiles_whole(strided_attention, **SMALL, causal=causal, global_tokens=global_tokens)
 

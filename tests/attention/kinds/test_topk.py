@@ -286,7 +286,7 @@ def test_dropout_is_unbiased():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("causal", "global_tokens"), product((False, True), (0, 2)))
+@pytest.mark.parametrize(("causal", "global_tokens"), list(product((False, True), (0, 2))))
 def test_compiles_whole(causal, global_tokens):
     assert_compiles_whole(topk_attention, **SMALL, causal=causal, global_tokens=global_tokens)
 
