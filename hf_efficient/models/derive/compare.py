@@ -4,6 +4,7 @@ distance(outputs_of(small, inputs), outputs_of(model, inputs), inputs)     # 0.0
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .observe import run
 
-SKIPPED = ("past_key_values", "cache_params", "attentions", "rope_deltas", "states")
+SKIPPED = re.compile("past_key_values|cache_params|(.*_)?attentions|rope_deltas|states")
 
 
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
     parts = output if isinstance(output, Mapping) else {}
     parts = dict(enumerate(output)) if isinstance(output, list | tuple) else parts
     for key, value in parts.items():
-        if key not in SKIPPED:
+        if not SKIPPED.fullmatch(str(key)):
             _collect(value, f"{name}.{key}", tensors)
 
 

@@ -185,7 +185,10 @@ def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Fou
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
         found.why.setdefault(HEADS, str(reason))
-    for path in place.cross:
+    for path, crossed in place.cross.items():
+        if len(crossed) < len(layers):  # which stays as it is
+            found.why.setdefault(HEADS, "cross attention in some of its layers alone")
+            continue
         try:
             found.cross = attention_roles(layer, path)
         except NotDerivable as reason:
@@ -282,7 +285,7 @@ def _own_config(
     for path, config in configs.items():
         stage = of_stage(place, config)
         has_heads = found.sizes is None or find_field(config, "heads", found.sizes.heads, *stage["heads"])
-        if has_heads and find_field(config, "layers", depth, *stage["layers"]):
+        if has_heads and find_field(config, "layers", depth, *stage["layers"], *_layer_fields(place)):
             return config, path
     raise NotDerivable("no config says how many heads and layers it has")
 
@@ -299,7 +302,7 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
     hidden = wide if wide is not None else any_hidden(own)
     fields: dict[str, Any] = {
-        "num_layers": find_field(own, "layers", depth, *stage["layers"], f"{side}_layers", f"num_{side}_layers"),
+        "num_layers": find_field(own, "layers", depth, *stage["layers"], *_layer_fields(path)),
         "hidden": find_field(own, "hidden", hidden, *stage["hidden"])
         or find_field(own, "hidden", any_hidden(own))
         or next(iter(stage["hidden"]), None),
@@ -316,7 +319,8 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
         return fields
     # Whisper calls other heads by the name of key/value heads
     fields["kv_heads"] = find_field(own, "kv_heads", sizes.kv_heads, mapped=False)
-    fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], f"{side}_attention_heads") or ""
+    names = (f"{side}_attention_heads", f"{side}_self_attention_heads")
+    fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], *names) or ""
     head_dim = find_field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if not fields["heads"]:
@@ -332,6 +336,13 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
             if not attention.output:
                 found.why.setdefault(HEADS, str(reason))
     return fields
+
+
+def _layer_fields(path: str) -> tuple[str, ...]:
+    """Names of fields that say how many layers there are in a list with this path."""
+    *parents, last = path.split(".")
+    side = next((part for part in parents if part in ("encoder", "decoder")), "")
+    return f"{side}_layers", f"num_{side}_layers", f"num_{last}"
 
 
 def _bias_tables(layers: nn.ModuleList, attention: str) -> list[set[str]]:

@@ -22,7 +22,7 @@ from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
 from ..cutting import cut_layers, cut_units
-from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
+from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from ..groups import Group, groups_of, output_module, output_weight
 from ..rebuild import rebuild
 from ..registry import forget, remember
@@ -132,7 +132,7 @@ def _other_entries(trial: Trial, ability: str) -> Iterator[Family]:
         stack, own = trial.stack, entry.attention
         sizes = Heads(stack.num_heads, stack.num_kv_heads, stack.head_width, stack.head_width)
         module = stack.layers[stack.attending[0]].get_submodule(own.module)
-        for attention in (own, *other_numbers(module, own, sizes)):
+        for attention in (own, *other_numbers(module, own, sizes), *_more_linears(module, own, sizes)):
             other = replace(entry, attention=attention)
             for one in (_with_own_config(other), other):
                 yield replace(family, stacks=tuple(one if old is entry else old for old in family.stacks))
@@ -140,6 +140,16 @@ def _other_entries(trial: Trial, ability: str) -> Iterator[Family]:
         yield _provable_ffns(trial)
     elif ability == LAYERS and not family.first_stays:
         yield replace(family, first_stays=True)
+
+
+def _more_linears(module: nn.Module, attention: Attention, sizes: Heads) -> Iterator[Attention]:
+    """The attention with linears of the module that have a part for each head too: for relative positions."""
+    known = {attention.query, attention.key, attention.value, attention.output, *attention.gates}
+    inside = {f"{attention.module}.{name}": part for name, part in module.named_modules()}
+    linears = {name: part for name, part in inside.items() if isinstance(part, nn.Linear) and name not in known}
+    more = tuple(name for name, part in linears.items() if part.out_features == sizes.heads * sizes.dim)
+    if more:
+        yield replace(attention, gates=(*attention.gates, *more))
 
 
 def _provable_ffns(trial: Trial) -> Family:
