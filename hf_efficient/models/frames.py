@@ -41,11 +41,6 @@ class Frames:
         total = int(self.count(torch.tensor([samples])))
         return torch.arange(total, device=sound.device) < self.count(lengths)[:, None]
 
-    def is_like(self, other: "Frames") -> bool:
-        """Whether each frame of the one can be compared with that of the other."""
-        lengths = torch.arange(1_000, 20_000, 97)
-        return self.blank == other.blank and torch.equal(self.count(lengths), other.count(lengths))
-
     def losses(self, logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         """The negative log-likelihood of each text `[B]` (Graves et al. 2006, Connectionist Temporal Classification).
 

@@ -11,7 +11,7 @@ The masks made here are both what a loss sums over and what its denominator coun
 import inspect
 import typing
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -59,7 +59,6 @@ class Head:
     problem: transformers' `problem_type`, `None` while it has to be guessed from the labels.
     stacks: `("encoder", "decoder")` where the forward takes decoder inputs, else `("encoder",)`.
     is_causal: the only stack is a decoder: its tokens see those before them.
-    frames: of `ctc`, how many frames a sound becomes.
     """
 
     kind: str
@@ -67,7 +66,23 @@ class Head:
     num_labels: int
     stacks: tuple[str, ...] = ("encoder",)
     is_causal: bool = False
-    frames: Frames | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class FramesHead(Head):
+    """A head of kind `ctc`, and the frames that it spells."""
+
+    _: KW_ONLY
+    frames: Frames = field(compare=False, repr=False)
+
+    def is_like(self, other: Head) -> bool:
+        """Whether each frame of the one can be compared with that of the other."""
+        lengths = torch.arange(1_000, 20_000, 97)  # of sounds
+        return (
+            isinstance(other, FramesHead)
+            and self.frames.blank == other.frames.blank
+            and torch.equal(self.frames.count(lengths), other.frames.count(lengths))
+        )
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -108,13 +123,14 @@ def head_of(model: nn.Module) -> Head:
         kind = "tokens"
     is_decoder = is_known(base.config) and [stack.name for stack in Anatomy.of(base).stacks] == ["decoder"]
     has_classes = kind == "examples" or "ForTokenClassification" in (auto or base.loss_type or "")
+    if kind == "ctc":
+        return FramesHead(kind, SINGLE_LABEL, 0, stacks, frames=frames_of(base))
     return Head(
         kind=kind,
         problem=base.config.problem_type if kind == "examples" else SINGLE_LABEL,
         num_labels=base.config.num_labels if has_classes else 0,
         stacks=stacks,
         is_causal=len(stacks) == 1 and (kind == "causal_lm" or is_decoder),
-        frames=frames_of(base) if kind == "ctc" else None,
     )
 
 
@@ -239,7 +255,7 @@ class Batch:
                 raise DataError(
                     f"`{name}` has shape {tuple(mask.shape)}; distillation needs [batch, length] (1 token, 0 padding)."
                 )
-        if self.head.frames is not None:
+        if isinstance(self.head, FramesHead):
             return {"encoder": self._real(self.head.frames.mask(self.inputs))}
         say_positions = self.head.kind == "tokens"
         inputs = {name: value for name, value in self.inputs.items() if say_positions or name != "labels"}
