@@ -18,6 +18,7 @@ from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, St
 from ..stacks import said
 from .ffns import find_ffns
 from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
+from .head_parts import with_shared, without_part
 from .observe import Call, LayerRun, observing, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
@@ -67,10 +68,12 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         if place is not None and place.is_biased:
             tables = _bias_tables(base.get_submodule(path), stack.attention.module)
             if len(tables[0]) == 1 and not any(tables[1:]):  # of the first layer, which all share
-                relative_bias = f"{stack.attention.module}.{tables[0].pop()}"
+                table = tables[0].pop()
+                relative_bias = f"{stack.attention.module}.{table}"
+                stack = replace(stack, attention=without_part(stack.attention, f"{table}.weight"))
             else:
                 stack = replace(stack, attention=replace(stack.attention, biased=True))
-                for ability in (HEADS,) if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
+                for ability in () if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
                     stack = stack.without(ability, "a position bias that is not one table in the first layer")
         has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
         (stacks if has_attention else others).append(stack)
@@ -222,6 +225,8 @@ def _make_stack(
     found = _attention(first, place, layers)
     if place is None and found.is_causal and name == "encoder" and "encoder" not in path:
         name = "decoder"  # now it is known
+    if found.attention.query and found.sizes:
+        found.attention = with_shared(first, found.attention, found.sizes.heads)
     why = found.why
     ffns: dict[str, FFN] = {}
     try:
@@ -321,6 +326,8 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if not fields["heads"]:
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many heads it has")
+    elif sizes.kv_heads == 1 < sizes.heads and fields["kv_heads"] is None:
+        fields["one_kv_head"] = True
     elif fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many key/value heads it has")
     elif fields["head_dim"] is None and said(own, fields["hidden"]) != sizes.dim * sizes.heads:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..family import Attention
+from .head_parts import with_head_parts
 from .observe import SMALL, LayerRun, differs, run
 from .roles import Heads, NotDerivable, integers_of, layout
 
@@ -174,7 +175,7 @@ def _described(
         interleaved=layouts == {"interleaved"},
         **integers_of(module, sizes),
     )
-    return attention, sizes, is_causal
+    return next(with_head_parts(layer.layer, attention, sizes.heads, sizes.dim)), sizes, is_causal
 
 
 def _common(paths) -> str:
