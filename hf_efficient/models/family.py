@@ -132,7 +132,8 @@ class Stack:
             where no field can say any width.
         count_neurons: the FFN width of a config, where it is not simply in the field.
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
-        one_kv_head: all query heads share one key/value head, whatever a field says (Falcon).
+        one_kv_head: all query heads share one key/value head, whatever a field says (Falcon); they leave one by one,
+            and it stays.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
             `None` where it accepts none (then pruned heads need the efficient class).
         head_size: the width of a head itself, where the entry belongs to one config and no field says it.

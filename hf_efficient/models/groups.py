@@ -142,7 +142,7 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
         if not attention.query:  # its heads cannot be told apart
             continue
         inputs, rest = [(attention.query, wide)], 0
-        if stack.shares_keys:  # whose rows are behind those of the queries, if one linear makes all
+        if stack.entry.one_kv_head:  # whose rows are behind those of the queries, if one linear makes all
             rest = width * (attention.key, attention.value).count(attention.query)
         else:
             inputs += [(attention.key, width), (attention.value, width)]

@@ -101,14 +101,9 @@ class ConfigStack:
         return said(self.sizes, self.entry.kv_heads) if self.entry.kv_heads else self.num_heads
 
     @property
-    def shares_keys(self) -> bool:
-        """All query heads have one key/value head in common, which stays when some of them leave."""
-        return self.num_kv_heads == 1 < self.num_heads
-
-    @property
     def group_size(self) -> int:
         """Query heads that leave together: those of one key/value head; 1 where all share one, or each has its own."""
-        return 1 if self.shares_keys else self.num_heads // self.num_kv_heads
+        return 1 if self.entry.one_kv_head else self.num_heads // self.num_kv_heads
 
     @property
     def head_width(self) -> int:

@@ -88,7 +88,7 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
         shape = HeadShape(stack.num_heads, stack.num_kv_heads, stack.head_width)
         if size in entry.sizes:
             heads = entry.sizes[size][index]
-            kv_heads = 1 if stack.shares_keys else entry.sizes.get("kv_heads", entry.sizes[size])[index]
+            kv_heads = 1 if stack.entry.one_kv_head else entry.sizes.get("kv_heads", entry.sizes[size])[index]
             shape = HeadShape(heads, kv_heads, stack.head_width)
             _resize_attention(layer, attention, shape, stack)
             if entry.kept_heads and size == "heads":
@@ -192,7 +192,7 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
     numbers |= dict.fromkeys(attention.kv_width_attributes, shape.kv_heads * shape.dim)
-    if stack.shares_keys and GROUPS in vars(module):
+    if stack.entry.one_kv_head and GROUPS in vars(module):
         numbers[GROUPS] = shape.heads
     for name, number in numbers.items():
         _set_number(module, name, number)

@@ -321,14 +321,13 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
         return fields
     # Whisper calls other heads by the name of key/value heads
     fields["kv_heads"] = find_field(own, "kv_heads", sizes.kv_heads, mapped=False)
+    fields["one_kv_head"] = sizes.kv_heads == 1 < sizes.heads
     fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], f"{side}_attention_heads") or ""
     head_dim = find_field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if not fields["heads"]:
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many heads it has")
-    elif sizes.kv_heads == 1 < sizes.heads and fields["kv_heads"] is None:
-        fields["one_kv_head"] = True
-    elif fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
+    elif fields["kv_heads"] is None and sizes.kv_heads not in (1, sizes.heads):
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many key/value heads it has")
     elif fields["head_dim"] is None and said(own, fields["hidden"]) != sizes.dim * sizes.heads:
         fields["head_size"] = sizes.dim

@@ -150,7 +150,7 @@ def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict
         if count != stack.num_heads:
             # Fewer heads do not fill the hidden size any more, so their width has to be said too.
             fields |= {stack.entry.heads: count, stack.entry.head_dim: stack.head_width}
-            if stack.entry.kv_heads and not stack.shares_keys:
+            if stack.entry.kv_heads and not stack.entry.one_kv_head:
                 fields[stack.entry.kv_heads] = count // stack.group_size
         for kind in (*HEADS, "kv_heads"):
             unsaid.pop(kind, None)

@@ -112,7 +112,7 @@ def _cache_numbers(anatomy: Anatomy) -> int:
     if not heads:
         return 0
     stack = anatomy.stack("decoder")
-    return sum(2 * (1 if stack.shares_keys else g.units) * stack.head_width * len(g.layers) for g in heads)
+    return sum(2 * (1 if stack.entry.one_kv_head else g.units) * stack.head_width * len(g.layers) for g in heads)
 
 
 def plan_table(plan: PruningPlan) -> str:

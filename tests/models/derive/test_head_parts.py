@@ -139,7 +139,7 @@ def test_a_part_that_has_another_size_in_the_real_model_is_none_of_heads():
 def test_keys_that_all_heads_share_stay():
     model, _ = make("falcon")
     group, stack = heads_of(model)[0], Anatomy.of(model).stacks[0]
-    assert stack.shares_keys and group.units == stack.num_heads
+    assert stack.entry.one_kv_head and group.units == stack.num_heads
     before = model.h[0].self_attention.query_key_value.weight
     small = cut(model, (1,), (0, 1))
     after = small.h[0].self_attention.query_key_value.weight
