@@ -106,8 +106,9 @@ def _reader(layer: LayerRun) -> str:
 
 def _meets(layer: LayerRun, name: str, other: str) -> bool:
     given = layer.base.inputs[other]
-    if given.ndim != 3 or given.shape[:2] != layer.base.outputs[name].shape[:2]:
-        return False
+    tokens = given.shape[:2]
+    if given.ndim != 3 or tokens != layer.base.outputs[name].shape[:2] or tokens[0] <= ROW or tokens[1] <= TOKEN:
+        return False  # such as those of a table of relative positions
     hit = _difference(layer.disturbed_token(name, ROW, TOKEN).inputs.get(other), given)[ROW].any(-1)
     hit[TOKEN] = False
     return bool(hit.any())

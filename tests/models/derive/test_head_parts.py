@@ -23,6 +23,7 @@ from hf_efficient.pruning.price.costs import unit_cost
 from ...helpers import selected
 from .tiny import make, outputs
 
+BOTH = ("weight", "bias")
 TABLE = "relative_position_bias.relative_position_bias_table"
 TYPES = {  # and what is said of their attention
     "mpnet": {"shared": ("position_bias",), "shared_dims": (1,)},
@@ -34,9 +35,15 @@ TYPES = {  # and what is said of their attention
     "swin": {"per_head": (TABLE,), "per_head_dims": (1,)},
     "swinv2": {"per_head": ("logit_scale", "continuous_position_bias_mlp.2.weight"), "per_head_dims": ()},
     "falcon": {"shared": ()},
+    "falcon with slopes": {"shared": ("attention_mask", "alibi"), "shared_dims": (1, 1)},
+    "deberta with positions": {
+        "per_head": ("q_bias", "v_bias", "pos_proj.weight", *(f"pos_q_proj.{n}" for n in BOTH))
+    },
+    "deberta-v2 with positions": {"per_head": tuple(f"pos_{m}_proj.{n}" for m in ("key", "query") for n in BOTH)},
     "gpt_bigcode": {"shared": ()},
 }
-FAST = ("mpnet", "bloom", "umt5", "falcon")
+CHANGES = {"slopes": {"alibi": True}, "positions": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}}
+FAST = ("mpnet", "bloom", "umt5", "falcon", "deberta-v2 with positions")
 
 
 def heads_of(model):
@@ -62,9 +69,11 @@ def silenced(model, *kept):
 
 @pytest.mark.parametrize(("name",), selected([(name,) for name in TYPES], lambda name: name in FAST))
 def test_unlike_layers_cut_twice_and_loaded_give_what_silent_heads_give(name, tmp_path):
-    model, inputs = make(name)
+    said = TYPES[name]
+    name, _, changed = name.partition(" with ")
+    model, inputs = make(name, **CHANGES.get(changed, {}))
     attention = Anatomy.of(model).stacks[0].entry.attention
-    assert {field: getattr(attention, field) for field in TYPES[name]} == TYPES[name]
+    assert {field: getattr(attention, field) for field in said} == said
     small = cut(cut(model, (0, 2, 3), (1, 2)), (0, 2), (0, 1))  # of the first layer 0 and 3 are left
     wanted = outputs(silenced(model, (0, 3), (1, 2)), inputs)
     found = outputs(small, inputs)
