@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import Group
+from .groups import Group, expand
 from .stacks import ModelStack
 
 
@@ -26,7 +26,7 @@ def cut_units(
                 for part in member.slices:
                     name = f"{member.prefix}.{part.name}"
                     # along part.dim: blocks of units x width, of which units become fewer
-                    small[name] = small[name].index_select(part.dim, part.rows(units, small[name]))
+                    small[name] = small[name].index_select(part.dim, part.kept_rows(units, small[name]))
     return small
 
 
@@ -54,3 +54,22 @@ def layer_fields(stack: ModelStack, kept: Sequence[int]) -> dict[str, Any]:
         return {}
     of_depth = dict.fromkeys(stack.family.of_depth)
     return {stack.entry.num_layers: len(kept)} | of_depth | stack.per_layer(kept)
+
+
+def kept_heads(
+    stack: ModelStack, kept: Mapping[str, Sequence[int]], before: Sequence[tuple[int, ...]] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """The query heads of the very first model that are left in each layer, where heads share what the model makes for
+    all of them; () where they do not.
+
+    Parameters:
+        kept: the units that are kept, by the names of groups; all of those that are not named.
+        before: the same of the model that is cut, if it was cut before.
+    """
+    if not stack.entry.attention.shared:
+        return ()
+    heads = []
+    for index, old in enumerate(before or [tuple(range(stack.num_heads))] * stack.depth):
+        units = kept.get(f"{stack.name}.{index}.heads", range(len(old) // stack.group_size))
+        heads.append(tuple(old[row] for row in expand(torch.tensor(units), stack.group_size).tolist()))
+    return tuple(heads)

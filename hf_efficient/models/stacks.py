@@ -101,12 +101,14 @@ class ConfigStack:
 
     @property
     def num_kv_heads(self) -> int:
+        if self.entry.one_kv_head:
+            return 1
         return said(self.sizes, self.entry.kv_heads) if self.entry.kv_heads else self.num_heads
 
     @property
     def group_size(self) -> int:
-        """Query heads per key/value head: 1 without grouped-query attention."""
-        return self.num_heads // self.num_kv_heads
+        """Query heads that leave together: those of one key/value head; 1 where all share one, or each has its own."""
+        return 1 if self.entry.one_kv_head else self.num_heads // self.num_kv_heads
 
     @property
     def head_width(self) -> int:

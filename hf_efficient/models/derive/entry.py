@@ -19,6 +19,7 @@ from ..stacks import said
 from .depths import depth_field, is_depth_field
 from .ffns import find_ffns
 from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
+from .head_parts import with_shared, without_part
 from .observe import Call, LayerRun, observing, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
@@ -68,10 +69,12 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         if place is not None and place.is_biased:
             tables = _bias_tables(base.get_submodule(path), stack.attention.module)
             if len(tables[0]) == 1 and not any(tables[1:]):  # of the first layer, which all share
-                relative_bias = f"{stack.attention.module}.{tables[0].pop()}"
+                table = tables[0].pop()
+                relative_bias = f"{stack.attention.module}.{table}"
+                stack = replace(stack, attention=without_part(stack.attention, f"{table}.weight"))
             else:
                 stack = replace(stack, attention=replace(stack.attention, biased=True))
-                for ability in (HEADS,) if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
+                for ability in () if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
                     stack = stack.without(ability, "a position bias that is not one table in the first layer")
         has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
         (stacks if has_attention else others).append(stack)
@@ -223,6 +226,8 @@ def _make_stack(
     found = _attention(first, place, layers)
     if place is None and found.is_causal and name == "encoder" and "encoder" not in path:
         name = "decoder"  # now it is known
+    if found.attention.query and found.sizes:
+        found.attention = with_shared(first, found.attention, found.sizes.heads)
     why = found.why
     ffns: dict[str, FFN] = {}
     try:
@@ -338,12 +343,13 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, layer: LayerRun, ffn
         return fields
     # Whisper calls other heads by the name of key/value heads
     fields["kv_heads"] = find_field(own, "kv_heads", sizes.kv_heads, mapped=False)
+    fields["one_kv_head"] = sizes.kv_heads == 1 < sizes.heads
     fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], f"{side}_attention_heads") or ""
     head_dim = find_field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if not fields["heads"]:
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many heads it has")
-    elif fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
+    elif fields["kv_heads"] is None and sizes.kv_heads not in (1, sizes.heads):
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many key/value heads it has")
     elif fields["head_dim"] is None and said(own, fields["hidden"]) != sizes.dim * sizes.heads:
         fields["head_size"] = sizes.dim

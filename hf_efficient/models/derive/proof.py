@@ -21,7 +21,7 @@ from ...attention.config import MAX_WINDOW, AttentionConfig
 from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
-from ..cutting import cut_layers, cut_units, layer_fields
+from ..cutting import cut_layers, cut_units, kept_heads, layer_fields
 from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
 from ..gaps import TENSOR, states_of
 from ..groups import Group, groups_of, output_module, output_weight
@@ -29,6 +29,7 @@ from ..rebuild import rebuild
 from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, keeps_cache, outputs_of, text_of
+from .head_parts import with_head_parts
 from .observe import observing
 from .roles import Heads, NotDerivable, other_numbers, said_of
 
@@ -145,7 +146,10 @@ def _other_entries(trial: Trial, ability: str) -> Iterator[Family]:
         stack, own = trial.stack, entry.attention
         sizes = Heads(stack.num_heads, stack.num_kv_heads, stack.head_width, stack.head_width)
         module = stack.layers[stack.attending[0]].get_submodule(own.module)
-        for attention in (own, *other_numbers(module, own, sizes)):
+        layer = stack.layers[stack.attending[0]]
+        parts = with_head_parts(layer, replace(own, per_head=(), per_head_dims=()), sizes.heads, sizes.dim)
+        alone = (replace(own, shared=(), shared_dims=()),) if own.shared else ()
+        for attention in (own, *alone, *parts, *other_numbers(module, own, sizes)):
             other = replace(entry, attention=attention)
             for one in (_with_own_config(other), other):
                 yield replace(family, stacks=tuple(one if old is entry else old for old in family.stacks))
@@ -247,7 +251,8 @@ def _units(trial: Trial, kind: str) -> None:
     sizes = {kind: tuple(counts.get(layer, most) for layer in range(len(stack.layers)))}
     if kind == "heads" and stack.group_size > 1:
         sizes |= {"kv_heads": sizes["heads"], "heads": tuple(count * stack.group_size for count in sizes["heads"])}
-    small = trial.rebuilt(StackBlock(sizes=sizes), cut_units(model.state_dict(), groups, kept))
+    heads = kept_heads(stack, kept) if kind == "heads" else ()
+    small = trial.rebuilt(StackBlock(sizes=sizes, kept_heads=heads), cut_units(model.state_dict(), groups, kept))
     with ExitStack() as hooks:
         for group in groups:
             for unit in gone[group.name]:
