@@ -199,14 +199,15 @@ def _convert(trial: Trial) -> None:
         if not is_wide and trial.matters(wanted):  # few tokens, as of a masked autoencoder, want a smaller one
             break
     trial.check_matters(wanted, said)
-    if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
+    text = text_of(trial.inputs)
+    if stack.is_causal and decodes_alike(trial.model, text, TOLERANCE):
         kinds = [converted]
         with suppress(UnsupportedModelError):  # by masks and biases that a kind which keeps all keys has no place for
             keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
             outputs_of(keeps_keys, trial.inputs)
             kinds.append(keeps_keys)
         for kind in kinds:
-            if not decodes_alike(kind, trial.inputs, TOLERANCE):
+            if not decodes_alike(kind, text, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
 

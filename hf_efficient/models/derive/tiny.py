@@ -144,8 +144,10 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
             module.weight.normal_(0, 1 / math.sqrt(inputs), generator=generator)
             if module.bias is not None:
                 module.bias.normal_(0, 0.1, generator=generator)
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # after several small ones all tokens are alike
-            module.weight.normal_(0, 1 / math.sqrt(module.weight[0].numel()), generator=generator)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            strong = 1 / math.sqrt(module.weight[0].numel())
+            if module.weight.std() < strong / 2:  # after several weak ones all tokens are alike
+                module.weight.normal_(0, strong, generator=generator)
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(0, 1, generator=generator)
             if module.padding_idx is not None:
