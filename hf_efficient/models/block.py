@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from ..attention.config import AttentionConfig
 from ..errors import ConfigError, shown, unknown_name
 from .family import NEURON_KINDS, Family
-from .stacks import ConfigStack, config_stacks
+from .stacks import ConfigStack, config_stacks, said
 
 VERSION = 1
 ATTENTIONS = ("attention", "cross_attention")
@@ -71,8 +71,9 @@ class EfficientBlock:
     family: Family | None = None
 
     def is_trivial(self) -> bool:
-        """True if the stock class says it all: no converted attention, no size of its own."""
-        return not any(stack.sizes or stack.is_converted() for stack in self.stacks.values())
+        """True if the stock class says it all: no converted attention, no size of its own, no gap."""
+        has_gaps = self.family is not None and any(stack.places is not None for stack in self.family.stacks)
+        return not has_gaps and not any(stack.sizes or stack.is_converted() for stack in self.stacks.values())
 
     def is_converted(self) -> bool:
         return any(stack.is_converted() for stack in self.stacks.values())
@@ -133,6 +134,7 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
             if name not in stacks:
                 raise unknown_name(f"stack of a {family.model_type} model in efficient.{where}", name, stacks)
     for name, stack in stacks.items():
+        _check_places(stack)
         entry, layers = block.stack(name), stack.depth
         lists: dict[str, tuple] = {f"stacks.{name}.{size}": values for size, values in entry.sizes.items()}
         lists |= {f"stacks.{name}.{KEPT_HEADS}": entry.kept_heads} if entry.kept_heads else {}
@@ -149,6 +151,17 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
                 raise ConfigError(f"efficient.stacks.{name}.attention[{index}]: this layer has no softmax attention.")
         _check_sizes(entry, stack)
         _check_heads(entry, stack)
+
+
+def _check_places(stack: ConfigStack) -> None:
+    places, where = stack.entry.places, f"efficient.family: the places of the layers of {stack.name}"
+    if places is None:
+        return
+    whole = said(stack.sizes, stack.entry.num_layers)
+    if not places or list(places) != sorted(set(places)) or places[-1] >= whole:
+        raise ConfigError(f"{where} must be numbers from 0 to {whole - 1} in rising order, got {shown(places)}.")
+    if stack.entry.gaps is None:
+        raise ConfigError(f"{where} need `gaps` beside them.")
 
 
 def _check_sizes(entry: StackBlock, stack: ConfigStack) -> None:

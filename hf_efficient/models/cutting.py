@@ -5,6 +5,7 @@ state = cut_layers(state, stack, kept=(0, 2))
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ def cut_units(
 
 
 def cut_layers(state: Mapping[str, Tensor], stack: ModelStack, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Without the layers of a stack that are not kept, and with the gaps closed."""
-    new_index = {old: index for index, old in enumerate(kept)}
+    """Without the layers of a stack that are not kept, and with the gaps closed, if they are to be."""
+    moves = stack.entry.gaps is None
+    new_index = {stack.place(old): index if moves else stack.place(old) for index, old in enumerate(kept)}
     bias, small = stack.family.relative_bias, {}
     for key, value in state.items():
         if not key.startswith(f"{stack.prefix}."):
@@ -43,6 +45,15 @@ def cut_layers(state: Mapping[str, Tensor], stack: ModelStack, kept: Sequence[in
         elif int(number) in new_index:
             small[f"{stack.prefix}.{new_index[int(number)]}.{rest}"] = value
     return small
+
+
+def layer_fields(stack: ModelStack, kept: Sequence[int]) -> dict[str, Any]:
+    """The config fields that say of a stack that it has these layers alone; none where the others leave gaps, or where
+    all are kept."""
+    if stack.entry.gaps is not None or len(kept) == stack.depth:
+        return {}
+    of_depth = dict.fromkeys(stack.family.of_depth)
+    return {stack.entry.num_layers: len(kept)} | of_depth | stack.per_layer(kept)
 
 
 def kept_heads(

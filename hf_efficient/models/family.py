@@ -142,6 +142,9 @@ class Stack:
             `None` where it accepts none (then pruned heads need the efficient class).
         head_size: the width of a head itself, where the entry belongs to one config and no field says it.
         attending: the layers that have this attention; None: all.
+        gaps: a layer that leaves has an empty one in its place (`models.gaps`), which gives a tensor (0) or a tuple of
+            so many things; None: those behind it move up.
+        places: where the layers that are left stand among the gaps; None: there are none.
         num_neurons: the FFN width itself, where the entry belongs to one config and no field says it.
         causal: its self-attention sees no later tokens; `None`: by its name.
         sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
@@ -169,6 +172,8 @@ class Stack:
     head_dim: str | None = None
     head_size: int | None = None
     attending: tuple[int, ...] | None = None
+    gaps: int | None = None
+    places: tuple[int, ...] | None = None
     num_neurons: int | None = None
     causal: bool | None = None
     sees_patches: bool = False
@@ -188,10 +193,12 @@ class Stack:
 
     def with_layers(self, kept: Sequence[int]) -> Stack:
         """The same for a stack of which these layers are left, in this order."""
-        if self.attending is None:
-            return self
-        attending = tuple(new for new, old in enumerate(kept) if old in self.attending)
-        return replace(self, attending=attending)
+        attending, places = self.attending, self.places
+        if attending is not None:
+            attending = tuple(new for new, old in enumerate(kept) if old in attending)
+        if self.gaps is not None:
+            places = tuple(layer if places is None else places[layer] for layer in kept)
+        return replace(self, attending=attending, places=places)
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""

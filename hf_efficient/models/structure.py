@@ -18,6 +18,7 @@ from ..attention.variant import BIASED, CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .family import CONVERT, FFN, Attention
+from .gaps import leave_gaps
 from .kept_heads import keep_heads
 from .linears import holds, narrow_parameter, num_inputs, num_outputs, resize_linear
 from .merging import merge_layers
@@ -31,6 +32,8 @@ GROUPS = "num_key_value_groups"  # of transformers: query heads of each key/valu
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
+        if stack.entry.places is not None and stack.entry.gaps is not None:
+            leave_gaps(model.get_submodule(stack.prefix), stack.entry.places, stack.entry.gaps)
         wanted = _with_merging(block.stack(stack.name), stack.name)
         for index in range(len(stack.layers)):
             if block.is_converted():

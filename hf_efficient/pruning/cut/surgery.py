@@ -16,9 +16,9 @@ from transformers.initialization import no_init_weights
 
 from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
-from ...models.block import MAX_LAYERS, EfficientBlock, StackBlock
+from ...models.block import EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
-from ...models.cutting import cut_layers, cut_units, kept_heads
+from ...models.cutting import cut_layers, cut_units, kept_heads, layer_fields
 from ...models.families import FAMILIES
 from ...models.family import FFN
 from ...models.groups import groups_of
@@ -62,8 +62,8 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
             else:
                 changes, unsaid[stack.name] = {}, dict(sizes[stack.name])
         kept = layers[stack.name]
-        changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(stack.family.of_depth)
-        fields = stack.changed(fields, changes | stack.per_layer(kept))
+        changes |= layer_fields(stack, kept)
+        fields = stack.changed(fields, changes)
     return with_block(anatomy.config, _new_block(anatomy, layers, unsaid, plan), **fields)
 
 
@@ -230,6 +230,7 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes, plan: PruningPlan
             original[stack.name] = tuple(before[i] for i in kept)
     family = anatomy.family
     if family.model_type not in FAMILIES:
-        left = tuple(one.with_layers(layers.get(one.name, range(MAX_LAYERS))) for one in family.stacks)
+        gone = {stack.name for stack in anatomy.stacks if len(layers[stack.name]) < stack.depth}
+        left = tuple(one.with_layers(layers[one.name]) if one.name in gone else one for one in family.stacks)
         old = replace(old, family=replace(family, stacks=left))
     return replace(old, stacks=stacks, kept_layers=original)
