@@ -1,5 +1,6 @@
 """Entries that are derived: those of the table come out as they are written, others are proven and can be used."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -261,7 +262,8 @@ def test_only_layers_with_softmax_attention_are_converted(tmp_path):
     expected = tuple(i for i, kind in enumerate(left) if kind == "full_attention")
     assert Anatomy.of(small).stacks[0].attending == expected
     small.save_pretrained(tmp_path)
-    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
+    again = copy.deepcopy(AutoModel.from_pretrained(tmp_path))  # a file's place in memory is a rounding of its own
+    assert torch.equal(outputs(again, inputs), outputs(small, inputs))
     with pytest.raises(ConfigError, match=r"None of these layers of the decoder has softmax attention; \(1, 3, 4\)"):
         convert_attention(model, {0: AttentionConfig("local")})
     wrong = narrow.config.to_dict()

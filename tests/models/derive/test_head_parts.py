@@ -63,7 +63,7 @@ def cut(model, *kept):
 def silenced(model, *kept):
     model = copy.deepcopy(model)
     for group, heads in zip(heads_of(model), kept, strict=True):
-        gone = torch.tensor([unit for unit in range(group.units) if unit not in heads])
+        gone = torch.tensor([unit for unit in range(group.units) if unit not in heads], dtype=torch.int64)
         for member in group.members:
             weight = output_weight(model, member)
             weight.data.index_fill_(member.output.dim, member.output.rows(gone, weight), 0)
