@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
+from ..groups import inside
 from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from ..stacks import ModelStack, model_stacks
 from .fields import width_said
@@ -93,6 +94,10 @@ def _has_heads(stack: ModelStack, index: int) -> bool:
         numbers |= dict.fromkeys(attention.kv_width_attributes, kv_heads)
         if any(getattr(module, name, None) != number for name, number in numbers.items()):
             return False  # in the tiny model it had this value by chance
+        parts = [(inside(attention.module, name), dim) for name, dim in attention.head_parts.items()]
+        held = [(layer.get_parameter(path).shape, dim) for path, dim in parts if holds(layer, path)]
+        if not all(dim < len(shape) and shape[dim] in (stack.num_heads, heads) for shape, dim in held):
+            return False
         outputs: dict[str, int] = {}
         for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
             outputs[path] = outputs.get(path, 0) + width

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ..family import Attention
-from .observe import SMALL, Call, LayerRun, Seen, differs
+from .head_parts import with_head_parts
+from .observe import SMALL, Call, LayerRun, Seen, differs, is_same
 
 QKV = "qkv"
 MOST_NUMBERS = 4  # beside the weights of an attention that are tried
@@ -76,10 +77,6 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     sizes = Heads.of(call)
     if sizes.value_dim != sizes.dim:
         raise NotDerivable("values of another width than queries (latent attention)")
-    own = dict(module.named_parameters(recurse=False))
-    for name, parameter in own.items():
-        if parameter.shape[0] != sizes.heads or sizes.heads in parameter.shape[1:]:
-            raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
     makers = dict(zip(QKV, (maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
@@ -87,7 +84,7 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     if len(set(layouts.values())) > 1:
         raise NotDerivable(f"projections of several layouts: {layouts}")
     reader, gates = _reader(layer, call, set(makers.values()))
-    return Attention(
+    attention = Attention(
         module=path,
         query=makers["q"],
         key=makers["k"],
@@ -95,9 +92,9 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
         output=reader,
         gates=gates,
         interleaved=next(iter(layouts.values())) == "interleaved",
-        per_head=tuple(own),
         **integers_of(module, sizes),
     )
+    return next(with_head_parts(layer.layer, attention, sizes.heads, sizes.dim))
 
 
 def _reader(layer: LayerRun, call: Call, makers: set[str]) -> tuple[str, tuple[str, ...]]:
@@ -153,11 +150,6 @@ def other_numbers(module: nn.Module, attention: Attention, sizes: Heads) -> Iter
                 role = roles[numbers[name]]
                 added[role] = (*added.get(role, getattr(attention, role)), name)
             yield replace(attention, **added)
-
-
-def is_same(given: Tensor, output: Tensor) -> bool:
-    flat = output.reshape(-1)
-    return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
 
 
 def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:

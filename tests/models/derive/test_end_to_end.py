@@ -42,7 +42,7 @@ READ, BOTH = "AutoModelForImageTextToText", "encoder decoder"
 STAGES = " ".join(f"encoder_layers_{number}_blocks" for number in range(4))
 EXPERTS = {"importance": "taylor"}  # what experts in one tensor read is seen by nobody
 ROWS = {
-    "mpnet": Row("MPNetForSequenceClassification", CLASSES, "layer neuron"),
+    "mpnet": Row("MPNetForSequenceClassification", CLASSES),
     "deberta-v2": Row("DebertaV2ForSequenceClassification", CLASSES),
     "albert": Row("AlbertForSequenceClassification", CLASSES, "head neuron", "encoder"),  # one layer for all
     "qwen2": Row("Qwen2ForCausalLM", TEXT, converted="decoder"),
@@ -57,7 +57,7 @@ ROWS = {
     "pegasus": Row("PegasusForConditionalGeneration", SUMMARY, converted=BOTH),
     "wav2vec2": Row("Wav2Vec2ForSequenceClassification", "AutoModelForAudioClassification", converted="encoder"),
     "siglip": Row("SiglipForImageClassification", "AutoModelForImageClassification", converted="vision"),
-    "swin": Row("SwinForImageClassification", "AutoModelForImageClassification", "neuron", STAGES),
+    "swin": Row("SwinForImageClassification", "AutoModelForImageClassification", "head neuron", STAGES),
     "qwen2_5_vl": Row("Qwen2_5_VLForConditionalGeneration", READ, converted="vision text"),
     "llava": Row("LlavaForConditionalGeneration", READ, converted="vision text"),
 }
