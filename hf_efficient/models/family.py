@@ -39,6 +39,8 @@ class Attention:
     key/value heads, and heads x head_dim; `kv_width_attributes` the same of the key/value heads.
     `reads_config`: its forward reads the numbers from its config.
     `gates` are linears whose outputs, as many for each head, multiply what the heads give before `output` reads it.
+    `wide` are those of query, key and value that give each head a block of another width, as in latent attention or
+    with a gate beside the query; `value_size` is the width of a value, where it is not that of a query.
     `per_head` are other parameters inside of the module with as many rows for each query head, such as attention sinks
     and tables of relative positions, and `per_head_dims` the dimensions of these rows (none: the first of each).
     `shared` are arguments of its forward that the model makes once for the heads of all layers, such as a position
@@ -62,6 +64,8 @@ class Attention:
     kv_width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
     gates: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    value_size: int | None = None
     per_head: tuple[str, ...] = ()
     per_head_dims: tuple[int, ...] = ()
     shared: tuple[str, ...] = ()

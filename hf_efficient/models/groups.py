@@ -146,14 +146,17 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
             rest = width * (attention.key, attention.value).count(attention.query)
         else:
             inputs += [(attention.key, width), (attention.value, width)]
-        units = num_inputs(layer.get_submodule(attention.output)) // wide
+        read = stack.group_size * (attention.value_size or width)
+        units = num_inputs(layer.get_submodule(attention.output)) // read
+        inputs = [(path, rows) for path, rows in inputs if path not in attention.wide]
+        inputs += [(path, num_outputs(layer.get_submodule(path)) // units) for path in attention.wide]
         inputs += [(gate, num_outputs(layer.get_submodule(gate)) // units) for gate in attention.gates]
-        learned = _learned(attention, layer, wide)
+        learned = _learned(attention, layer, units)
         for name, dim in attention.head_parts.items():
             path = inside(attention.module, name)
             if holds(layer, path):  # as a table of the first layer alone
                 learned += (Slice(path, dim, (layer.get_parameter(path).shape[dim] // units,)),)
-        member = _member(layer, place, inputs, (attention.output, wide), learned, attention.interleaved)
+        member = _member(layer, place, inputs, (attention.output, read), learned, attention.interleaved)
         if rest:
             member = replace(
                 member,
@@ -220,13 +223,11 @@ def inside(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
-def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, ...]:
+def _learned(attention: Attention, layer: nn.Module, units: int) -> tuple[Slice, ...]:
     """The learned parts of a variant: one row for each key/value head, or for each query head."""
     variant = variant_of(layer.get_submodule(attention.module))
     if variant is None:
         return ()
-    linear = layer.get_submodule(attention.output)
-    units = linear.weight.shape[input_dim(linear)] // wide  # those that are there now, not those of the config
     return tuple(
         Slice(f"{attention.module}.{ATTACHED}.{name}", 0, (len(parameter) // units,))
         for name, parameter in variant.named_parameters()

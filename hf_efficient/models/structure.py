@@ -184,11 +184,13 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     outputs = Counter({attention.query: shape.heads * shape.dim})  # of a fused linear: the sum
     outputs.update({attention.key: shape.kv_heads * shape.dim})
     outputs.update({attention.value: shape.kv_heads * shape.dim})
-    before = num_inputs(layer.get_submodule(attention.output)) // shape.dim
-    outputs |= {gate: num_outputs(layer.get_submodule(gate)) * shape.heads // before for gate in attention.gates}
+    read = attention.value_size or shape.dim
+    before = num_inputs(layer.get_submodule(attention.output)) // read
+    for path in (*attention.gates, *attention.wide):
+        outputs[path] = num_outputs(layer.get_submodule(path)) * shape.heads // before
     for path, count in outputs.items():
         resize_linear(layer.get_submodule(path), outputs=count)
-    resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * shape.dim)
+    resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * read)
     # The forward reads its sizes from plain integers beside the weights, or from a config that it shares.
     module, entry = layer.get_submodule(attention.module), stack.entry
     numbers = dict.fromkeys(attention.head_attributes, shape.heads)

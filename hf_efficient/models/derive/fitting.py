@@ -43,6 +43,10 @@ def _measured(entry: Stack, stack: ModelStack) -> Stack:
     attention, layers = entry.attention, stack.layers
     here = [i for i, layer in enumerate(layers) if holds(layer, attention.module) and _is_of(layer, attention)]
     entry = replace(entry, attending=tuple(here) if len(here) < len(layers) else None)
+    if here and attention.value_size:
+        reader = layers[here[0]].get_submodule(attention.output)
+        attention = replace(attention, value_size=num_inputs(reader) // stack.num_heads)
+        entry = replace(entry, attention=attention)
     if here and attention.measure:
         queries = layers[here[0]].get_submodule(attention.measure)
         entry = replace(entry, head_size=num_outputs(queries) // stack.num_heads)
@@ -101,9 +105,13 @@ def _has_heads(stack: ModelStack, index: int) -> bool:
         outputs: dict[str, int] = {}
         for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
             outputs[path] = outputs.get(path, 0) + width
+        outputs = {path: width for path, width in outputs.items() if path not in attention.wide}
         if not all(_is_wide(layer, path, width, is_output=True) for path, width in outputs.items()):
             return False
-        if not _is_wide(layer, attention.output, heads, is_output=False):
+        if any(num_outputs(layer.get_submodule(path)) % stack.num_heads for path in attention.wide):
+            return False
+        read = stack.num_heads * (attention.value_size or stack.head_width)
+        if not _is_wide(layer, attention.output, read, is_output=False):
             return False
     return True
 

@@ -1,5 +1,6 @@
 """Entries that are derived: those of the table come out as they are written, others are proven and can be used."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -46,10 +47,10 @@ TYPES = {
     "qwen3_moe": EVERYTHING,
     "gpt_oss": EVERYTHING,  # attention sinks, one of each head
     "gemma2": EVERYTHING,  # softcap
-    "deepseek_v3": EVERYTHING - {"heads"},  # latent attention: values of another width than queries
-    "qwen3_next": EVERYTHING - {"heads"},  # one layer in four has softmax attention
+    "deepseek_v3": EVERYTHING,  # latent attention: values of another width than queries
+    "qwen3_next": EVERYTHING,  # one layer in four has softmax attention
     "gptj": PRUNED,  # attention of its own
-    "mpnet": {"neurons", "layers"},
+    "mpnet": PRUNED,
     "albert": {"convert", "heads", "neurons"},  # one layer for all
 }
 FAST = ("gpt_neox", "phi3", "gpt_oss", "gptj", "albert", "opt")
@@ -247,7 +248,7 @@ def test_only_layers_with_softmax_attention_are_converted(tmp_path):
     config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": 5, "layer_types": kinds})
     model = tiny_model(config)
     [stack] = Anatomy.of(model).stacks
-    assert stack.entry.attending == (1, 3, 4) and stack.entry.why_not("heads")
+    assert stack.entry.attending == (1, 3, 4) and not stack.entry.why_not("heads")
     wide, narrow = (convert_attention(model, AttentionConfig("local", window=w, global_tokens=0)) for w in (64, 2))
     assert [one["kind"] for one in narrow.config.efficient["stacks"]["decoder"]["attention"]] == [
         {"linear_attention": "full", "full_attention": "local"}[kind] for kind in kinds
@@ -261,7 +262,8 @@ def test_only_layers_with_softmax_attention_are_converted(tmp_path):
     expected = tuple(i for i, kind in enumerate(left) if kind == "full_attention")
     assert Anatomy.of(small).stacks[0].attending == expected
     small.save_pretrained(tmp_path)
-    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
+    again = copy.deepcopy(AutoModel.from_pretrained(tmp_path))  # a file's place in memory is a rounding of its own
+    assert torch.equal(outputs(again, inputs), outputs(small, inputs))
     with pytest.raises(ConfigError, match=r"None of these layers of the decoder has softmax attention; \(1, 3, 4\)"):
         convert_attention(model, {0: AttentionConfig("local")})
     wrong = narrow.config.to_dict()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_efficient import ConfigError
+from hf_efficient import AttentionConfig, ConfigError, convert_attention
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.classes import with_block
+from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.fitting import OTHERWISE, fitted
 from hf_efficient.models.derive.head_parts import with_head_parts, without_part
 from hf_efficient.models.family import Attention, Family
@@ -41,9 +43,10 @@ TYPES = {  # and what is said of their attention
     },
     "deberta-v2 with positions": {"per_head": tuple(f"pos_{m}_proj.{n}" for m in ("key", "query") for n in BOTH)},
     "gpt_bigcode": {"shared": ()},
+    "deepseek_v3": {"wide": ("self_attn.q_b_proj", "self_attn.kv_b_proj"), "value_size": 8},
 }
 CHANGES = {"slopes": {"alibi": True}, "positions": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}}
-FAST = ("mpnet", "bloom", "umt5", "falcon", "deberta-v2 with positions")
+FAST = ("mpnet", "bloom", "umt5", "falcon", "deepseek_v3", "deberta-v2 with positions")
 
 
 def heads_of(model):
@@ -60,7 +63,7 @@ def cut(model, *kept):
 def silenced(model, *kept):
     model = copy.deepcopy(model)
     for group, heads in zip(heads_of(model), kept, strict=True):
-        gone = torch.tensor([unit for unit in range(group.units) if unit not in heads])
+        gone = torch.tensor([unit for unit in range(group.units) if unit not in heads], dtype=torch.int64)
         for member in group.members:
             weight = output_weight(model, member)
             weight.data.index_fill_(member.output.dim, member.output.rows(gone, weight), 0)
@@ -143,6 +146,30 @@ def test_a_part_that_has_another_size_in_the_real_model_is_none_of_heads():
     bias = model.encoder.block[1].layer[0].SelfAttention.relative_attention_bias
     bias.weight = nn.Parameter(bias.weight[:, :3].clone())
     assert fitted(family, model).stacks[0].why_not("heads") == OTHERWISE
+
+
+def test_a_query_is_cut_with_the_gate_beside_it():
+    model, inputs = make("qwen3_next")
+    attention = Anatomy.of(model).stacks[0].entry.attention
+    assert attention.wide[0] == "self_attn.q_proj" and attention.value_size is None and not attention.gates
+    group, other = heads_of(model)
+    kept = range(1, group.units), range(other.units)
+    assert torch.allclose(outputs(cut(model, *kept), inputs), outputs(silenced(model, *kept), inputs), atol=1e-5)
+    part = next(one for one in group.members[0].inputs if "q_proj" in one.name)
+    assert part.width == 2 * group.members[0].output.width
+
+
+def test_latent_heads_of_a_converted_model_are_cut():
+    model, inputs = make("deepseek_v3")
+    model = convert_attention(model, AttentionConfig("local", window=2, global_tokens=0))
+    kept = (0, 2, 3), (1, 2)
+    assert torch.allclose(outputs(cut(model, *kept), inputs), outputs(silenced(model, *kept), inputs), atol=1e-5)
+
+
+def test_widths_of_latent_heads_are_those_of_the_real_model():
+    config = CONFIG_MAPPING["deepseek_v3"](num_hidden_layers=2, qk_nope_head_dim=24, v_head_dim=20)
+    entry = family_for(config).stacks[0]
+    assert entry.why_not("heads") is None and entry.attention.value_size == 20
 
 
 def test_keys_that_all_heads_share_stay():
