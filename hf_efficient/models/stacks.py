@@ -181,7 +181,7 @@ class ConfigStack:
     def has_window(self, layer: int) -> bool:
         """The stock config gives the layer a sliding window of its own."""
         types = getattr(self.sizes, "layer_types", None)
-        if types:
+        if isinstance(types, list | tuple) and len(types) == said(self.sizes, self.entry.num_layers):
             return types[self.place(layer)] == "sliding_attention"
         return getattr(self.sizes, "sliding_window", None) is not None
 

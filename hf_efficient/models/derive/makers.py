@@ -16,6 +16,7 @@ from .sizes import HIDDEN, VOCABULARY
 
 ROWS, TOKENS, NEW_TOKENS, FRAMES = 2, 9, 6, 64  # two lengths of text, so that cross attention is told from others
 SAMPLES = 6400
+STRIDED = 64  # of an image where no config says it: convolutions make 2 x 2 tokens of it, where 32 gave one alone
 Inputs = dict[str, Tensor]
 Generator = torch.Generator
 Maker = Callable[[PreTrainedConfig, Generator, Inputs], Tensor]
@@ -117,7 +118,8 @@ def _feature_mask(config: PreTrainedConfig, generator: Generator, inputs: Inputs
 def _image(config: PreTrainedConfig, generator: Generator, form: str = "one") -> Tensor:
     """`[rows, channels, height, width]`, or `[rows, images, ...]`."""
     size = find(config, "image_size", None)
-    size = size or (find(config, "input_size", None) if find(config, "patch_size", None) else None) or 32
+    has_patches = bool(find(config, "patch_size", None))
+    size = size or (find(config, "input_size", None) if has_patches else None) or (32 if has_patches else STRIDED)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     height, width = {"large": (128, 128), "wide": (48, 320)}.get(form, (height, width))
     image = torch.randn(ROWS, find(config, "num_channels", 3), height, width, generator=generator)

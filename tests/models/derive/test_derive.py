@@ -22,7 +22,7 @@ from hf_efficient.models.derive.unseen import attends
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.family import ABILITIES, Attention, Family, Stack
 from hf_efficient.models.rebuild import is_portable
-from hf_efficient.models.registry import register_family
+from hf_efficient.models.registry import register_family, remember
 from hf_efficient.models.stacks import config_stacks
 
 from ...families import make_config
@@ -363,3 +363,26 @@ class OtherConfig(ToyConfig):
 
 class OtherModel(ToyModel):
     config_class = OtherConfig
+
+
+def test_layers_without_the_cross_attention_of_others_are_converted():
+    """As in Q-Formers, of which every second layer reads the image."""
+    model, inputs = make("opt")
+    family = family_for(model.config)
+    stack = replace(family.stacks[0], cross_attention=Attention("cross_attention"))
+    remember(model.config, replace(family, stacks=(stack,)))
+    try:
+        converted = convert_attention(model, AttentionConfig("local", window=4096, global_tokens=0))
+    finally:
+        remember(model.config, family)
+    assert distance(outputs_of(converted, inputs), outputs_of(model, inputs), inputs) < 1e-5
+
+
+@pytest.mark.parametrize(("types", "expected"), [(["sliding_attention"], False), (["sliding_attention"] * 3, True)])
+def test_kinds_of_other_layers_say_nothing_of_windows(types, expected):
+    """RT-DETR's config has a list of that name for each stage of its backbone."""
+    config = CONFIG_MAPPING["opt"](num_hidden_layers=3)
+    config.layer_types = types
+    stack = Stack("decoder", "decoder.layers", Attention("self_attn"))
+    [known] = config_stacks(config, Family("opt", "OPTConfig", (stack,)))
+    assert known.has_window(2) is expected

@@ -235,3 +235,11 @@ def test_given_inputs_are_taken_where_none_can_be_made(monkeypatch):
     assert model.config.hidden_size == 32 and inputs.keys() == {"input_ids", "attention_mask"}
     assert inputs["input_ids"].min() >= 1 and inputs["input_ids"].max() <= 8
     assert inputs["attention_mask"].tolist() == mask["values"]
+
+
+@pytest.mark.parametrize("name", ["segformer", "regnet"])
+def test_convolutions_leave_more_than_one_token_of_an_image(name):
+    model = tiny_model(tiny_config(config_of(name)))
+    with torch.no_grad():
+        states = model(**tiny_inputs(model)).last_hidden_state
+    assert states.shape[2:] == (2, 2)  # of one token alone no attention would show
