@@ -107,7 +107,10 @@ def head_of(model: nn.Module) -> Head:
         kind = "causal_lm"  # GPT2DoubleHeadsModel
     if kind is None and auto is None and not type(base).__module__.startswith("transformers."):
         kind = "embeddings"  # a class of one's own, if it is like those of AutoModel
-    fields_of, output = _given_by(base), GIVES.get(kind or "", "logits")
+    fields_of = _given_by(base)
+    if kind is None and auto is None and fields_of is not None and "last_hidden_state" in fields_of:
+        kind = "embeddings"  # a tower (SiglipTextModel)
+    output = GIVES.get(kind or "", "logits")
     if kind == "embeddings":  # one text or one image, and no labels: `BertModel`, `ViTModel`; not `CLIPModel`
         fits = len(stacks) == 1 and not LABELS & names and len({"input_ids", "pixel_values"} & names) == 1
     else:
