@@ -30,7 +30,7 @@ from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
 from .compare import decodes_alike, distance, keeps_cache, outputs_of, text_of
 from .head_parts import with_head_parts
-from .observe import observing
+from .observe import LayerRun, observing
 from .roles import Heads, NotDerivable, other_numbers, said_of
 
 TOLERANCE = 1e-4  # of the largest number
@@ -339,6 +339,22 @@ def _with_proven_gaps(trial: Trial) -> Family | None:
     return None
 
 
+def _has_residual(trial: Trial) -> bool:
+    """Whether a layer without weights still gives what it is given: else an empty one would add it once more (XLM)."""
+    layer = LayerRun(trial.model, trial.stack.layers[-1], trial.inputs)
+    weights = [one for one in layer.layer.parameters() if one.ndim > 1]
+    before = [one.detach().clone() for one in weights]
+    with torch.no_grad():
+        try:
+            for weight in weights:
+                weight.zero_()
+            result = layer.run().result
+        finally:
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+    return result is not None and bool(result.flatten(0, -2).std(0).max() > TOLERANCE)
+
+
 def _with_gaps(trial: Trial) -> Family:
     """The entry in which layers of the stack leave gaps.
 
@@ -357,6 +373,8 @@ def _with_gaps(trial: Trial) -> Family:
         outputs_of(trial.model, trial.inputs)
     if len(given) != 1 or None in given:
         raise NotDerivable("its layers give more than one tensor")
+    if not _has_residual(trial):
+        raise NotDerivable("its layers are added to the residual stream by what is around them")
     entry = replace(trial.stack.entry, gaps=given.pop())
     return replace(
         trial.family, stacks=tuple(entry if one is trial.stack.entry else one for one in trial.family.stacks)

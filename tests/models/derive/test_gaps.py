@@ -147,3 +147,9 @@ def test_the_field_with_the_depth_is_found_by_trial():
     assert not is_depth_field(model, "vision_model.encoder.layers", "text_config", "num_hidden_layers")
     assert depth_field(model, "vision_model.encoder.layers") == ("vision_config", "num_hidden_layers")
     assert [one.config for one in make_entry(model, inputs).stacks] == ["text_config", "vision_config"]
+
+
+def test_parts_of_layers_leave_no_gaps():
+    """XLM adds what its FFNs give to the stream outside of them: empty ones would double it."""
+    model, _ = make("xlm")
+    assert Anatomy.of(model).family.why_not("layers") is not None
