@@ -160,9 +160,9 @@ def try_type(model_type: str, given: dict | None = None) -> dict:
 def _running(config: PreTrainedConfig, given: dict) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A tiny model and inputs for it, by rule; else the model of exactly this config with the given inputs."""
 
-    def make(small: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    def make(small: PreTrainedConfig, whole: bool) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         model = tiny_model(small)
-        return model, tiny_inputs(model)
+        return model, tiny_inputs(model, whole)
 
     try:
         return first_tiny(config, make)
@@ -230,7 +230,7 @@ def _convert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _prune(model: PreTrainedModel, part: str) -> PreTrainedModel:
-    for ratio in (0.3, 0.1, 0.03):
+    for ratio in (0.3, 0.1, 0.03, 0.01, 0.003):  # in one tower of several there may be little to remove
         config = PruningConfig(
             ratio=ratio,
             importance="magnitude",

@@ -98,7 +98,7 @@ def chooser(report: dict) -> str:
     cells = summary.index(report)
     rows = []
     for kind, (sees, decoding) in KINDS.items():
-        name = methods_of(kind, report)[0]
+        name = next(iter(methods_of(kind, report)), kind)
         rows.append(
             (
                 f"[`{kind}`](LINK/{kind}.md)",
@@ -118,7 +118,8 @@ def chooser(report: dict) -> str:
         "faster from, tokens",
         "while decoding, keeps",
     )
-    return table((*headers, "needs training"), rows) + f"\nTimes as fast as dense SDPA. {where(report)}\n"
+    note = "`merging` makes whole layers faster, not attention alone: its page has a table of its own."
+    return table((*headers, "needs training"), rows) + f"\nTimes as fast as dense SDPA. {note} {where(report)}\n"
 
 
 KINDS = {
@@ -130,6 +131,7 @@ KINDS = {
     "local_linear": ("a window exactly, the rest through a feature map", "window and state"),
     "additive": ("a learned summary of everything", "a fixed state"),
     "kernel": ("everything, weighted by distance", "all keys"),
+    "merging": ("everything, of fewer tokens from layer to layer (images, sound)", "not in decoders"),
 }
 
 
@@ -145,7 +147,7 @@ def settings(report: dict) -> str:
             for config in measured.values()
             if config["kind"] == kind
         ]
-        rows.append((f"`{kind}`", own or "none", "; ".join(told)))
+        rows.append((f"`{kind}`", own or "none", "; ".join(told) or "-"))
     return table(("kind", "settings and their defaults", "in the tables of speed"), rows)
 
 
@@ -154,6 +156,8 @@ def _shown(kind: str, name: str, default: object) -> object:
     if name == "global_tokens":
         sinks = AttentionConfig(kind).resolve(causal=True).global_tokens
         return f"0, in decoders {sinks}" if sinks else 0
+    if name == "protected_tokens":
+        return "those that are no part of the image"
     if default is None:
         return "16" if kind == "kernel" else "head dimension"
     return default

@@ -68,10 +68,9 @@ def _everything_in_view(model: PreTrainedModel) -> Iterator[tuple[list[nn.Module
     reached: set[nn.Module] = set()
     for stack in Anatomy.of(model).stacks:
         for index, layer in enumerate(stack.layers):
-            if stack.has_window(index):
-                windowed.add(layer.get_submodule(stack.entry.attention.module))
-            if stack.cross:
-                windowed.add(layer.get_submodule(stack.cross.module))
+            for kind, attention in stack.attentions_in(index).items():  # some layers may have no cross attention
+                if kind == "cross_heads" or stack.has_window(index):
+                    windowed.add(layer.get_submodule(attention.module))
     wide = AttentionConfig("local", window=MAX_WINDOW, global_tokens=0)
     before = {module: variant for module in model.modules() if (variant := variant_of(module)) is not None}
     try:

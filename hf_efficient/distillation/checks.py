@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.heads import PREPARE, shifts_labels
-from ..training.batch import Head, base_of, head_of
+from ..training.batch import FramesHead, Head, base_of, head_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
 
@@ -28,6 +28,11 @@ def check_models(
     names = f"{type(base_of(student)).__name__} (student) and {type(base_of(teacher)).__name__} (teacher)"
     if head.kind != teacher_head.kind or head.stacks != teacher_head.stacks:
         raise UnsupportedModelError(f"{names} do different things. Load both with the same AutoModelFor... class.")
+    if isinstance(head, FramesHead) and not head.is_like(teacher_head):
+        raise UnsupportedModelError(
+            f"{names} make different numbers of frames of a sound, or have different blank tokens. Take a student "
+            "whose feature extractor and tokenizer are the teacher's, such as the pruned teacher."
+        )
     sizes = _vocabularies(student, teacher)
     if len(set(sizes)) > 1 and not truncate_vocabulary:
         raise UnsupportedModelError(

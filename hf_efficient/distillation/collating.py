@@ -78,6 +78,8 @@ def _label_count(head: Head, model: Any) -> tuple[int, str] | None:
     if head.kind in ("causal_lm", "tokens") and not head.num_labels:
         output = model.get_output_embeddings()
         return None if output is None else (output.weight.shape[0], "the tokens of its output")
+    if head.kind == "ctc":
+        return model.config.vocab_size, "the tokens of its output"
     if head.num_labels > 1 and head.kind in ("examples", "tokens"):
         return head.num_labels, f"its {head.num_labels} classes"
     return None

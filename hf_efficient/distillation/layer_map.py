@@ -56,6 +56,8 @@ def layer_pairs(
     """The pairs of one stack; ConfigError for an unknown name, a list of no pairs, or a position beyond a depth."""
     if not isinstance(layer_map, str):
         return _check_pairs(layer_map, student_layers, teacher_layers)
+    if layer_map == "auto" and has_gaps(kept, student_layers, teacher_layers):
+        return [(0, 0), *((layer + 1, layer + 1) for layer in kept or ())]
     if layer_map == "auto" and kept is not None:
         if len(kept) != student_layers or max(kept) >= teacher_layers:
             raise ConfigError(
@@ -69,6 +71,11 @@ def layer_pairs(
         chosen = chosen_layers(layer_map, student_layers, teacher_layers)
     embeddings = [(0, 0)] if layer_map in ("auto", "uniform") else []
     return embeddings + [(m + 1, layer + 1) for m, layer in enumerate(chosen)]
+
+
+def has_gaps(kept: Sequence[int] | None, student_layers: int, teacher_layers: int) -> bool:
+    """Layers have left the student, and the others are where they were (`models.gaps`)."""
+    return kept is not None and len(kept) < student_layers == teacher_layers and max(kept) < teacher_layers
 
 
 def map_layers(
@@ -90,9 +97,19 @@ def map_attentions(
     student: nn.Module, teacher: nn.Module, layer_map: LayerMap | None, stacks: tuple[str, ...]
 ) -> dict[str, Pairs]:
     """As `map_layers`, for what only layers have: no embeddings, nor a stack of nothing else. `None` pairs the last
-    layers alone."""
+    layers alone.
+
+    Raises:
+        UnsupportedModelError: layers have left gaps in the student, which give no attention.
+    """
+    ends, kept = (depths(student, stacks), depths(teacher, stacks)), kept_layers(student, stacks)
+    for stack in stacks:
+        if has_gaps(kept.get(stack), ends[0][stack], ends[1][stack]):
+            raise UnsupportedModelError(
+                f"Layers that left the student's {stack} have gaps in their places, so that attention cannot be "
+                "compared layer by layer. Take losses of hidden states or of the output alone."
+            )
     if layer_map is None:
-        ends = depths(student, stacks), depths(teacher, stacks)
         return {stack: [(ends[0][stack], ends[1][stack])] for stack in stacks}
     whole = map_layers(student, teacher, layer_map, stacks)
     pairs = {stack: [pair for pair in own if min(pair) > 0] for stack, own in whole.items()}

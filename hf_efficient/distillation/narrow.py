@@ -112,7 +112,7 @@ def _narrow_config(anatomy: Anatomy, hidden_size: int) -> PreTrainedConfig:
         fields[names.heads] = hidden_size // stack.head_width
         if stack.name in blocks:  # the stock config says it now
             sizes = {k: v for k, v in blocks[stack.name].sizes.items() if k not in ("heads", "cross_heads")}
-            blocks[stack.name] = replace(blocks[stack.name], sizes=sizes)
+            blocks[stack.name] = replace(blocks[stack.name], sizes=sizes, kept_heads=())
     block = replace(anatomy.block, stacks={k: v for k, v in blocks.items() if v.sizes or v.is_converted()})
     config = with_block(anatomy.config, block, **fields)
     return stock_config(config) if block.is_trivial() else config

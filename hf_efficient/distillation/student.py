@@ -10,12 +10,12 @@ Kept teacher layers are a far better start than a fresh small model (DistilBERT,
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, unknown_name
 from ..models.anatomy import Anatomy
-from ..models.block import EfficientBlock
 from ..models.classes import block_of
 from ..models.rebuild import check_model
 from ..pruning.cut.surgery import apply_plan
@@ -84,7 +84,7 @@ def build_student(
     if hidden_size is not None:
         student = narrow(student, hidden_size, batches)
     everything = {stack: tuple(range(depth)) for stack, depth in depths.items()}
-    block = EfficientBlock(stacks=block_of(student.config).stacks, kept_layers=everything | kept)
+    block = replace(block_of(student.config), kept_layers=everything | kept)
     student.config.efficient = block.to_dict()
     return student
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..models.heads import SINGLE_LABEL
 from ..models.pooling import pool
-from ..training.batch import Batch
+from ..training.batch import Batch, FramesHead
 from .answers import Answer, comparable
 from .layer_map import Pairs
 from .losses.chunks import sum_together
@@ -68,7 +68,8 @@ def sums_of(
     together: dict[str, dict[str, Tensor]] = {}
     # `ce` and `kd` read the same logits [rows, V]. Where it is known how much of each will reach the loss, both
     # gradients are written into one tensor of that size while its rows are in the cache: half the memory of a step.
-    if {"ce", "kd"} <= settings.shares.keys() and batch.problem == SINGLE_LABEL and settings.vocabulary is None:
+    is_plain = batch.problem == SINGLE_LABEL and settings.vocabulary is None and batch.head.kind != "ctc"
+    if {"ce", "kd"} <= settings.shares.keys() and is_plain:
         assert teacher is not None and teacher.logits is not None and isinstance(student.logits, Tensor)
         rows = [ce_rows(*batch.label_targets()), kd_rows(teacher.logits, batch.soft_mask(), **settings.of_kd())]
         wide = torch.promote_types(student.logits.dtype, torch.float32)
@@ -84,6 +85,9 @@ def sums_of(
 def ce(batch: Batch, student: Answer, teacher: Answer | None, settings: LossSettings) -> Tensor:
     labels, mask = batch.label_targets()
     assert isinstance(student.logits, Tensor)  # `check_losses`
+    if isinstance(batch.head, FramesHead):  # over all ways to spell the labels in the frames (CTC)
+        losses = batch.head.frames.losses(student.logits, labels, batch.soft_mask().sum(1))
+        return torch.where(batch.example_mask(), losses, 0).sum()
     return ce_loss(student.logits, labels, mask, problem=batch.problem)[0]
 
 

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import TASKS, Task
 from ..errors import DataError, UnsupportedModelError, check_positive, unknown_name
+from ..models.frames import frames_of
 from ..models.heads import auto_class_of_architecture, decoder_inputs
 from ..models.modes import evaluating
 from ..models.pooling import pool
@@ -42,7 +43,7 @@ from ..models.token_masks import IGNORED, counts_columns, first_positions, from_
 from ..reporting.schema import Quality, Score
 from .retrieval import PAIR, find_pairs
 from .scores import check_metrics, further_scores, load_metrics
-from .speech import ctc_losses, decoder_of, score_texts
+from .speech import decoder_of, score_texts
 
 _LABELS = ("labels", "start_positions", "end_positions", PAIR)
 _SPAN = 1 << 32
@@ -163,8 +164,9 @@ def _score_speech(model: Any, batch: Mapping[str, Any], task: str, decode: Calla
     if TASKS[task].kind == "ctc":
         logits = model(**inputs).logits
         _check_labels(labels[labels != IGNORED], logits.shape[-1], "tokens of its output")
-        losses, tokens = ctc_losses(model, inputs, logits, labels)
-        told = list(zip(losses.cpu(), tokens.cpu(), strict=True))
+        frames = frames_of(model)
+        losses = frames.losses(logits, labels, frames.mask(inputs).sum(1))
+        told = list(zip(losses.cpu(), (labels != IGNORED).sum(1).cpu(), strict=True))
     else:
         logits, told = None, [row[:3:2] for row in _score_batch(model, batch, TASKS[task])]
     texts = score_texts(model, inputs, logits, labels, decode)

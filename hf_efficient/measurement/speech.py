@@ -12,11 +12,9 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..models.token_masks import IGNORED
 
 SPARE = 8  # tokens that a wrong transcript may be longer than the right one
 
@@ -71,24 +69,3 @@ def decoder_of(collator: Any) -> Callable:
 
 def _digest(text: str) -> int:
     return zlib.crc32(" ".join(text.split()).encode())
-
-
-def ctc_losses(model: Any, inputs: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihood of each text `[B]` (Graves et al. 2006), and the number of its tokens `[B]`."""
-    frames = frame_counts(model, inputs, logits)
-    lengths = (labels != IGNORED).sum(1)
-    logs = logits.float().log_softmax(-1).transpose(0, 1)
-    blank = model.config.pad_token_id
-    targets = labels.clamp_min(0)
-    losses = torch.nn.functional.ctc_loss(
-        logs, targets, frames, lengths, blank=blank, reduction="none", zero_infinity=model.config.ctc_zero_infinity
-    )
-    return losses, lengths
-
-
-def frame_counts(model: Any, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-    """How many frames of each sound are real, `[B]`: all, where there is no mask."""
-    mask = inputs.get("attention_mask")
-    if mask is None or not hasattr(model, "_get_feat_extract_output_lengths"):
-        return torch.full(logits.shape[:1], logits.shape[1], device=logits.device)
-    return model._get_feat_extract_output_lengths(mask.sum(-1)).to(torch.long)

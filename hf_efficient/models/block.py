@@ -9,9 +9,10 @@
 
 Only what the stock fields cannot say is in it: an absent list means "as in the stock config". `heads` counts query
 heads, `kv_heads` key/value heads, `cross_heads` the heads of cross attention, `neurons` the FFN width, one number for
-each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. `family` says where a
-model keeps what, if that was derived and is not in the table of families. All of it is checked when read, and bounded
-by the stock sizes, before any memory is allocated.
+each layer. `kept_layers` remembers which layers of the original remain; it changes no shape. `kept_heads` says which
+query heads of the original each layer has, where a position bias is made once for the heads of all layers. `family`
+says where a model keeps what, if that was derived and is not in the table of families. All of it is checked when read,
+and bounded by the stock sizes, before any memory is allocated.
 """
 
 from collections.abc import Mapping
@@ -23,10 +24,11 @@ from transformers import PreTrainedConfig
 from ..attention.config import AttentionConfig
 from ..errors import ConfigError, shown, unknown_name
 from .family import NEURON_KINDS, Family
-from .stacks import ConfigStack, config_stacks
+from .stacks import ConfigStack, config_stacks, said
 
 VERSION = 1
 ATTENTIONS = ("attention", "cross_attention")
+KEPT_HEADS = "kept_heads"
 SIZES = ("heads", "kv_heads", "cross_heads", *NEURON_KINDS)
 
 # The largest stock sizes that are accepted when an efficient config is read: above any real model, so that a broken or
@@ -49,11 +51,12 @@ MAY_BE_NONE = ("type_vocab_size", "projection_dim")  # 0: there is no such table
 @dataclass(frozen=True)
 class StackBlock:
     """One stack: an attention for each layer (empty: all full), also for cross attention, and the sizes that differ
-    from the stock config."""
+    from the stock config; and of heads that share what the model makes for all of them, which are left."""
 
     attention: tuple[AttentionConfig, ...] = ()
     cross_attention: tuple[AttentionConfig, ...] = ()
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kept_heads: tuple[tuple[int, ...], ...] = ()
 
     def is_converted(self) -> bool:
         return any(config.kind != "full" for config in (*self.attention, *self.cross_attention))
@@ -68,8 +71,9 @@ class EfficientBlock:
     family: Family | None = None
 
     def is_trivial(self) -> bool:
-        """True if the stock class says it all: no converted attention, no size of its own."""
-        return not any(stack.sizes or stack.is_converted() for stack in self.stacks.values())
+        """True if the stock class says it all: no converted attention, no size of its own, no gap."""
+        has_gaps = self.family is not None and any(stack.places is not None for stack in self.family.stacks)
+        return not has_gaps and not any(stack.sizes or stack.is_converted() for stack in self.stacks.values())
 
     def is_converted(self) -> bool:
         return any(stack.is_converted() for stack in self.stacks.values())
@@ -86,6 +90,7 @@ class EfficientBlock:
                 if any(config.kind != "full" for config in getattr(stack, name))
             }
             entry = attention | {size: list(values) for size, values in stack.sizes.items()}
+            entry |= {KEPT_HEADS: [list(heads) for heads in stack.kept_heads]} if stack.kept_heads else {}
             if entry:
                 stacks[name] = entry
         block: dict[str, Any] = {"version": VERSION, "stacks": stacks}
@@ -129,8 +134,10 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
             if name not in stacks:
                 raise unknown_name(f"stack of a {family.model_type} model in efficient.{where}", name, stacks)
     for name, stack in stacks.items():
+        _check_places(stack)
         entry, layers = block.stack(name), stack.depth
         lists: dict[str, tuple] = {f"stacks.{name}.{size}": values for size, values in entry.sizes.items()}
+        lists |= {f"stacks.{name}.{KEPT_HEADS}": entry.kept_heads} if entry.kept_heads else {}
         lists |= {f"stacks.{name}.{key}": getattr(entry, key) for key in ATTENTIONS if getattr(entry, key)}
         if entry.cross_attention and not stack.cross:
             raise ConfigError(f"efficient.stacks.{name}.cross_attention: this stack has no cross attention.")
@@ -144,6 +151,17 @@ def check_block(block: EfficientBlock, config: PreTrainedConfig, family: Family)
                 raise ConfigError(f"efficient.stacks.{name}.attention[{index}]: this layer has no softmax attention.")
         _check_sizes(entry, stack)
         _check_heads(entry, stack)
+
+
+def _check_places(stack: ConfigStack) -> None:
+    places, where = stack.entry.places, f"efficient.family: the places of the layers of {stack.name}"
+    if places is None:
+        return
+    whole = said(stack.sizes, stack.entry.num_layers)
+    if not places or list(places) != sorted(set(places)) or places[-1] >= whole:
+        raise ConfigError(f"{where} must be numbers from 0 to {whole - 1} in rising order, got {shown(places)}.")
+    if stack.entry.gaps is None:
+        raise ConfigError(f"{where} need `gaps` beside them.")
 
 
 def _check_sizes(entry: StackBlock, stack: ConfigStack) -> None:
@@ -166,8 +184,15 @@ def _check_heads(entry: StackBlock, stack: ConfigStack) -> None:
     heads, kv_heads = entry.sizes.get("heads"), entry.sizes.get("kv_heads")
     if heads is None and kv_heads is not None:
         raise ConfigError(f"{where}.kv_heads needs `heads` beside it, one number for each layer.")
+    lacks = entry.kept_heads if heads is None else not entry.kept_heads and stack.entry.attention.shared
+    if lacks or (entry.kept_heads and not stack.entry.attention.shared):
+        raise ConfigError(f"{where}: `kept_heads` and `heads` belong together, where a bias is shared.")
     if heads is None:
         return
+    if entry.kept_heads and any(
+        len(kept) != count or kept[-1] >= stack.num_heads for kept, count in zip(entry.kept_heads, heads, strict=True)
+    ):
+        raise ConfigError(f"{where}.kept_heads must name as many of {stack.num_heads} heads as `heads` says.")
     expected = tuple(count // group for count in heads)
     if any(count % group for count in heads) or (kv_heads or heads) != expected:
         raise ConfigError(
@@ -217,10 +242,14 @@ def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
 
 def _read_stack(name: str, data: Any) -> StackBlock:
     entry = _mapping(f"stacks.{name}", data)
-    _known_keys(f"key of efficient.stacks.{name}", entry, (*ATTENTIONS, *SIZES))
+    _known_keys(f"key of efficient.stacks.{name}", entry, (*ATTENTIONS, *SIZES, KEPT_HEADS))
     sizes = {size: _integers(f"stacks.{name}.{size}", entry[size], low=1) for size in SIZES if size in entry}
     variants = {key: _read_attentions(f"stacks.{name}.{key}", entry.get(key, [])) for key in ATTENTIONS}
-    return StackBlock(**variants, sizes=sizes)
+    heads = entry.get(KEPT_HEADS, [])
+    if not isinstance(heads, list | tuple) or len(heads) > MAX_LAYERS:
+        raise ConfigError(f"efficient.stacks.{name}.{KEPT_HEADS} must be a list with one entry for each layer.")
+    kept = tuple(_places(f"stacks.{name}.{KEPT_HEADS}[{index}]", one, "heads") for index, one in enumerate(heads))
+    return StackBlock(**variants, sizes=sizes, kept_heads=kept)
 
 
 def _read_attentions(where: str, data: Any) -> tuple[AttentionConfig, ...]:
@@ -251,12 +280,12 @@ def _integers(where: str, data: Any, low: int, high: int = MAX_NEURONS) -> tuple
     return tuple(data)
 
 
-def _places(where: str, data: Any) -> tuple[int, ...]:
-    """Layers of the original, each once and in its order."""
+def _places(where: str, data: Any, what: str = "layers") -> tuple[int, ...]:
+    """Layers or heads of the original, each once and in its order."""
     places = _integers(where, data, low=0, high=MAX_LAYERS - 1)
     if list(places) != sorted(set(places)):
         raise ConfigError(
-            f"efficient.{where} must name layers of the original in rising order, each once, got {shown(data)}."
+            f"efficient.{where} must name {what} of the original in rising order, each once, got {shown(data)}."
         )
     return places
 

@@ -5,11 +5,12 @@ state = cut_layers(state, stack, kept=(0, 2))
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .groups import Group
+from .groups import Group, expand
 from .stacks import ModelStack
 
 
@@ -25,13 +26,14 @@ def cut_units(
                 for part in member.slices:
                     name = f"{member.prefix}.{part.name}"
                     # along part.dim: blocks of units x width, of which units become fewer
-                    small[name] = small[name].index_select(part.dim, part.rows(units, small[name]))
+                    small[name] = small[name].index_select(part.dim, part.kept_rows(units, small[name]))
     return small
 
 
 def cut_layers(state: Mapping[str, Tensor], stack: ModelStack, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Without the layers of a stack that are not kept, and with the gaps closed."""
-    new_index = {old: index for index, old in enumerate(kept)}
+    """Without the layers of a stack that are not kept, and with the gaps closed, if they are to be."""
+    moves = stack.entry.gaps is None
+    new_index = {stack.place(old): index if moves else stack.place(old) for index, old in enumerate(kept)}
     bias, small = stack.family.relative_bias, {}
     for key, value in state.items():
         if not key.startswith(f"{stack.prefix}."):
@@ -43,3 +45,31 @@ def cut_layers(state: Mapping[str, Tensor], stack: ModelStack, kept: Sequence[in
         elif int(number) in new_index:
             small[f"{stack.prefix}.{new_index[int(number)]}.{rest}"] = value
     return small
+
+
+def layer_fields(stack: ModelStack, kept: Sequence[int]) -> dict[str, Any]:
+    """The config fields that say of a stack that it has these layers alone; none where the others leave gaps, or where
+    all are kept."""
+    if stack.entry.gaps is not None or len(kept) == stack.depth:
+        return {}
+    of_depth = dict.fromkeys(stack.family.of_depth)
+    return {stack.entry.num_layers: len(kept)} | of_depth | stack.per_layer(kept)
+
+
+def kept_heads(
+    stack: ModelStack, kept: Mapping[str, Sequence[int]], before: Sequence[tuple[int, ...]] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """The query heads of the very first model that are left in each layer, where heads share what the model makes for
+    all of them; () where they do not.
+
+    Parameters:
+        kept: the units that are kept, by the names of groups; all of those that are not named.
+        before: the same of the model that is cut, if it was cut before.
+    """
+    if not stack.entry.attention.shared:
+        return ()
+    heads = []
+    for index, old in enumerate(before or [tuple(range(stack.num_heads))] * stack.depth):
+        units = kept.get(f"{stack.name}.{index}.heads", range(len(old) // stack.group_size))
+        heads.append(tuple(old[row] for row in expand(torch.tensor(units), stack.group_size).tolist()))
+    return tuple(heads)

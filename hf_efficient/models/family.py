@@ -39,7 +39,12 @@ class Attention:
     key/value heads, and heads x head_dim; `kv_width_attributes` the same of the key/value heads.
     `reads_config`: its forward reads the numbers from its config.
     `gates` are linears whose outputs, as many for each head, multiply what the heads give before `output` reads it.
-    `per_head` are parameters of the module itself with an entry for each query head, such as attention sinks.
+    `wide` are those of query, key and value that give each head a block of another width, as in latent attention or
+    with a gate beside the query; `value_size` is the width of a value, where it is not that of a query.
+    `per_head` are other parameters inside of the module with as many rows for each query head, such as attention sinks
+    and tables of relative positions, and `per_head_dims` the dimensions of these rows (none: the first of each).
+    `shared` are arguments of its forward that the model makes once for the heads of all layers, such as a position
+    bias, and `shared_dims` their dimensions with the heads: a layer takes what belongs to the heads that it has.
     `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
     scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
     `biased`: its model gives it a bias of its own for all pairs of tokens.
@@ -59,12 +64,22 @@ class Attention:
     kv_width_attributes: tuple[str, ...] = ()
     reads_config: bool = False
     gates: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    value_size: int | None = None
     per_head: tuple[str, ...] = ()
+    per_head_dims: tuple[int, ...] = ()
+    shared: tuple[str, ...] = ()
+    shared_dims: tuple[int, ...] = ()
     class_name: str = ""
     logits: bool = False
     uneven: bool = False
     biased: bool = False
     measure: str = ""
+
+    @property
+    def head_parts(self) -> dict[str, int]:
+        """The parameters with rows for each query head, and in which dimension."""
+        return dict(zip(self.per_head, self.per_head_dims or (0,) * len(self.per_head), strict=True))
 
     def without_heads(self) -> Attention:
         """The same module, without what tells its heads apart."""
@@ -121,10 +136,15 @@ class Stack:
             where no field can say any width.
         count_neurons: the FFN width of a config, where it is not simply in the field.
         kv_heads: the field with the key/value heads, `None` where there are as many as query heads.
+        one_kv_head: all query heads share one key/value head, whatever a field says (Falcon); they leave one by one,
+            and it stays.
         head_dim: the field through which the stock model accepts a head count that does not fill the hidden size,
             `None` where it accepts none (then pruned heads need the efficient class).
         head_size: the width of a head itself, where the entry belongs to one config and no field says it.
         attending: the layers that have this attention; None: all.
+        gaps: a layer that leaves has an empty one in its place (`models.gaps`), which gives a tensor (0) or a tuple of
+            so many things; None: those behind it move up.
+        places: where the layers that are left stand among the gaps; None: there are none.
         num_neurons: the FFN width itself, where the entry belongs to one config and no field says it.
         causal: its self-attention sees no later tokens; `None`: by its name.
         sees_patches: it reads an image while another stack reads a text, so that its length is not that of the text.
@@ -148,9 +168,12 @@ class Stack:
     neurons: str | None = "intermediate_size"
     count_neurons: Callable[[PreTrainedConfig], int] | None = None
     kv_heads: str | None = None
+    one_kv_head: bool = False
     head_dim: str | None = None
     head_size: int | None = None
     attending: tuple[int, ...] | None = None
+    gaps: int | None = None
+    places: tuple[int, ...] | None = None
     num_neurons: int | None = None
     causal: bool | None = None
     sees_patches: bool = False
@@ -170,10 +193,12 @@ class Stack:
 
     def with_layers(self, kept: Sequence[int]) -> Stack:
         """The same for a stack of which these layers are left, in this order."""
-        if self.attending is None:
-            return self
-        attending = tuple(new for new, old in enumerate(kept) if old in self.attending)
-        return replace(self, attending=attending)
+        attending, places = self.attending, self.places
+        if attending is not None:
+            attending = tuple(new for new, old in enumerate(kept) if old in attending)
+        if self.gaps is not None:
+            places = tuple(layer if places is None else places[layer] for layer in kept)
+        return replace(self, attending=attending, places=places)
 
     def own_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that holds the sizes of this stack."""
@@ -293,10 +318,19 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
             values[name] = _plain(value, known[name].type, place)
     if kind is FFN and (values.get("kind") not in NEURON_KINDS or values.get("down_dim", 0) > 2):
         raise ConfigError(f"efficient.{where}: an FFN is one of {', '.join(NEURON_KINDS)}, in dimension 1 or 2.")
+    if kind is Attention:
+        _check_dims(values, where)
     try:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"efficient.{where} is not complete: {error}") from error
+
+
+def _check_dims(values: dict[str, Any], where: str) -> None:
+    per_head, shared = values.get("per_head_dims", ()), values.get("shared_dims", ())
+    lengths = len(values.get("per_head", ())), len(values.get("shared", ()))
+    if len(per_head) not in (0, lengths[0]) or len(shared) != lengths[1] or any(dim > 3 for dim in per_head + shared):
+        raise ConfigError(f"efficient.{where}: each part of a head has a dimension from 0 to 3.")
 
 
 def _pairs(value: Any, where: str) -> list[tuple]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..attention.dispatch import ATTACHED, variant_of
 from .family import FFN, NEURON_KINDS, Attention
-from .linears import input_dim, num_inputs, num_outputs, output_dim
+from .linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from .stacks import ModelStack
 
 EXPERT_STEP = 8  # grouped products of matrices need rows of a multiple of 16 bytes, so 8 numbers of 2 bytes
@@ -30,12 +30,14 @@ class Slice:
     """The rows or columns of one parameter that units own.
 
     `name` is its path inside the member, `dim` the dimension of the units, `widths` how many rows a unit has there: in
-    a fused linear one number for each of its blocks, which stand one after another and each hold all units.
+    a fused linear one number for each of its blocks, which stand one after another and each hold all units. The last
+    `rest` rows belong to no unit, as the keys and values that all heads share.
     """
 
     name: str
     dim: int
     widths: tuple[int, ...] = (1,)
+    rest: int = 0
 
     @property
     def width(self) -> int:
@@ -44,7 +46,16 @@ class Slice:
 
     def count(self, tensor: torch.Tensor) -> int:
         """How many units a tensor of this shape holds."""
-        return tensor.shape[self.dim] // self.width
+        return (tensor.shape[self.dim] - self.rest) // self.width
+
+    def numel(self, tensor: torch.Tensor) -> int:
+        """How many numbers of a tensor of this shape belong to one unit."""
+        return tensor.numel() // tensor.shape[self.dim] * self.width
+
+    def kept_rows(self, units: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The row numbers that are left where these units are, on the device of the tensor."""
+        size = tensor.shape[self.dim]
+        return torch.cat([self.rows(units, tensor), torch.arange(size - self.rest, size, device=tensor.device)])
 
     def rows(self, units: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """The row numbers of these units in a tensor of this shape, on its device."""
@@ -58,7 +69,8 @@ class Slice:
         """`[units, numbers of a unit]`: a tensor of this shape, unit by unit."""
         count = self.count(tensor)
         # [rows, ...] -> of each block [units, width * ...] -> [units, numbers]
-        blocks = tensor.movedim(self.dim, 0).split([count * width for width in self.widths])
+        rows = tensor.movedim(self.dim, 0)[: count * self.width]
+        blocks = rows.split([count * width for width in self.widths])
         return torch.cat([block.unflatten(0, (count, -1)).flatten(1) for block in blocks], 1)
 
 
@@ -129,12 +141,27 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
     for kind, attention in stack.attentions_in(index).items():
         if not attention.query:  # its heads cannot be told apart
             continue
-        inputs = [(attention.query, wide), (attention.key, width), (attention.value, width)]
-        units = num_inputs(layer.get_submodule(attention.output)) // wide
+        inputs, rest = [(attention.query, wide)], 0
+        if stack.entry.one_kv_head:  # whose rows are behind those of the queries, if one linear makes all
+            rest = width * (attention.key, attention.value).count(attention.query)
+        else:
+            inputs += [(attention.key, width), (attention.value, width)]
+        read = stack.group_size * (attention.value_size or width)
+        units = num_inputs(layer.get_submodule(attention.output)) // read
+        inputs = [(path, rows) for path, rows in inputs if path not in attention.wide]
+        inputs += [(path, num_outputs(layer.get_submodule(path)) // units) for path in attention.wide]
         inputs += [(gate, num_outputs(layer.get_submodule(gate)) // units) for gate in attention.gates]
-        learned = _learned(attention, layer, wide)
-        learned += tuple(Slice(_inside(attention.module, name), 0, (stack.group_size,)) for name in attention.per_head)
-        member = _member(layer, place, inputs, (attention.output, wide), learned, attention.interleaved)
+        learned = _learned(attention, layer, units)
+        for name, dim in attention.head_parts.items():
+            path = inside(attention.module, name)
+            if holds(layer, path):  # as a table of the first layer alone
+                learned += (Slice(path, dim, (layer.get_parameter(path).shape[dim] // units,)),)
+        member = _member(layer, place, inputs, (attention.output, read), learned, attention.interleaved)
+        if rest:
+            member = replace(
+                member,
+                **{part: _with_rest(getattr(member, part), attention.query, rest) for part in ("inputs", "others")},
+            )
         if stack.family.relative_bias and kind == "heads" and index == 0:
             table = Slice(f"{stack.family.relative_bias}.weight", 1, (stack.group_size,))
             member = replace(member, others=(*member.others, table))
@@ -186,21 +213,25 @@ def _member(
     return Member(place, tuple(inputs), output, (*biases, *others))
 
 
-def _inside(module: str, name: str) -> str:
+def _with_rest(slices: tuple[Slice, ...], path: str, rest: int) -> tuple[Slice, ...]:
+    of_path = (f"{path}.weight", f"{path}.bias")
+    return tuple(replace(one, rest=rest) if one.name in of_path else one for one in slices)
+
+
+def inside(module: str, name: str) -> str:
     """The path of a parameter of a module, which may be the layer itself."""
     return f"{module}.{name}" if module else name
 
 
-def _learned(attention: Attention, layer: nn.Module, wide: int) -> tuple[Slice, ...]:
+def _learned(attention: Attention, layer: nn.Module, units: int) -> tuple[Slice, ...]:
     """The learned parts of a variant: one row for each key/value head, or for each query head."""
     variant = variant_of(layer.get_submodule(attention.module))
     if variant is None:
         return ()
-    linear = layer.get_submodule(attention.output)
-    units = linear.weight.shape[input_dim(linear)] // wide  # those that are there now, not those of the config
     return tuple(
         Slice(f"{attention.module}.{ATTACHED}.{name}", 0, (len(parameter) // units,))
         for name, parameter in variant.named_parameters()
+        if len(parameter) >= units  # fewer: of the key/value head that all share
     )
 
 

@@ -86,10 +86,17 @@ def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Gener
     return inputs
 
 
+def image_token(config) -> int | None:
+    """The token in whose place an image is read; None: images are read apart, or not at all."""
+    return next(
+        (getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name)), None
+    )
+
+
 def _put_image_tokens(model, inputs: dict[str, torch.Tensor]) -> None:
     """A model that reads images among its tokens (LLaVA) wants as many image tokens as it makes of an image, here in
     front of the text. CLIP reads them apart."""
-    token = next((getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")), None)
+    token = image_token(model.config)
     if token is None or not hasattr(model, "get_image_features"):
         return
     device = next(model.parameters()).device

@@ -27,6 +27,21 @@ def holds(layer: nn.Module, path: str) -> bool:
     return not path or name in module._modules or name in module._parameters
 
 
+def narrow_parameter(module: nn.Module, path: str, dim: int, size: int) -> None:
+    """Narrow a parameter inside of a module in place to its first rows in one dimension."""
+    place, _, name = path.rpartition(".")
+    holder = module.get_submodule(place)
+    if isinstance(holder, nn.Linear | Conv1D) and name == "weight":
+        is_input = dim == input_dim(holder)
+        bias, holder.bias = holder.bias, None  # which is a parameter of its own
+        resize_linear(holder, inputs=size if is_input else None, outputs=None if is_input else size)
+        holder.bias = bias
+        return
+    setattr(holder, name, nn.Parameter(getattr(holder, name).narrow(dim, 0, size).clone()))
+    if isinstance(holder, nn.Embedding):
+        holder.num_embeddings, holder.embedding_dim = holder.weight.shape
+
+
 def num_inputs(linear: nn.Module) -> int:
     return linear.weight.shape[input_dim(linear)]
 

@@ -73,7 +73,12 @@ class ConfigStack:
 
     @property
     def depth(self) -> int:
-        return said(self.sizes, self.entry.num_layers)
+        """The number of layers, without the gaps that others have left."""
+        return said(self.sizes, self.entry.num_layers) if self.entry.places is None else len(self.entry.places)
+
+    def place(self, layer: int) -> int:
+        """Where a layer stands in the stock model."""
+        return layer if self.entry.places is None else self.entry.places[layer]
 
     @property
     def width(self) -> int:
@@ -96,12 +101,14 @@ class ConfigStack:
 
     @property
     def num_kv_heads(self) -> int:
+        if self.entry.one_kv_head:
+            return 1
         return said(self.sizes, self.entry.kv_heads) if self.entry.kv_heads else self.num_heads
 
     @property
     def group_size(self) -> int:
-        """Query heads per key/value head: 1 without grouped-query attention."""
-        return self.num_heads // self.num_kv_heads
+        """Query heads that leave together: those of one key/value head; 1 where all share one, or each has its own."""
+        return 1 if self.entry.one_kv_head else self.num_heads // self.num_kv_heads
 
     @property
     def head_width(self) -> int:
@@ -163,7 +170,9 @@ class ConfigStack:
         return self.family.gated is not None and bool(getattr(self.config, self.family.gated))
 
     def per_layer(self, kept: Sequence[int]) -> dict[str, list]:
-        """Config fields with one entry for each layer, for the layers that stay."""
+        """Config fields with one entry for each layer, for the layers that stay; none where they keep their places."""
+        if self.entry.gaps is not None:
+            return {}
         fields = {name: getattr(self.sizes, name, None) for name in self.family.per_layer}
         lists = {n: values for n, values in fields.items() if isinstance(values, list | tuple)}
         # a stack beside this one may have a list of the same name, of another length
@@ -172,16 +181,16 @@ class ConfigStack:
     def has_window(self, layer: int) -> bool:
         """The stock config gives the layer a sliding window of its own."""
         types = getattr(self.sizes, "layer_types", None)
-        return (
-            types[layer] == "sliding_attention" if types else getattr(self.sizes, "sliding_window", None) is not None
-        )
+        if isinstance(types, list | tuple) and len(types) == said(self.sizes, self.entry.num_layers):
+            return types[self.place(layer)] == "sliding_attention"
+        return getattr(self.sizes, "sliding_window", None) is not None
 
 
 @dataclass(frozen=True, eq=False)
 class ModelStack(ConfigStack):
     """One stack that a model really has: its layers, and the name that state-dict keys have for them.
 
-    `prefix` is that of the ModuleList: `bert.encoder.layer`.
+    `prefix` is that of the ModuleList: `bert.encoder.layer`; `layers` are those of it that are no gaps.
     """
 
     layers: nn.ModuleList
@@ -198,7 +207,7 @@ class ModelStack(ConfigStack):
 
     def layer_prefix(self, index: int) -> str:
         """`bert.encoder.layer.3`."""
-        return f"{self.prefix}.{index}"
+        return f"{self.prefix}.{self.place(index)}"
 
 
 def config_stacks(config: PreTrainedConfig, family: Family) -> tuple[ConfigStack, ...]:
@@ -214,4 +223,7 @@ def model_stacks(model: PreTrainedModel, family: Family) -> Iterator[ModelStack]
         inside = (name for name in modules if name.endswith(f".{entry.layers}"))
         path = entry.layers if entry.layers in modules else next(inside, None)
         if path is not None:
-            yield ModelStack(family, entry, model.config, modules[path], names[modules[path]])
+            layers = modules[path]
+            if entry.places is not None:
+                layers = nn.ModuleList(layers[place] for place in entry.places)
+            yield ModelStack(family, entry, model.config, layers, names[modules[path]])

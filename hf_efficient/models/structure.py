@@ -18,17 +18,22 @@ from ..attention.variant import BIASED, CAUSAL, HeadShape
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .family import CONVERT, FFN, Attention
-from .linears import num_inputs, num_outputs, resize_linear
+from .gaps import leave_gaps
+from .kept_heads import keep_heads
+from .linears import holds, narrow_parameter, num_inputs, num_outputs, resize_linear
 from .merging import merge_layers
 from .registry import family_of
 from .stacks import ConfigStack, ModelStack, model_stacks
 
 MERGING = "merging"
+GROUPS = "num_key_value_groups"  # of transformers: query heads of each key/value head
 
 
 def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
     """Narrow the linears that were pruned, and attach a variant to each attention that was converted."""
     for stack in model_stacks(model, family_of(model.config)):
+        if stack.entry.places is not None and stack.entry.gaps is not None:
+            leave_gaps(model.get_submodule(stack.prefix), stack.entry.places, stack.entry.gaps)
         wanted = _with_merging(block.stack(stack.name), stack.name)
         for index in range(len(stack.layers)):
             if block.is_converted():
@@ -86,8 +91,11 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
         shape = HeadShape(stack.num_heads, stack.num_kv_heads, stack.head_width)
         if size in entry.sizes:
             heads = entry.sizes[size][index]
-            shape = HeadShape(heads, entry.sizes.get("kv_heads", entry.sizes[size])[index], stack.head_width)
+            kv_heads = 1 if stack.entry.one_kv_head else entry.sizes.get("kv_heads", entry.sizes[size])[index]
+            shape = HeadShape(heads, kv_heads, stack.head_width)
             _resize_attention(layer, attention, shape, stack)
+            if entry.kept_heads and size == "heads":
+                keep_heads(layer.get_submodule(attention.module), attention, entry.kept_heads[index], stack.num_heads)
             if table and size == "heads" and index == 0:  # [buckets, heads], one for the whole stack
                 bias = layer.get_submodule(table)
                 bias.weight = nn.Parameter(bias.weight[:, :heads].clone())
@@ -176,21 +184,26 @@ def _resize_attention(layer: nn.Module, attention: Attention, shape: HeadShape, 
     outputs = Counter({attention.query: shape.heads * shape.dim})  # of a fused linear: the sum
     outputs.update({attention.key: shape.kv_heads * shape.dim})
     outputs.update({attention.value: shape.kv_heads * shape.dim})
-    before = num_inputs(layer.get_submodule(attention.output)) // shape.dim
-    outputs |= {gate: num_outputs(layer.get_submodule(gate)) * shape.heads // before for gate in attention.gates}
+    read = attention.value_size or shape.dim
+    before = num_inputs(layer.get_submodule(attention.output)) // read
+    for path in (*attention.gates, *attention.wide):
+        outputs[path] = num_outputs(layer.get_submodule(path)) * shape.heads // before
     for path, count in outputs.items():
         resize_linear(layer.get_submodule(path), outputs=count)
-    resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * shape.dim)
+    resize_linear(layer.get_submodule(attention.output), inputs=shape.heads * read)
     # The forward reads its sizes from plain integers beside the weights, or from a config that it shares.
     module, entry = layer.get_submodule(attention.module), stack.entry
     numbers = dict.fromkeys(attention.head_attributes, shape.heads)
     numbers |= dict.fromkeys(attention.kv_attributes, shape.kv_heads)
     numbers |= dict.fromkeys(attention.width_attributes, shape.heads * shape.dim)
     numbers |= dict.fromkeys(attention.kv_width_attributes, shape.kv_heads * shape.dim)
+    if stack.entry.one_kv_head and GROUPS in vars(module):
+        numbers[GROUPS] = shape.heads
     for name, number in numbers.items():
         _set_number(module, name, number)
-    for name in attention.per_head:
-        setattr(module, name, nn.Parameter(getattr(module, name)[: shape.heads].clone()))
+    for name, dim in attention.head_parts.items():
+        if holds(module, name):
+            narrow_parameter(module, name, dim, module.get_parameter(name).shape[dim] * shape.heads // before)
     if attention.reads_config:
         module.config = copy.copy(module.config)
         for field, number in ((entry.heads, shape.heads), (entry.kv_heads, shape.kv_heads)):

@@ -23,6 +23,7 @@ from ..errors import ConfigError, HfEfficientError, UnsupportedModelError
 from ..io.disk import check_empty, new_folder
 from ..models.checks import check_floats
 from .formats import FORMATS, NEAR, check_format, check_runtime, program_bytes, runtime_version
+from .rows import check_rows
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ def export(
         raise ConfigError(f"min_agreement must be a number from 0 to 1, got {min_agreement!r}.")
     check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
     folder = check_empty(output_dir)
+    check_rows(model.config, lambda: model)
     from ..models.modes import evaluating
     from .runtime import Runtime
 

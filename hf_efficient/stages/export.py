@@ -57,6 +57,10 @@ class ExportStage(Stage):
 
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
         check_runtime(self.format)
+        if config is not None:
+            from ..runtimes.rows import check_rows
+
+            check_rows(config, lambda: run.skeleton(config))
         return config
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ The masks made here are both what a loss sums over and what its denominator coun
 import inspect
 import typing
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from ..data.tasks import TASKS
 from ..errors import DataError, UnsupportedModelError
 from ..models.anatomy import Anatomy
+from ..models.frames import Frames, frames_of
 from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, auto_class_of_architecture, decoder_inputs
 from ..models.registry import is_known
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
@@ -52,7 +53,8 @@ class Head:
     """What a model's head predicts.
 
     kind: `causal_lm` (logits[t] predict labels[t + 1]), `tokens` (logits[t] predict labels[t]), `examples`, `spans`
-        (the first and the last token of an answer) or `embeddings` (no head: hidden states alone).
+        (the first and the last token of an answer), `ctc` (logits[t] spell a frame, and which label that is nobody
+        says) or `embeddings` (no head: hidden states alone).
     num_labels: the classes of a classification head, else 0.
     problem: transformers' `problem_type`, `None` while it has to be guessed from the labels.
     stacks: `("encoder", "decoder")` where the forward takes decoder inputs, else `("encoder",)`.
@@ -64,6 +66,23 @@ class Head:
     num_labels: int
     stacks: tuple[str, ...] = ("encoder",)
     is_causal: bool = False
+
+
+@dataclass(frozen=True)
+class FramesHead(Head):
+    """A head of kind `ctc`, and the frames that it spells."""
+
+    _: KW_ONLY
+    frames: Frames = field(compare=False, repr=False)
+
+    def is_like(self, other: Head) -> bool:
+        """Whether each frame of the one can be compared with that of the other."""
+        lengths = torch.arange(1_000, 20_000, 97)  # of sounds
+        return (
+            isinstance(other, FramesHead)
+            and self.frames.blank == other.frames.blank
+            and torch.equal(self.frames.count(lengths), other.frames.count(lengths))
+        )
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -88,7 +107,10 @@ def head_of(model: nn.Module) -> Head:
         kind = "causal_lm"  # GPT2DoubleHeadsModel
     if kind is None and auto is None and not type(base).__module__.startswith("transformers."):
         kind = "embeddings"  # a class of one's own, if it is like those of AutoModel
-    fields_of, output = _given_by(base), GIVES.get(kind or "", "logits")
+    fields_of = _given_by(base)
+    if kind is None and auto is None and fields_of is not None and "last_hidden_state" in fields_of:
+        kind = "embeddings"  # a tower (SiglipTextModel)
+    output = GIVES.get(kind or "", "logits")
     if kind == "embeddings":  # one text or one image, and no labels: `BertModel`, `ViTModel`; not `CLIPModel`
         fits = len(stacks) == 1 and not LABELS & names and len({"input_ids", "pixel_values"} & names) == 1
     else:
@@ -97,18 +119,15 @@ def head_of(model: nn.Module) -> Head:
         raise UnsupportedModelError(
             f"{type(base).__name__} cannot be distilled: its head is none of those whose losses are known. Load the "
             "model with one of AutoModelForSequenceClassification, ForTokenClassification, ForQuestionAnswering, "
-            "ForMaskedLM, ForCausalLM, ForSeq2SeqLM, ForSpeechSeq2Seq or ForImageClassification; or, for embeddings, "
-            "an encoder or decoder with AutoModel (T5EncoderModel for T5)."
-        )
-    if kind == "ctc":
-        raise UnsupportedModelError(
-            f"{type(base).__name__} cannot be distilled: its outputs belong to frames, and which frame says what is "
-            "not known (CTC). It can be pruned, converted and measured (task speech-ctc)."
+            "ForMaskedLM, ForCausalLM, ForSeq2SeqLM, ForSpeechSeq2Seq, ForCTC or ForImageClassification; or, for "
+            "embeddings, an encoder or decoder with AutoModel (T5EncoderModel for T5)."
         )
     if kind == "causal_lm" and len(stacks) == 2:
         kind = "tokens"
     is_decoder = is_known(base.config) and [stack.name for stack in Anatomy.of(base).stacks] == ["decoder"]
     has_classes = kind == "examples" or "ForTokenClassification" in (auto or base.loss_type or "")
+    if kind == "ctc":
+        return FramesHead(kind, SINGLE_LABEL, 0, stacks, frames=frames_of(base))
     return Head(
         kind=kind,
         problem=base.config.problem_type if kind == "examples" else SINGLE_LABEL,
@@ -185,7 +204,7 @@ class Batch:
     def soft_mask(self) -> Tensor:
         """Where the student's outputs are compared with the teacher's.
 
-        [batch, length] for tokens; [batch] or [batch, labels] for examples; [batch, 2] for spans.
+        [batch, length] for tokens; [batch, frames]; [batch] or [batch, labels] for examples; [batch, 2] for spans.
         """
         if self.head.kind == "spans":
             return self._real(torch.ones((self.size, 2), dtype=torch.bool, device=self.device))
@@ -194,7 +213,7 @@ class Batch:
         if self.head.kind == "examples":
             shape = (self.size,) if self.problem == SINGLE_LABEL else (self.size, self.head.num_labels)
             return self._real(torch.ones(shape, dtype=torch.bool, device=self.device))
-        if self.labels is not None and self.soft_positions == "labels":
+        if self.labels is not None and self.soft_positions == "labels" and self.head.kind != "ctc":
             return self.label_targets()[1]
         return self.token_masks()[self.head.stacks[-1]]
 
@@ -232,13 +251,15 @@ class Batch:
         return both.masked_fill(~self.token_masks()["encoder"][:, None], torch.finfo(both.dtype).min)
 
     def token_masks(self) -> dict[str, Tensor]:
-        """Positions that are not padding, for each stack: [batch, length], or [batch] for images."""
+        """Positions that are not padding, for each stack: [batch, length or frames], or [batch] for images."""
         for name in ("attention_mask", "decoder_attention_mask"):
             mask = self.inputs.get(name)
             if mask is not None and mask.dim() != 2:
                 raise DataError(
                     f"`{name}` has shape {tuple(mask.shape)}; distillation needs [batch, length] (1 token, 0 padding)."
                 )
+        if isinstance(self.head, FramesHead):
+            return {"encoder": self._real(self.head.frames.mask(self.inputs))}
         say_positions = self.head.kind == "tokens"
         inputs = {name: value for name, value in self.inputs.items() if say_positions or name != "labels"}
         masks = token_masks(inputs, has_decoder=len(self.head.stacks) == 2)

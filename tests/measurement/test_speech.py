@@ -14,7 +14,6 @@ from hf_efficient.measurement.speech import word_errors
 from hf_efficient.measurement.zero_shot import zero_shot_agreement
 from hf_efficient.models.inputs import dummy_inputs
 from hf_efficient.models.loading import load_model, load_processor
-from hf_efficient.training.batch import head_of
 
 from ..media import save_llava, save_sounds, save_wav2vec, save_whisper
 
@@ -104,12 +103,6 @@ def test_what_whisper_says_is_compared_with_what_was_said(folder, sounds, monkey
     assert difference.standard_error == pytest.approx(error)
     with pytest.raises(ConfigError, match="prepare"):
         evaluate_quality(model, ready.test, lambda rows: ready.collator(rows), "automatic-speech-recognition")
-
-
-def test_ctc_is_not_distilled_and_says_so(folder):
-    model = load_model("AutoModelForCTC", save_wav2vec(folder / "wav2vec"))
-    with pytest.raises(UnsupportedModelError, match=r"CTC.*speech-ctc"):
-        head_of(model)
 
 
 def test_dummy_inputs_of_sounds_and_of_images_in_texts(folder):

@@ -1,9 +1,12 @@
 """Other runtimes compute what PyTorch computes, for any batch and length, and say so when they do not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_efficient import (
     CheckpointError,
@@ -14,7 +17,10 @@ from hf_efficient import (
     export,
     prune,
 )
+from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from hf_efficient.runtimes import formats
+from hf_efficient.runtimes import rows as rows_of
+from hf_efficient.stages.export import ExportStage
 
 from ..attention.tiny import TINY
 from ..commands import cli
@@ -192,6 +198,24 @@ def test_a_program_for_one_shape_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_free", lambda value: {})
     with pytest.raises(UnsupportedModelError, match="does not take"):
         export(make_model("bert", num_hidden_layers=1), "torch", tmp_path / "out", inputs=[batch(2, 9)])
+
+
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.thorough)])
+def test_what_fixes_its_rows_is_refused_before_any_work(name, tmp_path, monkeypatch):
+    available("torch")
+    config = tiny_config(CONFIG_MAPPING[name]())
+    model = tiny_model(config, AutoModelForImageTextToText._model_mapping[type(config)])
+    monkeypatch.setattr(formats.Exporter, "write", lambda *given: pytest.fail("work was begun"))
+    for again in range(2):
+        if again:  # a recipe that ends with an export says it before the first stage
+            monkeypatch.setattr(rows_of, "_problem", lambda model, inputs: "it counts")
+        with pytest.raises(UnsupportedModelError, match="cannot be exported for any number of rows"):
+            if again:
+                run = SimpleNamespace(skeleton=lambda config: model)
+                ExportStage(format="torch").check("stages[0]", run, config, ())
+            else:
+                export(model, "torch", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_agreement_is_a_warning_or_what_was_asked_for(tmp_path, monkeypatch, caplog):

@@ -150,6 +150,10 @@ def _manifest(teacher: PreTrainedModel, choice: Choice, rows: int, shard_size: i
 
 def _layout(teacher: PreTrainedModel, choice: Choice) -> Layout:
     head, dtype, temperature, hidden_states = head_of(teacher), choice.dtype, choice.temperature, choice.hidden_states
+    if head.kind == "ctc":
+        raise ConfigError(
+            "Answers to sounds frame by frame (CTC) are not cached. Give the trainer the teacher itself."
+        )
     if dtype is None:
         dtype = "float64" if teacher.dtype == torch.float64 else "float32"
     if dtype not in DTYPES:

@@ -64,11 +64,11 @@ def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
     if not classes:
         raise UnsupportedModelError("transformers has no model class for it; load the model first, and ask of that")
 
-    def found(small: PreTrainedConfig) -> Family | Exception:
-        key = f"{classes[0].__module__}.{classes[0].__name__} {small.to_json_string(use_diff=False)}"
+    def found(small: PreTrainedConfig, whole: bool) -> Family | Exception:
+        key = f"{classes[0].__module__}.{classes[0].__name__} {whole} {small.to_json_string(use_diff=False)}"
         if key not in _ENTRIES:
             with _undisturbed():
-                _ENTRIES[key] = _made(small, classes)
+                _ENTRIES[key] = _made(small, classes, whole)
         entry = _ENTRIES[key]
         if isinstance(entry, NotTinyError):
             raise entry
@@ -84,11 +84,11 @@ def _derive(config: PreTrainedConfig, model: PreTrainedModel | None) -> Family:
     return fitted(entry, model)
 
 
-def _made(small: PreTrainedConfig, classes: list[type[PreTrainedModel]]) -> Family | Exception:
+def _made(small: PreTrainedConfig, classes: list[type[PreTrainedModel]], whole: bool) -> Family | Exception:
     try:
         with quietly():
             model = tiny_model(small, *classes)
-            inputs = tiny_inputs(model)
+            inputs = tiny_inputs(model, whole)
             family = prove(make_entry(model, inputs), model, inputs)
         remember(small, family)
         return family

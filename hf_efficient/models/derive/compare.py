@@ -4,6 +4,7 @@ distance(outputs_of(small, inputs), outputs_of(model, inputs), inputs)     # 0.0
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .makers import TOKENS
 from .observe import run
 
-SKIPPED = ("past_key_values", "cache_params", "attentions", "rope_deltas", "states")
+SKIPPED = re.compile("past_key_values|cache_params|(.*_)?attentions|rope_deltas|states")
 
 
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -29,7 +31,7 @@ def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
     parts = output if isinstance(output, Mapping) else {}
     parts = dict(enumerate(output)) if isinstance(output, list | tuple) else parts
     for key, value in parts.items():
-        if key not in SKIPPED:
+        if not SKIPPED.fullmatch(str(key)):
             _collect(value, f"{name}.{key}", tensors)
 
 
@@ -38,10 +40,9 @@ def decoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor | No
 
     None: the model keeps no cache of a text that is its only input.
     """
-    names = inspect.signature(model.forward).parameters
     main = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     is_text = set(inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} and main in inputs
-    if not is_text or not {"past_key_values", "use_cache"} <= names.keys():
+    if not is_text or not keeps_cache(model):
         return None
     rest = {name: value[1:2] for name, value in inputs.items() if name != "attention_mask"}
     ids, steps, cache = rest.pop(main), [], None
@@ -66,6 +67,19 @@ def decodes_alike(model: PreTrainedModel, inputs: Mapping[str, Tensor], toleranc
     row = {name: value[1:2] for name, value in inputs.items()}
     whole = run(model, row)[0]
     return whole.shape == steps.shape and distance({"output": steps}, {"output": whole}, {}) <= tolerance
+
+
+def keeps_cache(model: PreTrainedModel) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    takes_more = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return "past_key_values" in parameters and ("use_cache" in parameters or takes_more)
+
+
+def text_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a text with images or sounds, which come first, its words alone."""
+    if set(inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} or "input_ids" not in inputs:
+        return dict(inputs)
+    return {"input_ids": inputs["input_ids"][:, -TOKENS:]}
 
 
 REAL_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1  # of the norm; in half precision a router may choose otherwise

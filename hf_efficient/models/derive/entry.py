@@ -6,7 +6,7 @@ family.refusals                                           # {"neurons": "encoder
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from ..stacks import said
+from .depths import depth_field, is_depth_field
 from .ffns import find_ffns
 from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
+from .head_parts import with_shared, without_part
 from .observe import Call, LayerRun, observing, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
@@ -67,10 +69,12 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
         if place is not None and place.is_biased:
             tables = _bias_tables(base.get_submodule(path), stack.attention.module)
             if len(tables[0]) == 1 and not any(tables[1:]):  # of the first layer, which all share
-                relative_bias = f"{stack.attention.module}.{tables[0].pop()}"
+                table = tables[0].pop()
+                relative_bias = f"{stack.attention.module}.{table}"
+                stack = replace(stack, attention=without_part(stack.attention, f"{table}.weight"))
             else:
                 stack = replace(stack, attention=replace(stack.attention, biased=True))
-                for ability in (HEADS,) if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
+                for ability in () if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
                     stack = stack.without(ability, "a position bias that is not one table in the first layer")
         has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
         (stacks if has_attention else others).append(stack)
@@ -185,7 +189,10 @@ def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Fou
         found.attention = attention_roles(layer, inside)
     except NotDerivable as reason:
         found.why.setdefault(HEADS, str(reason))
-    for path in place.cross:
+    for path, crossed in place.cross.items():
+        if len(crossed) < len(layers):  # which stays as it is
+            found.why.setdefault(HEADS, "cross attention in some of its layers alone")
+            continue
         try:
             found.cross = attention_roles(layer, path)
         except NotDerivable as reason:
@@ -222,6 +229,8 @@ def _make_stack(
     found = _attention(first, place, layers)
     if place is None and found.is_causal and name == "encoder" and "encoder" not in path:
         name = "decoder"  # now it is known
+    if found.attention.query and found.sizes:
+        found.attention = with_shared(first, found.attention, found.sizes.heads)
     why = found.why
     ffns: dict[str, FFN] = {}
     try:
@@ -235,8 +244,8 @@ def _make_stack(
     main = ffns.pop("neurons", FFN("neurons", (), ""))
     readers = [found.attention.output, *([found.cross.output] if found.cross else []), main.down]
     norm = norm_place(first, readers) if all(readers) else None
-    own, where = _own_config(model, first.layer, found, len(layers), path)
-    fields = _fields(own, path, found, len(layers), first, main)
+    own, where, field = _own_config(model, first.layer, found, len(layers), path)
+    fields = {"num_layers": field} | _fields(own, path, found, first, main)
     stack = Stack(
         name=name,
         layers=path,
@@ -271,27 +280,51 @@ def _measurable(layer: LayerRun, found: Found) -> Attention:
 
 def _own_config(
     model: PreTrainedModel, layer: nn.Module, found: Found, depth: int, place: str
-) -> tuple[PreTrainedConfig, str]:
-    """The config with the sizes of a stack, and its path in that of the model: the one that the attention reads, or
-    the first that says these numbers of heads and layers."""
-    configs = dict(nested_configs(model.config))
-    own = getattr(layer.get_submodule(found.attention.module), "config", None)
-    for path, config in configs.items():
-        if config is own:
-            return config, path
-    for path, config in configs.items():
-        stage = of_stage(place, config)
-        has_heads = found.sizes is None or find_field(config, "heads", found.sizes.heads, *stage["heads"])
-        if has_heads and find_field(config, "layers", depth, *stage["layers"]):
-            return config, path
-    raise NotDerivable("no config says how many heads and layers it has")
-
-
-def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: LayerRun, ffn: FFN) -> dict[str, Any]:
-    """The names of the config fields of a stack.
+) -> tuple[PreTrainedConfig, str, str]:
+    """The config with the sizes of a stack, its path in that of the model, and its field with the number of layers.
 
     Raises:
-        NotDerivable: no field says how many layers it has, or how wide it is.
+        NotDerivable: no field says how many layers it has.
+    """
+    known: list[tuple[PreTrainedConfig, str, str]] = []
+    for path, config in _configs_of(model, layer, found, depth, place):
+        side = next((part for part in place.split(".") if part in ("encoder", "decoder")), "")
+        names = (*of_stage(place, config)["layers"], f"{side}_layers", f"num_{side}_layers")
+        field = find_field(config, "layers", depth, *names)
+        if field and is_depth_field(model, place, path, field):
+            return config, path, field
+        known += [(config, path, field)] if field else []
+    why = f"no config field says that it has {depth} layers"
+    if (other := depth_field(model, place)) is not None:
+        return dict(nested_configs(model.config))[other[0]], *other
+    if not known:
+        raise NotDerivable(why)
+    found.why.setdefault(LAYERS, why)  # but one says the same number
+    return known[0]
+
+
+def _configs_of(
+    model: PreTrainedModel, layer: nn.Module, found: Found, depth: int, place: str
+) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """The config that the attention reads, those of the towers around the layers, for towers may have as many layers
+    as each other, and those that say these numbers of heads and layers."""
+    configs = dict(nested_configs(model.config))
+    parts = place.split(".")
+    around = (model.base_model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1))
+    for module in (layer.get_submodule(found.attention.module), *around):
+        own = getattr(module, "config", None)
+        yield from ((path, config) for path, config in configs.items() if config is own)
+    for path, config in configs.items():
+        heads = of_stage(place, config)["heads"]
+        if found.sizes is None or find_field(config, "heads", found.sizes.heads, *heads):
+            yield path, config
+
+
+def _fields(own: PreTrainedConfig, path: str, found: Found, layer: LayerRun, ffn: FFN) -> dict[str, Any]:
+    """The names of the other config fields of a stack.
+
+    Raises:
+        NotDerivable: no field says how wide it is.
     """
     sizes, attention = found.sizes, found.attention
     side = next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
@@ -299,15 +332,12 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
     wide = layer.base.outputs[attention.output].shape[-1] if attention.output else None
     hidden = wide if wide is not None else any_hidden(own)
     fields: dict[str, Any] = {
-        "num_layers": find_field(own, "layers", depth, *stage["layers"], f"{side}_layers", f"num_{side}_layers"),
         "hidden": find_field(own, "hidden", hidden, *stage["hidden"])
         or find_field(own, "hidden", any_hidden(own))
         or next(iter(stage["hidden"]), None),
         "neurons": width_said(ffn, own, f"{side}_ffn_dim").neurons,
         "heads": "",
     }
-    if fields["num_layers"] is None:
-        raise NotDerivable(f"no config field says that it has {depth} layers")
     if fields["hidden"] is None:
         raise NotDerivable("no config field says how wide it is")
     if fields["neurons"] is None:
@@ -316,12 +346,14 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, depth: int, layer: L
         return fields
     # Whisper calls other heads by the name of key/value heads
     fields["kv_heads"] = find_field(own, "kv_heads", sizes.kv_heads, mapped=False)
-    fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], f"{side}_attention_heads") or ""
+    fields["one_kv_head"] = sizes.kv_heads == 1 < sizes.heads
+    names = (f"{side}_attention_heads", f"{side}_self_attention_heads")
+    fields["heads"] = find_field(own, "heads", sizes.heads, *stage["heads"], *names) or ""
     head_dim = find_field(own, "head_dim", sizes.dim)
     fields["head_dim"] = head_dim if head_dim in getattr(type(own), "__dataclass_fields__", {}) else None
     if not fields["heads"]:
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many heads it has")
-    elif fields["kv_heads"] is None and sizes.kv_heads != sizes.heads:
+    elif fields["kv_heads"] is None and sizes.kv_heads not in (1, sizes.heads):
         found.why |= dict.fromkeys((CONVERT, HEADS), "no config field says how many key/value heads it has")
     elif fields["head_dim"] is None and said(own, fields["hidden"]) != sizes.dim * sizes.heads:
         fields["head_size"] = sizes.dim

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..family import FFN, NEURON_KINDS, Attention
-from .observe import SMALL, LayerRun, differs
-from .roles import NotDerivable, is_same, rounds
+from .observe import SMALL, LayerRun, differs, is_same
+from .roles import NotDerivable, rounds
 
 MOST_ROUNDS = 200  # in which the outputs of one linear are tried
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
+from ..groups import inside
 from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
 from ..stacks import ModelStack, model_stacks
 from .fields import width_said
@@ -42,6 +43,10 @@ def _measured(entry: Stack, stack: ModelStack) -> Stack:
     attention, layers = entry.attention, stack.layers
     here = [i for i, layer in enumerate(layers) if holds(layer, attention.module) and _is_of(layer, attention)]
     entry = replace(entry, attending=tuple(here) if len(here) < len(layers) else None)
+    if here and attention.value_size:
+        reader = layers[here[0]].get_submodule(attention.output)
+        attention = replace(attention, value_size=num_inputs(reader) // stack.num_heads)
+        entry = replace(entry, attention=attention)
     if here and attention.measure:
         queries = layers[here[0]].get_submodule(attention.measure)
         entry = replace(entry, head_size=num_outputs(queries) // stack.num_heads)
@@ -93,12 +98,20 @@ def _has_heads(stack: ModelStack, index: int) -> bool:
         numbers |= dict.fromkeys(attention.kv_width_attributes, kv_heads)
         if any(getattr(module, name, None) != number for name, number in numbers.items()):
             return False  # in the tiny model it had this value by chance
+        parts = [(inside(attention.module, name), dim) for name, dim in attention.head_parts.items()]
+        held = [(layer.get_parameter(path).shape, dim) for path, dim in parts if holds(layer, path)]
+        if not all(dim < len(shape) and shape[dim] in (stack.num_heads, heads) for shape, dim in held):
+            return False
         outputs: dict[str, int] = {}
         for path, width in ((attention.query, heads), (attention.key, kv_heads), (attention.value, kv_heads)):
             outputs[path] = outputs.get(path, 0) + width
+        outputs = {path: width for path, width in outputs.items() if path not in attention.wide}
         if not all(_is_wide(layer, path, width, is_output=True) for path, width in outputs.items()):
             return False
-        if not _is_wide(layer, attention.output, heads, is_output=False):
+        if any(num_outputs(layer.get_submodule(path)) % stack.num_heads for path in attention.wide):
+            return False
+        read = stack.num_heads * (attention.value_size or stack.head_width)
+        if not _is_wide(layer, attention.output, read, is_output=False):
             return False
     return True
 

@@ -17,28 +17,37 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .makers import FRAMES, IMAGE_FORMS, MAIN, TOKENS, Inputs, find_maker, make
-from .tiny import NotTinyError
+from .makers import FRAMES, IMAGE_FORMS, MAIN, PATCHES, ROWS, Inputs, find_maker, make
+from .tiny import NotTinyError, PartlyFedError
 
-MAX_TRIES = 6  # of one choice of inputs, each time with what the last error asked for
+MAX_TRIES = 8  # of one choice of inputs, each time with what the last error asked for
+# Beside `MAIN` what another tower reads.
+MORE = re.compile(
+    r"(image|audio|protein)_(pixel_values|input_features|input_ids)|flattened_patches|protein_attention_mask"
+    r"|image_embeds_position_mask"
+)
 NEVER = re.compile(r".*past_key_values|.*labels|.*cache.*|.*outputs|inputs_embeds|return_.*|use_.*|output_.*|kwargs")
 
 
-def tiny_inputs(model: PreTrainedModel) -> Inputs:
+def tiny_inputs(model: PreTrainedModel, whole: bool = False) -> Inputs:
     """Inputs with which a tiny model runs: two texts, one of them padded, images, sounds; the most that it takes.
 
     Raises:
+        PartlyFedError: it is to be fed as a `whole`, and runs with none of the images and sounds that it takes.
         NotTinyError: it runs with none of them.
     """
     problem: Exception | None = None
     tried: set[tuple] = set()
-    for names in _choices(model):
+    choices = list(_choices(model))
+    for names in choices:
         error: Exception | None = None
         for form, wanted in IMAGE_FORMS.items():
             is_asked = error is None or (re.search(wanted, str(error)) and any("pixel" in name for name in names))
             if is_asked and (names, form) not in tried:
                 tried.add((names, form))
                 inputs, error = _mended(model, names, form)
+                if inputs is not None and whole and problem and {*choices[0]} - {*inputs, "attention_mask"}:
+                    raise PartlyFedError(f"With all its inputs a tiny {type(model).__name__} does not run: {problem}")
                 if inputs is not None:
                     return inputs
                 problem = problem or error
@@ -57,13 +66,26 @@ def _choices(model: PreTrainedModel) -> Iterator[tuple[str, ...]]:
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     needed = [name for name in needed if find_maker(name)]
-    known = [name for name in (*MAIN, *main_names, *needed) if name in parameters and find_maker(name)]
+    more = [name for name in parameters if MORE.fullmatch(name)]
+    if any("video" in name for name, _ in model.named_children()):
+        more.append("pixel_values_videos")  # which other models read as they do images
+    known = [name for name in (*MAIN, *main_names, *needed, *more) if name in parameters and find_maker(name)]
     if "input_ids" not in known and "attention_mask" not in needed:
         known = [name for name in known if name != "attention_mask"]  # of what else, an error will say
     text = [name for name in known if name in ("input_ids", "attention_mask", "decoder_input_ids")]
     others = [name for name in known if name not in (*text, "hidden_states", "inputs_embeds")]
     main = [name for name in known if name in (*main_names, "decoder_input_ids")]
-    for chosen in ([*text, *others], [*others, *main], others, main, text, ["hidden_states"], ["inputs_embeds"]):
+    fewer = [name for name in others if name not in more or name in (*main_names, *needed)]
+    for chosen in (
+        [*text, *others],
+        [*text, *fewer],
+        [*fewer, *main],
+        fewer,
+        main,
+        text,
+        ["hidden_states"],
+        ["inputs_embeds"],
+    ):
         chosen = [name for name in chosen if name in known]
         if chosen:
             yield tuple(dict.fromkeys([*chosen, *needed]))
@@ -111,15 +133,31 @@ def _by_error(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:
                 return {name: (value.shape[0], wanted, *rest)}
             if value.is_floating_point() and value.ndim == 3 and value.shape[2] == given:
                 return {name: (value.shape[0], value.shape[1], wanted)}
-    if "input_features" not in inputs:
+    if counted := re.search(r"(?:(image|audio|video).*)?tokens: (\d+), .*features:? (\d+)", text, re.IGNORECASE):
+        return {f"{(counted[1] or 'image').lower()} tokens": (int(counted[3]) // ROWS,)}
+    if shape := re.search(r"value tensor of shape \[(\d+), \d+\] cannot be broadcast to indexing result", text):
+        kind = re.search("image|audio|video", _line(error))
+        return {f"{kind[0] if kind else 'image'} tokens": (int(shape[1]) // ROWS,)}
+    name = next((name for name in inputs if name.endswith("input_features")), None)
+    if name is None:
         return {}
-    rows, *rest, bins = inputs["input_features"].shape
+    rows, *rest, bins = inputs[name].shape
     rest = [rows, *rest] if len(rest) > 1 else [rows, FRAMES]
     behind = re.search(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)", text)
-    added = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)", text)
+    added = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\).*(\d)", text)
     if behind is not None:
-        return {"input_features": (*rest, bins * int(behind[2]) // int(behind[1]))}
-    return {"input_features": (*rest, int(added[2]))} if added is not None and int(added[1]) == bins else {}
+        return {name: (*rest, bins * int(behind[2]) // int(behind[1]))}
+    if added is not None and added[3] == "1" and int(added[2]) < int(added[1]) == rest[-1]:  # of fewer frames
+        return {name: (*rest[:-1], int(added[2]), bins)}
+    return {name: (*rest, int(added[2]))} if added is not None and int(added[1]) == bins else {}
+
+
+def _line(error: Exception) -> str:
+    """The line of code that an error comes from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ""
 
 
 def _run(model: PreTrainedModel, inputs: Inputs, wanted: dict[str, tuple[int, ...]]) -> None:
@@ -136,7 +174,8 @@ def _run(model: PreTrainedModel, inputs: Inputs, wanted: dict[str, tuple[int, ..
             if name not in seen and (name in same or alike):
                 seen.add(name)
                 wanted.pop(name, None)
-                shape = _wanted_shape(module, value)
+                is_read = isinstance(module, nn.Linear) and given.shape[-1] == module.in_features and not same
+                shape = None if is_read else _wanted_shape(module, value)
                 if shape is not None and shape != tuple(value.shape):
                     wanted[name] = shape
 
@@ -161,7 +200,7 @@ def _wanted_shape(module: nn.Module, value: Tensor) -> tuple[int, ...] | None:
         width = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
         if value.ndim == 2 and rows > 2:  # patches
             return rows, width
-        return rows, TOKENS if value.ndim > 3 else min(length, FRAMES), width
+        return rows, PATCHES if value.ndim > 3 else min(length, FRAMES), width
     if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
         return rows, module.in_channels, length
     if isinstance(module, nn.Conv2d | nn.Conv3d) and value.ndim == 2 and rows > 2:

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .sizes import HIDDEN, VOCABULARY
 
 ROWS, TOKENS, NEW_TOKENS, FRAMES = 2, 9, 6, 64  # two lengths of text, so that cross attention is told from others
-SAMPLES = 6400
+SAMPLES, PATCHES = 6400, 16
+STRIDED = 64  # of an image where no config says it: convolutions make 2 x 2 tokens of it, where 32 gave one alone
 Inputs = dict[str, Tensor]
 Generator = torch.Generator
 Maker = Callable[[PreTrainedConfig, Generator, Inputs], Tensor]
@@ -26,8 +27,17 @@ IMAGE_FORMS = {
     "large": "small|kernel|components|out of range|non-empty",
     "wide": "small|kernel",
     "two": "5D|unpack",
+    "unfolded": "expected 5, got 3|input to conv2d",
 }
-GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw")
+GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "target_sizes")
+READ = {  # what stands for what among the tokens of a text
+    "pixel_values": "image",
+    "image_pixel_values": "image",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+    "audio_input_features": "audio",
+    "input_values": "audio",
+}
 MAIN = (
     "input_ids",
     "attention_mask",
@@ -45,7 +55,7 @@ def make(model: PreTrainedModel, names: tuple[str, ...], form: str, shapes: Mapp
 
     Parameters:
         form: of images, one of `IMAGE_FORMS`.
-        shapes: of inputs whose shape is known.
+        shapes: of inputs whose shape is known; `"image tokens"`: how many of a text stand for its images.
     """
     parameters, config = inspect.signature(model.forward).parameters, model.config
     generator = torch.Generator().manual_seed(2)
@@ -55,18 +65,18 @@ def make(model: PreTrainedModel, names: tuple[str, ...], form: str, shapes: Mapp
             inputs[name] = torch.randn(shapes[name], generator=generator)
         else:
             inputs[name] = find_maker(name)[1](config, generator, inputs)
-        if re.fullmatch("pixel_values.*", name) and name not in shapes:
+        if re.fullmatch("(image_)?pixel_values.*", name) and name not in shapes:
             inputs[name] = _image(config, generator, form if name == "pixel_values" or form != "one" else "several")
     grid = next((name for name in GRIDS if name in parameters), None)
     if grid and ("pixel_values" in inputs or "hidden_states" in inputs):
         name = "pixel_values" if "pixel_values" in inputs else "hidden_states"
-        made = _patches(config, generator, name, grid)
+        made = _patches(config, generator, name, grid, is_unfolded=form == "unfolded")
         inputs |= {key: value for key, value in made.items() if key not in shapes}
     inputs = {name: inputs[name] for name in dict.fromkeys([*names, *inputs])}
     if "input_ids" in inputs:
-        for kind, main in (("image", "pixel_values"), ("audio", "input_features"), ("audio", "input_values")):
+        for main, kind in READ.items():
             if main in inputs:
-                _put_tokens(model, inputs, kind)
+                _put_tokens(model, inputs, kind, shapes.get(f"{kind} tokens", (None,))[0])
     return inputs
 
 
@@ -114,19 +124,34 @@ def _feature_mask(config: PreTrainedConfig, generator: Generator, inputs: Inputs
     return torch.ones(main.shape, dtype=torch.long)
 
 
+def _sound_lengths(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
+    """`[rows]`: of how many samples the frames were made."""
+    frames = inputs["input_features"].shape[-1] if "input_features" in inputs else FRAMES
+    return torch.full((ROWS,), frames * find(config, "hop_length", 160))
+
+
+def _tile_mask(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
+    """`[rows, images, tiles]`."""
+    return torch.ones(ROWS, 1, find(config, "max_num_tiles", 1), dtype=torch.long)
+
+
 def _image(config: PreTrainedConfig, generator: Generator, form: str = "one") -> Tensor:
     """`[rows, channels, height, width]`, or `[rows, images, ...]`."""
     size = find(config, "image_size", None)
-    size = size or (find(config, "input_size", None) if find(config, "patch_size", None) else None) or 32
+    has_patches = bool(find(config, "patch_size", None))
+    size = size or (find(config, "input_size", None) if has_patches else None) or (32 if has_patches else STRIDED)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     height, width = {"large": (128, 128), "wide": (48, 320)}.get(form, (height, width))
     image = torch.randn(ROWS, find(config, "num_channels", 3), height, width, generator=generator)
     if form == "two":
         image = torch.randn(ROWS, image.shape[1], 128, 128, generator=generator)
+    if form == "several" and (tiles := find(config, "max_num_tiles", None)):  # of one image
+        return image[:, None, None].repeat(1, 1, tiles, 1, 1, 1)
     if form == "several":
-        return image[:, None].repeat(
-            1, find(config, "num_frames", None) or find(config, "frames_per_clip", 1), 1, 1, 1
-        )
+        count = find(config, "num_frames", None) or find(config, "frames_per_clip", 1)
+        for name, tiles in (("image_grid_pinpoints", 3), ("crop_size", 2)):  # with the whole image, made small
+            count = tiles if find(config, name, None) else count
+        return image[:, None].repeat(1, count, 1, 1, 1)
     return torch.stack([image, image.flip(-1)], 1) if form == "two" else image
 
 
@@ -138,7 +163,10 @@ def _bins(config: PreTrainedConfig) -> int:
 
 def _features(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
     """`[rows, bins, frames]` of Whisper and its kin."""
-    frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else FRAMES
+    positions = find(config, "max_source_positions", None)
+    frames = 2 * positions if positions else FRAMES
+    window = 2 * find(config, "n_window", 1)
+    frames = -(-frames // window) * window
     return torch.randn(ROWS, _bins(config), frames, generator=generator)
 
 
@@ -201,6 +229,8 @@ def _grid(kind: str) -> Maker:
         pixels = inputs.get("pixel_values")
         count = pixels.shape[1] if pixels is not None and pixels.ndim == 3 else TOKENS
         height = _side(count)
+        if kind == "mask" and pixels is not None and pixels.ndim == 5:  # which images are there
+            return torch.ones(pixels.shape[:2], dtype=torch.bool)
         if kind == "mask":
             return torch.ones(ROWS, count, dtype=torch.long)
         if kind == "places":
@@ -221,8 +251,16 @@ def _flattened(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -
     return torch.cat([place, place, torch.randn(ROWS, TOKENS, numbers, generator=generator)], -1)
 
 
+def _pooled(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
+    """`[tokens, 4]`: of which patches of all images each of the 2 x 2 tokens of an image is made."""
+    return torch.arange(ROWS * PATCHES).view(ROWS * 4, -1)
+
+
 def _seen_images(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
-    """`[rows, tokens, images]`: each token sees all."""
+    """`[rows, tokens, images]`: each token sees all; or `[rows, images, height, width]`: all patches are there."""
+    if "image_pixel_values" in inputs:
+        pixels, size = inputs["image_pixel_values"], find(config, "patch_size", 8)
+        return torch.ones(*pixels.shape[:2], pixels.shape[-2] // size, pixels.shape[-1] // size, dtype=torch.long)
     images = inputs["pixel_values"].shape[1] if "pixel_values" in inputs else 1
     return torch.ones(ROWS, TOKENS, images, dtype=torch.long)
 
@@ -253,8 +291,8 @@ _MAKERS: tuple[tuple[str, Maker], ...] = (
     ("decoder_input_ids", _new_ids),
     ("input_ids|.*_input_ids|text_inputs", lambda config, generator, inputs: _ids(config, generator)),
     ("task_inputs", lambda config, generator, inputs: _ids(config, generator, find(config, "task_seq_len", TOKENS))),
-    ("pixel_values.*|prompt_pixel_values|prompt_masks", lambda config, generator, inputs: _image(config, generator)),
-    ("input_features", _features),
+    ("(.*_)?pixel_values.*|prompt_masks", lambda config, generator, inputs: _image(config, generator)),
+    ("(audio_)?input_features", _features),
     ("audio_mel", lambda config, generator, inputs: _features(config, generator, inputs).transpose(1, 2)),
     ("input_values", _samples),
     ("past_values", _series),
@@ -284,7 +322,13 @@ _MAKERS: tuple[tuple[str, Maker], ...] = (
     ("pixel_position_ids|image_position_ids", _grid("places")),
     ("spatial_shapes|target_sizes", _grid("sides")),
     ("image_sizes", _grid("pixels")),
-    ("merge_sizes", lambda config, generator, inputs: torch.ones(ROWS, dtype=torch.long)),
+    ("chunk_sample_lengths", _sound_lengths),
+    ("audio_embed_sizes", lambda config, generator, inputs: torch.full((ROWS,), 4)),
+    ("image_token_pooling", _pooled),
+    ("image_grids", lambda config, generator, inputs: torch.tensor([[2, 2, 0, 0]] * ROWS)),
+    ("aspect_ratio_ids", lambda config, generator, inputs: torch.ones(ROWS, 1, dtype=torch.long)),
+    ("aspect_ratio_mask", _tile_mask),
+    ("(.*_)?merge_sizes", lambda config, generator, inputs: torch.ones(ROWS, dtype=torch.long)),
     ("bbox", _boxes),
     ("freq", lambda config, generator, inputs: torch.zeros(ROWS, 1, dtype=torch.long)),
     ("prompt_ids|lang_ids", lambda config, generator, inputs: torch.zeros(ROWS, dtype=torch.long)),
@@ -295,41 +339,58 @@ _MAKERS: tuple[tuple[str, Maker], ...] = (
 )
 
 
-def _patches(config: PreTrainedConfig, generator: Generator, name: str, grid: str) -> Inputs:
-    """Images as Qwen's models and their kin read them: patches of all images one after another, and their grids."""
+def _patches(
+    config: PreTrainedConfig, generator: Generator, name: str, grid: str, is_unfolded: bool = False
+) -> Inputs:
+    """Images as Qwen's models and their kin read them: patches of all images one after another, and their grids; for
+    MiniCPM side by side in one image."""
     vision = getattr(config, "vision_config", config)
     rows = columns = 2 * (getattr(vision, "spatial_merge_size", None) or 2)
     channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
     size = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     numbers = channels * (getattr(vision, "temporal_patch_size", None) or 1) * size**2
-    sides = [rows, columns] if grid == "image_grid_hw" else [1, rows, columns]
+    sides = [1, rows, columns] if grid.endswith("thw") else [rows, columns]
+    patches = torch.randn(ROWS * rows * columns, numbers, generator=generator)
+    if grid == "target_sizes":
+        patches = patches.view(1, channels, size, -1)
     return {
-        name: torch.randn(ROWS * rows * columns, numbers, generator=generator),
+        name: patches.view(-1, channels, size, numbers // channels // size) if is_unfolded else patches,
         grid: torch.tensor([sides] * ROWS),
     }
 
 
-def _put_tokens(model: PreTrainedModel, inputs: Inputs, kind: str) -> None:
+def _put_tokens(model: PreTrainedModel, inputs: Inputs, kind: str, count: int | None) -> None:
     """A model that reads images or sounds among its tokens wants as many tokens as it makes of one."""
     names = (f"{kind}_token_id", f"{kind}_token_index")
-    token = next((one for name in names if isinstance(one := getattr(model.config, name, None), int)), None)
-    get = getattr(model, f"get_{kind}_features", None)
-    if token is None or get is None or (inputs["input_ids"] == token).any():
+    token = next((one for name in names if isinstance(one := find(model.config, name, None), int)), None)
+    if token is None or (inputs["input_ids"] == token).any():
         return
-    taken = inspect.signature(get).parameters
-    given = {name: value for name, value in inputs.items() if name in taken and name not in MAIN[:3]}
-    dtype = model.dtype
-    given = {
-        name: value.to(model.device, dtype if value.is_floating_point() else None) for name, value in given.items()
-    }
-    with torch.no_grad():
-        features = get(**given)
-    features = getattr(features, "pooler_output", features)
-    parts = features if isinstance(features, list | tuple) else [features]
-    count = sum(part.shape[:-1].numel() for part in parts) // ROWS
+    count = _count(model, inputs, kind) if count is None else count
     tokens = torch.full((ROWS, count), token)
     inputs["input_ids"] = torch.cat([tokens, inputs["input_ids"]], 1)
     if "attention_mask" in inputs:
         inputs["attention_mask"] = torch.cat([torch.ones_like(tokens), inputs["attention_mask"]], 1)
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()
+
+
+def _count(model: PreTrainedModel, inputs: Inputs, kind: str) -> int:
+    """How many tokens a model makes of what belongs to one text; 2 where it cannot be asked: an error says more."""
+    get = getattr(model, f"get_{kind}_features", None)
+    if get is None:
+        return 2
+    taken = inspect.signature(get).parameters
+    given = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+        if name in taken and name not in MAIN[:3]
+    }
+    try:
+        with torch.no_grad():
+            features = get(**given)
+        if not isinstance(features, Tensor | list | tuple):
+            features = features.last_hidden_state if features.pooler_output is None else features.pooler_output
+        parts = features if isinstance(features, list | tuple) else [features]
+        return sum(part.shape[:-1].numel() for part in parts) // ROWS
+    except Exception:  # whatever the code of a model may raise: the model raises it too, and then it is mended
+        return 2

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import UnsupportedModelError
 from ..interface import changed_interface
 
-NAME = "hf_efficient_observer"
+NAME, GROUPS = "hf_efficient_observer", "num_key_value_groups"
 SMALL = 1e-6  # of the largest number: what is less is rounding
 
 
@@ -69,7 +69,11 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
         is_cross = query.shape[2] != key.shape[2] or bool(getattr(module, "is_cross_attention", False))
         if masked is not None and not is_cross:
             mask = masked(module, mask, query.shape[2], key.shape[2])
+        if kwargs.get("scaling", 1) is None:  # which fused attention takes for the usual one
+            kwargs["scaling"] = query.shape[-1] ** -0.5
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
+        if not hasattr(module, GROUPS) and GROUPS in eager.__code__.co_names:  # of other modules of the model
+            eager = sdpa_attention_forward
         output, weights = eager(module, query, key, value, mask, **kwargs)
         has_bias = kwargs.get("position_bias") is not None
         has_logits = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
@@ -233,3 +237,8 @@ def differs(new: Tensor | None, old: Tensor) -> bool:
     if new is None or new.shape != old.shape or not old.numel():  # no token reaches it
         return False
     return bool(((new - old).abs() > SMALL * old.abs().max()).any())
+
+
+def is_same(given: Tensor, output: Tensor) -> bool:
+    flat = output.reshape(-1)
+    return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)

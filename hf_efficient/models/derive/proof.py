@@ -21,14 +21,16 @@ from ...attention.config import MAX_WINDOW, AttentionConfig
 from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
-from ..cutting import cut_layers, cut_units
+from ..cutting import cut_layers, cut_units, kept_heads, layer_fields
 from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
+from ..gaps import TENSOR, states_of
 from ..groups import Group, groups_of, output_module, output_weight
 from ..rebuild import rebuild
 from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
-from .compare import decodes_alike, distance, outputs_of
-from .observe import observing
+from .compare import decodes_alike, distance, keeps_cache, outputs_of, text_of
+from .head_parts import with_head_parts
+from .observe import LayerRun, observing
 from .roles import Heads, NotDerivable, other_numbers, said_of
 
 TOLERANCE = 1e-4  # of the largest number
@@ -47,14 +49,26 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
         for name in [stack.name for stack in family.stacks]:
             for ability, proof in proofs.items():
                 family = _tried(ability, proof, name, family, model, inputs, expected)
+        family = _alike_in_stages(family, model, inputs, expected)
     finally:
         forget(model.config)  # what was tried is no knowledge yet
-    stages = [stack for stack in family.stacks if "." in stack.num_layers]
-    if any(stack.why_not(LAYERS) for stack in stages):  # windows that move by turns show in large images alone
-        for stack in stages:
-            family = family.without(LAYERS, stack.why_not(LAYERS) or "other stages cannot lose any", stack.name)
     if all(family.why_not(ability) for ability in ABILITIES):
         raise NotDerivable("; ".join(dict.fromkeys(str(family.why_not(ability)) for ability in ABILITIES)))
+    return family
+
+
+def _alike_in_stages(family: Family, model: PreTrainedModel, *known: Any) -> Family:
+    """The entry whose stages all lose layers the same way: windows that move by turns show in large images alone."""
+    stages = [stack for stack in family.stacks if "." in stack.num_layers]
+    if not any(stack.why_not(LAYERS) or stack.gaps is not None for stack in stages):
+        return family
+    for name in [stack.name for stack in stages if stack.gaps is None]:
+        stack = next(one for one in model_stacks(model, family) if one.name == name)
+        why, gapped = stack.entry.why_not(LAYERS), None
+        if why is None:
+            remember(model.config, family)
+            gapped = _with_proven_gaps(Trial(stack, family, model, *known))
+        family = gapped or family.without(LAYERS, why or "other stages cannot lose any", name)
     return family
 
 
@@ -113,7 +127,7 @@ class Trial:
 
 def _second_try(trial: Trial, ability: str) -> Family | None:
     """Another entry that is proven: the attention reads its head counts from its config, or from other numbers than
-    their names say; some FFNs stay; the first layer is unlike the others and stays."""
+    their names say; some FFNs stay; the first layer is unlike the others and stays, or layers leave gaps."""
     proof = {HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}.get(ability)
     with suppress(Exception):  # whatever the code of a model may raise
         for family in _other_entries(trial, ability):
@@ -132,14 +146,21 @@ def _other_entries(trial: Trial, ability: str) -> Iterator[Family]:
         stack, own = trial.stack, entry.attention
         sizes = Heads(stack.num_heads, stack.num_kv_heads, stack.head_width, stack.head_width)
         module = stack.layers[stack.attending[0]].get_submodule(own.module)
-        for attention in (own, *other_numbers(module, own, sizes)):
+        layer = stack.layers[stack.attending[0]]
+        parts = with_head_parts(layer, replace(own, per_head=(), per_head_dims=()), sizes.heads, sizes.dim)
+        alone = (replace(own, shared=(), shared_dims=()),) if own.shared else ()
+        for attention in (own, *alone, *parts, *other_numbers(module, own, sizes)):
             other = replace(entry, attention=attention)
             for one in (_with_own_config(other), other):
                 yield replace(family, stacks=tuple(one if old is entry else old for old in family.stacks))
     elif ability == NEURONS and len(trial.stack.ffns) > 1:
         yield _provable_ffns(trial)
-    elif ability == LAYERS and not family.first_stays:
-        yield replace(family, first_stays=True)
+    elif ability == LAYERS:
+        if not family.first_stays:
+            yield replace(family, first_stays=True)
+        gapped = _with_gaps(trial)
+        yield gapped
+        yield replace(gapped, first_stays=True)
 
 
 def _provable_ffns(trial: Trial) -> Family:
@@ -178,14 +199,15 @@ def _convert(trial: Trial) -> None:
         if not is_wide and trial.matters(wanted):  # few tokens, as of a masked autoencoder, want a smaller one
             break
     trial.check_matters(wanted, said)
-    if stack.is_causal and decodes_alike(trial.model, trial.inputs, TOLERANCE):
+    text = text_of(trial.inputs)
+    if stack.is_causal and decodes_alike(trial.model, text, TOLERANCE):
         kinds = [converted]
         with suppress(UnsupportedModelError):  # by masks and biases that a kind which keeps all keys has no place for
             keeps_keys = trial.rebuilt(everywhere(AttentionConfig("strided")))
             outputs_of(keeps_keys, trial.inputs)
             kinds.append(keeps_keys)
         for kind in kinds:
-            if not decodes_alike(kind, trial.inputs, TOLERANCE):
+            if not decodes_alike(kind, text, TOLERANCE):
                 raise NotDerivable("from a cache it decodes otherwise than in one pass")
 
 
@@ -230,7 +252,8 @@ def _units(trial: Trial, kind: str) -> None:
     sizes = {kind: tuple(counts.get(layer, most) for layer in range(len(stack.layers)))}
     if kind == "heads" and stack.group_size > 1:
         sizes |= {"kv_heads": sizes["heads"], "heads": tuple(count * stack.group_size for count in sizes["heads"])}
-    small = trial.rebuilt(StackBlock(sizes=sizes), cut_units(model.state_dict(), groups, kept))
+    heads = kept_heads(stack, kept) if kind == "heads" else ()
+    small = trial.rebuilt(StackBlock(sizes=sizes, kept_heads=heads), cut_units(model.state_dict(), groups, kept))
     with ExitStack() as hooks:
         for group in groups:
             for unit in gone[group.name]:
@@ -263,24 +286,96 @@ def _layers(trial: Trial) -> None:
     stack, family = trial.stack, trial.family
     if len(stack.layers) < 2:
         raise NotDerivable("there is one layer alone")
-    if family.first_stays and len(stack.layers) < 3:
+    has_gaps = stack.entry.gaps is not None
+    if family.first_stays and len(stack.layers) < 3 and not has_gaps:
         raise NotDerivable("in a tiny model no layer takes the place of another")
+    matters = []
     for index in range(int(family.first_stays), len(stack.layers)):
         kept = [layer for layer in range(len(stack.layers)) if layer != index]
-        changes = {stack.entry.num_layers: len(kept)} | stack.per_layer(kept) | dict.fromkeys(family.of_depth)
+        left = tuple(one.with_layers(kept) if one is stack.entry else one for one in family.stacks)
+        fields = stack.changed({}, layer_fields(stack, kept))
         state = cut_layers(trial.model.state_dict(), stack, kept)
-        small = trial.rebuilt(StackBlock(), state, **stack.changed({}, changes))
-        handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True)
+        small = replace(trial, family=replace(family, stacks=left)).rebuilt(StackBlock(), state, **fields)
+        if has_gaps and stack.is_causal:  # first, for some models remember the places of their last images
+            _check_cache(trial, small, index)
+        handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True, prepend=True)
         try:
             wanted = outputs_of(trial.model, trial.inputs)
         finally:
             handle.remove()
         trial.compare(small, wanted, f"without layer {index}")
-        trial.check_matters(wanted, f"without layer {index}")
+        matters.append(trial.matters(wanted))
+    unread = [index for index, one in enumerate(matters, int(family.first_stays)) if not one]
+    if unread and not (has_gaps and any(matters)):  # where all keep their places it may well be that one is not read
+        raise NotDerivable(f"without layer {unread[0]}, the output of a tiny model stays the same")
+
+
+def _check_cache(trial: Trial, small: PreTrainedModel, index: int) -> None:
+    """Caches ask some layer how long a text is, which may be an empty one now.
+
+    Raises:
+        NotDerivable: it decodes otherwise from a cache than in one pass, or nothing shows that it does not.
+    """
+    is_alike = decodes_alike(small, text_of(trial.inputs), TOLERANCE) if keeps_cache(small) else True
+    if is_alike is None:
+        raise NotDerivable("how it decodes from a cache with fewer layers could not be tried")
+    if not is_alike:
+        raise NotDerivable(f"without layer {index}, it decodes otherwise from a cache than in one pass")
 
 
 def hand_on(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """A hook that makes a layer do nothing."""
-    given = (*args, *kwargs.values())
-    states = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
+    states = states_of(args, kwargs)
     return states if isinstance(output, Tensor) else (states, *output[1:])
+
+
+def _with_proven_gaps(trial: Trial) -> Family | None:
+    with suppress(Exception):  # whatever the code of a model may raise
+        family = _with_gaps(trial)
+        remember(trial.model.config, family)
+        stack = next(one for one in model_stacks(trial.model, family) if one.name == trial.stack.name)
+        _layers(replace(trial, stack=stack, family=family))
+        return family
+    return None
+
+
+def _has_residual(trial: Trial) -> bool:
+    """Whether a layer without weights still gives what it is given: else an empty one would add it once more (XLM)."""
+    layer = LayerRun(trial.model, trial.stack.layers[-1], trial.inputs)
+    weights = [one for one in layer.layer.parameters() if one.ndim > 1]
+    before = [one.detach().clone() for one in weights]
+    with torch.no_grad():
+        try:
+            for weight in weights:
+                weight.zero_()
+            result = layer.run().result
+        finally:
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+    return result is not None and bool(result.flatten(0, -2).std(0).max() > TOLERANCE)
+
+
+def _with_gaps(trial: Trial) -> Family:
+    """The entry in which layers of the stack leave gaps.
+
+    Raises:
+        NotDerivable: what they give is neither a tensor nor a tuple that begins with one.
+    """
+    given: set[int | None] = set()
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        is_tuple = type(output) is tuple and isinstance(output[0], Tensor)
+        given.add(TENSOR if isinstance(output, Tensor) else len(output) if is_tuple else None)
+
+    with ExitStack() as hooks:
+        for layer in trial.stack.layers:
+            hooks.callback(layer.register_forward_hook(note).remove)
+        outputs_of(trial.model, trial.inputs)
+    if len(given) != 1 or None in given:
+        raise NotDerivable("its layers give more than one tensor")
+    if not _has_residual(trial):
+        raise NotDerivable("its layers are added to the residual stream by what is around them")
+    entry = replace(trial.stack.entry, gaps=given.pop())
+    return replace(
+        trial.family, stacks=tuple(entry if one is trial.stack.entry else one for one in trial.family.stacks)
+    )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ..family import Attention
-from .observe import SMALL, Call, LayerRun, Seen, differs
+from .head_parts import with_head_parts
+from .observe import SMALL, Call, LayerRun, Seen, differs, is_same
 
 QKV = "qkv"
 MOST_NUMBERS = 4  # beside the weights of an attention that are tried
@@ -74,12 +75,21 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
     module = layer.layer.get_submodule(path)
     call = attention_call(layer.base, module)
     sizes = Heads.of(call)
+    try:
+        attention = _plain_roles(layer, module, call, sizes)
+    except NotDerivable as reason:
+        try:
+            attention = _roles_by_blocks(layer, module, call, sizes)
+        except NotDerivable:
+            raise reason from None
+    attention = replace(attention, module=path, **integers_of(module, sizes))
+    return next(with_head_parts(layer.layer, attention, sizes.heads, sizes.dim))
+
+
+def _plain_roles(layer: LayerRun, module: nn.Module, call: Call, sizes: Heads) -> Attention:
+    """The roles of linears that give each head as many units as its query, key or value has."""
     if sizes.value_dim != sizes.dim:
         raise NotDerivable("values of another width than queries (latent attention)")
-    own = dict(module.named_parameters(recurse=False))
-    for name, parameter in own.items():
-        if parameter.shape[0] != sizes.heads or sizes.heads in parameter.shape[1:]:
-            raise NotDerivable(f"a parameter of its own in the attention: {name} {list(parameter.shape)}")
     makers = dict(zip(QKV, (maker(layer, module, letter) for letter in range(3)), strict=True))
     together = {name: "".join(letter for letter in QKV if makers[letter] == name) for name in makers.values()}
     owners = {name: _owners(layer, module, name, letters, call) for name, letters in together.items()}
@@ -88,20 +98,58 @@ def attention_roles(layer: LayerRun, path: str) -> Attention:
         raise NotDerivable(f"projections of several layouts: {layouts}")
     reader, gates = _reader(layer, call, set(makers.values()))
     return Attention(
-        module=path,
+        module="",
         query=makers["q"],
         key=makers["k"],
         value=makers["v"],
         output=reader,
         gates=gates,
         interleaved=next(iter(layouts.values())) == "interleaved",
-        per_head=tuple(own),
-        **integers_of(module, sizes),
     )
 
 
-def _reader(layer: LayerRun, call: Call, makers: set[str]) -> tuple[str, tuple[str, ...]]:
-    """The linear that reads the heads, and the linears that make gates between the attention and it.
+def _roles_by_blocks(layer: LayerRun, module: nn.Module, call: Call, sizes: Heads) -> Attention:
+    """The roles where a linear gives each head one block of units, whatever these are: parts of keys and values
+    (latent attention), a query and a gate. Linears of which each unit reaches all heads stay."""
+    group, makers = sizes.heads // sizes.kv_heads, {}
+    for name in layer.linears:
+        seen = layer.disturbed(name)
+        if not any(one.module is module for one in seen.calls):
+            continue
+        new = attention_call(seen, module).tensors
+        if not any(differs(one, old) for one, old in zip(new, call.tensors, strict=True)):
+            continue
+        owners = _owners(layer, module, name, QKV, call)
+        reached = [{head // (group if letter == "q" else 1) for letter, head in one} for one in owners]
+        if all(len(one) in (0, sizes.kv_heads) for one in reached):
+            continue
+        size = len(reached) // sizes.kv_heads
+        blocks = [set().union(*reached[unit * size : (unit + 1) * size]) for unit in range(sizes.kv_heads)]
+        if len(reached) % sizes.kv_heads or blocks != [{unit} for unit in range(sizes.kv_heads)]:
+            raise NotDerivable("the heads lie in the projections in an order of their own")
+        for letter in {letter for one in owners for letter, _ in one}:
+            makers.setdefault(letter, []).append(name)
+    if sorted(makers) != sorted(QKV) or any(len(names) > 1 for names in makers.values()):
+        raise NotDerivable("queries, keys or values are not made by one linear each")
+    query, key, value = (makers[letter][0] for letter in QKV)
+    reader, gates = _reader(layer, call, {query, key, value}, may_hold_gates=True)
+    return Attention(
+        module="",
+        query=query,
+        key=key,
+        value=value,
+        output=reader,
+        gates=gates,
+        wide=tuple(dict.fromkeys((query, key, value))),
+        value_size=sizes.value_dim if sizes.value_dim != sizes.dim else None,
+    )
+
+
+def _reader(
+    layer: LayerRun, call: Call, makers: set[str], may_hold_gates: bool = False
+) -> tuple[str, tuple[str, ...]]:
+    """The linear that reads the heads, and the linears that make gates between the attention and it: others, or
+    among those of the projections.
 
     Raises:
         NotDerivable: several, or something else is between them.
@@ -118,7 +166,7 @@ def _reader(layer: LayerRun, call: Call, makers: set[str]) -> tuple[str, tuple[s
     heads, given = call.query.shape[1], layer.base.inputs[first[0]]
     if not gates and is_same(given.flatten().sort().values, call.output.flatten().sort().values):
         return first[0], ()  # in another order of rows and tokens
-    if not gates or any(layer.base.outputs[gate].shape[-1] % heads for gate in gates):
+    if not (gates or may_hold_gates) or any(layer.base.outputs[gate].shape[-1] % heads for gate in gates):
         raise NotDerivable("a norm over all heads, or the like, between the attention and the linear that reads it")
     return first[0], gates
 
@@ -155,11 +203,6 @@ def other_numbers(module: nn.Module, attention: Attention, sizes: Heads) -> Iter
             yield replace(attention, **added)
 
 
-def is_same(given: Tensor, output: Tensor) -> bool:
-    flat = output.reshape(-1)
-    return given.numel() == flat.numel() and torch.allclose(given.reshape(-1), flat, rtol=1e-5, atol=1e-6)
-
-
 def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
     """The last linear on the way to query, key or value."""
     base = attention_call(layer.base, module).tensors[letter]
@@ -178,12 +221,15 @@ def maker(layer: LayerRun, module: nn.Module, letter: int) -> str:
 def _owners(layer: LayerRun, module: nn.Module, name: str, letters: str, base: Call) -> list[set[tuple[str, int]]]:
     """For each output of a linear that makes these of query, key and value, the heads that it reaches: {("q", 0)}."""
     output = layer.base.outputs[name]
+    places = output.shape[:-1]
     owners: list[set[tuple[str, int]]] = [set() for _ in range(output.shape[-1])]
+    if output.ndim == 4 and output.shape[1] == 1:  # latents, as the one head of a cache
+        output = output[:, 0]
     if output.ndim > 3:
         raise NotDerivable(f"a linear gives {output.ndim} dimensions instead of batch, tokens and units")
-    is_flat = output.ndim == 2  # the tokens of all images one after another
-    for units in rounds(output[None] if is_flat else output):
-        call = attention_call(layer.run(name, units[0] if is_flat else units), module)
+    # of two dimensions: the tokens of all images one after another
+    for units in rounds(output[None] if output.ndim == 2 else output):
+        call = attention_call(layer.run(name, units.view(places)), module)
         for letter, new, old in zip(QKV, call.tensors, base.tensors, strict=True):
             if letter not in letters:
                 continue

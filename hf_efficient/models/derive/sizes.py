@@ -9,6 +9,7 @@ head by a third, and equations of sums and products stay true; else fewer kinds 
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     ),
     (r"(.*_)?num_queries|num_latents|latent_query_num|two_stage_num_proposals", "queries", 6),
     (r"mm_tokens_per_image|.*prompt_size", "image", 4),
-    (r".*(image_size|img_size)", "image", IMAGE),
+    (r".*(image_size|img_size)|crop_size", "image", IMAGE),
     (r"patch_size", "patch", PATCH),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", "positions", POSITIONS),
     (
@@ -72,9 +73,10 @@ KINDS: tuple[tuple[str, str, int], ...] = (
         "positions",
         4 * POSITIONS,
     ),  # a converted layer has its new attention in place of such a window
-    (r"n_window_infer", "window", 16),
+    (r"n_window_infer", "window", 100),
+    (r"n_window", "window", 50),  # of which Qwen 3's code knows that it makes 13 tokens
     (r"((mamba|ssm)_)?chunk_size", "window", 8),  # to a multiple of which states are padded: 256 take a second each
-    (r"n_window|.*window_size|attention_chunk_size|context_size", "window", 4),
+    (r".*window_size|attention_chunk_size|context_size", "window", 4),
 )
 KEPT = re.compile(
     r".*token.*id.*|num_channels|in_channels|.*_stride|.*kernel.*|temporal_patch_size|spatial_merge_size|.*rate.*"
@@ -201,7 +203,7 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
             fields[name] = _shrunk(value, way, factors) | {"model_type": value.model_type}
         elif name in way.kept or isinstance(value, bool) or (name in DEPTHS and "depths" in own):
             fields[name] = value
-        elif re.search(r"token_(id|index)$", name):
+        elif re.search(r"token_(id|index)$|image_patch_id$", name):
             fields[name] = _token(name, value, number)
         elif name == "input_size" and "patch_size" in own and isinstance(value, int):
             fields[name] = value if "image" in way.kept else min(value, IMAGE)
@@ -212,6 +214,8 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
             fields[name] = VOCABULARY if name == "vocab_size" else 4 if name in way.filled else None
         elif isinstance(value, list | tuple) and sources and len(value) == depth:
             fields[name] = [value[layer] for layer in sources]
+        elif isinstance(value, dict) and re.fullmatch(".*patch.*_dict", name) and "image" not in way.kept:
+            fields[name] = {(IMAGE * way.wide // PATCH) ** 2: 6}  # numbers of patches and what is made of them
         elif _is_by_layer(value, depth):
             by_layer = {int(key): _small_entry(one, way, factors) for key, one in value.items()}
             fields[name] = {new: by_layer[old] for new, old in enumerate(sources) if old in by_layer}
@@ -252,7 +256,10 @@ def _token(name: str, value: Any, number: int) -> Any:
 
 
 def _list(name: str, values: list, way: Way, factors: dict[str, int], widths: set[int]) -> list:
-    """Of numbers of stages, or of both sides of an image."""
+    """Of numbers of stages, or of both sides of an image or of several."""
+    if values and name.endswith("grid_pinpoints") and "image" not in way.kept:
+        least = min(side for sides in values for side in sides)  # for real images of one tile, or for two
+        return [[IMAGE * way.wide * side // least for side in sides] for sides in values]
     if not values or name in way.kept or not all(isinstance(one, int) and not isinstance(one, bool) for one in values):
         return values
     kind = kind_of(name)[0]
@@ -329,6 +336,10 @@ def _consistent(fields: dict[str, Any], own: dict[str, Any], way: Way) -> dict[s
     if "spatial_merge_size" in own and "window_size" in own and "window" not in way.kept:
         patch = fields.get("patch_size", PATCH)
         fields["window_size"] = own["spatial_merge_size"] * 2 * (patch if isinstance(patch, int) else patch[0])
+    if "downsample_rate" in own and isinstance(own.get("window_size"), int):
+        fields["window_size"] = own["window_size"] // own["downsample_rate"] * own["downsample_rate"]
+    if isinstance(own.get("pixel_shuffle_ratio"), float) and not way.in_proportion:  # its projector reads patches
+        fields["intermediate_size"] = int(fields["hidden_size"] / own["pixel_shuffle_ratio"] ** 2)
     if "depths" in own and isinstance(fields.get("image_size"), int):
         fields["image_size"] = min(own["image_size"], 128)  # windows in the last stage too
     if not way.in_proportion and "rope_type" in (fields.get("rope_parameters") or {}):
@@ -342,8 +353,23 @@ def _consistent(fields: dict[str, Any], own: dict[str, Any], way: Way) -> dict[s
         if name.endswith("feature_sizes") and isinstance(value, list | tuple) and value:
             side = 4 * IMAGE * way.wide // PATCH
             fields[name] = [[side // 2**level] * len(one) for level, one in enumerate(value)]
+    parts = [(value, fields[name]) for name, value in own.items() if isinstance(value, PreTrainedConfig)]
+    for part, small in parts:  # what is given is made of several tokens, or of several layers
+        width = getattr(part, "hidden_size", None)
+        for name in own if isinstance(width, int) and "hidden_size" in small and not way.in_proportion else ():
+            if re.fullmatch("out_hidden_size|.*output_dim", name) and isinstance(own[name], int) and own[name] > width:
+                fields[name] = own[name] // width * small["hidden_size"] if own[name] % width == 0 else fields[name]
+    if own.get("num_position_embeddings") == _patches(own):  # one for each patch
+        fields["num_position_embeddings"] = _patches(fields)
     heads = [name for name in fields if re.fullmatch(HEAD_FIELDS, name)]
     for name in fields:  # without grouped queries there, none here
         if re.fullmatch(KV_FIELDS, name) and any(own.get(name) == own.get(other) for other in heads):
             fields[name] = fields[heads[0]]
     return fields
+
+
+def _patches(fields: dict[str, Any]) -> int | None:
+    """How many patches an image has, where fields say it."""
+    image, patch = fields.get("image_size"), fields.get("patch_size")
+    sides = image if isinstance(image, list | tuple) else [image, image]
+    return math.prod(side // patch for side in sides) if image and isinstance(patch, int) else None

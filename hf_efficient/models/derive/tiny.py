@@ -25,6 +25,7 @@ from ...errors import UnsupportedModelError
 from .sizes import WAYS, Way, all_fields, kind_of, shrunk
 
 MAX_PARAMETERS = 30_000_000
+MAX_PARTLY = 4  # tiny models that run with a text alone, before that is enough
 
 # From the most plain class to those with heads: what a type has first is what is looked at.
 CLASSES = (
@@ -44,24 +45,38 @@ class NotTinyError(UnsupportedModelError):
     """A model of a tiny config cannot be built, or not be fed: one with other sizes might."""
 
 
+class PartlyFedError(NotTinyError):
+    """A tiny model runs, but with none of the images or sounds that it also takes: one with other sizes might."""
+
+
 def tiny_config(config: PreTrainedConfig, way: Way = WAYS[0]) -> PreTrainedConfig:
     """The same architecture with small sizes: what is no size (switches, kinds of layers, activations) stays."""
     return copy.deepcopy(config) if way.as_it_is else type(config)(**shrunk(config, way))
 
 
-def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Made]) -> Made:
+def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig, bool], Made]) -> Made:
     """What `make` gives for the first of the tiny configs for which it does not fail.
 
     Where an error names fields, their numbers are left as they were, and those that said nothing say something.
+
+    Parameters:
+        make: of a tiny config; also told whether the model is to be fed with all that it takes. Where that fails
+            `MAX_PARTLY` times with a `PartlyFedError`, the first of those that could be fed in part is made.
 
     Raises:
         NotTinyError: it fails for all of them; the first reason is said.
     """
     problem: Exception | None = None
+    partly: list[Way] = []
     for way in WAYS:
+        if len(partly) == MAX_PARTLY:
+            break
         for _ in range(3):
             try:
-                return make(tiny_config(config, way))
+                return make(tiny_config(config, way), True)
+            except PartlyFedError as error:
+                partly.append(way)
+                words = set(re.findall(r"\w+", str(error)))
             except Exception as error:  # whatever the code of a config or a model may raise
                 problem = problem or error
                 words = set(re.findall(r"\w+", str(error)))
@@ -73,6 +88,8 @@ def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], Made
             if not kept - set(way.kept) | filled - set(way.filled):
                 break
             way = replace(way, kept=(*way.kept, *sorted(kept)), filled=(*way.filled, *sorted(filled)))
+    if partly:
+        return make(tiny_config(config, partly[0]), False)
     assert problem is not None
     if isinstance(problem, NotTinyError):
         raise problem
@@ -127,6 +144,10 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
             module.weight.normal_(0, 1 / math.sqrt(inputs), generator=generator)
             if module.bias is not None:
                 module.bias.normal_(0, 0.1, generator=generator)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            strong = 1 / math.sqrt(module.weight[0].numel())
+            if module.weight.std() < strong / 2:  # after several weak ones all tokens are alike
+                module.weight.normal_(0, strong, generator=generator)
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(0, 1, generator=generator)
             if module.padding_idx is not None:
@@ -138,7 +159,9 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and re.search(r"(lambda|gamma|scale)[^.]*(\.weight)?$", name):
             parameter.fill_(0.7)  # layer scales of 1e-6 hide what a layer does, and of 1 that they are there
-        elif parameter.ndim == 2 and not parameter.any():  # a matrix of zeros hides what it is multiplied with
+        elif parameter.ndim < 2 and re.search(r"(gate|alpha)[^.]*$", name) and not parameter.any():
+            parameter.fill_(0.7)  # closed gates hide what is behind them
+        elif parameter.ndim > 1 and not parameter.any():  # zeros hide what they are multiplied with, or all stem from
             parameter.normal_(0, 1 / math.sqrt(parameter.shape[0]), generator=generator)
     model.tie_weights()
     for module in model.modules():

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..family import Attention
+from .head_parts import with_head_parts
 from .observe import SMALL, LayerRun, differs, run
 from .roles import Heads, NotDerivable, integers_of, layout
 
@@ -105,8 +106,9 @@ def _reader(layer: LayerRun) -> str:
 
 def _meets(layer: LayerRun, name: str, other: str) -> bool:
     given = layer.base.inputs[other]
-    if given.ndim != 3 or given.shape[:2] != layer.base.outputs[name].shape[:2]:
-        return False
+    tokens = given.shape[:2]
+    if given.ndim != 3 or tokens != layer.base.outputs[name].shape[:2] or tokens[0] <= ROW or tokens[1] <= TOKEN:
+        return False  # such as those of a table of relative positions
     hit = _difference(layer.disturbed_token(name, ROW, TOKEN).inputs.get(other), given)[ROW].any(-1)
     hit[TOKEN] = False
     return bool(hit.any())
@@ -174,7 +176,7 @@ def _described(
         interleaved=layouts == {"interleaved"},
         **integers_of(module, sizes),
     )
-    return attention, sizes, is_causal
+    return next(with_head_parts(layer.layer, attention, sizes.heads, sizes.dim)), sizes, is_causal
 
 
 def _common(paths) -> str:

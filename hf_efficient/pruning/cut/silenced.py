@@ -60,7 +60,7 @@ def _silenced(dense: Anatomy, plan: PruningPlan) -> Iterator[None]:
             for stack in dense.stacks:
                 kept = plan.layers.get(stack.name, range(len(stack.layers)))
                 for index in set(range(len(stack.layers))) - set(kept):
-                    handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True)
+                    handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True, prepend=True)
                     hooks.callback(handle.remove)
             yield
         finally:

@@ -16,9 +16,9 @@ from transformers.initialization import no_init_weights
 
 from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
-from ...models.block import MAX_LAYERS, EfficientBlock, StackBlock
+from ...models.block import EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
-from ...models.cutting import cut_layers, cut_units
+from ...models.cutting import cut_layers, cut_units, kept_heads, layer_fields
 from ...models.families import FAMILIES
 from ...models.family import FFN
 from ...models.groups import groups_of
@@ -62,9 +62,9 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
             else:
                 changes, unsaid[stack.name] = {}, dict(sizes[stack.name])
         kept = layers[stack.name]
-        changes |= {stack.entry.num_layers: len(kept)} | dict.fromkeys(stack.family.of_depth)
-        fields = stack.changed(fields, changes | stack.per_layer(kept))
-    return with_block(anatomy.config, _new_block(anatomy, layers, unsaid), **fields)
+        changes |= layer_fields(stack, kept)
+        fields = stack.changed(fields, changes)
+    return with_block(anatomy.config, _new_block(anatomy, layers, unsaid, plan), **fields)
 
 
 def check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
@@ -150,7 +150,7 @@ def _stock_fields(stack: ModelStack, sizes: Sizes) -> tuple[dict[str, Any], dict
         if count != stack.num_heads:
             # Fewer heads do not fill the hidden size any more, so their width has to be said too.
             fields |= {stack.entry.heads: count, stack.entry.head_dim: stack.head_width}
-            if stack.entry.kv_heads:
+            if stack.entry.kv_heads and not stack.entry.one_kv_head:
                 fields[stack.entry.kv_heads] = count // stack.group_size
         for kind in (*HEADS, "kv_heads"):
             unsaid.pop(kind, None)
@@ -201,11 +201,13 @@ def _is_legal(heads: int, stack: ModelStack) -> bool:
     """Whether the stock class can be built with so many heads."""
     if heads == stack.num_heads:
         return True
+    if stack.entry.attention.shared:  # of which the stock model would give a layer the part of other heads
+        return False
     divides = stack.width % heads == 0 or not stack.family.heads_divide_hidden
     return stack.entry.head_dim is not None and divides
 
 
-def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock:
+def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes, plan: PruningPlan) -> EfficientBlock:
     """The old block for the kept layers, with `sizes`; kept layers are numbered as in the very first model."""
     old, stacks, original = anatomy.block, {}, {}
     for stack in anatomy.stacks:
@@ -214,10 +216,12 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
         stock = dict.fromkeys(HEADS, stack.num_heads) | {"kv_heads": stack.num_kv_heads}
         stock |= {kind: stack.width_of(kind) for kind in stack.ffns}
         own = {kind: values for kind, values in sizes[stack.name].items() if set(values) != {stock[kind]}}
+        heads = kept_heads(stack, plan.units, entry.kept_heads)
         small = StackBlock(
             attention=tuple(entry.attention[i] for i in kept) if entry.attention else (),
             cross_attention=tuple(entry.cross_attention[i] for i in kept) if entry.cross_attention else (),
             sizes=own,
+            kept_heads=tuple(heads[i] for i in kept) if heads and "heads" in own else (),
         )
         if own or small.is_converted():
             stacks[stack.name] = small
@@ -226,6 +230,7 @@ def _new_block(anatomy: Anatomy, layers: Layers, sizes: Sizes) -> EfficientBlock
             original[stack.name] = tuple(before[i] for i in kept)
     family = anatomy.family
     if family.model_type not in FAMILIES:
-        left = tuple(one.with_layers(layers.get(one.name, range(MAX_LAYERS))) for one in family.stacks)
+        gone = {stack.name for stack in anatomy.stacks if len(layers[stack.name]) < stack.depth}
+        left = tuple(one.with_layers(layers[one.name]) if one.name in gone else one for one in family.stacks)
         old = replace(old, family=replace(family, stacks=left))
     return replace(old, stacks=stacks, kept_layers=original)

@@ -71,13 +71,13 @@ def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:
     """
     model, stack = anatomy.model, anatomy.stack(group.stack)
     if metric == "parameters":
-        return sum(p.numel() // group.units for member in group.members for p, _ in unit_parameters(model, member))
+        return sum(part.numel(p) for member in group.members for p, part in unit_parameters(model, member))
     if stack.entry.sees_patches and hasattr(stack.sizes, "image_size"):  # of Qwen's kin an image is as long as it is
         length = num_patches(stack.sizes)
     total = 0
     for member in group.members:
-        weights = [model.get_parameter(f"{member.prefix}.{part.name}") for part in (*member.inputs, member.output)]
-        macs_of_all = length * sum(weight.numel() // group.units for weight in weights)
+        parts = (*member.inputs, member.output)
+        macs_of_all = length * sum(part.numel(model.get_parameter(f"{member.prefix}.{part.name}")) for part in parts)
         total += int(macs_of_all * _active(stack, group))
         if not group.is_neurons:
             module = model.get_submodule(f"{member.prefix}.{stack.attentions[group.kind].module}")

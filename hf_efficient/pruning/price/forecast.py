@@ -109,7 +109,10 @@ def _cache_numbers(anatomy: Anatomy) -> int:
     if not anatomy.model.can_generate():
         return 0
     heads = [group for group in anatomy.groups if (group.stack, group.kind) == ("decoder", "heads")]
-    return sum(2 * g.units * anatomy.stack("decoder").head_width * len(g.layers) for g in heads)
+    if not heads:
+        return 0
+    stack = anatomy.stack("decoder")
+    return sum(2 * (1 if stack.entry.one_kv_head else g.units) * stack.head_width * len(g.layers) for g in heads)
 
 
 def plan_table(plan: PruningPlan) -> str:

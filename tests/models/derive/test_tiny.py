@@ -25,10 +25,10 @@ def running(config):
     """A tiny model that runs, with its inputs, and the names of the ways that failed before."""
     tried = []
 
-    def make(small):
+    def make(small, whole):
         tried.append(small)
         model = tiny_model(small)
-        return model, tiny_inputs(model)
+        return model, tiny_inputs(model, whole)
 
     return *first_tiny(config, make), len(tried)
 
@@ -111,7 +111,7 @@ def test_what_an_error_names_stays_or_is_filled():
     assert model.config.prediction_length == 4 and tried == 2
     assert inputs["past_values"].shape[1] == model.config.context_length + max(model.config.lags_sequence)
 
-    def make(small):
+    def make(small, whole):
         if small.intermediate_size != 11008:
             raise ValueError("intermediate_size must be 11008")
         return small
@@ -123,7 +123,7 @@ def test_what_an_error_names_stays_or_is_filled():
 def test_other_ways_follow_and_the_first_reason_is_said():
     ways = []
 
-    def make(small):
+    def make(small, whole):
         ways.append(small.hidden_size)
         raise NotTinyError(f"reason {len(ways)}")
 
@@ -222,7 +222,7 @@ def test_a_type_is_tried_with_a_given_config_where_its_own_does_not_build():
 
 
 def test_given_inputs_are_taken_where_none_can_be_made(monkeypatch):
-    def none(model):
+    def none(model, whole):
         raise NotTinyError("none")
 
     monkeypatch.setattr("benchmarks.coverage.tiny_inputs", none)
@@ -235,3 +235,11 @@ def test_given_inputs_are_taken_where_none_can_be_made(monkeypatch):
     assert model.config.hidden_size == 32 and inputs.keys() == {"input_ids", "attention_mask"}
     assert inputs["input_ids"].min() >= 1 and inputs["input_ids"].max() <= 8
     assert inputs["attention_mask"].tolist() == mask["values"]
+
+
+@pytest.mark.parametrize("name", ["segformer", "regnet"])
+def test_convolutions_leave_more_than_one_token_of_an_image(name):
+    model = tiny_model(tiny_config(config_of(name)))
+    with torch.no_grad():
+        states = model(**tiny_inputs(model)).last_hidden_state
+    assert states.shape[2:] == (2, 2)  # of one token alone no attention would show
