@@ -39,10 +39,14 @@ def check_rows(config: Any, model: Callable[[], "PreTrainedModel"]) -> None:
 
     real = model()
     kind = getattr(real, "_stock_class", type(real))
+
+    def fed(small: Any, whole: bool) -> tuple[Any, dict[str, Any]]:
+        tiny = tiny_model(small, kind)
+        return tiny, tiny_inputs(tiny, whole)
+
     try:
         with quietly():
-            tiny = first_tiny(stock_config(config), lambda small: tiny_model(small, kind))
-            inputs = tiny_inputs(tiny)
+            tiny, inputs = first_tiny(stock_config(config), fed)
     except NotTinyError:
         return  # what cannot be tried is seen in the export itself
     if "pixel_values" in inputs and "input_ids" in inputs and (problem := _problem(tiny, inputs)):

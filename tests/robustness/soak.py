@@ -9,6 +9,7 @@ warm up caches (lazy imports, memory pools) and do not count.
 import argparse
 import gc
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ class Used:
     @classmethod
     def now(cls) -> "Used":
         gc.collect()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        # Counted in the tables of pages: the sums of `statm` may come late.
+        resident = re.search(r"^Rss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
         tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
         return cls(
-            pages * os.sysconf("SC_PAGE_SIZE"),
+            int(resident[1]) << 10,
             tensors,
             len(os.listdir("/proc/self/fd")),
             len(os.listdir("/proc/self/task")),
