@@ -231,7 +231,7 @@ def test_pruning_benchmark_runs_and_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("program", "few", "measured"),
     [
-        ("pruning_speed", ["--ratios", "0.5"], "speedup"),
+        pytest.param("pruning_speed", ["--ratios", "0.5"], "speedup", marks=pytest.mark.thorough),
         pytest.param("pruning_latency", ["--targets", "2.0"], "reached", marks=pytest.mark.thorough),
     ],
 )

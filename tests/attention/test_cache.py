@@ -207,6 +207,7 @@ def pair():
     return convert_attention(make_model("llama", num_hidden_layers=2), {0: LOCAL})
 
 
+@pytest.mark.thorough
 def test_the_model_compiles_whole(pair):
     """With a cache, where each of these calls is another graph; without one, tests/models/test_compilation.py."""
     torch._dynamo.reset()

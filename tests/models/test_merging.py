@@ -327,10 +327,12 @@ def test_a_model_that_reads_states_between_the_layers_is_refused():
         convert_attention(model, {"vision": merging()})
 
 
-def test_the_export_computes_the_same(tmp_path):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.thorough)])
+def test_the_export_computes_the_same(format, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
     model = convert_attention(make_model(), merging())
-    exported = export(model, "onnx", tmp_path / "onnx", inputs=[{"pixel_values": images(3)}])
+    exported = export(model, format, tmp_path / format, inputs=[{"pixel_values": images(3)}])
     assert exported.difference < 1e-4
     assert exported.same_prediction == 1
 
