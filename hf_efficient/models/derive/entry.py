@@ -243,7 +243,7 @@ def _make_stack(
         why[NEURONS] = str(reason)
     main = ffns.pop("neurons", FFN("neurons", (), ""))
     readers = [found.attention.output, *([found.cross.output] if found.cross else []), main.down]
-    norm = norm_place(first, readers) if all(readers) else None
+    norm = norm_place(first, readers) if first.base.outputs.keys() >= set(readers) else None
     own, where, field = _own_config(model, first.layer, found, len(layers), path)
     fields = {"num_layers": field} | _fields(own, path, found, first, main)
     stack = Stack(
