@@ -135,12 +135,12 @@ def groups_of(stack: ModelStack) -> list[Group]:
 
 def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
     layer, place = stack.layers[index], stack.layer_prefix(index)
-    width = stack.head_width
-    wide = stack.group_size * width  # all query heads of one key/value head: they leave together
     groups = []
     for kind, attention in stack.attentions_in(index).items():
         if not attention.query:  # its heads cannot be told apart
             continue
+        width = stack.head_width
+        wide = stack.group_size * width  # all query heads of one key/value head: they leave together
         inputs, rest = [(attention.query, wide)], 0
         if stack.entry.one_kv_head:  # whose rows are behind those of the queries, if one linear makes all
             rest = width * (attention.key, attention.value).count(attention.query)

@@ -2,8 +2,9 @@
 
     small = rebuild(model, with_block(model.config, block), state)
 
-It refuses a state that does not fit. `from_pretrained` does what it does for stock classes: another shape is an error,
-a missing tensor (such as a new head on an old body) is filled at random and listed in a logged table.
+It refuses a state that does not fit, by one error that lists all of it. `from_pretrained` does what it does for stock
+classes: another shape is an error, a missing tensor (such as a new head on an old body) is filled at random and listed
+in a logged table.
 """
 
 import copy
@@ -73,6 +74,7 @@ def rebuild(
             state_dict={key: value.detach().clone() for key, value in state.items() if key not in passing},
             dtype=model.dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with all else that does not fit
         )
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind != "error_msgs"}
     wrong["missing_keys"] = [key for key in wrong.get("missing_keys", []) if not _is_new(key, state)]
