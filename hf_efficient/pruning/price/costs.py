@@ -120,12 +120,15 @@ def layer_costs(anatomy: Anatomy, metric: str, length: int) -> dict[tuple[str, i
         for layer in group.layers:
             costs[group.stack, layer] = costs.get((group.stack, layer), 0) + share
     for stack in anatomy.stacks:
-        if stack.entry.why_not(HEADS) or stack.entry.why_not(NEURONS):  # experts, and what else has no units
-            for index, layer in enumerate(stack.layers):
-                groups = [one for one in anatomy.groups if one.stack == stack.name and index in one.layers]
-                members = [member for group in groups for member in group.members]
-                known = {id(weight) for member in members for weight, _ in unit_parameters(anatomy.model, member)}
-                rest = sum(p.numel() for p in layer.parameters() if p.ndim > 1 and id(p) not in known)
+        is_in_part = stack.entry.why_not(HEADS) or stack.entry.why_not(NEURONS)  # experts, and what else has no units
+        for index, layer in enumerate(stack.layers):
+            groups = [one for one in anatomy.groups if one.stack == stack.name and index in one.layers]
+            if groups and not is_in_part:
+                continue
+            members = [member for group in groups for member in group.members]
+            known = {id(weight) for member in members for weight, _ in unit_parameters(anatomy.model, member)}
+            rest = sum(p.numel() for p in layer.parameters() if p.ndim > 1 and id(p) not in known)
+            if rest:  # none in a layer that left a gap
                 costs[stack.name, index] = costs.get((stack.name, index), 0) + length * rest
     return costs
 
