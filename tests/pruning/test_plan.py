@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from hf_efficient import (
     AttentionConfig,
@@ -18,6 +18,7 @@ from hf_efficient import (
     plan,
     prune,
 )
+from hf_efficient.models.derive.tiny import tiny_config, tiny_model
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.price.costs import total_cost
 from hf_efficient.pruning.price.forecast import plan_table
@@ -294,3 +295,13 @@ def test_a_plan_or_a_config():
 def test_json_there_and_back(units):
     made = PruningPlan(units=units, config=PruningConfig(ratio=0.3))
     assert PruningPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "esm"])
+def test_of_a_model_that_reads_values_the_layers_are_counted(model_type):
+    model = tiny_model(tiny_config(CONFIG_MAPPING[model_type]()))
+    config = PruningConfig(
+        0.3, importance="magnitude", granularity=("neuron",), sequence_length=8, round_to=1, reconstruct=False
+    )
+    forecast = plan(model, config).forecast
+    assert forecast.macs_before == sum(row.macs_before for row in forecast.layers) > forecast.macs > 0

@@ -30,7 +30,7 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
 
 def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | None = None) -> Forecast:
     """Parameters, MACs at `length` tokens, bytes, and a table of the layers, before and after; milliseconds too if
-    `costs` are measured.
+    `costs` are measured. MACs are those of a whole forward, of the layers alone where a model needs values for it.
 
     Raises:
         ConfigError: the plan does not fit the model.
@@ -43,14 +43,17 @@ def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | No
     parameters = before.num_parameters(), after.num_parameters()
     size = torch.empty((), dtype=model.dtype).element_size()
     measured = None if costs is None or costs.measure is None else costs.measure(plan)
+    macs, macs_before = _macs(small, length), _macs(Anatomy.of(before), length)
+    if macs is None or macs_before is None:
+        macs, macs_before = sum(row.macs for row in rows), sum(row.macs_before for row in rows)
     return Forecast(
         length=length,
         dtype=str(model.dtype).removeprefix("torch."),
         loads_with="portable" if small.block.is_trivial() else "plugin",
         parameters=parameters[1],
         parameters_before=parameters[0],
-        macs=_macs(small, length),
-        macs_before=_macs(Anatomy.of(before), length),
+        macs=macs,
+        macs_before=macs_before,
         weight_bytes=parameters[1] * size,
         weight_bytes_before=parameters[0] * size,
         cache_bytes=_cache_numbers(small) * length * size,
@@ -63,7 +66,8 @@ def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | No
     )
 
 
-def _macs(anatomy: Anatomy, length: int) -> int:
+def _macs(anatomy: Anatomy, length: int) -> int | None:
+    """None: the model reads values, and on the meta device there are none."""
     model = anatomy.model
     inputs = dummy_inputs(model, 1, length)
     for part in model.modules():  # or transformers looks at ids and masks, which have no values on the meta device
@@ -71,7 +75,10 @@ def _macs(anatomy: Anatomy, length: int) -> int:
             part.config.pad_token_id = None
     if not anatomy.block.is_converted():
         model.set_attn_implementation("eager")  # as many MACs as any
-    return count_macs(model, inputs)
+    try:
+        return count_macs(model, inputs)
+    except Exception:  # whatever the code of a model may raise where a tensor has no values
+        return None
 
 
 def _layers(dense: Anatomy, small: Anatomy, plan: PruningPlan, length: int) -> list[LayerForecast]:
