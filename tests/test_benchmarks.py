@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from benchmarks.attention_methods import CAUSAL, CONFIGS, DIM, HEADS, PEERS, installed, make_method, our_names
-from benchmarks.coverage import summary, try_type, write_page
+from benchmarks.coverage import summary, try_type
+from benchmarks.coverage_page import write_page
 from benchmarks.pruning_peers import PEERS as PRUNING_PEERS
 from benchmarks.pruning_peers import (
     Calibration,

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from benchmarks.coverage import read as read_coverage
+from benchmarks.coverage_page import read as read_coverage_page
 from hf_efficient.cli import app, parse_overrides
 from hf_efficient.cli.programs import cache_teacher as caching_script
 from hf_efficient.cli.programs import distill as distillation_script
@@ -25,6 +26,7 @@ SCRIPTS = {
     "scripts/cache_teacher.py": caching_script.read,
     "scripts/prune.py": pruning_script.parse,
     "benchmarks/coverage.py": read_coverage,
+    "benchmarks/coverage_page.py": read_coverage_page,
 }
 YAML = [(page.stem, block) for page in PAGES for block in blocks(page, "yaml")]
 

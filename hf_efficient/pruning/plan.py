@@ -53,8 +53,9 @@ class Forecast:
 
     Parameters:
         parameters, macs, weight_bytes, cache_bytes: of the whole model, with `_before` those of the dense one. MACs
-            are those of one sequence of `length` tokens, cache bytes those of keys and values for one such sequence
-            (0 for models that do not generate).
+            are those of one sequence of `length` tokens (of the layers alone, where the code of a model does not run
+            without weights), cache bytes those of keys and values for one such sequence (0 for models that do not
+            generate).
         removed_macs, removed_parameters: the fraction that goes of what all layers cost: what `ratio` means.
         layers: the same layer by layer.
         loads_with: `"portable"` (the stock class) or `"plugin"` (after `import hf_efficient`).

@@ -303,5 +303,6 @@ def test_of_a_model_that_reads_values_the_layers_are_counted(model_type):
     config = PruningConfig(
         0.3, importance="magnitude", granularity=("neuron",), sequence_length=8, round_to=1, reconstruct=False
     )
-    forecast = plan(model, config).forecast
-    assert forecast.macs_before == sum(row.macs_before for row in forecast.layers) > forecast.macs > 0
+    made = plan(model, config)
+    assert made.forecast.macs_before == sum(row.macs_before for row in made.forecast.layers) > made.forecast.macs > 0
+    assert "MACs of the layers, 8 tokens" in plan_table(made)

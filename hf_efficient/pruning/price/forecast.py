@@ -127,9 +127,11 @@ def plan_table(plan: PruningPlan) -> str:
     after = plan.forecast
     if after is None:
         return "This plan has no forecast: make it with hf_efficient.plan."
+    is_whole = after.macs_before != sum(row.macs_before for row in after.layers)
+    macs = "MACs" if is_whole else "MACs of the layers"
     whole = [
         ("parameters", format_count(after.parameters_before), format_count(after.parameters)),
-        (f"MACs, {after.length} tokens", format_count(after.macs_before), format_count(after.macs)),
+        (f"{macs}, {after.length} tokens", format_count(after.macs_before), format_count(after.macs)),
         (f"weights, {after.dtype}", format_bytes(after.weight_bytes_before), format_bytes(after.weight_bytes)),
     ]
     if after.cache_bytes_before:

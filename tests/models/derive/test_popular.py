@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.coverage import changes
+from benchmarks.coverage_page import changes
 from hf_efficient import UnsupportedModelError
 from hf_efficient.models.derive import family_for
 from hf_efficient.models.derive.tiny import tiny_config
