@@ -22,6 +22,15 @@ def _seeded():
     torch.set_num_threads(1)
 
 
+def _unless_meta(draw):
+    return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+
+# Every model that is loaded is built on meta first. There is nothing to draw there, and torch takes long for it.
+for _name in ("kaiming_uniform_", "normal_", "uniform_"):
+    setattr(torch.nn.init, _name, _unless_meta(getattr(torch.nn.init, _name)))
+
+
 @pytest.fixture(autouse=True)
 def _forked(request, monkeypatch):
     """That a model loads in another process is checked in a fork; marked `cold`, in a new interpreter as for users."""
