@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versio
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-thorough lint cards docs fuzz soak kills clean
+.PHONY: demo test test-thorough lint style types pages cards docs fuzz soak kills clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,13 +21,23 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/hf-efficient compress bbc-news --output-dir $(OUT)
 
-lint: $(VENV)/ready
+style types pages: $(VENV)/ready
+
+style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/codespell
+
+types:
+	$(BIN)/mypy
+
+pages:
 	$(BIN)/python scripts/make_model_cards.py --check
 	$(BIN)/python scripts/make_docs.py --check
+
+# Side by side: none of them uses more than one core.
+lint: $(VENV)/ready
+	$(MAKE) --no-print-directory -j 2 style types pages
 
 # One worker more than the two cores that CI has: some of the tests wait for other processes.
 test: lint

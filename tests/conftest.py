@@ -18,8 +18,17 @@ from .processes import run_module
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed writes down its call stack for GPUs that may come
     torch.set_num_threads(1)
+
+
+def _unless_meta(draw):
+    return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+
+# Every model that is loaded is built on meta first. There is nothing to draw there, and torch takes long for it.
+for _name in ("kaiming_uniform_", "normal_", "uniform_"):
+    setattr(torch.nn.init, _name, _unless_meta(getattr(torch.nn.init, _name)))
 
 
 @pytest.fixture(autouse=True)

@@ -71,39 +71,16 @@ def _kernels():
     return manager
 
 
-SHORTER = {
-    "ROWS, TOKENS = 200, 32": "ROWS, TOKENS = 110, 16",
-    "num_train_epochs=2": "num_train_epochs=1",
-    "sequence_length=128": "sequence_length=32",
-    "repeats=5": "repeats=2",
-    "[512, 1024, 2048": "[128, 256, 512",
-    "512, 4096]": "512]",
-}
-
-
-def test_what_makes_a_notebook_short_is_in_one():
-    text = "".join(path.read_text(encoding="utf-8") for path in NOTEBOOKS)
-    assert all(long in text for long in list(SHORTER)[:-1])  # the last is of what the one before it leaves
-
-
-ONE, *MORE = NOTEBOOKS
-
-
+@pytest.mark.thorough
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "path", [ONE, *(pytest.param(path, marks=pytest.mark.thorough) for path in MORE)], ids=lambda path: path.stem
-)
-def test_a_notebook_runs(path, tmp_path, monkeypatch, pytestconfig):
-    """As it is with --thorough, else with fewer and shorter texts."""
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra dev")
     import nbformat
     from jupyter_client import AsyncKernelManager
 
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells if not pytestconfig.getoption("--thorough") else ():
-        for long, short in SHORTER.items():
-            cell.source = cell.source.replace(long, short)
     manager = AsyncKernelManager(kernel_spec_manager=_kernels())
     nbclient.NotebookClient(
         notebook, km=manager, timeout=None, resources={"metadata": {"path": str(tmp_path)}}

@@ -364,7 +364,8 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         check_run(args, fsdp_version=None, zero_stage=3)
 
 
-@pytest.mark.parametrize("case", [pytest.param("bert", marks=pytest.mark.thorough), "llama"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", ["bert", "llama"])
 def test_a_compiled_student_learns_the_same(case, tmp_path):
     """And is compiled for its first shapes, not at every step."""
     settings = {"losses": ALL, "max_steps": 6, "per_device_train_batch_size": 4}

@@ -9,6 +9,7 @@ from hf_efficient.models.saving import LOADER
 
 from ..families import CASES, config_class, make_config, make_model, one_layer
 from ..processes import run_fresh, save_with_expectation
+from .derive.tiny import make
 
 pytestmark = pytest.mark.processes
 
@@ -24,6 +25,10 @@ def answers(tmp_path_factory):
         save_with_expectation(model, name, folder)
         trivial = with_block(make_config(name, **one_layer(name)), EfficientBlock())
         save_with_expectation(efficient_class(case.head, config_class(name))(trivial).eval(), name, portable)
+    derived, inputs = make("opt")
+    derived = convert_attention(derived, AttentionConfig(kind="local", window=3))
+    assert derived.config.efficient["family"]["model_type"] == "opt"  # so that nothing is derived there
+    save_with_expectation(derived, "opt", folder, inputs)
     home = tmp_path_factory.mktemp("home")
     answers = run_fresh(folder, "imported", "untrusted", "missing", "trusted", f"stock:{portable}", home=home)
     return {scenario.partition(":")[0]: answer for scenario, answer in answers.items()}
@@ -36,6 +41,11 @@ def test_after_importing_the_package_every_family_loads_bit_for_bit(answers):
             "module": "hf_efficient.models",
             "equal": True,
         }
+
+
+def test_a_derived_type_loads_with_the_package_or_by_trust(answers):
+    for scenario in ("imported", "trusted"):
+        assert answers[scenario]["opt"]["class"] == "EfficientOPTModel" and answers[scenario]["opt"]["equal"]
 
 
 def test_trust_alone_loads_every_family_and_saves_the_same_files_again(answers):

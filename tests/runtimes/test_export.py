@@ -69,7 +69,9 @@ def batch(rows, length):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format", [pytest.param(format, marks=[pytest.mark.thorough] * (format == "openvino")) for format in FORMATS]
+)
 def test_it_loads_without_us_and_computes_the_same(format, exported):
     """Also what an example of one row and one token was traced with takes others."""
     from transformers.exporters import ExportedModel

@@ -186,7 +186,7 @@ def _run(model: PreTrainedModel, inputs: Inputs, wanted: dict[str, tuple[int, ..
         elif name == "input_features" and value.ndim == 3:
             wanted[name] = (value.shape[0], 1, value.shape[2], value.shape[1])
     with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for module in model.modules():
             if next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None:
                 hooks.callback(module.register_forward_pre_hook(before).remove)

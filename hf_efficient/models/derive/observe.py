@@ -117,7 +117,7 @@ def _is_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any
 def run(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
     """The output for copies of the inputs, always with the same random numbers."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return model(**_copied(inputs), **options)
 
 
@@ -227,7 +227,7 @@ class LayerRun:
                 hooks.callback(hook.remove)
             seen.calls = hooks.enter_context(observing(self.model))
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 result = self.layer(*_copied(self._called["args"]), **_copied(self._called["kwargs"]))
         seen.result = result if isinstance(result, Tensor) else result[0]
         return seen

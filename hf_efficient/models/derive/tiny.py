@@ -127,7 +127,7 @@ def tiny_model(config: PreTrainedConfig, *model_class: type[PreTrainedModel]) ->
                 problem = f"still {count:,} parameters"
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 return _with_strong_weights(one(copy.deepcopy(config)).eval().float())
         except Exception as error:  # whatever the code of a model may raise
             problem = error

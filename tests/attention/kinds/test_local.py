@@ -185,7 +185,8 @@ def test_compiles_whole(causal, global_tokens):
     assert_compiles_whole(local_attention, window=9, causal=causal, global_tokens=global_tokens)
 
 
-@pytest.mark.parametrize("global_tokens", [pytest.param(0, marks=pytest.mark.thorough), 2])
+@pytest.mark.thorough
+@pytest.mark.parametrize("global_tokens", [0, 2])
 def test_exports_with_any_length(global_tokens):
     assert_exports(local_attention, real_only=True, window=9, global_tokens=global_tokens)
 

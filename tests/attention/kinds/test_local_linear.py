@@ -338,7 +338,8 @@ def test_compiles_whole(causal, feature_map):
     assert_compiles_whole(local_linear_attention, gradients=True, window=9, causal=causal, **options)
 
 
-@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("causal", [False, True])
 def test_exports_with_any_length(causal):
     assert_exports(local_linear_attention, window=9, causal=causal)
 

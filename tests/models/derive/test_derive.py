@@ -27,7 +27,6 @@ from hf_efficient.models.stacks import config_stacks
 
 from ...families import make_config
 from ...helpers import assert_close, selected
-from ...processes import run_fresh, save_with_expectation
 from .tiny import make, outputs
 from .toy import ToyConfig, ToyModel, register
 
@@ -123,17 +122,6 @@ def test_a_plain_result_is_a_stock_model(tmp_path):
     assert is_portable(small) and type(small) is type(model)
     small.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "OPTModel"
-
-
-@pytest.mark.processes
-def test_it_loads_in_a_fresh_process_with_the_package_or_by_trust(tmp_path):
-    model, inputs = make("opt")
-    converted = convert_attention(model, AttentionConfig("local", window=3))
-    assert type(converted).__name__ == "EfficientOPTModel"
-    assert converted.config.efficient["family"]["model_type"] == "opt"  # so that nothing is derived there
-    save_with_expectation(converted, "opt", tmp_path, inputs)
-    answers = run_fresh(tmp_path, "imported", "trusted", home=tmp_path / "home")
-    assert answers["imported"]["opt"]["equal"] and answers["trusted"]["opt"]["equal"]
 
 
 def test_what_the_caller_has_set_makes_no_difference():
