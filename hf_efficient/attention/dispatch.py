@@ -19,7 +19,7 @@ from .config import AttentionConfig
 from .engines.parts import full_attention, full_weights, join_masks
 from .masks import key_mask
 from .registry import ATTENTIONS
-from .variant import BIASED, CAUSAL, AttentionVariant, HeadShape, Logits, hides_future
+from .variant import BIASED, CAUSAL, OWN, AttentionVariant, HeadShape, Logits, hides_future
 
 logger = logging.get_logger(__name__)
 NAME = "hf_efficient"
@@ -42,8 +42,8 @@ def attach(
         if device.type != "meta":
             for part, name, value in _plain_tensors(variant):
                 setattr(part, name, value.to(device))
-        if is_biased(module):
-            variant.has_state = False  # the model makes its bias by the keys that it sees in the cache
+        if is_biased(module) or hasattr(type(module), OWN):
+            variant.has_state = False  # the model makes its bias, and its masks, by the keys that it sees in the cache
         module.add_module(ATTACHED, variant)
         if not cross:
             handle = attach_cache(module, variant.config, variant.has_state, variant.keeps_keys)
@@ -253,10 +253,10 @@ def _read_pairs(
         pairs, mask = mask, sees.any(1).any(1).expand(query.shape[0], -1)  # the keys that any query sees
         if variant is not None and looks:
             causal = _hides(module, sees, query.shape[2], causal)
-            # The same for all heads and queries is padding; for one query that has a state it may be more than that.
-            is_row = pairs.shape[1] == pairs.shape[2] == 1 and not variant.takes_pairs
+            # Padding and what is hidden anyway need no pairs; for one query that has a state it may be more than that.
             is_known = query.shape[2] > 1 or not variant.has_state or sees.all()
-            if is_row and is_known and (is_bool or not pairs.masked_fill(~sees, 0).any()):
+            is_plain = not variant.takes_pairs and is_known and _is_of_keys(sees, mask, query.shape[2], causal)
+            if is_plain and (is_bool or not pairs.masked_fill(~sees, 0).any()):
                 pairs = None
         if pairs is not None and not is_bool:
             pairs = pairs.to(query.dtype)
@@ -273,6 +273,15 @@ def _read_pairs(
             "unconverted."
         )
     return mask, bias, causal, pairs
+
+
+def _is_of_keys(sees: torch.Tensor, keys: torch.Tensor, length: int, causal: bool) -> bool:
+    """Whether a mask [B or 1, H or 1, T or 1, S] of all pairs says no more than which keys [B, S] are real, and that
+    later ones are hidden."""
+    if sees.shape[1] > 1 or sees.shape[2] == 1:
+        return sees.shape[1] == 1
+    wanted = keys[:, None, None, :].expand(-1, -1, length, -1)
+    return torch.equal(sees.expand_as(wanted), wanted.tril(keys.shape[1] - length) if causal else wanted)
 
 
 def _hides(module: nn.Module, sees: torch.Tensor, length: int, causal: bool) -> bool:

@@ -34,6 +34,7 @@ class Logits(NamedTuple):
 
 State = tuple[Tensor, ...]
 CAUSAL, BIASED = "efficient_is_causal", "efficient_is_biased"  # what is known of an attention module
+OWN = "efficient_is_watched"  # its class has it: it computes its attention itself (`watched`)
 MAX_WEIGHTS = 4096  # tokens: beyond it, attention weights [B,H,n,n] are refused
 
 

@@ -24,6 +24,7 @@ from ..attention.variant import AttentionVariant
 from ..errors import UnsupportedModelError
 from .block import EfficientBlock, check_block, check_stock_sizes
 from .families import FAMILIES
+from .family import CONVERT
 from .registry import EFFICIENT_PREFIX, family_of, find_family
 from .saving import LOADER, write_loader
 from .structure import apply_block
@@ -133,7 +134,7 @@ class EfficientMixin:
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         block = config.block()
         if block.is_converted():
-            config._attn_implementation = NAME
+            _use_interface(config)
         try:
             super().__init__(config, *args, **kwargs)
         except KeyError as error:
@@ -180,6 +181,20 @@ class EfficientMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Nothing: transformers would copy this installed source file into every checkpoint."""
+
+
+def _use_interface(config: PreTrainedConfig) -> None:
+    """Stacks that call the attention interface, and can be converted, call ours; others go on as they are."""
+    ours: list[PreTrainedConfig] = []
+    others: list[PreTrainedConfig] = []
+    for stack in family_of(config).stacks:
+        is_ours = not (stack.attention.routed or stack.why_not(CONVERT))
+        (ours if is_ours else others).append(stack.own_config(config))
+    kept = [one for one in others if all(one is not other for other in ours)]
+    before = [one._attn_implementation for one in kept]
+    config._attn_implementation = NAME
+    for one, name in zip(kept, before, strict=True):
+        one._attn_implementation_internal = name
 
 
 def refuse_switching(

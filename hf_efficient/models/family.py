@@ -47,7 +47,8 @@ class Attention:
     bias, and `shared_dims` their dimensions with the heads: a layer takes what belongs to the heads that it has.
     `class_name`: that of the module; other layers of the stack may have something else in its place. `logits`: its
     scores are capped, or share their softmax with sinks. `uneven`: its values are not as wide as its queries.
-    `biased`: its model gives it a bias of its own for all pairs of tokens.
+    `biased`: its model gives it a bias of its own for all pairs of tokens. `routed`: it computes its attention itself,
+    instead of calling the interface, and is watched while it does (`attention.watched`).
     `measure` is the linear that makes the queries of all heads, and nothing else, where no config field says how wide
     they are.
     """
@@ -74,6 +75,7 @@ class Attention:
     logits: bool = False
     uneven: bool = False
     biased: bool = False
+    routed: bool = False
     measure: str = ""
 
     @property
@@ -83,8 +85,8 @@ class Attention:
 
     def without_heads(self) -> Attention:
         """The same module, without what tells its heads apart."""
-        said = {name: getattr(self, name) for name in ("class_name", "logits", "uneven", "biased", "measure")}
-        return Attention(self.module, **said)
+        kept = ("class_name", "logits", "uneven", "biased", "routed", "measure")
+        return Attention(self.module, **{name: getattr(self, name) for name in kept})
 
 
 # What groups of FFN neurons are called: those of the first FFN of a layer, of a mixture of experts, of others.

@@ -15,6 +15,7 @@ from ..attention.dispatch import attach
 from ..attention.registry import ATTENTIONS
 from ..attention.relative_bias import use_toeplitz_bias
 from ..attention.variant import BIASED, CAUSAL, HeadShape
+from ..attention.watched import route
 from ..errors import ConfigError, UnsupportedModelError
 from .block import EfficientBlock, StackBlock
 from .family import CONVERT, FFN, Attention
@@ -103,6 +104,8 @@ def _apply_to_layer(stack: ModelStack, index: int, entry: StackBlock) -> None:
         if configs and configs[index].kind != "full":  # made for the heads that are there now
             cross = size == "cross_heads"
             check_fit(configs[index], stack, cross)
+            if attention.routed:
+                route(layer.get_submodule(attention.module))
             attach(layer.get_submodule(attention.module), configs[index], shape, cross)
     for kind, ffn in stack.ffns_in(index).items():
         if kind in entry.sizes:

@@ -12,7 +12,7 @@ from transformers import (
     BertLMHeadModel,
     GenerationMixin,
     GPT2LMHeadModel,
-    MPNetConfig,
+    RwkvConfig,
 )
 
 from hf_efficient import AttentionConfig, ConfigError, UnsupportedModelError, convert_attention, efficient_config
@@ -284,9 +284,9 @@ def test_cross_attention_needs_a_model_that_has_it_and_a_kind_that_can_serve_it(
         convert_attention(make_model("bart"), {"cross_attention": NARROW})
 
 
-def test_attention_that_a_model_computes_itself_cannot_be_converted():
-    with pytest.raises(UnsupportedModelError, match=r"encoder of mpnet models cannot be converted: it computes its"):
-        efficient_config(MPNetConfig(), attention=NARROW)
+def test_attention_that_is_no_softmax_of_products_cannot_be_converted():
+    with pytest.raises(UnsupportedModelError, match=r"encoder of rwkv models cannot be converted: its heads are not"):
+        efficient_config(RwkvConfig(), attention=NARROW)
 
 
 def test_what_is_no_transformers_model_is_refused():

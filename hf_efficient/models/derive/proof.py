@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...attention.config import MAX_WINDOW, AttentionConfig
+from ...attention.deferred import Scores
+from ...attention.watched import Watch, routing
 from ...errors import UnsupportedModelError
 from ..block import EfficientBlock, StackBlock
 from ..classes import with_block
@@ -190,15 +192,26 @@ def _convert(trial: Trial) -> None:
         def masked(module: nn.Module, mask: Tensor | None, queries: int, keys: int, window: int = window) -> Any:
             return _banded(mask, queries, keys, stack.is_causal, window) if module in modules else mask
 
+        def attend(watch: Watch, weights: Scores, value: Tensor, window: int = window) -> Tensor:
+            return weights.tensor(lambda scores: _banded(scores, *scores.shape[-2:], stack.is_causal, window)) @ value
+
         attention = AttentionConfig("local", window=window, global_tokens=0)
         converted, is_wide = trial.rebuilt(everywhere(attention)), window == MAX_WINDOW
-        with observing(trial.model, masked=None if is_wide else masked):
+        routed = modules if stack.entry.attention.routed and not is_wide else ()
+        with observing(trial.model, masked=None if is_wide else masked), routing(routed, attend):
             wanted = outputs_of(trial.model, trial.inputs)
         said = "with everything in view" if is_wide else f"with a window of {window} tokens"
         trial.compare(converted, wanted, said)
         if not is_wide and trial.matters(wanted):  # few tokens, as of a masked autoencoder, want a smaller one
             break
     trial.check_matters(wanted, said)
+    if stack.entry.attention.routed:
+        try:
+            outputs_of(converted.train(), trial.inputs)  # with dropout, of which there are many sorts
+        except UnsupportedModelError as error:
+            raise NotDerivable(f"in training, {error}") from error
+        finally:
+            converted.eval()
     text = text_of(trial.inputs)
     if stack.is_causal and decodes_alike(trial.model, text, TOLERANCE):
         kinds = [converted]

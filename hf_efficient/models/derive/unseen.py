@@ -12,6 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from ...attention.deferred import Scores
+from ...attention.dispatch import HIDDEN
+from ...attention.watched import Watch, routing
 from ..family import Attention
 from .head_parts import with_head_parts
 from .observe import SMALL, LayerRun, differs, run
@@ -48,6 +52,32 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
             far = frozenset(others.any(0).nonzero().flatten().tolist())
             sets[name].append(("away", far) if far else ("here", own))
     return _described(layer, reader, sets, is_causal)
+
+
+def watched_attention(layer: LayerRun, attention: Attention, sizes: Heads) -> Attention:
+    """The same, with what is seen of it while it computes scores and weights.
+
+    Raises:
+        UnsupportedModelError: it is not softmax(q k^T + b) v, with heads of these sizes.
+    """
+    module, seen = layer.layer.get_submodule(attention.module), []
+
+    def attend(watch: Watch, weights: Scores, value: Tensor) -> Tensor:
+        seen.append((weights.read(sizes.heads), value.shape[-1]))
+        return weights.tensor() @ value
+
+    with routing([module], attend):
+        layer.run()
+    readings = [reading for reading, _ in seen if reading is not None]
+    if len(readings) < len(seen) or any(one.query.shape[-1] != sizes.dim for one in readings):
+        raise NotDerivable(f"{type(module).__name__} computes its attention in a way of its own")
+    masks = [one.mask for one in readings if one.mask is not None]
+    return replace(
+        attention,
+        routed=True,
+        uneven=any(width != sizes.dim for _, width in seen),
+        biased=any(bool(mask.masked_fill(mask <= HIDDEN, 0).any()) for mask in masks),
+    )
 
 
 def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tensor]) -> bool:

@@ -32,7 +32,6 @@ from .toy import ToyConfig, ToyModel, register
 
 # What can be done with types outside of the table, by their default configs: everything, or these.
 EVERYTHING = set(ABILITIES)
-PRUNED = EVERYTHING - {"convert"}
 TYPES = {
     "qwen2": EVERYTHING,
     "opt": EVERYTHING,
@@ -48,8 +47,8 @@ TYPES = {
     "gemma2": EVERYTHING,  # softcap
     "deepseek_v3": EVERYTHING,  # latent attention: values of another width than queries
     "qwen3_next": EVERYTHING,  # one layer in four has softmax attention
-    "gptj": PRUNED,  # attention of its own
-    "mpnet": PRUNED,
+    "gptj": EVERYTHING,  # attention of its own
+    "mpnet": EVERYTHING,
     "albert": {"convert", "heads", "neurons"},  # one layer for all
 }
 FAST = ("gpt_neox", "phi3", "gpt_oss", "gptj", "albert", "opt")

@@ -42,8 +42,8 @@ READ, BOTH = "AutoModelForImageTextToText", "encoder decoder"
 STAGES = " ".join(f"encoder_layers_{number}_blocks" for number in range(4))
 EXPERTS = {"importance": "taylor"}  # what experts in one tensor read is seen by nobody
 ROWS = {
-    "mpnet": Row("MPNetForSequenceClassification", CLASSES),
-    "deberta-v2": Row("DebertaV2ForSequenceClassification", CLASSES),
+    "mpnet": Row("MPNetForSequenceClassification", CLASSES, converted="encoder"),
+    "deberta-v2": Row("DebertaV2ForSequenceClassification", CLASSES, converted="encoder"),
     "albert": Row("AlbertForSequenceClassification", CLASSES, "head neuron", "encoder"),  # one layer for all
     "qwen2": Row("Qwen2ForCausalLM", TEXT, converted="decoder"),
     "qwen3_moe": Row("Qwen3MoeForCausalLM", TEXT, converted="decoder", **EXPERTS),
