@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...errors import UnsupportedModelError
 from .makers import TOKENS
 from .observe import run
 
@@ -33,6 +34,22 @@ def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
     for key, value in parts.items():
         if not SKIPPED.fullmatch(str(key)):
             _collect(value, f"{name}.{key}", tensors)
+
+
+def run_in_training(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Once, with dropout, of which there are several sorts.
+
+    Raises:
+        UnsupportedModelError: of ours; a model may want more in training than is known here.
+    """
+    try:
+        run(model.train(), inputs)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # whatever the code of a model may raise that wants labels
+        return
+    finally:
+        model.eval()
 
 
 def decoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor | None:

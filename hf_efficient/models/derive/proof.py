@@ -30,7 +30,7 @@ from ..groups import Group, groups_of, output_module, output_weight
 from ..rebuild import rebuild
 from ..registry import forget, remember
 from ..stacks import ModelStack, model_stacks
-from .compare import decodes_alike, distance, keeps_cache, outputs_of, text_of
+from .compare import decodes_alike, distance, keeps_cache, outputs_of, run_in_training, text_of
 from .head_parts import with_head_parts
 from .observe import LayerRun, observing
 from .roles import Heads, NotDerivable, other_numbers, said_of
@@ -206,12 +206,7 @@ def _convert(trial: Trial) -> None:
             break
     trial.check_matters(wanted, said)
     if stack.entry.attention.routed:
-        try:
-            outputs_of(converted.train(), trial.inputs)  # with dropout, of which there are many sorts
-        except UnsupportedModelError as error:
-            raise NotDerivable(f"in training, {error}") from error
-        finally:
-            converted.eval()
+        run_in_training(converted, trial.inputs)
     text = text_of(trial.inputs)
     if stack.is_causal and decodes_alike(trial.model, text, TOLERANCE):
         kinds = [converted]
