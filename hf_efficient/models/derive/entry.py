@@ -24,7 +24,7 @@ from .head_parts import with_shared
 from .observe import Call, LayerRun, observing, read_bools, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
-from .unseen import attends, unseen_attention, watched_attention
+from .unseen import attends, own_attention
 
 OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
 NAMES = (("vision", "visio|visual|image|pixel"), ("audio", "audio|speech|acoustic"), ("text", "text|language"))
@@ -210,12 +210,8 @@ def _attention(layer: LayerRun, place: Place | None, layers: nn.ModuleList) -> F
     try:
         if place is not None:
             return _seen_attention(layer, place, layers)
-        found = Found(*unseen_attention(layer))
-        try:
-            found.attention = watched_attention(layer, found.attention, found.sizes)
-        except Exception as error:
-            found.why[CONVERT] = said_of(error)
-        return found
+        attention, sizes, is_causal, why = own_attention(layer)
+        return Found(attention, sizes, is_causal, why=why)
     except Exception as error:  # whatever the code of a model may raise
         is_causal = place.is_causal if place else False
         return Found(Attention(""), None, is_causal, why=dict.fromkeys((CONVERT, HEADS), said_of(error)))
@@ -276,7 +272,7 @@ def _measurable(layer: LayerRun, found: Found) -> Attention:
     """The attention with the linear by which the width of a head can be measured in any model of the sort."""
     own = found.attention
     queries = own.query if own.routed else maker(layer, layer.layer.get_submodule(own.module), QUERY)
-    if layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
+    if not queries or layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
         raise NotDerivable("neither a config field nor a linear says how wide a head is")
     return replace(own, measure=queries)
 

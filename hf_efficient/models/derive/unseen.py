@@ -13,7 +13,6 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,17 +20,35 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ...attention.deferred import Scores
-from ...attention.dispatch import HIDDEN
-from ...attention.watched import Watch, routing
-from ..family import Attention
+from ..family import CONVERT, HEADS, Attention
 from .head_parts import with_head_parts
 from .observe import SMALL, LayerRun, differs, run
-from .roles import Heads, NotDerivable, integers_of, layout
+from .roles import Heads, NotDerivable, integers_of, layout, said_of
+from .watching import found_by_watching, watched_attention
 
 WORDS = "softmax", "attention"  # in the names of whatever computes it
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}  # of scores with values: a softmax alone may be one over classes
 ROW, TOKEN = 1, 2  # of what is disturbed: the second text has no padding
+
+
+def own_attention(layer: LayerRun) -> tuple[Attention, Heads, bool, dict[str, str]]:
+    """The attention of a layer that does not call the interface, its sizes, whether it sees no later tokens, and why
+    it lacks which abilities.
+
+    Raises:
+        NotDerivable: it has none, or several.
+    """
+    try:
+        attention, sizes, is_causal = unseen_attention(layer)
+    except Exception as reason:  # whatever the code of a model may raise
+        try:
+            return *found_by_watching(layer), {HEADS: said_of(reason)}
+        except Exception:
+            raise reason from None
+    try:
+        return watched_attention(layer, attention, sizes), sizes, is_causal, {}
+    except Exception as reason:
+        return attention, sizes, is_causal, {CONVERT: said_of(reason)}
 
 
 def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
@@ -54,32 +71,6 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
             far = frozenset(others.any(0).nonzero().flatten().tolist())
             sets[name].append(("away", far) if far else ("here", own))
     return _described(layer, reader, sets, is_causal)
-
-
-def watched_attention(layer: LayerRun, attention: Attention, sizes: Heads) -> Attention:
-    """The same, with what is seen of it while it computes scores and weights.
-
-    Raises:
-        UnsupportedModelError: it is not softmax(q k^T + b) v, with heads of these sizes.
-    """
-    module, seen = layer.layer.get_submodule(attention.module), []
-
-    def attend(watch: Watch, weights: Scores, value: Tensor) -> Tensor:
-        seen.append((weights.read(sizes.heads), value.shape[-1]))
-        return weights.tensor() @ value
-
-    with routing([module], attend):
-        layer.run()
-    readings = [reading for reading, _ in seen if reading is not None]
-    if len(readings) < len(seen) or any(one.query.shape[-1] != sizes.dim for one in readings):
-        raise NotDerivable(f"{type(module).__name__} computes its attention in a way of its own")
-    masks = [one.mask for one in readings if one.mask is not None]
-    return replace(
-        attention,
-        routed=True,
-        uneven=any(width != sizes.dim for _, width in seen),
-        biased=any(bool(mask.masked_fill(mask <= HIDDEN, 0).any()) for mask in masks),
-    )
 
 
 def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
