@@ -19,7 +19,7 @@ from ..stacks import said
 from .biases import read_tables, with_bias
 from .depths import depth_field, is_depth_field
 from .ffns import find_ffns
-from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
+from .fields import FIELDS, any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
 from .head_parts import with_shared
 from .observe import Call, LayerRun, observing, read_bools, run
 from .positions import positions_of
@@ -296,6 +296,13 @@ def _own_config(
     why = f"no config field says that it has {depth} layers"
     if (other := depth_field(model, place)) is not None:
         return dict(nested_configs(model.config))[other[0]], *other
+    if not known:  # in a field that is made of others, such as a list of kinds
+        known = [
+            (config, path, name)
+            for path, config in _configs_of(model, layer, found, depth, place)
+            for name in FIELDS["layers"].split()
+            if getattr(config, name, None) == depth
+        ]
     if not known:
         raise NotDerivable(why)
     found.why.setdefault(LAYERS, why)  # but one says the same number

@@ -348,6 +348,11 @@ def _consistent(fields: dict[str, Any], own: dict[str, Any], way: Way) -> dict[s
             side = 4 * IMAGE * way.wide // PATCH
             fields[name] = [[side // 2**level] * len(one) for level, one in enumerate(value)]
     parts = [(value, fields[name]) for name, value in own.items() if isinstance(value, PreTrainedConfig)]
+    for part, small in parts:  # an image is cut into patches that are the images of a tower (Depth Pro)
+        if isinstance(own.get("patch_size"), int) and own["patch_size"] == getattr(part, "image_size", None):
+            fields["patch_size"] = small["image_size"] = (
+                IMAGE * way.wide if "image" not in way.kept else own["patch_size"]
+            )
     for part, small in parts:  # what is given is made of several tokens, or of several layers
         width = getattr(part, "hidden_size", None)
         for name in own if isinstance(width, int) and "hidden_size" in small and not way.in_proportion else ():

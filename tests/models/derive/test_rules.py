@@ -105,3 +105,25 @@ def test_layers_of_cross_attention_alone_stand_between_others():
     assert inputs["cross_attention_mask"].shape[1] == inputs["input_ids"].shape[1]
     text = make_entry(model, inputs).stacks[-1]
     assert text.attending == (0, 2) and text.cross_attention.module == "cross_attn"
+
+
+def test_a_tower_reads_patches_as_its_images():
+    config = tiny_config(CONFIG_MAPPING["depth_pro"]())
+    assert config.patch_size == config.patch_model_config.image_size == 4 * config.patch_model_config.patch_size
+
+
+def test_a_number_of_layers_may_be_made_of_a_list():
+    family = make_entry(*made("nemotron_h"))
+    assert family.stacks[0].num_layers == "num_hidden_layers" and family.why_not("convert") is None
+    assert "no config field" in family.why_not("layers")
+
+
+def test_a_tiny_config_is_fed_as_a_whole_again():
+    """Made small once more, Phi-4's towers do not run."""
+    model, _ = made("phi4_multimodal")
+
+    def fed(small, whole):
+        again = tiny_model(small)
+        return set(tiny_inputs(again, whole))
+
+    assert {"image_pixel_values", "audio_input_features"} <= first_tiny(model.config, fed)
