@@ -19,10 +19,17 @@ from .observe import run
 SKIPPED = re.compile("past_key_values|cache_params|(.*_)?attentions|rope_deltas|states")
 
 
-def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All floating-point tensors that a model gives, by their names."""
+def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], inside: str | None = None) -> dict[str, Tensor]:
+    """All floating-point tensors that a model gives, by their names; and those that a module `inside` of it gives."""
     tensors: dict[str, Tensor] = {}
-    _collect(run(model, inputs), "output", tensors)
+    given: list[Any] = []
+    handle = inside and model.get_submodule(inside).register_forward_hook(lambda *seen: given.append(seen[-1]))
+    try:
+        _collect(run(model, inputs), "output", tensors)
+    finally:
+        if handle:
+            handle.remove()
+    _collect(given, "inside", tensors)
     return tensors
 
 

@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from ..stacks import said
+from .biases import read_tables, with_bias
 from .depths import depth_field, is_depth_field
 from .ffns import find_ffns
-from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
-from .head_parts import with_shared, without_part
-from .observe import Call, LayerRun, observing, run
+from .fields import FIELDS, any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
+from .head_parts import with_shared
+from .observe import Call, LayerRun, observing, read_bools, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
 from .unseen import attends, own_attention
@@ -46,7 +47,8 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
     Raises:
         NotDerivable: nothing of the model can be described.
     """
-    with observing(model) as calls:
+    read_bools(model, inputs)
+    with read_tables(model) as tables, observing(model) as calls:
         run(model, inputs)
     base = model.base_model
     places: dict[str, Place | None] = dict(_places(base, calls))
@@ -67,15 +69,8 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
                 refusals[path] = f"{names[path]}: {said_of(error)}"
             continue
         if place is not None and place.is_biased:
-            tables = _bias_tables(base.get_submodule(path), stack.attention.module)
-            if len(tables[0]) == 1 and not any(tables[1:]):  # of the first layer, which all share
-                table = tables[0].pop()
-                relative_bias = f"{stack.attention.module}.{table}"
-                stack = replace(stack, attention=without_part(stack.attention, f"{table}.weight"))
-            else:
-                stack = replace(stack, attention=replace(stack.attention, biased=True))
-                for ability in () if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
-                    stack = stack.without(ability, "a position bias that is not one table in the first layer")
+            stack, table = with_bias(stack, base.get_submodule(path), tables)
+            relative_bias = table or relative_bias
         has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
         (stacks if has_attention else others).append(stack)
         norms.add(norm)
@@ -190,7 +185,9 @@ def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Fou
     except NotDerivable as reason:
         found.why.setdefault(HEADS, str(reason))
     for path, crossed in place.cross.items():
-        if len(crossed) < len(layers):  # which stays as it is
+        if len(crossed) < len(layers) and not {*crossed} & {*indices}:  # layers of their own, which stay as they are
+            found.cross = Attention(path)
+        if len(crossed) < len(layers):
             found.why.setdefault(HEADS, "cross attention in some of its layers alone")
             continue
         try:
@@ -299,6 +296,13 @@ def _own_config(
     why = f"no config field says that it has {depth} layers"
     if (other := depth_field(model, place)) is not None:
         return dict(nested_configs(model.config))[other[0]], *other
+    if not known:  # in a field that is made of others, such as a list of kinds
+        known = [
+            (config, path, name)
+            for path, config in _configs_of(model, layer, found, depth, place)
+            for name in FIELDS["layers"].split()
+            if getattr(config, name, None) == depth
+        ]
     if not known:
         raise NotDerivable(why)
     found.why.setdefault(LAYERS, why)  # but one says the same number
@@ -367,14 +371,6 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, layer: LayerRun, ffn
             if not attention.output:
                 found.why.setdefault(HEADS, str(reason))
     return fields
-
-
-def _bias_tables(layers: nn.ModuleList, attention: str) -> list[set[str]]:
-    """The tables in the attention of each layer."""
-    return [
-        {name for name, module in layer.get_submodule(attention).named_modules() if isinstance(module, nn.Embedding)}
-        for layer in layers
-    ]
 
 
 def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ one that was disturbed. Of the linears before it, a unit that changes the reader
 - at other tokens, in one unit (of each query head of its group), to a *value*.
 """
 
+import dis
 import inspect
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from .roles import Heads, NotDerivable, integers_of, layout, said_of
 from .watching import found_by_watching, watched_attention
 
 WORDS = "softmax", "attention"  # in the names of whatever computes it
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}  # of scores with values: a softmax alone may be one over classes
 ROW, TOKEN = 1, 2  # of what is disturbed: the second text has no padding
 
 
@@ -73,9 +75,10 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
 
 def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
     """Whether there may be softmax attention in some modules: a softmax is computed in them, or, where they are not
-    reached, their code names one.
+    reached, their code names one whose result is multiplied with something.
 
-    Lists of modules without any, such as those that merge the patches of an image, have nothing to convert.
+    Lists of modules without any, such as those that merge the patches of an image or say how sure a box is (D-FINE),
+    have nothing to convert.
     """
     noted = _Softmax()
     with ExitStack() as hooks:
@@ -89,7 +92,9 @@ def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tens
 
 def _names_softmax(kind: type[nn.Module]) -> bool:
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return code is not None and any(word in name.lower() for name in code.co_names for word in WORDS)
+    names = {name.lower() for name in code.co_names} if code is not None else set()
+    multiplies = names & PRODUCTS or any(one.argrepr == "@" for one in dis.get_instructions(code or ""))
+    return any("attention" in name or ("softmax" in name and multiplies) for name in names)
 
 
 class _Softmax(TorchDispatchMode):
