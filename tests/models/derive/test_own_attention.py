@@ -182,6 +182,12 @@ def test_attention_is_found_where_weights_meet_values(name):
     assert distance(outputs_of(narrow, inputs), outputs_of(model, inputs), inputs) > 1e-3
 
 
+def test_dropout_of_a_sort_of_its_own_is_noticed():
+    """SEW-D's is a function that changes weights in a way that is not known, in training alone."""
+    [stack] = Anatomy.of(make("sew-d")[0]).stacks
+    assert "DisentangledSelfAttention computed its attention itself" in stack.entry.why_not(CONVERT)
+
+
 def test_an_entry_that_is_not_true_is_noticed():
     """The wrong module, and one that is not watched: nothing would be converted."""
     model, _ = make("megatron-bert")
