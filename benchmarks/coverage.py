@@ -9,7 +9,8 @@ Each type is tried in a process of its own: its default config made small, its p
 with a head; attention converted, heads, neurons and layers pruned, each result saved and loaded again and compared.
 `--processes` of them run side by side. A type says why it cannot do what it cannot.
 
-Some default configs are those of no model: they do not build, or say nothing where a number must be said. With
+Some default configs are those of no model: they do not build, say nothing where a number must be said, or give none
+of the layers of a hybrid attention. With
 `--configs FILE.jsonl` such types are tried with a config of that file, made small by the same rules, and their row
 says `"config": "given"` instead of "default". A line is one JSON object with
 
@@ -48,6 +49,7 @@ from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.derive.compare import distance, outputs_of
 from hf_efficient.models.derive.entry import make_entry
 from hf_efficient.models.derive.inputs import tiny_inputs
+from hf_efficient.models.derive.observe import observing, run
 from hf_efficient.models.derive.proof import prove
 from hf_efficient.models.derive.tiny import NotTinyError, first_tiny, model_classes, tiny_model
 from hf_efficient.models.family import ABILITIES
@@ -84,13 +86,7 @@ def try_type(model_type: str, given: dict | None = None) -> dict:
     row: dict = {"type": model_type, "config": "default", "abilities": {}, "why": {}, "seconds": 0.0}
     start = time.perf_counter()
     try:
-        try:
-            model, inputs = _running(CONFIG_MAPPING[model_type](), {})
-        except Exception:
-            if given is None:
-                raise
-            model, inputs = _running(CONFIG_MAPPING[model_type].from_dict(given["config"]), given.get("inputs", {}))
-            row["config"] = "given"
+        model, inputs, row["config"] = _first_running(model_type, given)
         outputs_of(model, inputs)
     except Exception as error:
         row["why"]["model"] = _said(error)
@@ -140,6 +136,26 @@ def try_type(model_type: str, given: dict | None = None) -> dict:
                 row["why"].setdefault(ability, f"{type(one).__name__}: {_said(error)}")
     row["total_seconds"] = time.perf_counter() - start
     return row
+
+
+def _attends(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    with observing(model) as calls:
+        run(model, inputs)
+    return bool(calls)
+
+
+def _first_running(model_type: str, given: dict | None) -> tuple[PreTrainedModel, dict[str, torch.Tensor], str]:
+    """Of the default config, else of the given one; of that too if it alone calls attention."""
+    found = None
+    try:
+        found = (*_running(CONFIG_MAPPING[model_type](), {}), "default")
+        if given is None or _attends(*found[:2]):
+            return found
+    except Exception:
+        if given is None:
+            raise
+    other = (*_running(CONFIG_MAPPING[model_type].from_dict(given["config"]), given.get("inputs", {})), "given")
+    return other if found is None or _attends(*other[:2]) else found
 
 
 def _running(config: PreTrainedConfig, given: dict) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:

@@ -141,7 +141,7 @@ class Scores:
     def read(self, heads: int) -> Reading | None:
         """As attention takes them, if they are softmax(c q k^T + b); None: they are more than that."""
         lead = self.query.shape[:-2]
-        if lead.numel() % heads or (len(lead) > 1 and lead[-1] != heads):
+        if lead[-1] % heads or (len(lead) > 1 and lead[-1] != heads):
             return None
         reading = _Reader(lead, heads)
         for step in self.steps:

@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from .variant import hides_future
+
 
 def toeplitz_bias(
     attention: nn.Module, query_length: int, key_length: int, device=None, past_seen_tokens: int | torch.Tensor = 0
@@ -23,7 +25,7 @@ def toeplitz_bias(
     relative = torch.arange(1 - keys, query_length, device=device or weight.device)
     buckets = attention._relative_position_bucket(
         relative,
-        bidirectional=not attention.is_decoder,
+        bidirectional=not getattr(attention, "is_decoder", hides_future(attention)),  # Pix2Struct does not say it so
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,
     )

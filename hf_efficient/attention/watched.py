@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
 from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from .variant import OWN
 
 ADDED, FUSED, EINSUM = "baddbmm", "scaled_dot_product_attention", "einsum"
 PRODUCTS = ("matmul", "bmm")
+_OPEN = FunctionType(  # the same, but that what it calls is seen
+    F.multi_head_attention_forward.__code__, {**vars(F), "has_torch_function": lambda tensors: False}
+)
+_OPEN.__defaults__ = F.multi_head_attention_forward.__defaults__
 
 
 class Watch(TorchFunctionMode):
@@ -64,6 +69,8 @@ class Watch(TorchFunctionMode):
         written = getattr(func, "__name__", "")
         name, result = written.strip("_"), None
         changes = name == "setitem" or (written.endswith("_") and not written.startswith("__"))
+        if func is F.multi_head_attention_forward and not given:
+            return self._opened(*args, **kwargs)
         if not given:
             result = self._begun(name, args, kwargs)
         elif len(given) == 1 and not written.startswith("__i"):
@@ -132,6 +139,20 @@ class Watch(TorchFunctionMode):
             scores = scores + attn_mask
         weights = F.dropout(F.softmax(scores, dim=-1), dropout_p, True) if dropout_p else F.softmax(scores, dim=-1)
         return self._product(weights, "matmul", (weights, value), {})
+
+    def _opened(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """torch's whole multi-head attention, which is one function for those who watch."""
+        given = signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+        given.arguments["need_weights"] = False
+        was_busy, self._is_busy = self._is_busy, False
+        try:
+            with self:
+                output, _ = _OPEN(*given.args, **given.kwargs)
+        finally:
+            self._is_busy = was_busy
+        if self.weights is None or not given.arguments.get("average_attn_weights", True):
+            return output, self.weights
+        return output, self.weights.mean(1)
 
     def settled(self, output: Any) -> Any:
         """What a forward gives, without scores in it: weights as attention gave them, if it was asked for them."""

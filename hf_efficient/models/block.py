@@ -233,7 +233,7 @@ def _check_limits(fields: Mapping[str, Any], limits: Mapping[str, int]) -> None:
     for place, limit in limits.items():
         name = place.partition(".")[0]  # of a list every entry
         low = 0 if name in MAY_BE_NONE else 1
-        kinds = (int, float) if name == "mlp_ratio" else (int,)
+        kinds = (int, float) if name in ("mlp_ratio", "max_position_embeddings") else (int,)  # 1200.0: Music Flamingo
         value = fields.get(name)
         for number in value if isinstance(value, list | tuple) else (value,):
             if number is not None and (type(number) not in kinds or not low <= number <= limit):

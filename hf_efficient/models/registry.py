@@ -87,6 +87,14 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """That of the text of a model; where both an encoder and a decoder read one, of the decoder (Musicgen)."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
+
+
 def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
     """How many tokens a text may have; None where nothing says so (relative positions, images alone).
 
@@ -95,7 +103,7 @@ def token_limit(config: PreTrainedConfig, *, rotary: bool = True) -> int | None:
         rotary: count the length that a model with rotary positions was made for. It also runs on longer texts; False
             gives what no text can exceed, the rows of a table.
     """
-    text = config.get_text_config()
+    text = text_config(config)
     family = family_of(text) if is_known(text) else None
     field = family.max_positions if family else "max_position_embeddings"
     limit: int | None = getattr(text, field, None) if field else None

@@ -46,6 +46,7 @@ def apply_block(model: PreTrainedModel, block: EfficientBlock) -> None:
         entry = stack.entry
         if (
             stack.family.relative_bias
+            and holds(stack.layers[0], stack.family.relative_bias)
             and block.is_converted()
             and not (entry.attention.biased or entry.why_not(CONVERT))
         ):

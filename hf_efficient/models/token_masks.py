@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy
-from .registry import is_known
+from .registry import is_known, text_config
 
 IGNORED = -100
 
@@ -108,7 +108,7 @@ def counts_columns(model: PreTrainedModel, names: Collection[str]) -> bool:
     its tokens itself, from another number; composite models have positions of more than one dimension.
     """
     config = model.config
-    if "position_ids" not in names or config.is_encoder_decoder or config.get_text_config() is not config:
+    if "position_ids" not in names or config.is_encoder_decoder or text_config(config) is not config:
         return False
     fields = config.to_dict()
     if fields.get("rope_parameters"):

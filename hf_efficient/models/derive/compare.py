@@ -12,16 +12,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...errors import UnsupportedModelError
 from .makers import TOKENS
 from .observe import run
 
 SKIPPED = re.compile("past_key_values|cache_params|(.*_)?attentions|rope_deltas|states")
 
 
-def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All floating-point tensors that a model gives, by their names."""
+def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], inside: str | None = None) -> dict[str, Tensor]:
+    """All floating-point tensors that a model gives, by their names; and those that a module `inside` of it gives."""
     tensors: dict[str, Tensor] = {}
-    _collect(run(model, inputs), "output", tensors)
+    given: list[Any] = []
+    handle = inside and model.get_submodule(inside).register_forward_hook(lambda *seen: given.append(seen[-1]))
+    try:
+        _collect(run(model, inputs), "output", tensors)
+    finally:
+        if handle:
+            handle.remove()
+    _collect(given, "inside", tensors)
     return tensors
 
 
@@ -33,6 +41,22 @@ def _collect(output: Any, name: str, tensors: dict[str, Tensor]) -> None:
     for key, value in parts.items():
         if not SKIPPED.fullmatch(str(key)):
             _collect(value, f"{name}.{key}", tensors)
+
+
+def run_in_training(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """Once, with dropout, of which there are several sorts.
+
+    Raises:
+        UnsupportedModelError: of ours; a model may want more in training than is known here.
+    """
+    try:
+        run(model.train(), inputs)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # whatever the code of a model may raise that wants labels
+        return
+    finally:
+        model.eval()
 
 
 def decoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor | None:

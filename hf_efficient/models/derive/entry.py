@@ -16,14 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from ..stacks import said
+from .biases import read_tables, with_bias
 from .depths import depth_field, is_depth_field
 from .ffns import find_ffns
-from .fields import any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
-from .head_parts import with_shared, without_part
-from .observe import Call, LayerRun, observing, run
+from .fields import FIELDS, any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
+from .head_parts import with_shared
+from .observe import Call, LayerRun, observing, read_bools, run
 from .positions import positions_of
 from .roles import QUERY, Heads, NotDerivable, attention_call, attention_roles, maker, norm_place, said_of
-from .unseen import attends, unseen_attention, watched_attention
+from .unseen import attends, own_attention
 
 OF_DEPTH = ("stage_names", "out_features", "out_indices")  # of backbones, which make them anew for another depth
 NAMES = (("vision", "visio|visual|image|pixel"), ("audio", "audio|speech|acoustic"), ("text", "text|language"))
@@ -46,7 +47,8 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
     Raises:
         NotDerivable: nothing of the model can be described.
     """
-    with observing(model) as calls:
+    read_bools(model, inputs)
+    with read_tables(model) as tables, observing(model) as calls:
         run(model, inputs)
     base = model.base_model
     places: dict[str, Place | None] = dict(_places(base, calls))
@@ -67,15 +69,8 @@ def make_entry(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
                 refusals[path] = f"{names[path]}: {said_of(error)}"
             continue
         if place is not None and place.is_biased:
-            tables = _bias_tables(base.get_submodule(path), stack.attention.module)
-            if len(tables[0]) == 1 and not any(tables[1:]):  # of the first layer, which all share
-                table = tables[0].pop()
-                relative_bias = f"{stack.attention.module}.{table}"
-                stack = replace(stack, attention=without_part(stack.attention, f"{table}.weight"))
-            else:
-                stack = replace(stack, attention=replace(stack.attention, biased=True))
-                for ability in () if all(len(one) == 1 for one in tables) else (HEADS, LAYERS):
-                    stack = stack.without(ability, "a position bias that is not one table in the first layer")
+            stack, table = with_bias(stack, base.get_submodule(path), tables)
+            relative_bias = table or relative_bias
         has_attention = stack.heads or attends(model, base.get_submodule(path), inputs)
         (stacks if has_attention else others).append(stack)
         norms.add(norm)
@@ -190,7 +185,9 @@ def _seen_attention(layer: LayerRun, place: Place, layers: nn.ModuleList) -> Fou
     except NotDerivable as reason:
         found.why.setdefault(HEADS, str(reason))
     for path, crossed in place.cross.items():
-        if len(crossed) < len(layers):  # which stays as it is
+        if len(crossed) < len(layers) and not {*crossed} & {*indices}:  # layers of their own, which stay as they are
+            found.cross = Attention(path)
+        if len(crossed) < len(layers):
             found.why.setdefault(HEADS, "cross attention in some of its layers alone")
             continue
         try:
@@ -213,12 +210,8 @@ def _attention(layer: LayerRun, place: Place | None, layers: nn.ModuleList) -> F
     try:
         if place is not None:
             return _seen_attention(layer, place, layers)
-        found = Found(*unseen_attention(layer))
-        try:
-            found.attention = watched_attention(layer, found.attention, found.sizes)
-        except Exception as error:
-            found.why[CONVERT] = said_of(error)
-        return found
+        attention, sizes, is_causal, why = own_attention(layer)
+        return Found(attention, sizes, is_causal, why=why)
     except Exception as error:  # whatever the code of a model may raise
         is_causal = place.is_causal if place else False
         return Found(Attention(""), None, is_causal, why=dict.fromkeys((CONVERT, HEADS), said_of(error)))
@@ -279,7 +272,7 @@ def _measurable(layer: LayerRun, found: Found) -> Attention:
     """The attention with the linear by which the width of a head can be measured in any model of the sort."""
     own = found.attention
     queries = own.query if own.routed else maker(layer, layer.layer.get_submodule(own.module), QUERY)
-    if layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
+    if not queries or layer.base.outputs[queries].shape[-1] != found.sizes.heads * found.sizes.dim:
         raise NotDerivable("neither a config field nor a linear says how wide a head is")
     return replace(own, measure=queries)
 
@@ -303,6 +296,13 @@ def _own_config(
     why = f"no config field says that it has {depth} layers"
     if (other := depth_field(model, place)) is not None:
         return dict(nested_configs(model.config))[other[0]], *other
+    if not known:  # in a field that is made of others, such as a list of kinds
+        known = [
+            (config, path, name)
+            for path, config in _configs_of(model, layer, found, depth, place)
+            for name in FIELDS["layers"].split()
+            if getattr(config, name, None) == depth
+        ]
     if not known:
         raise NotDerivable(why)
     found.why.setdefault(LAYERS, why)  # but one says the same number
@@ -371,14 +371,6 @@ def _fields(own: PreTrainedConfig, path: str, found: Found, layer: LayerRun, ffn
             if not attention.output:
                 found.why.setdefault(HEADS, str(reason))
     return fields
-
-
-def _bias_tables(layers: nn.ModuleList, attention: str) -> list[set[str]]:
-    """The tables in the attention of each layer."""
-    return [
-        {name for name, module in layer.get_submodule(attention).named_modules() if isinstance(module, nn.Embedding)}
-        for layer in layers
-    ]
 
 
 def _per_layer(stacks: list[Stack], config: PreTrainedConfig) -> tuple[str, ...]:

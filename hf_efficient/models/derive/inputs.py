@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .makers import FRAMES, IMAGE_FORMS, MAIN, PATCHES, ROWS, Inputs, find_maker, make
-from .tiny import NotTinyError, PartlyFedError
+from .tiny import NotTinyError, PartlyFedError, line_of
 
 MAX_TRIES = 8  # of one choice of inputs, each time with what the last error asked for
 # Beside `MAIN` what another tower reads.
 MORE = re.compile(
     r"(image|audio|protein)_(pixel_values|input_features|input_ids)|flattened_patches|protein_attention_mask"
-    r"|image_embeds_position_mask"
+    r"|image_embeds_position_mask|cross_attention_mask|future_values"
 )
 NEVER = re.compile(r".*past_key_values|.*labels|.*cache.*|.*outputs|inputs_embeds|return_.*|use_.*|output_.*|kwargs")
 
@@ -136,7 +136,7 @@ def _by_error(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     if counted := re.search(r"(?:(image|audio|video).*)?tokens: (\d+), .*features:? (\d+)", text, re.IGNORECASE):
         return {f"{(counted[1] or 'image').lower()} tokens": (int(counted[3]) // ROWS,)}
     if shape := re.search(r"value tensor of shape \[(\d+), \d+\] cannot be broadcast to indexing result", text):
-        kind = re.search("image|audio|video", _line(error))
+        kind = re.search("image|audio|video", line_of(error))
         return {f"{kind[0] if kind else 'image'} tokens": (int(shape[1]) // ROWS,)}
     name = next((name for name in inputs if name.endswith("input_features")), None)
     if name is None:
@@ -150,14 +150,6 @@ def _by_error(error: Exception, inputs: Inputs) -> dict[str, tuple[int, ...]]:
     if added is not None and added[3] == "1" and int(added[2]) < int(added[1]) == rest[-1]:  # of fewer frames
         return {name: (*rest[:-1], int(added[2]), bins)}
     return {name: (*rest, int(added[2]))} if added is not None and int(added[1]) == bins else {}
-
-
-def _line(error: Exception) -> str:
-    """The line of code that an error comes from."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ""
 
 
 def _run(model: PreTrainedModel, inputs: Inputs, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -130,9 +130,9 @@ def _sound_lengths(config: PreTrainedConfig, generator: Generator, inputs: Input
     return torch.full((ROWS,), frames * find(config, "hop_length", 160))
 
 
-def _tile_mask(config: PreTrainedConfig, generator: Generator, inputs: Inputs) -> Tensor:
-    """`[rows, images, tiles]`."""
-    return torch.ones(ROWS, 1, find(config, "max_num_tiles", 1), dtype=torch.long)
+def _tile_mask(config: PreTrainedConfig, generator: Generator, inputs: Inputs, *tokens: int) -> Tensor:
+    """`[rows, images, tiles]`, or `[rows, tokens, images, tiles]`."""
+    return torch.ones(ROWS, *tokens, 1, find(config, "max_num_tiles", 1), dtype=torch.long)
 
 
 def _image(config: PreTrainedConfig, generator: Generator, form: str = "one") -> Tensor:
@@ -333,6 +333,7 @@ _MAKERS: tuple[tuple[str, Maker], ...] = (
     ("freq", lambda config, generator, inputs: torch.zeros(ROWS, 1, dtype=torch.long)),
     ("prompt_ids|lang_ids", lambda config, generator, inputs: torch.zeros(ROWS, dtype=torch.long)),
     ("image_embeds_position_mask", _places),
+    ("cross_attention_mask", lambda config, generator, inputs: _tile_mask(config, generator, inputs, TOKENS)),
     (".*token_type_ids", _same("input_ids", 0)),
     (".*_attention_mask|.*_features_mask|padding_mask", _feature_mask),
     ("audio_mel_mask", lambda config, generator, inputs: _feature_mask(config, generator, inputs) == 0),
@@ -370,6 +371,8 @@ def _put_tokens(model: PreTrainedModel, inputs: Inputs, kind: str, count: int | 
     inputs["input_ids"] = torch.cat([tokens, inputs["input_ids"]], 1)
     if "attention_mask" in inputs:
         inputs["attention_mask"] = torch.cat([torch.ones_like(tokens), inputs["attention_mask"]], 1)
+    if (seen := inputs.get("cross_attention_mask")) is not None:
+        inputs["cross_attention_mask"] = torch.cat([seen[:, :1].expand(-1, count, -1, -1), seen], 1)
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()
 

@@ -27,9 +27,9 @@ from . import _DERIVING, _undisturbed, family_for
 from .compare import distance, outputs_of
 from .inputs import tiny_inputs
 from .observe import run
-from .proof import TOLERANCE
 from .roles import NotDerivable
 from .tiny import model_classes, tiny_config, tiny_model
+from .trial import TOLERANCE
 
 _KNOWN: dict[tuple, int | str] = {}  # by class, tiny config and stack: the number of tokens, or why not
 

@@ -10,17 +10,21 @@ seen.inputs["attention.output.dense"]                 # what the other linears t
 """
 
 import copy
+import dis
+import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
@@ -50,6 +54,7 @@ class Call:
         return self.query, self.key, self.value
 
 
+_OF_BOOLS: WeakSet[PreTrainedModel] = WeakSet()  # models whose masks must be bools
 Masked = Callable[[nn.Module, Tensor | None, int, int], Tensor | None]
 
 
@@ -65,6 +70,9 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ):
+        if model in _OF_BOOLS and isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
+            hides = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros(attention_mask.shape).masked_fill(~attention_mask, hides)
         mask = attention_mask
         is_cross = query.shape[2] != key.shape[2] or bool(getattr(module, "is_cross_attention", False))
         if masked is not None and not is_cross:
@@ -74,9 +82,15 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
         if not hasattr(module, GROUPS) and GROUPS in eager.__code__.co_names:  # of other modules of the model
             eager = sdpa_attention_forward
+        if mask is not attention_mask and not _reads(eager, "attention_mask"):  # V-JEPA 2
+            eager = sdpa_attention_forward
         output, weights = eager(module, query, key, value, mask, **kwargs)
+        if mask is not None and mask is not attention_mask:  # a query that sees no key gives zeros
+            output = output.masked_fill(_hidden(mask).all(-1).transpose(1, 2)[..., None], 0)
         has_bias = kwargs.get("position_bias") is not None
         has_logits = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+        if mask is None and not _reads(eager, "is_causal") and eager is not sdpa_attention_forward:
+            kwargs["is_causal"] = False  # whatever the module says (BridgeTower)
         is_causal = _is_causal(module, mask, kwargs)
         calls.append(Call(module, query, key, value, output, is_cross, is_causal, has_bias, has_logits))
         return output, weights
@@ -84,7 +98,7 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
     before = [(config, config._attn_implementation) for config in _configs(model)]
     with changed_interface():
         AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, eager_mask)
+        AttentionMaskInterface.register(NAME, _full_mask if model in _OF_BOOLS else eager_mask)
         try:
             for config, _ in before:
                 config._attn_implementation = NAME
@@ -92,6 +106,32 @@ def observing(model: PreTrainedModel, masked: Masked | None = None) -> Iterator[
         finally:
             for config, name in before:
                 config._attn_implementation = name
+
+
+def read_bools(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Let a model have masks of bools, as for fused attention, if it does not give the same with those of numbers that
+    are added to scores (Nemotron ASR)."""
+    with torch.no_grad():
+        own = run(model, inputs)
+        with observing(model):
+            other = run(model, inputs)
+    first, second = (next(one for one in each.values() if isinstance(one, Tensor)) for each in (own, other))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3, equal_nan=True):
+        _OF_BOOLS.add(model)
+
+
+def _full_mask(*given: Any, **options: Any) -> Tensor | None:
+    return sdpa_mask(*given, **options | {"allow_is_causal_skip": False})
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+
+
+@cache
+def _reads(function: Callable, name: str) -> bool:
+    """Whether a function does anything with one of its parameters, or with a field of that name."""
+    return any(one.argval == name or name in str(one.argval) for one in dis.get_instructions(inspect.unwrap(function)))
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -108,7 +148,7 @@ def _is_causal(module: nn.Module, mask: Tensor | None, options: Mapping[str, Any
         return bool(said)
     if mask.shape[-2] < 2:  # the same for all queries: padding
         return False
-    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    hidden = _hidden(mask)
     queries, keys = mask.shape[-2:]
     future = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1)
     return bool(hidden[..., future].all())

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..registry import text_config
 from .observe import run
 
 
 def positions_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """What `Family` says of absolute positions; nothing where the config says no limit."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         return {}

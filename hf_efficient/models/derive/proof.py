@@ -10,7 +10,7 @@ What fails is switched off, with the reason. The comparisons would notice: each 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,21 +21,19 @@ from ...attention.config import MAX_WINDOW, AttentionConfig
 from ...attention.deferred import Scores
 from ...attention.watched import Watch, routing
 from ...errors import UnsupportedModelError
-from ..block import EfficientBlock, StackBlock
-from ..classes import with_block
+from ..block import StackBlock
 from ..cutting import cut_layers, cut_units, kept_heads, layer_fields
 from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
 from ..gaps import TENSOR, states_of
 from ..groups import Group, groups_of, output_module, output_weight
-from ..rebuild import rebuild
 from ..registry import forget, remember
-from ..stacks import ModelStack, model_stacks
-from .compare import decodes_alike, distance, keeps_cache, outputs_of, text_of
+from ..stacks import model_stacks
+from .compare import decodes_alike, keeps_cache, outputs_of, run_in_training, text_of
 from .head_parts import with_head_parts
 from .observe import LayerRun, observing
 from .roles import Heads, NotDerivable, other_numbers, said_of
+from .trial import TOLERANCE, Trial, UnchangedError
 
-TOLERANCE = 1e-4  # of the largest number
 WINDOW = 4
 
 
@@ -88,43 +86,6 @@ def _tried(
         return family
     except Exception as error:  # whatever the code of a model may raise
         return _second_try(trial, ability) or family.without(ability, said_of(error), name)
-
-
-@dataclass
-class Trial:
-    """One stack of a tiny model, and what the model gives for the inputs."""
-
-    stack: ModelStack
-    family: Family
-    model: PreTrainedModel
-    inputs: Mapping[str, Tensor]
-    expected: dict[str, Tensor]
-
-    def rebuilt(self, entry: StackBlock, state: dict | None = None, **changes: Any) -> PreTrainedModel:
-        block = EfficientBlock(stacks={self.stack.name: entry} if entry != StackBlock() else {}, family=self.family)
-        return rebuild(self.model, with_block(self.model.config, block, **changes), state).eval()
-
-    def compare(self, small: PreTrainedModel, wanted: dict[str, Tensor], what: str) -> None:
-        """
-        Raises:
-            NotDerivable: it gives something else than what is wanted.
-        """
-        outputs = outputs_of(small, self.inputs)
-        for name, right in wanted.items():
-            left = outputs.get(name)
-            if left is None or left.shape != right.shape:
-                shape = "nothing" if left is None else f"the shape {list(left.shape)}"
-                raise NotDerivable(f"{what}, {name} of a tiny model has {shape} instead of {list(right.shape)}")
-        worst = distance(outputs, wanted, self.inputs)
-        if not worst <= TOLERANCE:
-            raise NotDerivable(f"{what}, the output of a tiny model is {worst:.1e} off")
-
-    def matters(self, wanted: dict[str, Tensor]) -> bool:
-        return distance(wanted, self.expected, self.inputs) > 10 * TOLERANCE
-
-    def check_matters(self, wanted: dict[str, Tensor], what: str) -> None:
-        if not self.matters(wanted):
-            raise NotDerivable(f"{what}, the output of a tiny model stays the same")
 
 
 def _second_try(trial: Trial, ability: str) -> Family | None:
@@ -180,6 +141,13 @@ def _provable_ffns(trial: Trial) -> Family:
 
 
 def _convert(trial: Trial) -> None:
+    try:
+        _windows(trial)
+    except UnchangedError:
+        _windows(trial.looking_inside())
+
+
+def _windows(trial: Trial) -> None:
     stack = trial.stack
     modules = {stack.layers[index].get_submodule(stack.entry.attention.module) for index in stack.attending}
 
@@ -198,20 +166,15 @@ def _convert(trial: Trial) -> None:
         attention = AttentionConfig("local", window=window, global_tokens=0)
         converted, is_wide = trial.rebuilt(everywhere(attention)), window == MAX_WINDOW
         routed = modules if stack.entry.attention.routed and not is_wide else ()
-        with observing(trial.model, masked=None if is_wide else masked), routing(routed, attend):
-            wanted = outputs_of(trial.model, trial.inputs)
+        with observing(trial.model, masked), routing(routed, attend):
+            wanted = trial.expected if is_wide else outputs_of(trial.model, trial.inputs, trial.inside)
         said = "with everything in view" if is_wide else f"with a window of {window} tokens"
         trial.compare(converted, wanted, said)
         if not is_wide and trial.matters(wanted):  # few tokens, as of a masked autoencoder, want a smaller one
             break
     trial.check_matters(wanted, said)
     if stack.entry.attention.routed:
-        try:
-            outputs_of(converted.train(), trial.inputs)  # with dropout, of which there are many sorts
-        except UnsupportedModelError as error:
-            raise NotDerivable(f"in training, {error}") from error
-        finally:
-            converted.eval()
+        run_in_training(converted, trial.inputs)
     text = text_of(trial.inputs)
     if stack.is_causal and decodes_alike(trial.model, text, TOLERANCE):
         kinds = [converted]

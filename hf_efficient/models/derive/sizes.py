@@ -17,7 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, NEURONS, VOCABULARY, POSITIONS = 3, 4, 2, 8, 40, 120, 64
+from .layers import DEPTHS, LAYERS, is_by_layer, numbers_layers, sources_of
+
+HEADS, KV_HEADS, HEAD_DIM, NEURONS, VOCABULARY, POSITIONS = 4, 2, 8, 40, 120, 64
 HIDDEN, IMAGE, PATCH = HEADS * HEAD_DIM, 32, 8
 
 KV_FIELDS = r".*(num_key_value_heads?|kv_heads)|n_head_kv"
@@ -29,7 +31,8 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r"mamba_n_heads|mamba_num_heads|.*ssm.*heads", "heads", HEADS),
     (r"qk_head_dim", "dim", 2 * HEAD_DIM),
     (r".*bottleneck_size", "width", HIDDEN),
-    (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers", "layers", 1),
+    (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers|attn_layer_offset", "layers", 1),
+    (r"attn_layer_period", "layers", 2),  # Jamba
     (r"conv_dim|num_conv_pos_embedding.*", "width", HIDDEN),
     (
         r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth|num_blocks|.*_layers|num_self_.*per_block",
@@ -69,10 +72,10 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r"patch_size", "patch", PATCH),
     (r"max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx", "positions", POSITIONS),
     (
-        r"sliding_window|attention_window_size",
-        "positions",
-        4 * POSITIONS,
-    ),  # a converted layer has its new attention in place of such a window
+        r"sliding_window(_size)?|attention_window_size",
+        "view",
+        16 * POSITIONS,
+    ),  # a converted layer has its new attention in place of such a window, which hides nothing from as many tokens
     (r"n_window_infer", "window", 100),
     (r"n_window", "window", 50),  # of which Qwen 3's code knows that it makes 13 tokens
     (r"((mamba|ssm)_)?chunk_size", "window", 8),  # to a multiple of which states are padded: 256 take a second each
@@ -85,7 +88,6 @@ KEPT = re.compile(
 # In a list: of stages, and of layers by their numbers.
 WIDTH_LISTS = r"hidden_sizes?|.*_sizes|.*dims?|.*channels|.*_features|.*(dim|channel)_list|.*dim_per_stage"
 INDEX_LISTS = r".*(feature_layers?|indexes|indices|index_list)"
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers")
 NOT_FIELDS = ("stage_names", "out_features", "out_indices")  # made anew for another depth
 NOT_FIELDS += ("model_type", "transformers_version", "architectures", "efficient", "auto_map", "_name_or_path")
 
@@ -95,7 +97,8 @@ class Way:
     """How numbers become small: each to the size of its kind, widths times `wide`, or divided by common factors.
 
     `kept` kinds and fields stay. Of per-layer lists there remain one entry of "each" kind, the "first" ones, or twice
-    the "second" kind. `as_it_is` is for configs that are small already.
+    the "second" kind. With `narrow_lists` the widths of stages too are divided by one factor. `as_it_is` is for
+    configs that are small already.
     """
 
     in_proportion: bool = False
@@ -103,7 +106,8 @@ class Way:
     kept: tuple[str, ...] = ()
     layers: str = "each"
     as_it_is: bool = False
-    filled: tuple[str, ...] = ()  # fields that say nothing, where a number must be said
+    narrow_lists: bool = False
+    filled: tuple[str, ...] = ()  # fields that say nothing, where a number must be said: `Config.field` if it has none
 
 
 PLACES = ("positions", "window", "queries", "patch")
@@ -117,6 +121,7 @@ WAYS = (
     Way(in_proportion=True, kept=PLACES),
     Way(in_proportion=True, layers="second"),
     Way(kept=("width", "dim", "heads", "kv", "filters", "rank", *PLACES)),
+    Way(narrow_lists=True),
     Way(as_it_is=True),
 )
 
@@ -162,31 +167,6 @@ def _factors(config: PreTrainedConfig) -> dict[str, int]:
     return {"heads": few, "kv": few, "dim": narrow, "width": few * narrow, "neurons": few * narrow}
 
 
-def _sources(own: dict[str, Any], way: Way) -> list[int]:
-    """Which layers the few layers are like: of unlike ones both kinds; [] where no field says how many there are."""
-    depth = next((own[name] for name in DEPTHS if isinstance(own.get(name), int)), 0)
-    if depth <= LAYERS or "depths" in own:  # there the number of layers is one of stages
-        return []
-    if way.layers == "first":
-        return list(range(LAYERS))
-
-    def kind(layer: int) -> list:
-        lists = [value[layer] for value in own.values() if isinstance(value, list | tuple) and len(value) == depth]
-        return lists + [
-            value.get(layer, value.get(str(layer))) for value in own.values() if _is_by_layer(value, depth)
-        ]
-
-    unlike = [layer for layer in range(depth) if kind(layer) != kind(0)] or [1]
-    others = [layer for layer in unlike if kind(layer) == kind(unlike[0])]
-    return [0, others[0], others[-1] if way.layers == "second" else depth - 1]
-
-
-def _is_by_layer(value: Any, depth: int) -> bool:
-    numbers = list(value) if isinstance(value, dict) else []
-    is_label = any(isinstance(one, str) for one in value.values()) if numbers else False
-    return bool(numbers) and not is_label and all(str(key).isdigit() and int(key) < depth for key in numbers)
-
-
 def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict[str, Any]:
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_FIELDS}
     own = {name: value for name, value in vars(config).items() if not name.startswith("_") and name in fields}
@@ -195,7 +175,7 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
     own |= {name: value for name, value in fields.items() if name not in own and isinstance(value, dict)}
     if "out_features" in vars(config) and all(isinstance(one, int) for one in config.out_features or [""]):
         own["out_features"] = list(config.out_features)  # widths, elsewhere names of stages
-    sources = _sources(own, way)
+    sources = sources_of(own, way.layers)
     depth = next((own[name] for name in DEPTHS if sources and isinstance(own.get(name), int)), 0)
     widths = {value for name, value in own.items() if isinstance(value, int) and kind_of(name)[0] == "width"}
     for number, (name, value) in enumerate(own.items()):
@@ -211,18 +191,25 @@ def _shrunk(config: PreTrainedConfig, way: Way, factors: dict[str, int]) -> dict
             same = widths and value in widths and value >= POSITIONS  # groups as many as channels
             fields[name] = _number(name, value, way, factors, bool(same))
         elif value is None:
-            fields[name] = VOCABULARY if name == "vocab_size" else 4 if name in way.filled else None
+            fields[name] = VOCABULARY if name == "vocab_size" else _filling(name) if name in way.filled else None
+        elif sources and numbers_layers(name, value, depth):
+            fields[name] = [new for new, old in enumerate(sources) if old in value]
         elif isinstance(value, list | tuple) and sources and len(value) == depth:
-            fields[name] = [value[layer] for layer in sources]
+            entries = [value[layer] for layer in sources]
+            one = name.removesuffix("_per_layer")
+            is_size = len(set(value)) == 1 and type(value[0]) is int
+            fields[name] = [_number(one, n, way, factors, False) for n in entries] if is_size else entries
         elif isinstance(value, dict) and re.fullmatch(".*patch.*_dict", name) and "image" not in way.kept:
             fields[name] = {(IMAGE * way.wide // PATCH) ** 2: 6}  # numbers of patches and what is made of them
-        elif _is_by_layer(value, depth):
+        elif is_by_layer(value, depth):
             by_layer = {int(key): _small_entry(one, way, factors) for key, one in value.items()}
             fields[name] = {new: by_layer[old] for new, old in enumerate(sources) if old in by_layer}
         elif isinstance(value, list | tuple):
             fields[name] = _list(name, list(value), way, factors, widths)
         elif isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
             fields[name] = _short_rope(copy.deepcopy(value), own, factors.get("dim", 0), way)
+    missing = (name for kind, _, name in (one.partition(".") for one in way.filled) if kind == type(config).__name__)
+    fields |= {name: 0 if "dropout" in name else _filling(name) for name in missing}
     fields |= _outputs(config, fields, own)
     return _consistent(fields, own, way)
 
@@ -245,7 +232,12 @@ def _number(name: str, value: int, way: Way, factors: dict[str, int], is_width: 
         return max(1, value // factors[kind]) if value > 1 else value
     if kind in ("width", "dim", "neurons") or name.endswith(("image_size", "img_size")):
         size *= way.wide
-    return size if kind == "kv" else min(value, size)  # one could not be cut
+    return size if kind in ("kv", "view") and value > 0 else min(value, size)  # one key/value head could not be cut
+
+
+def _filling(name: str) -> int:
+    """A number for a field that says none; of lengths two, so that cross attention is told from others."""
+    return {"dim": HEAD_DIM, "neurons": NEURONS}.get(kind_of(name)[0], 6 if "prediction" in name else 4)
 
 
 def _token(name: str, value: Any, number: int) -> Any:
@@ -265,7 +257,7 @@ def _list(name: str, values: list, way: Way, factors: dict[str, int], widths: se
     kind = kind_of(name)[0]
     if kind in way.kept:
         return values
-    if name in ("image_size", "patch_size"):
+    if name in ("image_size", "patch_size", "tubelet_size"):
         return [min(one, IMAGE if name == "image_size" else PATCH) for one in values]
     if name == "depths":
         return [min(2, one) for one in values]
@@ -274,6 +266,8 @@ def _list(name: str, values: list, way: Way, factors: dict[str, int], widths: se
     if re.fullmatch(INDEX_LISTS, name) and max(values) >= LAYERS:
         return [min(number, LAYERS - 1) for number in range(len(values))]
     is_width = kind == "width" or re.fullmatch(WIDTH_LISTS, name)
+    if is_width and way.narrow_lists and all(one % min(values) == 0 and one >= HIDDEN for one in values):
+        return [one // min(values) * HIDDEN for one in values]
     if not factors and is_width and min(values) >= POSITIONS and "width" not in way.kept:
         return [min(one, HIDDEN * way.wide) if one in widths else one for one in values]
     return (
@@ -354,11 +348,18 @@ def _consistent(fields: dict[str, Any], own: dict[str, Any], way: Way) -> dict[s
             side = 4 * IMAGE * way.wide // PATCH
             fields[name] = [[side // 2**level] * len(one) for level, one in enumerate(value)]
     parts = [(value, fields[name]) for name, value in own.items() if isinstance(value, PreTrainedConfig)]
+    for part, small in parts:  # an image is cut into patches that are the images of a tower (Depth Pro)
+        if isinstance(own.get("patch_size"), int) and own["patch_size"] == getattr(part, "image_size", None):
+            fields["patch_size"] = small["image_size"] = (
+                IMAGE * way.wide if "image" not in way.kept else own["patch_size"]
+            )
     for part, small in parts:  # what is given is made of several tokens, or of several layers
         width = getattr(part, "hidden_size", None)
         for name in own if isinstance(width, int) and "hidden_size" in small and not way.in_proportion else ():
             if re.fullmatch("out_hidden_size|.*output_dim", name) and isinstance(own[name], int) and own[name] > width:
                 fields[name] = own[name] // width * small["hidden_size"] if own[name] % width == 0 else fields[name]
+    if own.get("context_length", 0) is None and fields.get("prediction_length"):
+        fields["context_length"] = 4  # else it is that of the prediction
     if own.get("num_position_embeddings") == _patches(own):  # one for each patch
         fields["num_position_embeddings"] = _patches(fields)
     heads = [name for name in fields if re.fullmatch(HEAD_FIELDS, name)]

@@ -7,6 +7,7 @@ What is found and proven on the tiny model holds for the large one, because tran
 """
 
 import copy
+import linecache
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -69,22 +70,23 @@ def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig, bool]
     problem: Exception | None = None
     partly: list[Way] = []
     for way in WAYS:
-        if len(partly) == MAX_PARTLY:
-            break
+        if len(partly) == MAX_PARTLY and not way.as_it_is:  # a config that is small already may be fed
+            continue
         for _ in range(3):
             try:
                 return make(tiny_config(config, way), True)
             except PartlyFedError as error:
                 partly.append(way)
-                words = set(re.findall(r"\w+", str(error)))
+                words = _words(error)
             except Exception as error:  # whatever the code of a config or a model may raise
                 problem = problem or error
-                words = set(re.findall(r"\w+", str(error)))
+                words = _words(error)
             fields = dict(all_fields(config))
             kept = words & {
                 name for name, value in fields.items() if value is not None and kind_of(name)[0] not in ("", "image")
             }
             filled = words & {name for name, value in fields.items() if value is None}
+            filled |= {word for word in words if "." in word}
             if not kept - set(way.kept) | filled - set(way.filled):
                 break
             way = replace(way, kept=(*way.kept, *sorted(kept)), filled=(*way.filled, *sorted(filled)))
@@ -95,6 +97,23 @@ def first_tiny(config: PreTrainedConfig, make: Callable[[PreTrainedConfig, bool]
         raise problem
     reason = " ".join(str(problem).split())
     raise NotTinyError(f"No tiny {config.model_type} config could be made: {reason}") from problem
+
+
+def _words(error: Exception) -> set[str]:
+    """The words of an error; if it is about a None those of the line that it comes from too, and if a config has no
+    such field `NameOfTheConfig.field`."""
+    source, text = error.__cause__ or error, str(error)
+    missing = re.findall(r"'(\w+Config)' object has no attribute '(\w+)'", text)
+    line = line_of(source) if "NoneType" in text else ""
+    return {*re.findall(r"\w+", f"{text} {line}"), *(f"{kind}.{name}" for kind, name in missing)}
+
+
+def line_of(error: BaseException) -> str:
+    """The line of code that an error comes from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ""
 
 
 def model_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
@@ -118,7 +137,7 @@ def tiny_model(config: PreTrainedConfig, *model_class: type[PreTrainedModel]) ->
     Raises:
         NotTinyError: no class of transformers builds it, or it is not tiny.
     """
-    problem: object = "transformers has no model class for it"
+    problem: Exception | str = "transformers has no model class for it"
     for one in model_class or model_classes(config):
         try:
             with torch.device("meta"), no_init_weights():
@@ -131,7 +150,8 @@ def tiny_model(config: PreTrainedConfig, *model_class: type[PreTrainedModel]) ->
                 return _with_strong_weights(one(copy.deepcopy(config)).eval().float())
         except Exception as error:  # whatever the code of a model may raise
             problem = error
-    raise NotTinyError(f"No tiny {config.model_type} model could be built: {problem}")
+    cause = problem if isinstance(problem, Exception) else None
+    raise NotTinyError(f"No tiny {config.model_type} model could be built: {problem}") from cause
 
 
 @torch.no_grad()
@@ -156,6 +176,7 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim == 3:
                     parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+    state = model.state_dict()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and re.search(r"(lambda|gamma|scale)[^.]*(\.weight)?$", name):
             parameter.fill_(0.7)  # layer scales of 1e-6 hide what a layer does, and of 1 that they are there
@@ -163,6 +184,9 @@ def _with_strong_weights(model: PreTrainedModel) -> PreTrainedModel:
             parameter.fill_(0.7)  # closed gates hide what is behind them
         elif parameter.ndim > 1 and not parameter.any():  # zeros hide what they are multiplied with, or all stem from
             parameter.normal_(0, 1 / math.sqrt(parameter.shape[0]), generator=generator)
+    for name, buffer in model.named_buffers():  # of codebooks that are learned without gradients
+        if buffer.is_floating_point() and buffer.ndim > 1 and name in state and not buffer.any():
+            buffer.normal_(0, 1, generator=generator)
     model.tie_weights()
     for module in model.modules():
         if getattr(getattr(module, "config", None), "use_cache", False) is True:

@@ -8,11 +8,11 @@ one that was disturbed. Of the linears before it, a unit that changes the reader
 - at other tokens, in one unit (of each query head of its group), to a *value*.
 """
 
+import dis
 import inspect
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,16 +20,35 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ...attention.deferred import Scores
-from ...attention.dispatch import HIDDEN
-from ...attention.watched import Watch, routing
-from ..family import Attention
+from ..family import CONVERT, HEADS, Attention
 from .head_parts import with_head_parts
 from .observe import SMALL, LayerRun, differs, run
-from .roles import Heads, NotDerivable, integers_of, layout
+from .roles import Heads, NotDerivable, integers_of, layout, said_of
+from .watching import found_by_watching, watched_attention
 
 WORDS = "softmax", "attention"  # in the names of whatever computes it
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}  # of scores with values: a softmax alone may be one over classes
 ROW, TOKEN = 1, 2  # of what is disturbed: the second text has no padding
+
+
+def own_attention(layer: LayerRun) -> tuple[Attention, Heads, bool, dict[str, str]]:
+    """The attention of a layer that does not call the interface, its sizes, whether it sees no later tokens, and why
+    it lacks which abilities.
+
+    Raises:
+        NotDerivable: it has none, or several.
+    """
+    try:
+        attention, sizes, is_causal = unseen_attention(layer)
+    except Exception as reason:  # whatever the code of a model may raise
+        try:
+            return *found_by_watching(layer), {HEADS: said_of(reason)}
+        except Exception:
+            raise reason from None
+    try:
+        return watched_attention(layer, attention, sizes), sizes, is_causal, {}
+    except Exception as reason:
+        return attention, sizes, is_causal, {CONVERT: said_of(reason)}
 
 
 def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
@@ -54,37 +73,12 @@ def unseen_attention(layer: LayerRun) -> tuple[Attention, Heads, bool]:
     return _described(layer, reader, sets, is_causal)
 
 
-def watched_attention(layer: LayerRun, attention: Attention, sizes: Heads) -> Attention:
-    """The same, with what is seen of it while it computes scores and weights.
-
-    Raises:
-        UnsupportedModelError: it is not softmax(q k^T + b) v, with heads of these sizes.
-    """
-    module, seen = layer.layer.get_submodule(attention.module), []
-
-    def attend(watch: Watch, weights: Scores, value: Tensor) -> Tensor:
-        seen.append((weights.read(sizes.heads), value.shape[-1]))
-        return weights.tensor() @ value
-
-    with routing([module], attend):
-        layer.run()
-    readings = [reading for reading, _ in seen if reading is not None]
-    if len(readings) < len(seen) or any(one.query.shape[-1] != sizes.dim for one in readings):
-        raise NotDerivable(f"{type(module).__name__} computes its attention in a way of its own")
-    masks = [one.mask for one in readings if one.mask is not None]
-    return replace(
-        attention,
-        routed=True,
-        uneven=any(width != sizes.dim for _, width in seen),
-        biased=any(bool(mask.masked_fill(mask <= HIDDEN, 0).any()) for mask in masks),
-    )
-
-
 def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
     """Whether there may be softmax attention in some modules: a softmax is computed in them, or, where they are not
-    reached, their code names one.
+    reached, their code names one whose result is multiplied with something.
 
-    Lists of modules without any, such as those that merge the patches of an image, have nothing to convert.
+    Lists of modules without any, such as those that merge the patches of an image or say how sure a box is (D-FINE),
+    have nothing to convert.
     """
     noted = _Softmax()
     with ExitStack() as hooks:
@@ -98,7 +92,9 @@ def attends(model: PreTrainedModel, layers: nn.Module, inputs: Mapping[str, Tens
 
 def _names_softmax(kind: type[nn.Module]) -> bool:
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    return code is not None and any(word in name.lower() for name in code.co_names for word in WORDS)
+    names = {name.lower() for name in code.co_names} if code is not None else set()
+    multiplies = names & PRODUCTS or any(one.argrepr == "@" for one in dis.get_instructions(code or ""))
+    return any("attention" in name or ("softmax" in name and multiplies) for name in names)
 
 
 class _Softmax(TorchDispatchMode):

@@ -165,6 +165,29 @@ def test_a_stack_that_calls_the_interface_beside_one_that_does_not():
         assert distance(outputs_of(narrow, inputs), outputs_of(model, inputs), inputs) > 1e-3
 
 
+# Their heads cannot be told apart by disturbing linears: sums over other dimensions, tokens before rows, rows and
+# columns of an image, one function of torch.
+WATCHED = ("xlnet", "fsmt", "vitdet", "wavlm")
+
+
+@pytest.mark.parametrize(("name",), selected([(name,) for name in WATCHED], lambda name: name in ("xlnet", "vitdet")))
+def test_attention_is_found_where_weights_meet_values(name):
+    model, inputs = make(name)
+    for stack in Anatomy.of(model).stacks:
+        assert stack.entry.attention.routed and not stack.entry.why_not(CONVERT)
+        assert stack.entry.why_not("heads") and not stack.entry.attention.query
+        assert stack.num_heads == 4
+    wide, narrow = convert_attention(model, WIDE), convert_attention(model, NARROW)
+    assert distance(outputs_of(wide, inputs), outputs_of(model, inputs), inputs) < 1e-5
+    assert distance(outputs_of(narrow, inputs), outputs_of(model, inputs), inputs) > 1e-3
+
+
+def test_dropout_of_a_sort_of_its_own_is_noticed():
+    """SEW-D's is a function that changes weights in a way that is not known, in training alone."""
+    [stack] = Anatomy.of(make("sew-d")[0]).stacks
+    assert "DisentangledSelfAttention computed its attention itself" in stack.entry.why_not(CONVERT)
+
+
 def test_an_entry_that_is_not_true_is_noticed():
     """The wrong module, and one that is not watched: nothing would be converted."""
     model, _ = make("megatron-bert")

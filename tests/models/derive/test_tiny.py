@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.coverage import _running, read_configs, try_type
+from benchmarks.coverage import _first_running, _running, read_configs, try_type
 from hf_efficient.models.derive.inputs import tiny_inputs
 from hf_efficient.models.derive.sizes import LAYERS, WAYS, Way, shrunk
 from hf_efficient.models.derive.tiny import NotTinyError, first_tiny, tiny_config, tiny_model
@@ -108,7 +108,7 @@ def test_a_backbone_gives_as_many_maps_as_before():
 
 def test_what_an_error_names_stays_or_is_filled():
     model, inputs, tried = running(config_of("time_series_transformer"))  # says no prediction_length by default
-    assert model.config.prediction_length == 4 and tried == 2
+    assert (model.config.prediction_length, model.config.context_length, tried) == (6, 4, 2)
     assert inputs["past_values"].shape[1] == model.config.context_length + max(model.config.lags_sequence)
 
     def make(small, whole):
@@ -243,3 +243,11 @@ def test_convolutions_leave_more_than_one_token_of_an_image(name):
     with torch.no_grad():
         states = model(**tiny_inputs(model)).last_hidden_state
     assert states.shape[2:] == (2, 2)  # of one token alone no attention would show
+
+
+def test_a_default_config_without_attention_gives_way_to_a_given_one_with_some():
+    fields = {"num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "hidden_size": 32}
+    given = {"config": fields | {"attn_layer_indices": [1]}, "inputs": {}}
+    assert _first_running("bamba", given)[2] == "given"  # all layers of the default config are Mamba's
+    assert _first_running("bamba", {"config": fields, "inputs": {}})[2] == "default"
+    assert _first_running("bert", {"config": {}, "inputs": {}})[2] == "default"
