@@ -174,6 +174,12 @@ class EfficientMixin:
         return not decodes_from_state(self) and super()._valid_auto_compile_criteria(*args, **kwargs)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # Of custom code transformers initialises no module again whose own weights were all loaded, and so misses what
+        # it sets in others (a model in the buffers of its layers, which no checkpoint holds: Falcon-H1).
+        return cls._stock_class.is_custom_code()
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers reads the source file of the class for an answer; the stock class has the right file.
         return cls._stock_class._can_set_attn_implementation()

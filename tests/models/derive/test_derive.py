@@ -373,3 +373,11 @@ def test_kinds_of_other_layers_say_nothing_of_windows(types, expected):
     stack = Stack("decoder", "decoder.layers", Attention("self_attn"))
     [known] = config_stacks(config, Family("opt", "OPTConfig", (stack,)))
     assert known.has_window(2) is expected
+
+
+def test_what_a_model_sets_in_its_layers_is_there_once_it_is_rebuilt():
+    """A buffer that no checkpoint holds, and that only the model around the layers gives its values."""
+    model, inputs = make("falcon_h1")
+    rebuilt = convert_attention(model, AttentionConfig("local", window=64))
+    assert torch.equal(rebuilt.layers[0].mamba.mup_vector, model.layers[0].mamba.mup_vector)
+    assert torch.allclose(outputs(rebuilt, inputs), outputs(model, inputs), atol=1e-5)
