@@ -39,9 +39,9 @@ pages:
 lint: $(VENV)/ready
 	$(MAKE) --no-print-directory -j 2 style types pages
 
-# One worker more than the two cores that CI has: some of the tests wait for other processes.
+# Two workers more than the cores that CI has: some of the tests wait for other processes.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist worksteal --durations 25
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations 25
 
 # All combinations of families and kinds, every benchmark and every kill: far longer.
 test-thorough: lint

@@ -222,6 +222,7 @@ def test_the_model_compiles_whole(pair):
         assert_close(torch.cat(outs, 1), pair(tokens, use_cache=False).logits, 1e-5)
 
 
+@pytest.mark.thorough
 def test_a_compiled_static_cache_keeps_its_tensors(pair):
     torch._dynamo.reset()
     compiled = torch.compile(pair, backend="eager")

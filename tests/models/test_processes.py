@@ -13,6 +13,7 @@ from .derive.tiny import make
 
 pytestmark = pytest.mark.processes
 
+DERIVED = {"opt": "EfficientOPTModel", "megatron-bert": "EfficientMegatronBertModel"}  # the latter computes its own
 SAVED = {"config.json", "model.safetensors", f"{LOADER}.py"}
 
 
@@ -25,10 +26,11 @@ def answers(tmp_path_factory):
         save_with_expectation(model, name, folder)
         trivial = with_block(make_config(name, **one_layer(name)), EfficientBlock())
         save_with_expectation(efficient_class(case.head, config_class(name))(trivial).eval(), name, portable)
-    derived, inputs = make("opt")
-    derived = convert_attention(derived, AttentionConfig(kind="local", window=3))
-    assert derived.config.efficient["family"]["model_type"] == "opt"  # so that nothing is derived there
-    save_with_expectation(derived, "opt", folder, inputs)
+    for name in DERIVED:
+        model, inputs = make(name)
+        model = convert_attention(model, AttentionConfig(kind="local", window=3))
+        assert model.config.efficient["family"]["model_type"] == name  # so that nothing is derived there
+        save_with_expectation(model, name, folder, inputs)
     home = tmp_path_factory.mktemp("home")
     answers = run_fresh(folder, "imported", "untrusted", "missing", "trusted", f"stock:{portable}", home=home)
     return {scenario.partition(":")[0]: answer for scenario, answer in answers.items()}
@@ -44,8 +46,10 @@ def test_after_importing_the_package_every_family_loads_bit_for_bit(answers):
 
 
 def test_a_derived_type_loads_with_the_package_or_by_trust(answers):
-    for scenario in ("imported", "trusted"):
-        assert answers[scenario]["opt"]["class"] == "EfficientOPTModel" and answers[scenario]["opt"]["equal"]
+    for name, class_name in DERIVED.items():
+        for scenario in ("imported", "trusted"):
+            answer = answers[scenario][name]
+            assert (answer["class"], answer["equal"]) == (class_name, True)
 
 
 def test_trust_alone_loads_every_family_and_saves_the_same_files_again(answers):

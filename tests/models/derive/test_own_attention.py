@@ -19,7 +19,6 @@ from hf_efficient.models.family import CONVERT, Family
 from hf_efficient.models.registry import remember
 
 from ...helpers import selected
-from ...processes import run_fresh, save_with_expectation
 from .tiny import make, outputs
 from .toy import ToyConfig, ToyModel, register
 
@@ -117,14 +116,6 @@ def test_weights_are_given_where_they_are_asked_for():
         assert (left - right)[1].abs().max() < 1e-5
     narrow = convert_attention(model, NARROW)(**inputs, output_attentions=True).attentions[0]
     assert (narrow[1] == 0).sum() > (wanted[0][1] == 0).sum()
-
-
-@pytest.mark.processes
-def test_it_loads_in_a_fresh_process_with_the_package_or_by_trust(tmp_path):
-    model, inputs = make("megatron-bert")
-    save_with_expectation(convert_attention(model, NARROW), "megatron-bert", tmp_path, inputs)
-    answers = run_fresh(tmp_path, "imported", "trusted", home=tmp_path / "home")
-    assert answers["imported"]["megatron-bert"]["equal"] and answers["trusted"]["megatron-bert"]["equal"]
 
 
 def test_pruned_before_or_after(tmp_path):
