@@ -104,7 +104,7 @@ def attend_features(phi_query: Tensor, phi_key: Tensor, value: Tensor, *, causal
     length = phi_query.shape[2]
     phi_query = group_heads(phi_query, phi_key)
     if causal and length > 1:
-        return _causal(phi_query, phi_key, value, None).flatten(1, 2)
+        return _causal(phi_query, phi_key, value, None)
     # Not causal, positions do not matter: the G heads that share keys are G T rows of one product.
     rows = _Bidirectional.apply(phi_query.flatten(2, 3), phi_key, value)
     return rows.unflatten(2, (-1, length)).flatten(1, 2)
@@ -139,10 +139,10 @@ def linear_decode(
         phi_query = group_heads(phi_query, phi_key)
         if query.shape[2] == 1:
             sums = phi_query[..., 0, :] @ after  # [B, K, G, Dv + 1]
-            out = (sums[..., :-1] * inverse_of(sums[..., -1:])).unsqueeze(3)
+            out = (sums[..., :-1] * inverse_of(sums[..., -1:])).unsqueeze(3).flatten(1, 2)
         else:
             out = _causal(phi_query, phi_key, values, before)
-        return out.flatten(1, 2).to(query.dtype), (after,)
+        return out.to(query.dtype), (after,)
 
 
 def features(
@@ -189,7 +189,8 @@ class _Bidirectional(torch.autograd.Function):
 
 
 def _causal(phi_query: Tensor, phi_key: Tensor, value: Tensor, sums: Tensor | None) -> Tensor:
-    """As `_Bidirectional` over j <= i: queries [B,K,G,T,M] at the last T of S positions, after `sums` of others."""
+    """As `_Bidirectional` over j <= i: queries [B,K,G,T,M] at the last T of S positions, after `sums` of others, give
+    [B,H,T,Dv]."""
     length, seen = phi_query.shape[3], phi_key.shape[2]
     past = seen - length
     size = CHUNK if torch.compiler.is_exporting() else min(CHUNK, length)
@@ -203,7 +204,8 @@ def _causal(phi_query: Tensor, phi_key: Tensor, value: Tensor, sums: Tensor | No
     if sums is None:
         sums = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
     out = _Causal.apply(rows, keys, values, sums)
-    return section(out.flatten(3, 4), 3, 0, length)
+    # Heads first: of a section it depends on the length whether flattening copies, and a compiler would ask.
+    return section(out.flatten(3, 4).flatten(1, 2), 2, 0, length)
 
 
 class _Causal(torch.autograd.Function):

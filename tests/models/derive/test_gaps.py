@@ -34,7 +34,6 @@ TYPES = {  # the stack, and why its layers have places
     "llava": "vision",  # the last layer but one is read
     "swin": "encoder_layers_0_blocks",  # every second window is shifted
     "qwen3_vl": "visual_blocks",  # the states of some layers go into the text
-    "maskformer": "transformer_module_decoder_layers",
 }
 FAST = ("esm", "gpt_neo", "yolos")
 
