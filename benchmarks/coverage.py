@@ -69,6 +69,7 @@ HEAD_CLASSES = (
 )
 PRUNED = {"heads": "head", "neurons": "neuron", "layers": "layer"}
 SECONDS = 240
+MEMORY = 16 << 30  # bytes: what one type may take, the code of torch among it
 
 
 def types() -> list[str]:
@@ -154,8 +155,13 @@ def _first_running(model_type: str, given: dict | None) -> tuple[PreTrainedModel
     except Exception:
         if given is None:
             raise
-    other = (*_running(CONFIG_MAPPING[model_type].from_dict(given["config"]), given.get("inputs", {})), "given")
-    return other if found is None or _attends(*other[:2]) else found
+    try:
+        other = (*_running(CONFIG_MAPPING[model_type].from_dict(given["config"]), given.get("inputs", {})), "given")
+        return other if found is None or _attends(*other[:2]) else found
+    except Exception:
+        if found is None:
+            raise
+        return found
 
 
 def _running(config: PreTrainedConfig, given: dict) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
@@ -265,9 +271,11 @@ def in_child(model_type: str, given: dict | None = None) -> dict:
     if child == 0:
         os.close(reader)
         try:
+            import resource
             import signal
 
             signal.alarm(SECONDS)
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             torch.manual_seed(0)
             with os.fdopen(writer, "w") as file, open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), 1)

@@ -19,7 +19,7 @@ from ..attention.dispatch import ATTACHED
 from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..models.modes import eval_mode
-from ..models.registry import is_known
+from ..models.registry import is_known, text_config
 
 Inputs = dict[str, Tensor]
 
@@ -114,7 +114,7 @@ def _waves(*shape: int) -> Tensor:
 
 
 def _ids(count: int, config: PreTrainedConfig) -> Tensor:
-    return torch.arange(3, 3 + count)[None] % config.get_text_config().vocab_size
+    return torch.arange(3, 3 + count)[None] % text_config(config).vocab_size
 
 
 def _pixels(config: PreTrainedConfig) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.heads import PREPARE, shifts_labels
+from ..models.registry import text_config
 from ..training.batch import FramesHead, Head, base_of, head_of
 from .generation import GENERATING, writes
 from .terms import LOSSES, check_losses
@@ -157,7 +158,7 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module) -> int | None:
 
 def _vocabularies(student: nn.Module, teacher: nn.Module) -> list[int]:
     """Of the models that have one."""
-    sizes = [getattr(base_of(model).config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
+    sizes = [getattr(text_config(base_of(model).config), "vocab_size", None) for model in (student, teacher)]
     return [size for size in sizes if size is not None]
 
 

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, default_data_collato
 
 from ..errors import ConfigError, DataError
 from ..models.modes import eval_mode
+from ..models.registry import text_config
 from ..training.batch import IGNORED, Batch, Head, base_of, forward_names, head_of
 from .collating import CheckedCollator
 
@@ -51,7 +52,7 @@ def write(
         raise DataError("Generation needs input_ids; this batch has none.")
     own = base.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    paddings = (own.pad_token_id, base.config.get_text_config().pad_token_id, *stops)
+    paddings = (own.pad_token_id, text_config(base.config).pad_token_id, *stops)
     padding = next((token for token in paddings if token is not None), 0)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, UnsupportedModelError, unknown_name
+from ..models.registry import text_config
 from ..training.batch import base_of
 from .options import MAPS
 
@@ -140,7 +141,7 @@ def _check_pairs(pairs: Sequence[Sequence[int]], student_layers: int, teacher_la
 
 def depths(model: nn.Module, stacks: tuple[str, ...]) -> dict[str, int]:
     """The number of layers in each stack."""
-    config = base_of(model).config.get_text_config()
+    config = text_config(base_of(model).config)
     fields = {"encoder": "num_hidden_layers", "decoder": "decoder_layers"}
     if "decoder" in stacks and config.to_dict().get("num_decoder_layers") is not None:
         fields["decoder"] = "num_decoder_layers"
@@ -149,7 +150,7 @@ def depths(model: nn.Module, stacks: tuple[str, ...]) -> dict[str, int]:
 
 def width(model: nn.Module) -> int:
     """The size of the hidden states."""
-    return _integer(base_of(model).config.get_text_config(), "hidden_size")
+    return _integer(text_config(base_of(model).config), "hidden_size")
 
 
 def kept_layers(model: nn.Module, stacks: tuple[str, ...]) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ import math
 import torch
 
 from ..errors import ConfigError, DataError, UnsupportedModelError, check_positive
-from .registry import token_limit
+from .registry import text_config, token_limit
 
 MAX_NUMBERS = 1 << 31  # of one input
 SAMPLES = 16_000  # a second of sound, for models that read it as it is
@@ -61,7 +61,7 @@ def dummy_inputs(
 
 
 def _tokens(model, batch_size: int, sequence_length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     fields = config.to_dict()  # not each family has each of the fields below: T5 has no first token
     limit = token_limit(model.config)
     if limit is not None and sequence_length > limit:

@@ -23,6 +23,7 @@ from ...errors import CheckpointError, ConfigError
 from ...io.disk import clear_disk_errors, new_folder, write_atomic
 from ...models.modes import eval_mode
 from ...models.pooling import POOLINGS
+from ...models.registry import text_config
 from ...models.token_masks import counts_columns, first_positions
 from ...training.batch import Batch, base_of, forward_names, head_of
 from ..answers import read_answer
@@ -162,7 +163,7 @@ def _layout(teacher: PreTrainedModel, choice: Choice) -> Layout:
         raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {choice.pooling!r}.")
     classes = 0 if head.kind in ("embeddings", "spans") else head.num_labels
     if head.kind in ("tokens", "causal_lm") and not classes:
-        classes = base_of(teacher).config.get_text_config().vocab_size
+        classes = text_config(base_of(teacher).config).vocab_size
     if choice.top_k is not None and choice.sampled is not None:
         raise ConfigError(f"Give top_k={choice.top_k!r} or sampled={choice.sampled!r}, not both.")
     for name, k in (("top_k", choice.top_k), ("sampled", choice.sampled)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..registry import text_config
 from .sizes import HIDDEN, VOCABULARY
 
 ROWS, TOKENS, NEW_TOKENS, FRAMES = 2, 9, 6, 64  # two lengths of text, so that cross attention is told from others
@@ -97,7 +98,7 @@ def find(config: PreTrainedConfig, name: str, default: Any) -> Any:
 
 def _ids(config: PreTrainedConfig, generator: Generator, length: int = TOKENS) -> Tensor:
     try:
-        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+        vocabulary = getattr(text_config(config), "vocab_size", None)
     except ValueError:  # there are several
         vocabulary = None
     vocabulary = vocabulary or find(config, "vocab_size", VOCABULARY)

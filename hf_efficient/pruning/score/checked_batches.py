@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...errors import DataError, shown
 from ...models.anatomy import Anatomy
 from ...models.inputs import check_range
-from ...models.registry import token_limit
+from ...models.registry import text_config, token_limit
 from ...models.token_masks import IGNORED
 from .stream import Batch
 
@@ -99,7 +99,7 @@ def _check_values(name: str, value: Tensor, where: str) -> None:
 def _table_rows(anatomy: Anatomy) -> dict[str, int]:
     """How many ids each input may hold; without an entry: any."""
     config, family = anatomy.config, anatomy.family
-    text = config.get_text_config().to_dict()
+    text = text_config(config).to_dict()
     rows = {"input_ids": text.get("vocab_size"), "token_type_ids": text.get("type_vocab_size")}
     rows["decoder_input_ids"] = text.get("decoder_vocab_size") or text.get("vocab_size")
     longest = token_limit(config, rotary=False)
@@ -135,7 +135,7 @@ def _check_labels(model: PreTrainedModel, labels: Tensor, rows: int, where: str)
 
 
 def _check_padding(model: PreTrainedModel, batch: Batch, where: str) -> None:
-    pad = model.config.get_text_config().to_dict().get("pad_token_id")
+    pad = text_config(model.config).to_dict().get("pad_token_id")
     empty = [name for name in MASKS if name in batch and not batch[name].any()]
     if "attention_mask" not in batch and "input_ids" in batch and pad is not None:
         empty += ["input_ids"] if bool((batch["input_ids"] == pad).all()) else []
