@@ -36,6 +36,7 @@ class EmptyLayer(nn.Module):
     the kind of its attention, by which models choose a mask."""
 
     gives: int
+    _is_hf_initialized = True  # transformers would give values to what its class has and it has not
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = states_of(args, kwargs)
