@@ -18,6 +18,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(INSTALL) -e ".[dev]"
 	touch $@
 
+# What only the thorough tests need: OpenVINO, and Jupyter for the notebooks.
+$(VENV)/thorough: $(VENV)/ready
+	$(INSTALL) -e ".[thorough]"
+	touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/hf-efficient compress bbc-news --output-dir $(OUT)
 
@@ -44,7 +49,7 @@ test: lint
 	$(BIN)/python -m pytest -n 4 --dist worksteal --durations 25
 
 # All combinations of families and kinds, every benchmark and every kill: far longer.
-test-thorough: lint
+test-thorough: $(VENV)/thorough lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --thorough
 
 # Five minutes for each of what reads files of strangers; needs CPython 3.11 to 3.13 on Linux.

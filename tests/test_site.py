@@ -1,4 +1,4 @@
-"""The documentation builds as a site, and the notebooks run. `pip install -e ".[dev]"` brings what that needs."""
+"""The documentation builds as a site (`.[dev]` brings what that needs), and the notebooks run (`.[thorough]`)."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def _kernels():
 @pytest.mark.processes
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra dev")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra thorough")
     import nbformat
     from jupyter_client import AsyncKernelManager
 
