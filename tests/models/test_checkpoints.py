@@ -107,6 +107,8 @@ def test_a_pruned_and_converted_model_round_trips(name, tmp_path):
     model, inputs = pruned(name), make_inputs(name, CASES[name].paddings[0])
     model.save_pretrained(tmp_path)
     loaded = getattr(transformers, CASES[name].auto).from_pretrained(tmp_path)
+    for parameter in loaded.parameters():  # the last bit of a sum may depend on where in memory a tensor begins
+        parameter.data = parameter.data.clone()
     assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
     assert {key: value.shape for key, value in loaded.state_dict().items()} == {
         key: value.shape for key, value in model.state_dict().items()
