@@ -7,6 +7,8 @@ PIP_FLAGS ?=
 # What is imported is compiled then: of all that is installed that is little.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
+# Where this is set every process would compile torch and transformers again: 9 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -44,9 +46,9 @@ pages:
 lint: $(VENV)/ready
 	$(MAKE) --no-print-directory -j 2 style types pages
 
-# Two workers more than the cores that CI has: some of the tests wait for other processes.
+# One worker more than the two cores that CI has: some of the tests wait for other processes.
 test: lint
-	$(BIN)/python -m pytest -n 4 --dist worksteal --durations 25
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations 25
 
 # All combinations of families and kinds, every benchmark and every kill: far longer.
 test-thorough: $(VENV)/thorough lint
