@@ -16,7 +16,6 @@ from hf_efficient.cli.programs.dry_run import describe
 from hf_efficient.distillation import hidden_states
 from hf_efficient.distillation.hidden_states import selects_positions
 from hf_efficient.distillation.losses.projections import ATTRIBUTE
-from hf_efficient.distillation.student import build_student
 from hf_efficient.distillation.terms import LOSSES
 from hf_efficient.distillation.trainer import DistillationTrainer
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
@@ -362,43 +361,6 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         check_sharded(arguments(tmp_path, losses={"kd": 1.0}, on_policy=1.0), teaches_itself=False)
     with pytest.raises(ConfigError, match="ZeRO-3 is not supported"):
         check_run(args, fsdp_version=None, zero_stage=3)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("case", ["bert", "llama"])
-def test_a_compiled_student_learns_the_same(case, tmp_path):
-    """And is compiled for its first shapes, not at every step."""
-    settings = {"losses": ALL, "max_steps": 6, "per_device_train_batch_size": 4}
-
-    def pair():
-        """Of one layer: tracing takes long."""
-        student, teacher = make_pair(case)
-        return build_student(student, layers=1), teacher
-
-    plain = trained(case, tmp_path, pair=pair(), **settings)
-    torch._dynamo.reset()
-    trainer = make_trainer(case, tmp_path, pair=pair(), compile_student="eager", **settings)
-    graphs = []
-
-    class Count(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-    trainer.add_callback(Count())
-    trainer.train()
-    assert torch.allclose(weights(trainer.model), plain, rtol=1e-9, atol=1e-12)
-    assert graphs[0] > 0 and graphs[-1] == graphs[3]
-    torch._dynamo.reset()
-
-
-def test_what_compiling_rules_out(tmp_path):
-    for settings, message in (
-        ({"compile_student": "inducter"}, "Did you mean 'inductor'"),
-        ({"compile_student": "inductor", "losses": {"relation": 1.0}}, "`relation`"),
-        ({"torch_compile": True}, "compile_student='inductor'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            arguments(tmp_path, **settings)
 
 
 def test_ce_alone_needs_no_teacher(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForImageClassification
 
 from hf_efficient import CheckpointError, ConfigError, DataError, Recipe, UnsupportedModelError, compress, load_report
 from hf_efficient.pipeline.compress import plan_recipe
@@ -19,7 +19,7 @@ from hf_efficient.pipeline.workspace import Workspace
 
 from ..processes import finish, python, start
 from ..robustness.tiny import run_stage
-from .tiny import TINY, TRAINING
+from .tiny import TINY, TRAINING, make_bert, text_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
@@ -143,36 +143,8 @@ def test_a_damaged_manifest_says_what_to_do(finished, tmp_path):
         compress(Recipe.from_dict(TINY), output_dir=folder)
 
 
-def _bert(folder: Path, **changes) -> Path:
-    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertForSequenceClassification(BertConfig(vocab_size=40, **fields | changes)).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
-    return folder
-
-
-def _text_recipe(model: Path, rows: Path, **changes) -> Recipe:
-    recipe = {
-        "name": "text",
-        "task": "text-classification",
-        "model": {"name_or_path": str(model)},
-        "data": {"name_or_path": str(rows), "max_length": 8},
-        "stages": [{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}],
-        "measure": {"repeats": 2},
-    }
-    return Recipe.from_dict(recipe | changes)
-
-
-@pytest.fixture
-def rows(tmp_path):
-    lines = ["text,label", *(f"{'abcd'[i % 4]} {'efgh'[i % 3]} {i % 7},{'xy'[i % 2]}" for i in range(40))]
-    path = tmp_path / "rows.csv"
-    path.write_text("\n".join(lines))
-    return path
-
-
 def test_a_model_of_ones_own_and_a_csv_file(tmp_path, rows):
-    report = compress(_text_recipe(_bert(tmp_path / "bert"), rows), output_dir=tmp_path / "out")
+    report = compress(text_recipe(make_bert(tmp_path / "bert"), rows), output_dir=tmp_path / "out")
     assert report.loads_with == "portable" and report.comparison.mac_ratio < 1
     assert json.loads((tmp_path / "out/model/config.json").read_text())["model_type"] == "bert"
 
@@ -182,8 +154,8 @@ def test_zeros_stay_through_distillation_and_the_card_says_what_they_bring(tmp_p
         {"prune": {"granularity": ["weight"], "mask_structure": "2:4", "importance": "obs"}},
         {"distill": {**TRAINING, "losses": {"kd": 1.0}}},
     ]
-    bert = _bert(tmp_path / "bert", hidden_size=32, num_hidden_layers=2)
-    report = compress(_text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "out")
+    bert = make_bert(tmp_path / "bert", hidden_size=32, num_hidden_layers=2)
+    report = compress(text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "out")
     zeros = 2 * (4 * 32 * 32 + 2 * 32 * 32) // 2
     facts, size = report.stages[1].facts, report.student.size
     assert facts["zeros"] == zeros and facts["sparsity"] == 0.5 and facts["loads_with"] == "portable"
@@ -197,9 +169,7 @@ def test_zeros_stay_through_distillation_and_the_card_says_what_they_bring(tmp_p
     ]
     assert len(linears) == 12 and all((value.view(len(value), -1, 4) != 0).sum(-1).eq(2).all() for value in linears)
     with pytest.raises(ConfigError, match="multiple of 5"):
-        compress(
-            _text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "no", **{"prune.mask_structure": "4:5"}
-        )
+        compress(text_recipe(bert, rows, stages=stages), output_dir=tmp_path / "no", **{"prune.mask_structure": "4:5"})
     assert not (tmp_path / "no").exists()
 
 
@@ -241,7 +211,7 @@ def test_pruning_while_distilling_goes_on_after_kill_9(granularity, tmp_path):
 
 
 def test_a_ratio_out_of_reach_while_distilling_stops_before_any_work(tmp_path, rows):
-    recipe = _text_recipe(_bert(tmp_path / "bert"), rows, stages=[{"distill": {"prune": {"ratio": 0.99}}}])
+    recipe = text_recipe(make_bert(tmp_path / "bert"), rows, stages=[{"distill": {"prune": {"ratio": 0.99}}}])
     with pytest.raises(ConfigError, match="At most 0"):
         compress(recipe, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -253,7 +223,7 @@ def test_the_rounds_of_the_shipped_recipe_on_a_tiny_scale(tmp_path, rows):
     for stage in stages[1::2]:
         stage["distill"] |= {"max_steps": 1, "max_length": 8}
     report = compress(
-        _text_recipe(_bert(tmp_path / "bert", **sizes), rows, stages=stages), output_dir=tmp_path / "out"
+        text_recipe(make_bert(tmp_path / "bert", **sizes), rows, stages=stages), output_dir=tmp_path / "out"
     )
     assert [stage.name for stage in report.stages] == ["teacher", *["prune", "distill"] * 3]
     pruned = [stage.facts for stage in report.stages[1::2]]
@@ -263,7 +233,7 @@ def test_the_rounds_of_the_shipped_recipe_on_a_tiny_scale(tmp_path, rows):
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path, rows):
-    recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
+    recipe, out = text_recipe(make_bert(tmp_path / "bert"), rows), tmp_path / "out"
     first = Workspace(out, recipe)
     first.open({})
     with pytest.raises(CheckpointError, match="Another process"):
@@ -272,7 +242,7 @@ def test_two_processes_cannot_share_a_folder(tmp_path, rows):
 
 
 def test_changed_data_cannot_continue_a_run(tmp_path, rows):
-    recipe, out = _text_recipe(_bert(tmp_path / "bert"), rows), tmp_path / "out"
+    recipe, out = text_recipe(make_bert(tmp_path / "bert"), rows), tmp_path / "out"
     compress(recipe, output_dir=out)
     shutil.rmtree(out / "model")
     compress(recipe, output_dir=out)  # the same inputs go on
@@ -284,22 +254,22 @@ def test_changed_data_cannot_continue_a_run(tmp_path, rows):
 
 def test_a_compressed_model_may_be_compressed_again(tmp_path, rows):
     layers = [{"prune": {"ratio": 0.5, "granularity": ["layer"]}}]
-    first = _text_recipe(_bert(tmp_path / "bert", num_hidden_layers=4), rows, stages=layers)
+    first = text_recipe(make_bert(tmp_path / "bert", num_hidden_layers=4), rows, stages=layers)
     compress(first, output_dir=tmp_path / "first")
-    report = compress(_text_recipe(tmp_path / "first/model", rows), output_dir=tmp_path / "second")
+    report = compress(text_recipe(tmp_path / "first/model", rows), output_dir=tmp_path / "second")
     assert [layer.attention for layer in report.structure] == ["full", "full"]
 
 
 def test_bad_input_stops_before_any_work(tmp_path, rows):
-    bert, out = _bert(tmp_path / "bert"), tmp_path / "out"
-    three = _bert(tmp_path / "three", num_labels=3)
+    bert, out = make_bert(tmp_path / "bert"), tmp_path / "out"
+    three = make_bert(tmp_path / "three", num_labels=3)
     for key, value in (("data.max_length", 600), ("measure.sequence_length", 4096)):
         with pytest.raises(ConfigError, match="512 positions"):
-            compress(_text_recipe(bert, rows), output_dir=out, **{key: value})
-    broken = _bert(tmp_path / "broken")
+            compress(text_recipe(bert, rows), output_dir=out, **{key: value})
+    broken = make_bert(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match="Cannot load"):
-        compress(_text_recipe(broken, rows), output_dir=tmp_path / "broken-out")
+        compress(text_recipe(broken, rows), output_dir=tmp_path / "broken-out")
     for fields in ({"hiden_size": 8}, {"hidden_size": 2**40}, {"num_labels": 10**12}):
         config = TINY["model"]["config"] | fields
         with pytest.raises(ConfigError, match=next(iter(fields))):
@@ -307,15 +277,15 @@ def test_bad_input_stops_before_any_work(tmp_path, rows):
     with pytest.raises(ConfigError, match="Did you mean 'vit'"):
         compress(Recipe.from_dict(TINY | {"model": {"config": {"model_type": "vitt"}}}), output_dir=out)
     with pytest.raises(DataError, match="3 labels"):
-        compress(_text_recipe(three, rows), output_dir=out)
+        compress(text_recipe(three, rows), output_dir=out)
     with pytest.raises(DataError, match="topic"):
-        compress(_text_recipe(bert, rows), output_dir=out, **{"data.label_column": "topic"})
+        compress(text_recipe(bert, rows), output_dir=out, **{"data.label_column": "topic"})
     with pytest.raises(ConfigError, match="ratio"):
-        compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 1.5})
+        compress(text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 1.5})
     with pytest.raises(ConfigError, match="At most 0"):
-        compress(_text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 0.99})
+        compress(text_recipe(bert, rows), output_dir=out, **{"prune.ratio": 0.99})
     with pytest.raises(ConfigError, match="Layer 7"):
-        compress(_text_recipe(bert, rows, stages=[{"attention": {"kind": "linear", "layers": [7]}}]), output_dir=out)
+        compress(text_recipe(bert, rows, stages=[{"attention": {"kind": "linear", "layers": [7]}}]), output_dir=out)
     with pytest.raises(ConfigError, match="No such recipe"):
         compress(tmp_path / "missing.yaml", output_dir=out)
     albert = tmp_path / "albert"
@@ -324,7 +294,7 @@ def test_bad_input_stops_before_any_work(tmp_path, rows):
         (albert / name).write_text((bert / name).read_text())
     (albert / "config.json").write_text(json.dumps({"model_type": "albert"}))
     with pytest.raises(UnsupportedModelError, match="there is one layer alone"):
-        compress(_text_recipe(albert, rows, stages=[{"prune": {"granularity": ["layer"]}}]), output_dir=out)
+        compress(text_recipe(albert, rows, stages=[{"prune": {"granularity": ["layer"]}}]), output_dir=out)
     assert not out.exists()
 
 
@@ -352,72 +322,6 @@ def test_further_metrics_are_scores_of_teacher_and_student(tmp_path):
     assert "matthews correlation" in card and "metrics: [f1" not in card.split("---")[1]
 
 
-def test_quantised_or_exported_the_result_says_how_it_does(tmp_path, rows):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("torchao")
-    model = {"config": TINY["model"]["config"] | {"num_hidden_layers": 1}}
-    short = TINY | {"model": model, "teacher": {"max_steps": 4}}
-    short |= {"stages": [{"prune": {"ratio": 0.3, "calibration_samples": 32}}]}
-    exports = [{"export": {"format": "onnx"}}, {"export": {"format": "onnx", "quantize": "int8"}}]
-    done = compress(Recipe.from_dict(short | {"stages": short["stages"] + exports}), output_dir=tmp_path / "exported")
-    assert [(each.folder, each.quantize) for each in done.exports] == [("onnx", None), ("onnx-int8", "int8")]
-    plain, rounded = done.exports
-    assert plain.difference < 1e-4 < rounded.difference and plain.quality.main.value == done.student.quality.main.value
-    assert plain.quality_difference == done.comparison.quality_difference
-    assert plain.latency.rounds == TINY["measure"]["repeats"] and plain.speedup > 0
-    model = tmp_path / "exported" / "model"
-    assert load_report(model) == done
-    card = (model / "README.md").read_text()
-    assert "## In other runtimes" in card and 'subfolder="onnx"' in card
-    from transformers.exporters import ExportedModel
-
-    pixels = torch.rand(3, 1, 8, 8)
-    student = AutoModelForImageClassification.from_pretrained(model)
-    with torch.no_grad():
-        expected = student(pixels).logits
-        assert torch.allclose(
-            ExportedModel.from_pretrained(model, subfolder="onnx")(pixel_values=pixels).logits, expected, atol=1e-4
-        )
-    eight = compress(
-        Recipe.from_dict(short | {"stages": short["stages"] + [{"quantize": {"method": "int8"}}]}),
-        output_dir=tmp_path / "quantised",
-    )
-    assert eight.student.size.weight_bytes < done.student.size.weight_bytes and not eight.exports
-    assert "pip install torchao" in (tmp_path / "quantised" / "model" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("stages", "words"),
-    [
-        ([{"prune": {"ratio": 0.3, "granularity": ["neuron"]}}], r"round_to=8.*group_size=16.*Set round_to to 16"),
-        ([{"prune": {"ratio": 0.2, "granularity": ["neuron"], "round_to": 12}}], "Set round_to to 48"),
-        ([{"prune": {"ratio": 0.3, "round_to": 16}}], r"heads, of \d+ inputs each.*leave head out of granularity"),
-        ([{"distill": {"prune": {"ratio": 0.2, "granularity": ["neuron"]}}}], r"Set round_to to 16"),
-        ([], r"does not divide the \d+ inputs"),
-    ],
-)
-def test_four_bits_that_pruning_leaves_no_room_for_are_refused_before_any_work(rows, tmp_path, stages, words):
-    pytest.importorskip("torchao")
-    size = 16 if stages else 48
-    recipe = _text_recipe(
-        _bert(tmp_path / "bert"), rows, stages=[*stages, {"quantize": {"method": "int4", "group_size": size}}]
-    )
-    for work in (lambda: compress(recipe, output_dir=tmp_path / "out"), lambda: plan_recipe(recipe)):
-        with pytest.raises(ConfigError, match=words):
-            work()
-    assert not (tmp_path / "out").exists()
-
-
-def test_four_bits_of_what_fits(rows, tmp_path):
-    pytest.importorskip("torchao")
-    fits = [{"prune": {"ratio": 0.1, "granularity": ["neuron"], "round_to": 16}}]
-    bert = _bert(tmp_path / "bert")
-    recipe = _text_recipe(bert, rows, stages=[*fits, {"quantize": {"method": "int4", "group_size": 16}}])
-    assert all(row.neurons % 16 == 0 for row in plan_recipe(recipe)[0].forecast.layers)
-    eight = _text_recipe(bert, rows, stages=[{"prune": {"ratio": 0.1}}, {"quantize": {"method": "int8"}}])
-    assert len(plan_recipe(eight)) == 1
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -428,7 +332,7 @@ def test_four_bits_of_what_fits(rows, tmp_path):
     ids=str,
 )
 def test_a_dry_run_refuses_what_the_run_would(rows, tmp_path, change, error):
-    recipe = _text_recipe(_bert(tmp_path / "bert"), rows).with_overrides(change)
+    recipe = text_recipe(make_bert(tmp_path / "bert"), rows).with_overrides(change)
     for work in (lambda: plan_recipe(recipe), lambda: compress(recipe, output_dir=tmp_path / "out")):
         with pytest.raises(error):
             work()

@@ -1,0 +1,11 @@
+"""What several files of this folder are given."""
+
+import pytest
+
+
+@pytest.fixture
+def rows(tmp_path):
+    lines = ["text,label", *(f"{'abcd'[i % 4]} {'efgh'[i % 3]} {i % 7},{'xy'[i % 2]}" for i in range(40))]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(lines))
+    return path
