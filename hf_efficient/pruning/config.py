@@ -48,8 +48,8 @@ class PruningConfig:
             (an FFN intermediate unit), `"layer"`, `"weight"` (zeros in the linears, which keep their size). Layers,
             units (heads and neurons) and weights all reduce the network by the same factor: ratio 0.75 keeps half
             of the layers, and half of what is in them. Weights come last, of what the others have left.
-        importance: `"fisher"` (the default), `"taylor"`, `"activation"`, `"magnitude"`, `"magnitude_l1"` or
-            `"random"`; see `pruning.score.units`. Of weights also `"obs"` (SparseGPT). `"movement"` is learned while
+        importance: `"fisher"` (the default), `"taylor"`, `"obs"` (of weights SparseGPT), `"activation"`,
+            `"magnitude"`, `"magnitude_l1"` or `"random"`; see `pruning.score.units`. `"movement"` is learned while
             training (`PruningCallback`). Of layers alone `"loss"` (their default), `"block_influence"`, or one of the
             above, summed over a layer's units.
         layer_importance: of layers, where units leave too; default `"loss"`.

@@ -34,6 +34,7 @@ class Importance:
 IMPORTANCES = {
     "fisher": Importance("pruning.score.units:fisher"),
     "taylor": Importance("pruning.score.units:taylor"),
+    "obs": Importance("pruning.score.surgeon:obs"),
     "activation": Importance("pruning.score.units:activation"),
     "magnitude": Importance("pruning.score.units:magnitude", needs_data=False),
     "magnitude_l1": Importance("pruning.score.units:magnitude_l1", needs_data=False),

@@ -242,8 +242,8 @@ def _make_stack(
     main = ffns.pop("neurons", FFN("neurons", (), ""))
     readers = [found.attention.output, *([found.cross.output] if found.cross else []), main.down]
     norm = norm_place(first, readers) if first.base.outputs.keys() >= set(readers) else None
-    own, where, field = _own_config(model, first.layer, found, len(layers), path)
-    fields = {"num_layers": field} | _fields(own, path, found, first, main)
+    own, where, num_layers = _own_config(model, first.layer, found, len(layers), path)
+    fields = {"num_layers": num_layers} | _fields(own, path, found, first, main)
     stack = Stack(
         name=name,
         layers=path,

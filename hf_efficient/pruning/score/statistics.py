@@ -84,6 +84,16 @@ def _masked_experts(
         module.register_parameter(name, weight)
 
 
+def check_seen(model: PreTrainedModel, groups: list[Group]) -> None:
+    """UnsupportedModelError for experts in one tensor, which read what no hook sees."""
+    hidden = [group for group in groups for member in group.members if output_weight(model, member).ndim == 3]
+    if hidden:
+        raise UnsupportedModelError(
+            f"What the experts of {hidden[0].name} read cannot be seen, for they are one tensor. Use importance "
+            "'fisher', 'taylor' or 'magnitude'."
+        )
+
+
 def input_squares(
     model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch]
 ) -> dict[Group, list[torch.Tensor]]:
@@ -92,12 +102,7 @@ def input_squares(
     Raises:
         UnsupportedModelError: experts in one tensor, which read what no hook sees.
     """
-    hidden = [group for group in groups for member in group.members if output_weight(model, member).ndim == 3]
-    if hidden:
-        raise UnsupportedModelError(
-            f"What the experts of {hidden[0].name} read cannot be seen, for they are one tensor. Use importance "
-            "'fisher', 'taylor' or 'magnitude'."
-        )
+    check_seen(model, groups)
     sums: dict[Group, list[torch.Tensor]] = {group: [torch.zeros(1)] * len(group.members) for group in groups}
 
     def add(batch: Batch, group: Group, number: int, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ All scores are sums over what a unit owns, so they can be added over units and c
   change of the answer when the unit is removed (Kwon 2022, section 4.2). Needs no labels.
 - `taylor`: sum over rows of |dL/dm|, the first-order change of the loss (Michel 2019, Molchanov 2019). Absolute values
   of large units are small for their cost, since what is in them cancels: `by_kind` makes heads and neurons comparable.
+- `obs`: how far the answer still moves when the unit is gone and the others have made up for it; see `surgeon`.
 - `activation`: sum over the columns that read the unit of ||W_j||^2 ||x_j||^2, what it adds to the output (Wanda, Sun
   2023, by columns).
 - `magnitude`, `magnitude_l1`: squared L2 norm or L1 norm of the unit's weights (Han 2015), the weakest criterion.

@@ -124,10 +124,11 @@ def test_the_gradient_of_a_mask_is_the_slope_of_the_loss():
     assert float(slope[3]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=0.02)
 
 
-def test_what_experts_read_cannot_be_seen():
+@pytest.mark.parametrize("importance", ["activation", "obs"])
+def test_what_experts_read_cannot_be_seen(importance):
     model, inputs = make("mixtral")
     with pytest.raises(UnsupportedModelError, match="Use importance 'fisher'"):
-        prune(model, replace(BY_SIZE, importance="activation"), [inputs])
+        prune(model, replace(BY_SIZE, importance=importance), [inputs])
 
 
 def test_an_entry_with_an_unknown_ffn_is_refused():

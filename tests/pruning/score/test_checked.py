@@ -25,7 +25,7 @@ from tests.families import make_inputs, make_model
 from ..tiny import CASES, batch, batches, config, logits, make
 
 LAYERS = ["loss", "block_influence", "random", "magnitude"]
-UNITS = ["fisher", "taylor", "activation", "magnitude", "random"]
+UNITS = ["fisher", "taylor", "obs", "activation", "magnitude", "random"]
 
 
 def spoil(model, value: float, layer: int = 1) -> str:
@@ -123,7 +123,7 @@ def test_batches_that_the_model_cannot_read(fault):
     assert len(calibration.check_calibration(Anatomy.of(model), good)) == 3
 
 
-@pytest.mark.parametrize("importance", ["fisher", "taylor", "activation"])
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "obs", "activation"])
 def test_labels_beyond_the_classes_reach_no_importance(importance):
     model, wrong = make("bert"), batch("bert") | {"labels": torch.tensor([0, 2, 9])}
     asked = PruningConfig(ratio=0.4, importance=importance, round_to=4)

@@ -120,7 +120,7 @@ def all_equal(found: list[dict], other: dict, rtol: float = 1e-9) -> None:
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("importance", ["fisher", "taylor", "activation"])
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "obs", "activation"])
 @pytest.mark.parametrize("name", MODELS)
 def test_unit_scores_do_not_depend_on_padding(name, importance):
     model = make(name)
