@@ -73,7 +73,7 @@ class Scores:
             return self.watch.done(getattr, (self, name), {})
         if not callable(value) or name in KNOWN:
             return value
-        return lambda *args, **kwargs: self.watch.done(getattr(Tensor, name), (self, *args), kwargs)
+        return lambda *args, **kwargs: self.watch.done(getattr(Tensor, name), (self, *args), kwargs, name)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

@@ -54,19 +54,19 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         return self.done(func, args, kwargs or {})
 
-    def done(self, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """What a function gives, among whose arguments there may be scores."""
+    def done(self, func: Callable, args: tuple, kwargs: Mapping[str, Any], name: str = "") -> Any:
+        """What a function gives, among whose arguments there may be scores. Exporters put functions of other names in
+        the place of methods: then `name` says which method it is."""
         given = scores_in((args, kwargs))
         if self._is_busy and not given:  # of what is computed here
             return func(*args, **kwargs)
         was_busy, self._is_busy = self._is_busy, True
         try:
-            return self._known(func, given, args, kwargs)
+            return self._known(func, name or getattr(func, "__name__", ""), given, args, kwargs)
         finally:
             self._is_busy = was_busy
 
-    def _known(self, func: Callable, given: list[Scores], args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        written = getattr(func, "__name__", "")
+    def _known(self, func: Callable, written: str, given: list[Scores], args: tuple, kwargs: Mapping[str, Any]) -> Any:
         name, result = written.strip("_"), None
         changes = name == "setitem" or (written.endswith("_") and not written.startswith("__"))
         if func is F.multi_head_attention_forward and not given:

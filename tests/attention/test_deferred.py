@@ -302,3 +302,22 @@ def test_masks_that_say_no_more_than_padding_and_order_are_obeyed_by_kinds_witho
     if kind == "linear":
         with pytest.raises(UnsupportedModelError, match="takes a 2D attention_mask"):
             module(query, key, value, mask + torch.eye(T))
+
+
+@pytest.mark.parametrize("name", ["view", "masked_fill", "softmax"])
+def test_methods_that_an_exporter_has_replaced_are_known(name, monkeypatch):
+    """As transformers' exporters do, by functions that are all called `patch`."""
+    original = getattr(torch.Tensor, name)
+
+    def patch(tensor, *args, **kwargs):
+        return original(tensor, *args, **kwargs)
+
+    def written(self, query, key, value, mask):
+        scores = (query.reshape(B * H, T, D) @ key.reshape(B * H, T, D).mT).view(B, H, T, T)
+        return scores.masked_fill(mask < 0, LOW).softmax(-1) @ value, None
+
+    given = tensors()
+    wanted, _ = Written(written).eval()(*given)
+    monkeypatch.setattr(torch.Tensor, name, patch)
+    output, _ = converted(written)(*given)
+    torch.testing.assert_close(output, wanted, rtol=1e-9, atol=1e-9)
