@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import transformers
 from benchmarks.attention_methods import CAUSAL, CONFIGS, DIM, HEADS, PEERS, installed, make_method, our_names
 from benchmarks.coverage import summary, try_type
 from benchmarks.coverage_page import write_page
+from benchmarks.pruning_embeddings import PARTS
 from benchmarks.pruning_peers import PEERS as PRUNING_PEERS
 from benchmarks.pruning_peers import (
     Calibration,
@@ -347,3 +349,20 @@ def test_merging_is_measured(tmp_path):
     assert rows[0]["forward_speedup"] == rows[0]["train_speedup"] == 1
     assert all(row["forward_ms"] > 0 and row["train_ms"] > 0 and row["train_bytes"] >= 0 for row in rows)
     assert rows[0]["macs"] > rows[2]["macs"] > 0.5 * rows[0]["macs"]
+
+
+@pytest.mark.thorough
+@pytest.mark.processes
+def test_a_sentence_encoder_finds_its_articles_by_half_of_the_work(tmp_path):
+    """all-mpnet-base-v2 without training, as `benchmarks/results` says; half an hour."""
+    for part in PARTS:
+        try:
+            distribution(part)
+        except PackageNotFoundError:
+            pytest.skip(f"needs {part}")
+    done = python(str(ROOT / "benchmarks/pruning_embeddings.py"), "--output", str(tmp_path / "embeddings.json"))
+    assert done.returncode == 0, done.stderr
+    committed = json.loads((ROOT / "benchmarks/results/pruning_embeddings_cpu.json").read_text())["rows"]
+    for row, said in zip(json.loads((tmp_path / "embeddings.json").read_text())["rows"], committed, strict=True):
+        assert row["parameters"] == pytest.approx(said["parameters"], rel=0.01)
+        assert row["retrieval@1"] >= said["retrieval@1"] - 0.5, "two pairs of 400, for another machine's rounding"
