@@ -77,6 +77,17 @@ def retrieval(model, tokenizer, pairs: list[tuple[str, str]], length: int) -> di
     }
 
 
+def page_table(report: dict) -> str:
+    """Markdown of a report: what has left, and what is still found."""
+    settings, (dense, *small) = report["settings"], report["rows"]
+    lines = [f"| MACs removed | parameters | retrieval@1 among {settings['pairs']} articles |", "| --- | --- | --- |"]
+    for row in (dense, *small):
+        part = f"{1 - row.get('mac_ratio', 1):.0%}" + (f", `{settings['importance']}`" if row["ratio"] else "")
+        score = f"{row['retrieval@1']:.2f} ± {row['half_interval']:.1f}"
+        lines.append(f"| {part} | {row['parameters'] / 1e6:.0f}M | {score} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of the encoder, if not that of the packages")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import attention_summary as summary  # noqa: E402
 import distillation_quality  # noqa: E402
 import pruning  # noqa: E402
+import pruning_embeddings  # noqa: E402
 from attention_methods import CONFIGS  # noqa: E402
 
 from hf_efficient import AttentionConfig  # noqa: E402
@@ -363,6 +364,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the 
     "distillation_cost": ("distillation_cpu", distillation_cost),
     "distillation_memory": ("distillation_memory_cpu", distillation_memory),
     "pruned_speed": ("pruning_speed_cpu", pruned_speed),
+    "embeddings": ("pruning_embeddings_cpu", pruning_embeddings.page_table),
     "latency": ("pruning_latency_cpu", latency),
     **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},
 }
