@@ -25,7 +25,7 @@ CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
 PLAIN = ("contiguous", "clone")
 SCALES, SHIFTS = ("mul", "multiply", "div", "divide", "true_divide", "truediv"), ("add", "sub", "subtract")
 FILLS, BOUNDS, SOFTMAX = ("masked_fill", "where"), ("max", "maximum", "clamp", "clamp_min"), "softmax"
-KNOWN = ("size", "dim", "numel", "is_floating_point", "get_device")  # without the scores
+KNOWN = ("size", "dim", "numel", "is_floating_point", "is_complex", "get_device")  # without the scores
 
 
 class Step(NamedTuple):

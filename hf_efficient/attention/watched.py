@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
-from .deferred import SOFTMAX, Scores, by_heads, mapped, scores_in
+from .deferred import KNOWN, SOFTMAX, Scores, by_heads, mapped, scores_in
 from .dispatch import efficient_attention_forward, variant_of
 from .variant import OWN
 
@@ -69,6 +69,8 @@ class Watch(TorchFunctionMode):
     def _known(self, func: Callable, written: str, given: list[Scores], args: tuple, kwargs: Mapping[str, Any]) -> Any:
         name, result = written.strip("_"), None
         changes = name == "setitem" or (written.endswith("_") and not written.startswith("__"))
+        if name in KNOWN and given:  # asked by a function of torch
+            return func(*mapped(lambda scores: scores.ghost, args), **kwargs)
         if func is F.multi_head_attention_forward and not given:
             return self._opened(*args, **kwargs)
         if not given:

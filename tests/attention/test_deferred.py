@@ -321,3 +321,22 @@ def test_methods_that_an_exporter_has_replaced_are_known(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, name, patch)
     output, _ = converted(written)(*given)
     torch.testing.assert_close(output, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_what_an_exporter_asks_of_scores_is_no_other_use_of_them(monkeypatch):
+    """Its functions ask of their tensors whether they are complex, before they call torch's."""
+    original = torch.unsqueeze
+
+    def patch(tensor, dim):
+        assert not torch.is_complex(tensor)
+        return original(tensor, dim)
+
+    def written(self, query, key, value, mask):
+        weights = (query @ key.mT * 0.3 + mask).softmax(-1)
+        return torch.unsqueeze(weights, 0).squeeze(0) @ value, None
+
+    given = tensors()
+    wanted, _ = Written(written).eval()(*given)
+    monkeypatch.setattr(torch, "unsqueeze", patch)
+    output, _ = converted(written)(*given)
+    torch.testing.assert_close(output, wanted, rtol=1e-9, atol=1e-9)

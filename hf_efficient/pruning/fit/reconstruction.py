@@ -20,8 +20,6 @@ unit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 
 import torch
 from torch import nn
@@ -32,6 +30,7 @@ from ...models.linears import input_dim
 from ...models.modes import eval_mode
 from ...models.stacks import ModelStack
 from ..score.finite import check_finite
+from ..score.statistics import output_gradients
 from ..score.stream import Batch, Block, Stream
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
@@ -96,23 +95,11 @@ def token_weights(
         for _, path in find_blocks(stack, index)
     ]
     weights: TokenWeights = {path: [] for path in paths}
-    offsets: dict[str, torch.Tensor] = {}
-
-    def add_zeros(path: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        offsets[path] = torch.zeros_like(output, requires_grad=True)  # its gradient is that of the output
-        return output + offsets[path]
-
+    modules = {path: model.get_submodule(path) for path in paths}
     with eval_mode(model):
         for batch in batches:
-            offsets.clear()
-            with ExitStack() as hooks, torch.enable_grad():
-                for path in paths:
-                    hook = partial(add_zeros, path)
-                    hooks.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-                scalar = loss(model, batch)
-            gradients = torch.autograd.grad(scalar, list(offsets.values()), allow_unused=True)
-            for (path, offset), gradient in zip(offsets.items(), gradients, strict=True):
-                gradient = torch.zeros_like(offset) if gradient is None else gradient
+            last = {path: gradient for path, _, gradient in output_gradients(model, modules, batch, loss)}
+            for path, gradient in last.items():
                 weights[path].append(gradient.float().square().sum(-1))
     for path, by_batch in weights.items():
         for weight in by_batch:

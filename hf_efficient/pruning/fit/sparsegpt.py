@@ -22,9 +22,9 @@ from ..cut.linears import Linear, matrix
 from ..score.finite import check_finite
 from ..score.linear_inputs import collect
 from ..score.stream import Batch
+from ..score.surgeon import damped_inverse
 
 BLOCK = 128
-DAMPING = 0.01  # lambda, as a part of the mean of the diagonal
 
 # (errors [out, stop - start], start, stop) -> bool: which of these columns' weights leave.
 Choose = Callable[[Tensor, int, int], Tensor]
@@ -84,17 +84,14 @@ def prune_matrix(weight: Tensor, gram: Tensor, choose: Choose, width: int = BLOC
     return weight.masked_fill(removed, 0)
 
 
-def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper triangular U with U^T U = (gram + lambda I)^-1; lambda is `damping` times the mean of the diagonal.
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = (gram + lambda I)^-1.
 
     Raises:
         DataError: the inputs are not finite.
     """
     check_finite(gram, "What a linear reads on the calibration data")
-    damped = gram.clone()
-    damped.diagonal().add_((damping * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny ** 0.5))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    return torch.linalg.cholesky(damped_inverse(gram), upper=True)
 
 
 def choose_given(mask: Tensor) -> Choose:

@@ -5,9 +5,10 @@ No weight is touched and no weight gradient is computed. What experts in one ten
 mask multiplies the weights that read the unit, which is the same, but is one mask for all rows of a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from .calibration import Loss, state_mask, wide
 from .stream import Batch, forward
 
 MaskGradients = dict[Group, torch.Tensor]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch], loss: Loss) -> MaskGradients:
@@ -82,6 +84,29 @@ def _masked_experts(
     finally:
         delattr(module, name)
         module.register_parameter(name, weight)
+
+
+def output_gradients(
+    model: PreTrainedModel, modules: Mapping[Name, nn.Module], batch: Batch, loss: Loss
+) -> list[tuple[Name, torch.Tensor, torch.Tensor]]:
+    """Of each call of each module: its name, what it read, and d loss / d what it gave, which is zero where the loss
+    does not depend on it. No weight gradient is computed."""
+    calls: list[tuple[Name, torch.Tensor, torch.Tensor]] = []
+
+    def add_zeros(name: Name, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        offset = torch.zeros_like(output, requires_grad=True)  # its gradient is that of the output
+        calls.append((name, args[0].detach(), offset))
+        return output + offset
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(partial(add_zeros, name)).remove)
+        scalar = loss(model, batch)
+    gradients = torch.autograd.grad(scalar, [offset for _, _, offset in calls], allow_unused=True)
+    return [
+        (name, read, torch.zeros_like(offset) if gradient is None else gradient)
+        for (name, read, offset), gradient in zip(calls, gradients, strict=True)
+    ]
 
 
 def check_seen(model: PreTrainedModel, groups: list[Group]) -> None:

@@ -15,12 +15,10 @@ left, and no lower than that of a unit that left before.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
 from math import ceil
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -28,7 +26,7 @@ from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode
 from .calibration import Loss, answer_loss, wide
 from .finite import check_finite
-from .statistics import check_seen
+from .statistics import check_seen, output_gradients
 from .stream import Batch
 
 DAMPING = 0.01  # lambda, as a part of the mean of the diagonal
@@ -72,30 +70,15 @@ def _portions(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[
 
 
 def _collect(model: PreTrainedModel, members: Sequence[Member], batches: Sequence[Batch], loss: Loss) -> Matrices:
-    calls: list[tuple[Member, Tensor, Tensor]] = []  # what was read, and an offset whose gradient is the output's
+    modules = {member: output_module(model, member) for member in members}
     sums: Matrices = {}
     for member in members:  # a linear that no batch reaches reads zeros
         weight = wide(output_weight(model, member).detach()).movedim(member.output.dim, -1)
         rows, columns = weight.shape
         sums[member] = [weight.new_zeros(size) for size in ((columns, columns), (columns,), (rows, rows))]
-
-    def add_zeros(member: Member, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        offset = torch.zeros_like(output, requires_grad=True)
-        calls.append((member, args[0].detach(), offset))
-        return output + offset
-
     with eval_mode(model):
         for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
-            calls.clear()
-            with ExitStack() as hooks, torch.enable_grad():
-                for member in members:
-                    hook = partial(add_zeros, member)
-                    hooks.callback(output_module(model, member).register_forward_hook(hook).remove)
-                scalar = loss(model, batch)
-            gradients = torch.autograd.grad(scalar, [offset for _, _, offset in calls], allow_unused=True)
-            for (member, read, _), gradient in zip(calls, gradients, strict=True):
-                if gradient is None:
-                    continue
+            for member, read, gradient in output_gradients(model, modules, batch, loss):
                 x, g = (wide(one.flatten(0, -2)) for one in (read, gradient))
                 weighted = x * g.square().sum(-1, keepdim=True)
                 for total, new in zip(sums[member], (weighted.T @ x, weighted.sum(0), g.T @ g), strict=True):
@@ -108,15 +91,21 @@ def _reader(
 ) -> tuple[Tensor, Tensor]:
     """sqrt(G) W `[out, in]` and H^-1 `[in, in]`, in float64."""
     check_finite(gram, f"What {member.prefix}.{member.output.name} reads, or how the answer depends on it,")
-    gram, moment, spread = (matrix.to(torch.float64, copy=True) for matrix in (gram, moment, spread))
+    gram, moment, spread = gram.double(), moment.double(), spread.double()
     total = spread.diagonal().sum().clamp(min=torch.finfo(torch.float64).tiny)
     if output_module(model, member).bias is not None:
-        gram -= torch.outer(moment, moment) / total
+        gram = gram - torch.outer(moment, moment) / total
     weight = output_weight(model, member).detach().movedim(member.output.dim, -1).double()
     values, directions = torch.linalg.eigh(spread / total)  # a norm behind it leaves directions without an effect
     root = values.clamp(min=0).sqrt()[:, None] * directions.T
-    gram.diagonal().add_((DAMPING * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny ** 0.5))
-    return root @ weight, torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return root @ weight, damped_inverse(gram)
+
+
+def damped_inverse(gram: Tensor) -> Tensor:
+    """(gram + lambda I)^-1, for a gram of finite numbers."""
+    damped = gram.clone()
+    damped.diagonal().add_((DAMPING * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny ** 0.5))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def prices(readers: Sequence[tuple[Tensor, Tensor]], units: int) -> Tensor:
