@@ -46,6 +46,7 @@ PUBLIC = [
     "quantize",
     "register_attention",
     "register_importance",
+    "self_calibration",
     "sweep",
     "teacher_texts",
     "transfer_attention",

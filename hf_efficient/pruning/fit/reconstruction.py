@@ -183,4 +183,4 @@ class _Fit:
         if self.bias:
             damped[inputs, inputs] *= 1 + 1e-6
         damped.diagonal().clamp_(min=torch.finfo(gram.dtype).tiny)  # an input that is always zero
-        return torch.linalg.solve(damped, moment)
+        return torch.cholesky_solve(moment, torch.linalg.cholesky(damped))

@@ -131,7 +131,12 @@ def _errors(weight: Tensor, inverse: Tensor, left: Tensor, units: int) -> Tensor
     blocks = inverse.view(units, width, units, width)[left, :, left]  # [left, width, width]
     if width == 1:
         return (columns.square().sum(-1) / blocks[..., 0])[:, 0].cpu()
-    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2)).cpu()
+    return (columns * _solve(blocks, columns)).sum((1, 2)).cpu()
+
+
+def _solve(matrices: Tensor, right: Tensor) -> Tensor:
+    """Of symmetric positive matrices. Not by LU: that of MKL hangs on batches of them on some processors."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(matrices.contiguous()))
 
 
 def _remove(weight: Tensor, inverse: Tensor, leaving: Tensor, units: int) -> float:
@@ -139,7 +144,7 @@ def _remove(weight: Tensor, inverse: Tensor, leaving: Tensor, units: int) -> flo
     width = weight.shape[1] // units
     gone = (leaving[:, None] * width + torch.arange(width)).flatten().to(weight.device)
     columns, rows = weight[:, gone], inverse[gone]
-    both = torch.linalg.solve(rows[:, gone], torch.cat([columns.T, rows], 1))
+    both = _solve(rows[:, gone], torch.cat([columns.T, rows], 1))
     by_columns, by_rows = both.split([len(weight), weight.shape[1]], 1)
     error = float((columns.T * by_columns).sum())
     weight.addmm_(columns, by_rows, alpha=-1)
