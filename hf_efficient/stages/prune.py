@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +16,42 @@ from .base import Run, Stage
 from .settings import MAX_BATCH, MAX_STEPS, Settings, check_keys, integer, keys_of, make, part, read
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..data.preparation import PreparedData
     from ..pruning.plan import PruningPlan
 
 
 @dataclass(frozen=True)
 class CalibrationSettings(Settings):
-    """The rows that pruning looks at."""
+    """The rows that pruning looks at: of the data, and, of a language model, in its own words."""
 
     calibration_samples: int = integer(256, 1, MAX_STEPS)
     batch_size: int = integer(16, 1, MAX_BATCH)
+    generated_samples: int = integer(0, 0, MAX_STEPS)
+
+    @classmethod
+    def of_task(cls, task: str | None, given: Mapping[str, Any], path: str) -> "CalibrationSettings":
+        """What is given, and the task's own defaults."""
+        settings = read(cls, TASK_DEFAULTS.get(task or "", {}) | dict(given), path)
+        if settings.generated_samples and task not in TASK_DEFAULTS:
+            raise ConfigError(
+                f"{path}.generated_samples is {settings.generated_samples}, but models of task {task!r} write no "
+                f"texts to look at. Leave it out; it is for {', '.join(TASK_DEFAULTS)}."
+            )
+        return settings
+
+
+# Rows of a language model are long, and its answers are as wide as the vocabulary: few of them in a batch. What it
+# writes itself keeps what the texts do not speak of.
+TASK_DEFAULTS = {"causal-lm": {"calibration_samples": 32, "batch_size": 2, "generated_samples": 32}}
 
 
 @dataclass(frozen=True)
 class PruneStage(Stage):
-    """`prune(model, stage.config, calibration)` with `calibration_samples` rows in batches of `batch_size`.
+    """`prune(model, stage.config, calibration)` with `calibration_samples` rows in batches of `batch_size`, and
+    `generated_samples` as long that a language model writes itself (`self_calibration`).
 
     Weights that a stage made zero stay zero in all that is trained after it:
 
@@ -50,7 +70,7 @@ class PruneStage(Stage):
     def read(cls, section: Any, path: str, task: str | None = None) -> "PruneStage":
         names, rows = keys_of(PruningConfig), keys_of(CalibrationSettings)
         check_keys(section, [*names, *rows], path)
-        calibration = read(CalibrationSettings, part(section, rows), path)
+        calibration = CalibrationSettings.of_task(task, part(section, rows), path)
         config = make(PruningConfig, part(section, names), path)
         if config.importance == "movement":
             raise ConfigError(
@@ -80,12 +100,26 @@ class PruneStage(Stage):
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from ..pruning.prune import prune
-        from .fit import first_batches
 
-        model, rows = run.load(source), self.calibration
-        batches = first_batches(run.data(config=model.config), rows.calibration_samples, rows.batch_size)
+        model = run.load(source)
+        batches = calibration_batches(model, run.data(config=model.config), self.calibration, run.recipe.seed)
         small = prune(model, self.config, batches)
         return pruned(self.config, model.num_parameters(), small) | run.save(small, target)
+
+
+def calibration_batches(
+    model: "PreTrainedModel", data: "PreparedData", rows: CalibrationSettings, seed: int
+) -> "list[dict[str, Tensor]]":
+    """The first training rows, and as long ones in the words of the model itself."""
+    from ..pruning.score.calibration import average_length
+    from ..pruning.score.own_words import self_calibration
+    from .fit import first_batches
+
+    batches = first_batches(data, rows.calibration_samples, rows.batch_size)
+    if rows.generated_samples:
+        length = max(2, average_length(batches, model))
+        batches += map(dict, self_calibration(model, rows.generated_samples, length, rows.batch_size, seed))
+    return batches
 
 
 def counted_length(run: Run, config: Any, pruning: PruningConfig) -> int:

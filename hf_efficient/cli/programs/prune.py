@@ -26,7 +26,7 @@ from ...models.loading import load_model, load_processor
 from ...pruning.config import PruningConfig
 from ...pruning.price.forecast import plan_table
 from ...pruning.prune import described, search
-from ...stages.fit import first_batches
+from ...stages.prune import CalibrationSettings, calibration_batches
 from .pictures import plot_importance, plot_sweep
 
 PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
@@ -51,8 +51,13 @@ class ScriptArguments:
     steps: int = HfArg(default=1, help="Score and remove in so many steps.")
     round_to: int = HfArg(default=8, help="Neurons stay in multiples of this.")
     reconstruct: bool = HfArg(default=True, help="Fit what is left to the dense model.")
-    calibration_samples: int = HfArg(default=256, help="Training rows to look at, without labels.")
-    batch_size: int = HfArg(default=16, help="Of calibration and scoring.")
+    calibration_samples: int | None = HfArg(
+        default=None, help="Training rows to look at, without labels. Default: 256, for language models 32."
+    )
+    generated_samples: int | None = HfArg(
+        default=None, help="Rows that a language model writes itself, to look at too. Default: 32."
+    )
+    batch_size: int | None = HfArg(default=None, help="Of calibration and scoring. Default: 16, or 2 for them.")
     max_length: int | None = HfArg(default=None, help="In tokens.")
     text_column: str | None = HfArg(default=None, help="Default: found by its usual names.")
     label_column: str | None = HfArg(default=None, help="Default: found by its usual names.")
@@ -68,10 +73,16 @@ class ScriptArguments:
             raise ConfigError(f"Give ratio or sweep, one of them; got ratio={self.ratio!r} and sweep={self.sweep!r}.")
         for ratio in self.ratios:
             self.config(ratio)  # a bad value is an error before anything is loaded
+        self.calibration()
 
     @property
     def ratios(self) -> list[float]:
         return [self.ratio] if self.ratio is not None else sorted(set(self.sweep or []))
+
+    def calibration(self) -> CalibrationSettings:
+        names = ("calibration_samples", "generated_samples", "batch_size")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return CalibrationSettings.of_task(self.task, given, "flags")
 
     def config(self, ratio: float) -> PruningConfig:
         names = ("metric", "importance", "allocation", "steps", "round_to", "reconstruct", "seed")
@@ -102,7 +113,7 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     data = prepare(splits, script.task, processor, max_length=script.max_length, **columns)
     model = load_model(TASKS[script.task].auto_class, script.model, **trust)
     check_labels(model.config, data)
-    batches = first_batches(data, script.calibration_samples, script.batch_size)
+    batches = calibration_batches(model, data, script.calibration(), script.seed)
     first = search(model, script.config(script.ratios[0]), batches)
     searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
     rows = [_row(script, 0.0, 0.0, model, data)]
@@ -129,7 +140,8 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
 def _row(
     script: ScriptArguments, ratio: float, removed: float, model: PreTrainedModel, data: PreparedData
 ) -> dict[str, Any]:
-    evaluation = evaluate_quality(model, data.test, data.collator, script.task, batch_size=script.batch_size)
+    size = script.calibration().batch_size
+    evaluation = evaluate_quality(model, data.test, data.collator, script.task, batch_size=size)
     score = evaluation.quality.scores[0]
     return {
         "ratio": ratio,

@@ -21,7 +21,7 @@ TOGETHER = 64  # rows that are sampled at once: a cache of so many texts has to 
 
 
 def self_calibration(
-    model: PreTrainedModel, rows: int = 32, length: int = 512, *, batch_size: int = 4, seed: int = 0
+    model: PreTrainedModel, rows: int = 32, length: int = 512, batch_size: int = 4, seed: int = 0
 ) -> list[Batch]:
     """Batches of `input_ids` and `attention_mask`, `[batch_size, length]`, that the model wrote itself.
 
