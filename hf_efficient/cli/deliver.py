@@ -44,7 +44,7 @@ def format_names(incomplete: str) -> list[str]:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, a Hub id, or bundled:NAME.")],
     format: Annotated[
         str, typer.Option(help="onnx, openvino, executorch or torch.", autocompletion=format_names)
     ] = "onnx",

@@ -18,7 +18,7 @@ PACKAGES = (
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hub id, or bundled:NAME.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, a Hub id, or bundled:NAME.")],
     baseline: Annotated[str | None, typer.Option(help="Measured in turn with the model, and compared.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Decides the class that loads the model. Default: its head.")

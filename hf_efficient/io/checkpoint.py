@@ -25,7 +25,7 @@ _MAX_HEADER = 100_000_000  # the limit of safetensors itself
 _MAX_LABELS = 1 << 17  # or as many as a weight has rows
 _MAX_COUNT = 1 << 16
 _FEW = 64  # layers that a model may have whatever its file holds: they may share their weights
-_READ = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py", ".bin"}
+_READ = {".json", ".safetensors", ".model", ".txt", ".jinja", ".py", ".bin", ".gguf"}
 # Numbers that say how often a constructor goes round a loop; the sizes of tensors are compared with the weights.
 _COUNT = re.compile(r"(^|_)(layers?|blocks?|heads?|experts|groups|stages|depth|codebooks)$")
 _LAYERS = re.compile(r"^((num|n|encoder|decoder)_.*)?(layers?|blocks|depth)$")

@@ -2,8 +2,9 @@
 
     model = load_model("AutoModelForSequenceClassification", "google-bert/bert-base-uncased")
 
-Weights are read from safetensors only, never from pickle files. Of a local folder the files are looked at first: they
-must lie in it, with plausible numbers, and weights as large as the config says. Memory is taken only then.
+Weights are read from safetensors and GGUF files only, never from pickle files. Of a local folder the files are looked
+at first: they must lie in it, with plausible numbers, and weights as large as the config says. Memory is taken only
+then.
 """
 
 import copy
@@ -15,7 +16,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..data.bundled import resolve_model
+from ..data.bundled import gguf_file, resolve_model
 from ..errors import CheckpointError, HfEfficientError, shown
 from ..io.checkpoint import CONFIG, MAX_CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
 from .checks import quantization_method
@@ -26,7 +27,12 @@ ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
 
 def load_config(name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedConfig:
-    """The config of a Hub id, a folder or a bundled model; CheckpointError if there is none that can be loaded."""
+    """The config of a Hub id, a folder, a GGUF file or a bundled model; CheckpointError if none can be loaded.
+
+    Of a GGUF file that was not unpacked yet, the header alone is read.
+    """
+    if (file := gguf_file(str(name))) is not None and not file.is_unpacked:
+        return file.config(**options)
     folder = _folder(name)
     if folder is not None:
         check_links(folder)
@@ -146,7 +152,7 @@ def load_processor(
 
 
 def _folder(name: str | Path) -> Path | None:
-    """The local folder that a name stands for; None for a Hub id."""
+    """The local folder that a name stands for, for a GGUF file the one it is unpacked to; None for a Hub id."""
     folder = Path(resolve_model(str(name)))
     return folder if folder.is_dir() else None
 
@@ -167,5 +173,5 @@ def _load_error(error: Exception, name: str | Path, auto: Any) -> CheckpointErro
     missing = "" if Path(str(name)).exists() or ":" in str(name) else f" There is no folder {str(name)!r} here."
     return CheckpointError(
         f"Cannot load {str(name)!r} with {auto.__name__}: {reason}.{missing} Give a folder or Hub id with "
-        "config.json and model.safetensors; a Hub id needs the network unless it is cached."
+        "config.json and model.safetensors, or a GGUF file; a Hub id needs the network unless it is cached."
     )

@@ -80,7 +80,7 @@ def _origin(recipe: "Recipe", student: "PreTrainedModel") -> tuple[Any, Any]:
     from ..models.registry import stock_type
 
     name = recipe.model.name_or_path or f"{stock_type(student.config)} trained from scratch"
-    return upstream(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
+    return upstream(os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name)
 
 
 def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["PreTrainedModel", tuple[str, ...]]:

@@ -22,7 +22,7 @@ MAX_INPUT = 1 << 24  # tokens in one batch that is made up to be timed
 class ModelSettings(Settings):
     """The model to compress: an existing one by name, or a fresh one by its config."""
 
-    name_or_path: str | None = text()  # Hub id, folder, or bundled:NAME
+    name_or_path: str | None = text()  # Hub id, folder, GGUF file, or bundled:NAME
     config: dict[str, Any] | None = ruled(
         None, "a mapping", lambda value: isinstance(value, dict), optional=True
     )  # of a model that is trained from nothing
@@ -54,8 +54,8 @@ class ModelSettings(Settings):
             _check_bundled(self.name_or_path, "bundled model", MODELS)
             path = os.path.expanduser(self.name_or_path)
             is_path = path.startswith((".", "/")) or path.count("/") > 1
-            if is_path and not os.path.isdir(path):
-                raise ConfigError(f"name_or_path: no such model folder {shown(path)}.")
+            if is_path and not os.path.isdir(path) and not (path.endswith(".gguf") and os.path.isfile(path)):
+                raise ConfigError(f"name_or_path: no such model folder or GGUF file {shown(path)}.")
 
     def check_task(self, task: str) -> None:
         """Raises ConfigError unless a fresh model that reads text is told how, and no other is."""

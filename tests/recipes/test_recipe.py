@@ -109,6 +109,7 @@ REFUSED = [
     (["model"], {"config": {"hidden_size": 4}}, ["model.config.model_type"]),
     (["model", "name_or_path"], "bundled:minilm", ["model.name_or_path", "Did you mean 'minilm-l6'"]),
     (["model", "name_or_path"], "./no/such/folder", ["model.name_or_path", "no such model folder"]),
+    (["model", "name_or_path"], "./no/such.gguf", ["model.name_or_path", "GGUF file"]),
     (["model", "trust_remote_code"], "yes", ["model.trust_remote_code must be true or false", "'yes'"]),
     (["data", "name_or_path"], None, ["data.name_or_path must be text", "got None"]),
     (["data", "name_or_path"], "bundled:bbc-new", ["data.name_or_path", "Did you mean 'bbc-news'"]),
