@@ -85,6 +85,7 @@ RULES = {
         calls(".from_pretrained"),
         ("models/loading.py",),
         {
+            "data/gguf.py": "a file that is made into the folder that is loaded",
             "models/rebuild.py": "no file is read: the weights are those of a model in memory",
             "pruning/cut/tokenizer.py": "a folder that was written a line before",
             "runtimes/formats.py": "an export that was just made, read by transformers.exporters",
