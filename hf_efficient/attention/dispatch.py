@@ -38,7 +38,9 @@ def attach(
     handle = None
     if config.kind != "full":
         device = torch.empty(0).device
-        variant = make_variant(config, shape).to(device)
+        variant = make_variant(config, shape)
+        if device.type != "cpu":  # where it is made; but its parameters, where a model is built without memory for any
+            variant = variant.to(device)
         if device.type != "meta":
             for part, name, value in _plain_tensors(variant):
                 setattr(part, name, value.to(device))

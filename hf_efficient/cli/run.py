@@ -110,6 +110,9 @@ def plan(
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens at which MACs are counted. Default: 128, or all that the model takes.")
     ] = None,
+    rows: Annotated[
+        int, typer.Option(help="Calibration texts, for the memory and time of pruning from a folder.")
+    ] = 256,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     output: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
     as_json: Annotated[
@@ -149,6 +152,20 @@ def plan(
         print_json(values if of_recipe else values[0])
     else:
         print_text("\n\n".join(map(plan_table, plans)))
+        if not of_recipe and (needs := _resources(what, plans[0], rows)):
+            print_text(needs)
+
+
+def _resources(name: str, plan: Any, rows: int) -> str:
+    """What it takes to carry out a plan from the folder of the model."""
+    from ..models.anatomy import Anatomy
+    from ..pruning.price.resources import predict, resources_line
+    from ..pruning.prune import without_weights
+
+    model = without_weights(name)
+    if len(Anatomy.of(model).stacks) != 1:
+        return ""
+    return resources_line(predict(model, plan, rows, plan.forecast.length, batch_size=16))
 
 
 def _usual_length(name: str) -> int:

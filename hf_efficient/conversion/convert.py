@@ -4,17 +4,21 @@
     model = convert_attention(model, AttentionConfig(kind="local", window=128, global_tokens=1))
 
 The result is an efficient class of the same head (`EfficientBertForSequenceClassification`); the given model is left
-as it is. `AttentionConfig(kind="full")` converts back.
+as it is. `AttentionConfig(kind="full")` converts back. A folder becomes another one, without being loaded:
+
+    convert_attention("llama-70b", AttentionConfig(kind="local", window=1024, global_tokens=4), output_dir="converted")
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import overload
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.config import AttentionConfig
-from ..attention.dispatch import ATTACHED
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.anatomy import Anatomy, ConfigAnatomy
 from ..models.block import ATTENTIONS, EfficientBlock
@@ -23,46 +27,93 @@ from ..models.derive.merging import protected_tokens
 from ..models.families import FAMILIES
 from ..models.family import CONVERT
 from ..models.loading import load_config
+from ..models.on_disk import StoredModel
 from ..models.rebuild import check_model, class_for, rebuild
 from ..models.stacks import ConfigStack, config_stacks
 from ..models.structure import MERGING, check_fit
 from .alike import check_alike
+from .in_folder import convert_folder, replaced
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
 from .probe import check_reached
 
 
+@overload
+def convert_attention(
+    model: PreTrainedModel, config: Mixing, *, layers: Sequence[int] | int | str | None = None
+) -> PreTrainedModel: ...
+
+
+@overload
+def convert_attention(
+    model: str | os.PathLike,
+    config: Mixing,
+    *,
+    layers: Sequence[int] | int | str | None = None,
+    output_dir: str | os.PathLike,
+) -> Path: ...
+
+
 @torch.inference_mode(False)  # what is made in inference mode could never be trained
 @torch.no_grad()
 def convert_attention(
-    model: PreTrainedModel, config: Mixing, *, layers: Sequence[int] | int | str | None = None
-) -> PreTrainedModel:
+    model: PreTrainedModel | str | os.PathLike,
+    config: Mixing,
+    *,
+    layers: Sequence[int] | int | str | None = None,
+    output_dir: str | os.PathLike | None = None,
+) -> PreTrainedModel | Path:
     """A copy of `model` whose attention is computed another way.
 
     Parameters:
         model: a stock or efficient model of any architecture that can be derived (docs/models.md). Where nothing can
             be derived, one that calls the attention interface is converted in memory and cannot be saved (see
-            `conversion.in_memory`).
+            `conversion.in_memory`). Or a folder with a model: its weights are copied a few tensors at a time.
         config: one attention for all layers, or a mapping that says which layer, or which stack, gets which:
             `{0: full, "1-4": local}`, `{"all": local, "3::4": full}`, `{"encoder": local, "cross_attention": linear}`
             (see `conversion.mixing`). Layers that are not named keep theirs; cross attention too.
         layers: with a single config, the layers to convert: numbers, or a pattern such as `"3::4"` (default: all). In
             an encoder-decoder both stacks count from 0.
+        output_dir: where the result of a folder is written, with the tokenizer; new or empty. It is returned.
 
     Raises:
+        CheckpointError: the folder or its weights cannot be read; `output_dir` is not empty.
         UnsupportedModelError: the model cannot be converted, or would ignore the conversion.
         ConfigError: a layer or stack that does not exist.
     """
+    if isinstance(model, str | os.PathLike):
+        if output_dir is None:
+            raise ConfigError(
+                f"To convert the model in {os.fspath(model)!r} a few tensors at a time say where the result goes: "
+                "output_dir=... To have it in memory load it first, and give the model."
+            )
+        return _convert_stored(StoredModel.open(os.fspath(model)), config, layers, output_dir)
+    if output_dir is not None:
+        raise ConfigError("output_dir is for a model that is named by its folder. Save this one: save_pretrained.")
     anatomy = _find_anatomy(check_model(model))
     if anatomy is None:
         return convert_in_memory(model, _by_layer(config, layers))
     block = _converted(anatomy, config, layers, class_for(model, stock_config(model.config)))
-    converted = rebuild(model, with_block(model.config, block), _without_replaced(anatomy, block))
+    gone = replaced(anatomy, block)
+    state = {name: value for name, value in model.state_dict().items() if not (gone and name.startswith(gone))}
+    converted = rebuild(model, with_block(model.config, block), state)
     if block.is_converted() and anatomy.family.model_type in FAMILIES:
         check_reached(converted)
     elif block.is_converted():
         check_alike(model, converted)
     return converted
+
+
+def _convert_stored(
+    stored: StoredModel, config: Mixing, layers: Sequence[int] | int | str | None, output_dir: str | os.PathLike
+) -> Path:
+    model, anatomy = stored.model, _find_anatomy(stored.model)
+    if anatomy is None:
+        raise UnsupportedModelError(
+            f"The attention of {type(model).__name__} is converted in memory alone, and such a model cannot be saved."
+        )
+    block = _converted(anatomy, config, layers, class_for(model, stock_config(model.config)))
+    return convert_folder(stored, block, replaced(anatomy, block), convert_attention, output_dir)
 
 
 def _find_anatomy(model: PreTrainedModel) -> Anatomy | None:
@@ -74,18 +125,6 @@ def _find_anatomy(model: PreTrainedModel) -> Anatomy | None:
     except UnsupportedModelError:
         return None
     return None if anatomy.family.why_not(CONVERT) else anatomy
-
-
-def _without_replaced(anatomy: Anatomy, new: EfficientBlock) -> dict[str, torch.Tensor]:
-    """The weights of the model without the learned parts of attentions that the new block replaces."""
-    gone = []
-    for stack in anatomy.stacks:
-        for key, attention in zip(ATTENTIONS, stack.attentions.values(), strict=False):
-            before, after = (getattr(block.stack(stack.name), key) for block in (anatomy.block, new))
-            for index in range(len(stack.layers)):
-                if before and before[index] != (after[index] if after else None):
-                    gone.append(f"{stack.layer_prefix(index)}.{attention.module}.{ATTACHED}.")
-    return {name: value for name, value in anatomy.model.state_dict().items() if not name.startswith(tuple(gone))}
 
 
 def efficient_config(

@@ -34,11 +34,14 @@ _LABELS = re.compile(r"(^|_)num_(labels|classes)( |$)")
 
 @dataclass(frozen=True)
 class Tensor:
-    """What the header of a safetensors file says of one tensor."""
+    """What the header of a safetensors file says of one tensor: `size` numbers, from byte `start` to `stop` of it."""
 
     dtype: str
     shape: tuple[int, ...]
     size: int
+    path: Path | None = None
+    start: int = 0
+    stop: int = 0
 
     @property
     def is_integer(self) -> bool:
@@ -161,7 +164,7 @@ def read_weights(folder: Path, explicit: str | None = None) -> dict[str, Tensor]
         names = []
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensors |= _header(folder / name)
+        tensors |= read_header(folder / name)
     return tensors
 
 
@@ -188,7 +191,7 @@ def _plain_names(names: list[Any], source: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """The header of a safetensors file, and that the file is as long as it says."""
     try:
         with path.open("rb") as file:
@@ -199,7 +202,11 @@ def _header(path: Path) -> dict[str, Tensor]:
             header = parse_json(file.read(length).decode("utf-8"))
             if not isinstance(header, dict):
                 raise ValueError("the header is no object")
-            tensors = {name: _tensor(name, entry) for name, entry in header.items() if name != "__metadata__"}
+            tensors = {
+                name: _tensor(name, entry, path, 8 + length)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             if max(ends, default=0) != whole - 8 - length:
                 raise ValueError(f"{whole:,} bytes, where the header says {8 + length + max(ends, default=0):,}")
@@ -210,11 +217,11 @@ def _header(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _tensor(name: str, entry: Any) -> Tensor:
+def _tensor(name: str, entry: Any, path: Path, begin: int) -> Tensor:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     numbers = [*shape, *place] if isinstance(shape, list) and isinstance(place, list) else [None]
     whole = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
     if not (isinstance(dtype, str) and dtype and whole and len(place) == 2 and place[0] <= place[1]):
         raise ValueError(f"the entry of {shown(name)} says {shown(entry)}")
-    return Tensor(dtype, tuple(shape), prod(shape))
+    return Tensor(dtype, tuple(shape), prod(shape), path, begin + place[0], begin + place[1])

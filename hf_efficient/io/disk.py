@@ -76,6 +76,56 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> Path:
     return target
 
 
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside `path`, for a library to write into; it takes that place when the work is done."""
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~current_umask())
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder where the system keeps what is temporary (TMPDIR says where); afterwards it is gone."""
+    folder = tempfile.mkdtemp(prefix=TEMPORARY)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_folder(folder: str | os.PathLike) -> Path:
+    """The folder of a fixed name beside `folder`, in which it is made and which outlives a kill; `finish_folder` gives
+    it that name. CheckpointError if `folder` is not empty."""
+    target = check_empty(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return own_folder(target.parent / f"{TEMPORARY}{target.name}")
+
+
+def finish_folder(made: Path, folder: str | os.PathLike) -> None:
+    """What `kept_folder` gave becomes `folder`."""
+    target = check_empty(folder)
+    if target.is_dir():
+        target.rmdir()
+    os.replace(made, target)
+
+
+def check_space(folder: str | os.PathLike, needed: int) -> None:
+    """CheckpointError if fewer than `needed` bytes are free where the folder lies."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{os.fspath(folder)} has {free / 1e9:,.1f} GB free, and {needed / 1e9:,.1f} GB are needed. Free some "
+            "space, choose a folder on another disk, or give fewer or shorter calibration texts."
+        )
+
+
 def check_name(folder: str | os.PathLike) -> Path:
     """The folder as a path; CheckpointError if its name is not UTF-8: safetensors and tokenizers open no other."""
     try:
@@ -175,6 +225,11 @@ def copy_folder(source: str | os.PathLike, target: str | os.PathLike, leave_out:
             continue
         (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
         (link_or_copy if path.suffix == ".safetensors" else shutil.copy2)(path, Path(target) / name)
+
+
+def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """A file again, with its times; what a link leads to becomes a file."""
+    shutil.copy2(source, target)
 
 
 def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:

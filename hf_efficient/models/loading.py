@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..data.bundled import gguf_file, resolve_model
@@ -33,7 +33,7 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False, **options:
     """
     if (file := gguf_file(str(name))) is not None and not file.is_unpacked:
         return file.config(**options)
-    folder = _folder(name)
+    folder = local_folder(name)
     if folder is not None:
         check_links(folder)
         if (folder / CONFIG).is_file():
@@ -64,9 +64,9 @@ def load_model(
             left over.
     """
     auto = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
-    folder = _folder(name)
+    folder = local_folder(name)
     if folder is not None:
-        _check_folder(auto, folder, trust_remote_code, options.get("config"))
+        check_folder(auto, folder, trust_remote_code, options.get("config"))
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(auto, name, trust_remote_code=trust_remote_code, **options)
     check_weight_names(model, info, str(name), new_head)
@@ -76,7 +76,9 @@ def load_model(
     return model
 
 
-def _check_folder(auto: Any, folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None) -> None:
+def check_folder(
+    auto: Any, folder: Path, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
+) -> None:
     """What can be known before memory is taken: see `io.checkpoint`, and are model and weights of a size?"""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as QUANTIZATIONS
 
@@ -139,7 +141,7 @@ def load_processor(
 
     `whole`: the AutoProcessor, with all its parts.
     """
-    folder = _folder(name)
+    folder = local_folder(name)
     if folder is not None:
         if images and not (folder / "preprocessor_config.json").is_file():
             return None
@@ -151,7 +153,15 @@ def load_processor(
     return _load(auto, name, trust_remote_code=trust_remote_code)
 
 
-def _folder(name: str | Path) -> Path | None:
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """How the model of a folder generates, if that is said there."""
+    if not (folder / GENERATION).is_file():
+        return None
+    read_mapping(folder / GENERATION)  # transformers does not say that it cannot read one
+    return _load(GenerationConfig, folder)
+
+
+def local_folder(name: str | Path) -> Path | None:
     """The local folder that a name stands for, for a GGUF file the one it is unpacked to; None for a Hub id."""
     folder = Path(resolve_model(str(name)))
     return folder if folder.is_dir() else None

@@ -7,12 +7,17 @@ or in two steps, with a look at the plan, and perhaps a change, in between:
     plan = hf_efficient.plan(model, PruningConfig(ratio=0.5), calibration=batches)
     small = prune(model, plan=plan, calibration=batches)
 
-The given model stays as it is: it is usually the teacher of the next stage.
+The given model stays as it is: it is usually the teacher of the next stage. One that does not fit into memory is named
+by its folder, and pruned layer by layer into another one:
+
+    prune("llama-70b", PruningConfig(ratio=0.3), calibration=batches, output_dir="small")
 """
 
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import overload
 
 import torch
 import transformers
@@ -26,6 +31,7 @@ from .choose.allocation import allocate_alike, choose_layers
 from .choose.reach import check_reachable
 from .config import PruningConfig
 from .cut.surgery import check_plan
+from .folder.run import plan_folder, prune_folder
 from .methods import IMPORTANCES, LAYER_IMPORTANCES
 from .plan import PruningPlan
 from .price.costs import Costs, make_costs
@@ -37,37 +43,73 @@ from .search import Cutter, Search, is_kept, kept_groups
 from .weights import check_data, check_learned, prune_weights
 
 
-@torch.inference_mode(False)
+@overload
 def prune(
     model: PreTrainedModel,
     config: PruningConfig | None = None,
     calibration: Iterable[Batch] | None = None,
     *,
     plan: PruningPlan | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel: ...
+
+
+@overload
+def prune(
+    model: str | os.PathLike,
+    config: PruningConfig | None = None,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    plan: PruningPlan | None = None,
+    output_dir: str | os.PathLike,
+) -> Path: ...
+
+
+@torch.inference_mode(False)
+def prune(
+    model: PreTrainedModel | str | os.PathLike,
+    config: PruningConfig | None = None,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    plan: PruningPlan | None = None,
+    output_dir: str | os.PathLike | None = None,
+) -> PreTrainedModel | Path:
     """A smaller copy of `model`.
 
     Parameters:
-        model: a stock or efficient model of a family in the table.
+        model: a stock or efficient model of a family in the table; or a folder with one, of which no more than a layer
+            is in memory at a time (docs/scaling.md says what that takes, and which models can be read so).
         config: how much, what, and how to choose. Or give a `plan`.
         calibration: batches of model inputs (dicts of tensors), with or without labels; a few hundred examples. Needed
             by most importances and for reconstruction; MACs are counted at their average length.
         plan: what to keep, as `hf_efficient.plan` makes it; nothing is scored again. Its `config` says whether weights
             are reconstructed.
+        output_dir: where the result of a folder is written, with the tokenizer; new or empty. The same call again
+            goes on with one that was killed.
 
     Returns:
         A stock model where the stock config can say the result, else an efficient one; on the same device. With
-        granularity `"weight"` alone a model of the same class and size, with zeros.
+        granularity `"weight"` alone a model of the same class and size, with zeros. Of a folder `output_dir`.
 
     Raises:
-        ConfigError: the ratio cannot be reached; the plan does not fit the model; neither or both are given.
+        CheckpointError: the folder or its weights cannot be read; `output_dir` is not empty; the disk is full.
+        ConfigError: the ratio cannot be reached; the plan does not fit the model; neither or both are given; something
+            that takes the whole model is asked of a folder.
         DataError: calibration is missing, or has batches that the model cannot read; weights or what is computed from
             them are not finite.
         UnsupportedModelError: the model cannot be pruned.
     """
     if (config is None) == (plan is None):
         raise ConfigError("prune needs a config or a plan: prune(model, PruningConfig(ratio=0.5), calibration).")
-    if plan is not None:
+    if isinstance(model, str | os.PathLike):
+        if output_dir is None:
+            raise ConfigError(
+                f"To prune the model in {os.fspath(model)!r} layer by layer say where the result goes: output_dir=... "
+                "To have it in memory load it first, and give the model."
+            )
+        return prune_folder(model, _check_plan(plan) or _check_config(config), calibration, output_dir)
+    if output_dir is not None:
+        raise ConfigError("output_dir is for a model that is named by its folder. Save this one: save_pretrained.")
+    if _check_plan(plan) is not None:
         return _carry_out(model, plan, calibration)
     if isinstance(config, PruningConfig) and "weight" in config.granularity:
         anatomy, batches = _checked(model, calibration)
@@ -123,10 +165,12 @@ def _check_config(config: object) -> PruningConfig:
     return config
 
 
-def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[Batch] | None) -> PreTrainedModel:
+def _check_plan(plan: object) -> PruningPlan | None:
+    """A plan that can be carried out; None if none is given."""
+    if plan is None:
+        return None
     if not isinstance(plan, PruningPlan):
         raise ConfigError(f"plan must be a PruningPlan, such as PruningPlan.load(path); got {shown(plan)}.")
-    anatomy, batches = _checked(model, calibration)
     if not plan.chosen:
         raise ConfigError(
             "This plan holds sizes only: it was made from a config, without weights to choose by. Make it from the "
@@ -134,6 +178,11 @@ def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[
         )
     if not plan.layers and not plan.units:
         raise ConfigError("This plan removes nothing: `layers` and `units` are empty.")
+    return plan
+
+
+def _carry_out(model: PreTrainedModel, plan: PruningPlan, calibration: Iterable[Batch] | None) -> PreTrainedModel:
+    anatomy, batches = _checked(model, calibration)
     check_plan(anatomy, plan)
     return Cutter(anatomy, plan.config or PruningConfig(reconstruct=False), batches).cut(plan).model
 
@@ -154,13 +203,15 @@ def plan(
         model: a model; or, where only sizes are asked for, its config or a name to load it by. A model on the meta
             device counts as a config: there are no weights to choose by, so every layer is taken to lose the same
             (`chosen` is False), and a model of any size takes seconds.
-        calibration: as for `prune`.
+        calibration: as for `prune`. With it a folder is read layer by layer, and units are chosen by its weights.
 
     Raises:
         ConfigError, DataError, UnsupportedModelError: as `prune`, and before any long work.
     """
+    if isinstance(model, str | os.PathLike) and calibration is not None:
+        return plan_folder(model, _check_config(config), calibration)
     if isinstance(model, PreTrainedConfig | str | os.PathLike):
-        model = _without_weights(model)
+        model = without_weights(model)
     check_model(model)
     if model.device.type != "meta":
         return described(search(model, config, calibration))
@@ -179,7 +230,8 @@ def described(search: Search) -> PruningPlan:
     return replace(chosen, forecast=forecast(search.dense, chosen, search.length, search.costs))
 
 
-def _without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
+def without_weights(model: PreTrainedConfig | str | os.PathLike) -> PreTrainedModel:
+    """The model of a config, or of a name to load it by, on the meta device."""
     config = model if isinstance(model, PreTrainedConfig) else load_config(os.fspath(model))
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     head = next((one for one in named if one is not None), None)

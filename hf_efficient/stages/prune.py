@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..models.registry import token_limit
 from ..pruning.config import PruningConfig
 from .base import Run, Stage
-from .settings import MAX_BATCH, MAX_STEPS, Settings, check_keys, integer, keys_of, make, part, read
+from .settings import MAX_BATCH, MAX_STEPS, Settings, check_keys, integer, keys_of, make, one_of, part, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +23,26 @@ if TYPE_CHECKING:
     from ..pruning.plan import PruningPlan
 
 
+BY_LAYER = ("auto", "always", "never")
+
+
 @dataclass(frozen=True)
 class CalibrationSettings(Settings):
-    """The rows that pruning looks at: of the data, and, of a language model, in its own words."""
+    """The rows that pruning looks at: of the data, and, of a language model, in its own words.
+
+    `layer_by_layer`: whether the model is read so (docs/scaling.md), which leaves out its own words; `auto`: where its
+    weights take more than half of this machine's memory.
+    """
 
     calibration_samples: int = integer(256, 1, MAX_STEPS)
     batch_size: int = integer(16, 1, MAX_BATCH)
     generated_samples: int = integer(0, 0, MAX_STEPS)
+    layer_by_layer: str = one_of("auto", BY_LAYER)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`layer_by_layer` only where it is given."""
+        usual = {"layer_by_layer": "auto"}.items()
+        return {name: value for name, value in super().to_dict().items() if (name, value) not in usual}
 
     @classmethod
     def of_task(cls, task: str | None, given: Mapping[str, Any], path: str) -> "CalibrationSettings":
@@ -101,22 +114,45 @@ class PruneStage(Stage):
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from ..pruning.prune import prune
 
+        if is_by_layer(self.calibration.layer_by_layer, source):
+            return self._by_layer(run, source, target)
         model = run.load(source)
         batches = calibration_batches(model, run.data(config=model.config), self.calibration, run.recipe.seed)
         small = prune(model, self.config, batches)
         return pruned(self.config, model.num_parameters(), small) | run.save(small, target)
 
+    def _by_layer(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
+        """From folder to folder, with what lies beside the model."""
+        from ..models.loading import CONFIG, load_config
+        from ..models.on_disk import StoredModel
+        from ..pruning.prune import prune
+
+        data = run.data(config=load_config(source))
+        batches = calibration_batches(None, data, self.calibration, run.recipe.seed)
+        if not (target / CONFIG).is_file():  # else it was finished, and the run killed a moment later
+            prune(source, self.config, batches, output_dir=target)
+        small = StoredModel.open(target).model
+        facts = pruned(self.config, StoredModel.open(source).model.num_parameters(), small)
+        return facts | {"class": type(small).__name__}
+
+
+def is_by_layer(choice: str, name: "str | Path") -> bool:
+    """Whether a model is pruned layer by layer: one of `BY_LAYER`, and its size."""
+    from ..models.on_disk import is_large
+
+    return choice == "always" or (choice == "auto" and is_large(name))
+
 
 def calibration_batches(
-    model: "PreTrainedModel", data: "PreparedData", rows: CalibrationSettings, seed: int
+    model: "PreTrainedModel | None", data: "PreparedData", rows: CalibrationSettings, seed: int
 ) -> "list[dict[str, Tensor]]":
-    """The first training rows, and as long ones in the words of the model itself."""
+    """The first training rows, and as long ones in the words of the model itself, if it is there."""
     from ..pruning.score.calibration import average_length
     from ..pruning.score.own_words import self_calibration
     from .fit import first_batches
 
     batches = first_batches(data, rows.calibration_samples, rows.batch_size)
-    if rows.generated_samples:
+    if rows.generated_samples and model is not None:
         length = max(2, average_length(batches, model))
         batches += map(dict, self_calibration(model, rows.generated_samples, length, rows.batch_size, seed))
     return batches

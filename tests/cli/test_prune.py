@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from hf_efficient import CheckpointError, ConfigError, PruningPlan
+from hf_efficient.cli.programs import prune
 from hf_efficient.cli.programs.prune import parse, run
 from hf_efficient.data.bundled import bundled_model
+from hf_efficient.models import on_disk
 from hf_efficient.pruning import search
 from hf_efficient.pruning.score.units import score_units
 
@@ -36,6 +38,19 @@ def test_one_ratio(flags, tmp_path):
     assert PruningPlan.load(tmp_path / "small" / "plan.json").forecast.removed_macs >= 0.5
     with pytest.raises(CheckpointError, match="not empty"):
         run(parse([*flags, "--ratio", "0.5", "--output_dir", str(tmp_path / "small")]))
+
+
+def test_layer_by_layer(flags, tmp_path, monkeypatch):
+    usual = run(parse([*flags, "--ratio", "0.5", "--output_dir", str(tmp_path / "whole")]))
+    monkeypatch.setattr(prune, "load_model", lambda *_, **__: pytest.fail("the model is loaded whole"))
+    always = ["--ratio", "0.5", "--layer_by_layer", "always"]
+    rows = run(parse([*flags, *always, "--output_dir", str(tmp_path / "small")]))
+    assert [row["parameters"] for row in rows] == [row["parameters"] for row in usual]
+    small, whole = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("small", "whole"))
+    assert all(torch.allclose(small.state_dict()[key], value, atol=1e-4) for key, value in whole.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "small")("film")["input_ids"]
+    monkeypatch.setattr(on_disk, "SHARE", 0.0)  # now every model is too large
+    assert run(parse([*flags, "--ratio", "0.5", "--output_dir", str(tmp_path / "large")])) == rows
 
 
 def test_a_sweep(flags, tmp_path):
@@ -78,6 +93,8 @@ def test_a_sweep_of_layers_has_no_units_to_draw(flags, tmp_path):
         (["--ratio", "0.5", "--sweep", "0.2"], "Give ratio or sweep"),
         (["--ratio", "2"], "between 0 and 1"),
         (["--ratio", "0.5", "--importance", "fischer"], "Did you mean 'fisher'"),
+        (["--ratio", "0.5", "--layer_by_layer", "yes"], "always"),
+        (["--sweep", "0.5", "--layer_by_layer", "always"], "takes the whole model"),
     ],
 )
 def test_errors_before_anything_is_loaded(flags, more, words):

@@ -3,7 +3,8 @@
     run(parse(["--model", "out/teacher", "--dataset", "bundled:bbc-news", "--task", "text-classification",
                "--ratio", "0.5", "--output_dir", "out/small"]))
 
-The folder holds the model with its tokenizer and `plan.json`; that of a sweep `sweep.json`, `sweep.png`, and, where
+The folder holds the model with its tokenizer and, but for a model that is too large to be loaded and is read layer by
+layer, `plan.json`; that of a sweep `sweep.json`, `sweep.png`, and, where
 heads or neurons leave, `importance.png`: their scores, layer by layer.
 """
 
@@ -22,11 +23,12 @@ from ...errors import ConfigError, unknown_name
 from ...io.disk import check_empty, new_folder, write_atomic
 from ...io.text import show
 from ...measurement.quality import evaluate_quality
-from ...models.loading import load_model, load_processor
+from ...models.loading import load_config, load_model, load_processor
+from ...models.on_disk import StoredModel
 from ...pruning.config import PruningConfig
 from ...pruning.price.forecast import plan_table
-from ...pruning.prune import described, search
-from ...stages.prune import CalibrationSettings, calibration_batches
+from ...pruning.prune import described, prune, search
+from ...stages.prune import BY_LAYER, CalibrationSettings, calibration_batches, is_by_layer
 from .pictures import plot_importance, plot_sweep
 
 PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
@@ -63,6 +65,11 @@ class ScriptArguments:
     label_column: str | None = HfArg(default=None, help="Default: found by its usual names.")
     limit: int | None = HfArg(default=None, help="At most this many rows of each split of the data.")
     test_fraction: float = HfArg(default=0.2, help="Held out where the data has no test split.")
+    layer_by_layer: str = HfArg(
+        default="auto",
+        help="Read a folder layer by layer, and score nothing: always, never, or auto (weights of more than half of "
+        "this machine's memory).",
+    )
     seed: int = HfArg(default=0, help="Of the split, and of what is drawn.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
 
@@ -71,6 +78,12 @@ class ScriptArguments:
             raise unknown_name("task", self.task, TASKS)
         if (self.ratio is None) == (not self.sweep):
             raise ConfigError(f"Give ratio or sweep, one of them; got ratio={self.ratio!r} and sweep={self.sweep!r}.")
+        if self.layer_by_layer not in BY_LAYER:
+            raise unknown_name("layer_by_layer", self.layer_by_layer, BY_LAYER)
+        if self.layer_by_layer == "always" and self.sweep:
+            raise ConfigError(
+                "A sweep scores every ratio, which takes the whole model. Give ratio, or --layer_by_layer never."
+            )
         for ratio in self.ratios:
             self.config(ratio)  # a bad value is an error before anything is loaded
         self.calibration()
@@ -111,6 +124,8 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     splits = load_dataset_any(script.dataset, **{name: getattr(script, name) for name in names})
     columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
     data = prepare(splits, script.task, processor, max_length=script.max_length, **columns)
+    if script.ratio is not None and is_by_layer(script.layer_by_layer, script.model):
+        return _by_layer(script, data)
     model = load_model(TASKS[script.task].auto_class, script.model, **trust)
     check_labels(model.config, data)
     batches = calibration_batches(model, data, script.calibration(), script.seed)
@@ -135,6 +150,17 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
             if processor is not None:
                 processor.save_pretrained(target)
     return rows
+
+
+def _by_layer(script: ScriptArguments, data: PreparedData) -> list[dict[str, Any]]:
+    """From folder to folder; the numbers are sizes alone."""
+    check_labels(load_config(script.model), data)
+    batches = calibration_batches(None, data, script.calibration(), script.seed)
+    config = script.config(script.ratios[0])
+    folder = prune(script.model, config, batches, output_dir=script.output_dir)
+    models = [(0.0, StoredModel.open(script.model)), (config.ratio, StoredModel.open(folder))]
+    show(f"{folder}: pruned layer by layer, and not scored")
+    return [{"ratio": ratio, "parameters": stored.model.num_parameters()} for ratio, stored in models]
 
 
 def _row(

@@ -19,7 +19,7 @@ search, ZipLM (2023); that x comes from the pruned stream is from Kwon 2022, sec
 unit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -70,14 +70,33 @@ def reconstruct_blocks(
                 if theirs not in origin:
                     continue
                 mine = origin.index(theirs)
-                for _, path in blocks:
-                    place = f"{first.layer_prefix(theirs)}.{path}"
-                    fit = _Fit(stack.layers[mine].get_submodule(path), place)
-                    read = pruned.inputs(mine, blocks, path)
-                    for (x, residual), total, c in zip(read, sums[path], weights[place], strict=True):
-                        fit.add(x, total - residual, c.reshape(x.shape[:-1]))
-                    fit.solve()  # before the next block is read, which is to see what this one gives now
+                place = first.layer_prefix(theirs)
+                own = {path: weights[f"{place}.{path}"] for _, path in blocks}
+                fit_layer(pruned, mine, blocks, sums, own, place)
                 pruned.advance(mine)
+
+
+def fit_layer(
+    pruned: Stream,
+    index: int,
+    blocks: Sequence[Block],
+    sums: Mapping[str, Iterable[torch.Tensor]],
+    weights: Mapping[str, Sequence[torch.Tensor]],
+    place: str,
+) -> None:
+    """Fit the blocks of one layer of the pruned stream, in place, one after the other.
+
+    Parameters:
+        sums: what the dense stream has behind each block, batch by batch: `Stream.advance`.
+        weights: c_t of each block, batch by batch.
+        place: what the layer is called in messages.
+    """
+    for _, path in blocks:
+        fit = _Fit(pruned.layers[index].get_submodule(path), f"{place}.{path}")
+        read = pruned.inputs(index, blocks, path)
+        for (x, residual), total, c in zip(read, sums[path], weights[path], strict=True):
+            fit.add(x, total - residual, c.reshape(x.shape[:-1]))
+        fit.solve()  # before the next block is read, which is to see what this one gives now
 
 
 def token_weights(
@@ -104,10 +123,11 @@ def token_weights(
     for path, by_batch in weights.items():
         for weight in by_batch:
             check_finite(weight, f"How much the answer depends on {path}")
-    return {path: _with_floor(by_batch) for path, by_batch in weights.items()}
+    return {path: with_floor(by_batch) for path, by_batch in weights.items()}
 
 
-def _with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+def with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights of one block over their mean, those above zero lifted to `FLOOR` at least."""
     counted = torch.cat([weight[weight > 0] for weight in weights])
     mean = counted.mean() if len(counted) else torch.ones(())
     return [torch.where(weight > 0, (1 - FLOOR) * weight / mean + FLOOR, 0.0) for weight in weights]

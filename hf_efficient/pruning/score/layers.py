@@ -38,7 +38,7 @@ def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
         caught: list[tuple[tuple[str, int], torch.Tensor]] = []
 
         def note(key: tuple[str, int], layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-            before, after = _states(args, kwargs), output[0] if isinstance(output, tuple) else output
+            before, after = states_in(args, kwargs), output[0] if isinstance(output, tuple) else output
             caught.append((key, F.cosine_similarity(before.float(), after.float(), dim=-1)))  # [B, T]
 
         for key, layer in _layers(anatomy):
@@ -116,7 +116,7 @@ def _watching(layers: Mapping[tuple[str, int], nn.Module], handed: Handed) -> It
 
     def hook(key: tuple[str, int], layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
         states, *others = output if isinstance(output, tuple) else (output,)
-        places = _find_places(others, dict(enumerate(args)) | kwargs) if others else []
+        places = find_places(others, dict(enumerate(args)) | kwargs) if others else []
         known = isinstance(output, torch.Tensor) or bool(others)
         handed[layer] = places if known and handed.get(layer, places) == places else None
         if not states.isfinite().all():
@@ -128,7 +128,7 @@ def _watching(layers: Mapping[tuple[str, int], nn.Module], handed: Handed) -> It
         yield broken
 
 
-def _find_places(others: Sequence, arguments: Mapping[int | str, object]) -> list[int | str] | None:
+def find_places(others: Sequence, arguments: Mapping[int | str, object]) -> list[int | str] | None:
     places: list[int | str] = []
     for other in others:
         matches = [NOWHERE] if other is None else [place for place, value in arguments.items() if value is other]
@@ -138,18 +138,23 @@ def _find_places(others: Sequence, arguments: Mapping[int | str, object]) -> lis
     return places
 
 
+def hand_back(places: Sequence[int | str], args: tuple, kwargs: dict) -> torch.Tensor | tuple:
+    """What a layer gives that does nothing: its states, and beside them what it finds at these places."""
+    arguments = dict(enumerate(args)) | kwargs
+    states = states_in(args, kwargs)
+    return (states, *(arguments.get(place) for place in places)) if places else states
+
+
 @contextmanager
 def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
     """The layers hand on what they get, and are not computed; but for those that make something for all others, as
     T5's first ones do with the position bias: their states alone are dropped."""
 
-    def instead(places: Sequence[int | str], *args, **kwargs):
-        arguments = dict(enumerate(args)) | kwargs
-        states = _states(args, kwargs)
-        return (states, *(arguments.get(place) for place in places)) if places else states
+    def instead(places: list[int | str], *args, **kwargs):
+        return hand_back(places, args, kwargs)
 
     def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> tuple:
-        return _states(args, kwargs), *output[1:]
+        return states_in(args, kwargs), *output[1:]
 
     with ExitStack() as undo:
         for layer in layers:
@@ -163,7 +168,7 @@ def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
         yield
 
 
-def _states(args: tuple, kwargs: dict) -> torch.Tensor:
+def states_in(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 

@@ -41,7 +41,7 @@ def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterabl
                         if output_weight(model, member).ndim == 3:
                             hooks.enter_context(_masked_experts(model, group, member, masks))
                             continue
-                        handle = output_module(model, member).register_forward_pre_hook(_masked(group, masks))
+                        handle = output_module(model, member).register_forward_pre_hook(masked(group, masks))
                         hooks.callback(handle.remove)
                 scalar = loss(model, batch)
             reached = [group for group in groups if group in masks]
@@ -52,7 +52,7 @@ def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterabl
     return {group: torch.cat(parts) if parts else torch.zeros(1, group.units) for group, parts in rows.items()}
 
 
-def _masked(group: Group, masks: dict[Group, torch.Tensor]) -> Callable:
+def masked(group: Group, masks: dict[Group, torch.Tensor]) -> Callable:
     """A hook that multiplies the input `[B, ..., units x width]` of a linear by a mask `[B, units]` of ones."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -120,9 +120,10 @@ def check_seen(model: PreTrainedModel, groups: list[Group]) -> None:
 
 
 def input_squares(
-    model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch]
+    model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch], run: Callable = forward
 ) -> dict[Group, list[torch.Tensor]]:
     """What the output linears read: for each member of a group `[units x width]`, the sum of x^2 over real tokens.
+    `run(model, batch)` is what calls them.
 
     Raises:
         UnsupportedModelError: experts in one tensor, which read what no hook sees.
@@ -143,5 +144,5 @@ def input_squares(
                     for number, member in enumerate(group.members):
                         hook = partial(add, batch, group, number)
                         hooks.callback(output_module(model, member).register_forward_pre_hook(hook).remove)
-                forward(model, batch)
+                run(model, batch)
     return sums

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     writes: str
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward at the module it was run for."""
 
 
@@ -67,19 +67,23 @@ class Stream:
         rest of the layer is not computed. `blocks` are those of the layer."""
         for number in range(len(self.states)):
             seen = _Seen(self.layers[index], blocks, self.norm, self.states[number], stop=writes)
-            with contextlib.suppress(_Reached), seen:
+            with contextlib.suppress(Reached), seen:
                 self._call(index, number)
             yield seen.read, seen.residuals[writes]
 
     def advance(self, index: int, blocks: Sequence[Block] = ()) -> dict[str, list[torch.Tensor]]:
         """Through one layer; returns for each block the sum of its output and its residual, batch by batch."""
-        sums: dict[str, list[torch.Tensor]] = {block.writes: [] for block in blocks}
+        sums: dict[str, Any] = {block.writes: self._kept(block.writes) for block in blocks}
         for number, states in enumerate(self.states):
             with _Seen(self.layers[index], blocks, self.norm, states) as seen:
                 self.states[number] = self._call(index, number)
             for path, by_batch in sums.items():
                 by_batch.append(seen.residuals[path] + seen.outputs[path])
         return sums
+
+    def _kept(self, path: str) -> Any:
+        """Where the sums of a block are gathered, batch by batch."""
+        return []
 
     def _call(self, index: int, number: int) -> torch.Tensor:
         args, kwargs = self._calls[index][number]
@@ -126,7 +130,7 @@ class _Seen:
     def _write(self, path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if path == self.stop:
             self.read = self._by_token(args[0])
-            raise _Reached
+            raise Reached
 
     def _leave(self, path: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         self.outputs[path] = self._by_token(output)

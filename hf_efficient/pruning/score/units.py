@@ -28,7 +28,7 @@ from ..methods import IMPORTANCES, TRAINED_IMPORTANCES, Importance
 from ..price.costs import unit_cost
 from .calibration import answer_loss, model_loss
 from .statistics import input_squares, mask_gradients
-from .stream import Batch
+from .stream import Batch, forward
 
 Scores = dict[Group, torch.Tensor]
 
@@ -57,9 +57,11 @@ def by_kind(anatomy: Anatomy, scores: Scores, length: int) -> Scores:
     return {group: values * (costs[group.kind] / (sums[group.kind] or 1)) for group, values in scores.items()}
 
 
-def activation(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], **unused) -> Scores:
-    """`[units]`: how much of what the output linear gives comes from each unit."""
-    norms = input_squares(model, groups, batches)
+def activation(
+    model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], run: Callable = forward, **unused
+) -> Scores:
+    """`[units]`: how much of what the output linear gives comes from each unit; `run(model, batch)` calls it."""
+    norms = input_squares(model, groups, batches, run)
     scores = {}
     for group in groups:
         scores[group] = torch.zeros(group.units)

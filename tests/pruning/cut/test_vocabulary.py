@@ -19,7 +19,8 @@ from hf_efficient import prune_vocabulary as prune
 from hf_efficient.data.bundled import bundled_dataset, bundled_model
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.tokenizer import complete
-from hf_efficient.pruning.cut.vocabulary import count_tokens, named_tokens, trim_embeddings, used_tokens
+from hf_efficient.pruning.cut.trimming import named_tokens, trim_embeddings
+from hf_efficient.pruning.cut.vocabulary import count_tokens, used_tokens
 
 from ...families import CASES, VOCABULARY, make_config, make_inputs, make_model
 from ...helpers import assert_close
@@ -299,8 +300,8 @@ def test_models_and_tokenizers_that_are_refused():
     deaf = make_model("whisper", WhisperForAudioClassification, vocab_size=300)
     with pytest.raises(UnsupportedModelError, match="has no embeddings of tokens"):
         prune(deaf, tokenizer, TEXTS)
-    with pytest.raises(UnsupportedModelError, match="A transformers model is needed, got str"):
-        prune("bert", tokenizer, TEXTS)
+    with pytest.raises(UnsupportedModelError, match="A transformers model is needed, got NoneType"):
+        prune(None, tokenizer, TEXTS)
     with pytest.raises(ConfigError, match=r"such as 0 \(pad_token_id\)"):
         trim_embeddings(small, range(1, 20))
     with pytest.raises(ConfigError, match="kept names 50; the model has the token ids 0 to 49"):
