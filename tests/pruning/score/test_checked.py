@@ -218,7 +218,7 @@ def test_measuring_what_has_no_weights():
 def test_what_is_no_model(wrong):
     is_name = isinstance(wrong, str)
     with pytest.raises(
-        ConfigError if is_name else UnsupportedModelError, match="load it|A transformers model is needed"
+        ConfigError if is_name else UnsupportedModelError, match=r"load it|A transformers model is needed"
     ):
         prune(wrong, config(ratio=0.4))
     if not is_name:  # that is a name to load a config by
