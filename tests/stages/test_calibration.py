@@ -1,5 +1,7 @@
 """What a prune stage looks at: rows of the data, and what a language model writes itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -9,6 +11,8 @@ from hf_efficient.cli.programs.prune import parse
 from hf_efficient.data.preparation import prepare
 from hf_efficient.data.tokenizer import train_tokenizer
 from hf_efficient.errors import ConfigError
+from hf_efficient.models import on_disk
+from hf_efficient.models.loading import load_model
 from hf_efficient.stages.prune import CalibrationSettings, PruneStage, calibration_batches
 
 TEXTS = [f"A line about {'cats and dogs ' * (number % 5)}number {number}." for number in range(60)]
@@ -47,3 +51,30 @@ def test_the_batches_are_rows_of_the_data_and_the_models_own():
     assert both[2]["input_ids"].shape[1] == 16
     other = calibration_batches(model, data, CalibrationSettings(4, 2, 3), seed=1)
     assert not torch.equal(both[2]["input_ids"], other[2]["input_ids"])
+
+
+def test_a_large_model_is_pruned_from_folder_to_folder(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "source")
+    splits = DatasetDict({name: Dataset.from_dict({"text": TEXTS}) for name in ("train", "test")})
+    data = prepare(splits, "causal-lm", tokenizer, max_length=16)
+    run = SimpleNamespace(
+        data=lambda config: data, recipe=SimpleNamespace(seed=0), load=lambda _: pytest.fail("loaded")
+    )
+    settings = {"ratio": 0.3, "importance": "magnitude", "calibration_samples": 4}
+    stage = PruneStage.read(settings | {"layer_by_layer": "always"}, "prune", "causal-lm")
+    assert stage.to_dict()["layer_by_layer"] == "always" and PruneStage.read(stage.to_dict(), "prune") == stage
+    (tmp_path / "target").mkdir()
+    facts = stage.run(run, tmp_path / "source", tmp_path / "target")
+    assert facts["parameters_after"] < facts["parameters_before"] and facts["loads_with"] == "plugin"
+    assert facts["class"] == type(load_model("AutoModelForCausalLM", tmp_path / "target")).__name__
+    # a run that was killed behind it goes on; and what is left open is decided by the size
+    monkeypatch.setattr(on_disk, "SHARE", 0.0)
+    usual = PruneStage.read(settings, "prune", "causal-lm")
+    assert "layer_by_layer" not in usual.to_dict()
+    assert usual.run(run, tmp_path / "source", tmp_path / "target") == facts
+    never = PruneStage.read(settings | {"layer_by_layer": "never"}, "prune", "causal-lm")
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        never.run(run, tmp_path / "source", tmp_path / "target")
