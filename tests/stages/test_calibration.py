@@ -65,7 +65,10 @@ def test_a_large_model_is_pruned_from_folder_to_folder(tmp_path, monkeypatch):
     )
     settings = {"ratio": 0.3, "importance": "magnitude", "calibration_samples": 4}
     stage = PruneStage.read(settings | {"layer_by_layer": "always"}, "prune", "causal-lm")
-    assert stage.to_dict()["layer_by_layer"] == "always" and PruneStage.read(stage.to_dict(), "prune") == stage
+    assert (
+        stage.to_dict()["layer_by_layer"] == "always"
+        and PruneStage.read(stage.to_dict(), "prune", "causal-lm") == stage
+    )
     (tmp_path / "target").mkdir()
     facts = stage.run(run, tmp_path / "source", tmp_path / "target")
     assert facts["parameters_after"] < facts["parameters_before"] and facts["loads_with"] == "plugin"

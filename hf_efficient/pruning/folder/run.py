@@ -30,7 +30,7 @@ from ...io.disk import (
     scratch_folder,
     write_atomic,
 )
-from ...io.json import read_json
+from ...io.json import parse_json, read_json
 from ...models.on_disk import WHOLE
 from ...version import __version__
 from ..choose.reach import check_reachable
@@ -175,7 +175,7 @@ def _call(dense: DenseModel, how: PruningConfig | PruningPlan) -> dict[str, Any]
         "how": how.to_dict(),
         "batches": digest.hexdigest(),
     }
-    return json.loads(json.dumps(call, default=str))
+    return parse_json(json.dumps(call, default=str))
 
 
 def _bytes(value: Tensor) -> Any:
