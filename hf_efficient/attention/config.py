@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 # The table of attention kinds; `register_attention` adds to it.
 KINDS: dict[str, Kind] = {
     "full": Kind((), None),
-    "local": Kind(("window", "global_tokens"), "attention.kinds.local:LocalAttention"),
+    "local": Kind(("window", "global_tokens", "streaming"), "attention.kinds.local:LocalAttention"),
     "strided": Kind(("block_size", "num_blocks", "global_tokens"), "attention.kinds.strided:StridedAttention"),
     "lsh": Kind(("block_size", "num_hashes", "num_buckets", "seed"), "attention.kinds.lsh:LshAttention"),
     "topk": Kind(("block_size", "top_k", "global_tokens"), "attention.kinds.topk:TopkAttention"),
@@ -97,6 +97,8 @@ class AttentionConfig:
             `window` keys including the token itself, as transformers' `sliding_window`.
         global_tokens: `local`, `strided`, `topk`: the number of first tokens (padding not counted) that see all and
             are seen by all. None: 4 for `local` and `topk` in a causal stack, 0 else (see `resolve`).
+        streaming: `local` in a decoder with rotary positions: the global tokens seem to stand right before the window,
+            however far back they are, so that a text may be longer than any that the model was trained on.
         block_size: `strided`, `topk`: tokens in a block. `lsh`: how many keys of its bucket a query sees.
         num_blocks: `strided`: the other blocks that a block sees, beside itself.
         top_k: `topk`: the blocks that a block sees, itself included.
@@ -119,6 +121,7 @@ class AttentionConfig:
     kind: str = "full"
     window: int = 128
     global_tokens: int | None = None
+    streaming: bool = False
     block_size: int = 64
     num_blocks: int = 7
     top_k: int = 8
@@ -147,6 +150,11 @@ class AttentionConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ConfigError(f"{name} must be an integer from {low} to {high}, got {shown(value)}.")
         self._check_merged()
+        if type(self.streaming) is not bool or (self.streaming and self.global_tokens == 0):
+            raise ConfigError(
+                f"streaming must be true or false, and true needs global tokens to keep near; got "
+                f"{shown(self.streaming)} with global_tokens={self.global_tokens}."
+            )
         if self.global_tokens == 0 and "global_tokens" not in KINDS[self.kind].fields:
             object.__setattr__(self, "global_tokens", None)  # no global tokens is true of every kind
         if self.num_buckets > 1 and self.num_buckets % 2:
@@ -185,7 +193,8 @@ class AttentionConfig:
         """
         if self.global_tokens is not None or "global_tokens" not in KINDS[self.kind].fields:
             return self
-        return replace(self, global_tokens=SINKS if causal and self.kind in _FORGETTING else 0)
+        count = SINKS if causal and self.kind in _FORGETTING else 0
+        return replace(self, global_tokens=count, streaming=self.streaming and count > 0)
 
     def _check_merged(self) -> None:
         merged, is_list = self.merged_tokens, isinstance(self.merged_tokens, list | tuple)
@@ -223,6 +232,8 @@ class AttentionConfig:
         """Only what the kind uses: `{"kind": "local", "window": 64, "global_tokens": 1}`."""
         used = ("kind", *self._used())
         written = {name: value for name, value in asdict(self).items() if name in used and value not in (None, {})}
+        if not self.streaming:  # as configs were written before there was such a thing
+            written.pop("streaming", None)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in written.items()}
 
     @classmethod

@@ -17,6 +17,7 @@ from ..errors import UnsupportedModelError
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
 from .engines.parts import full_attention, full_weights, join_masks
+from .engines.streaming import NOT_ROTARY, attach_rotary
 from .masks import key_mask
 from .registry import ATTENTIONS
 from .variant import BIASED, CAUSAL, OWN, AttentionVariant, HeadShape, Logits, hides_future
@@ -47,6 +48,8 @@ def attach(
         if is_biased(module) or hasattr(type(module), OWN):
             variant.has_state = False  # the model makes its bias, and its masks, by the keys that it sees in the cache
         module.add_module(ATTACHED, variant)
+        if config.streaming and not cross:
+            attach_rotary(module)
         if not cross:
             handle = attach_cache(module, variant.config, variant.has_state, variant.keeps_keys)
     return handle
@@ -122,6 +125,7 @@ def efficient_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     state_layer: StateLayer | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query `[B,H,T,D]`, key and value `[B,K,S,D]` -> `([B,T,H,D], weights)`.
@@ -136,6 +140,10 @@ def efficient_attention_forward(
     if softcap is not None or s_aux is not None:
         check_logits(variant)
         extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
+    if variant is not None and variant.config.streaming:
+        if rotary is None:
+            raise UnsupportedModelError(NOT_ROTARY)
+        extra["rotary"] = rotary
     causal = hides_future(module, is_causal)
     with_weights = _weights_wanted(kwargs)
     is_given = attention_mask is not None and attention_mask.ndim == 4

@@ -54,8 +54,10 @@ def naive_local_attention(
     bias: Tensor | None = None,
     logits: Logits | None = None,
     pairs: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax over the window, plus the first `global_tokens` real tokens, which see all and are seen by all."""
+    """Softmax over the window, plus the first `global_tokens` real tokens, which see all and are seen by all; with
+    `rotary`, cosines and sines [B or 1,S,D], from no farther than the end of the window behind them (Xiao 2023)."""
     key, value, real = _prepare(query, key, value, key_mask)
     distance = _distance(query, key)
     is_global = real & (real.cumsum(-1) <= global_tokens)  # [B, S]
@@ -63,7 +65,23 @@ def naive_local_attention(
         allowed = ((distance > -window) | is_global[:, None, None, :]) & (distance <= 0)
     else:
         allowed = (distance.abs() <= window) | is_global[:, None, None, :] | is_global[:, None, :, None]
+    if rotary is not None:
+        change = _near_query(query, rotary, is_global, window + global_tokens - 1) - query
+        added = change @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        pairs = torch.where(is_global[:, None, None, :], added, 0)
     return _softmax_attention(query, key, value, allowed & real[:, None, None, :], scaling, bias, logits, pairs)
+
+
+def _near_query(query: Tensor, rotary: tuple[Tensor, Tensor], is_global: Tensor, reach: int) -> Tensor:
+    """Every query as it would be at most `reach` places behind the first global token, row by row."""
+    rows = []
+    for row, first in enumerate(is_global.int().argmax(-1)):
+        cos, sin = (x.expand(len(query), -1, -1)[row].chunk(2, -1)[0] for x in rotary)
+        phase = torch.complex(cos, sin)  # [S, D/2]
+        place = torch.arange(len(phase)).clamp(max=int(first) + reach).clamp(max=len(phase) - 1)
+        turned = torch.complex(*query[row].chunk(2, -1)) / phase * phase[place]  # [H, S, D/2]
+        rows.append(torch.cat([turned.real, turned.imag], -1))
+    return torch.stack(rows)
 
 
 def naive_linear_attention(

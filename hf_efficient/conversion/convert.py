@@ -36,6 +36,7 @@ from .in_folder import convert_folder, replaced
 from .in_memory import convert_in_memory
 from .mixing import CROSS, Mixing, only, spread
 from .probe import check_reached
+from .streaming import check_streaming
 
 
 @overload
@@ -92,7 +93,9 @@ def convert_attention(
         raise ConfigError("output_dir is for a model that is named by its folder. Save this one: save_pretrained.")
     anatomy = _find_anatomy(check_model(model))
     if anatomy is None:
-        return convert_in_memory(model, _by_layer(config, layers))
+        converted = convert_in_memory(model, _by_layer(config, layers))
+        check_streaming(converted)
+        return converted
     block = _converted(anatomy, config, layers, class_for(model, stock_config(model.config)))
     gone = replaced(anatomy, block)
     state = {name: value for name, value in model.state_dict().items() if not (gone and name.startswith(gone))}
@@ -101,6 +104,7 @@ def convert_attention(
         check_reached(converted)
     elif block.is_converted():
         check_alike(model, converted)
+    check_streaming(converted)
     return converted
 
 
@@ -137,7 +141,8 @@ def efficient_config(
 
     Parameters:
         name_or_path_or_config: a Hub id, a folder, or a config.
-        attention, layers: as `config` and `layers` of `convert_attention`.
+        attention, layers: as `config` and `layers` of `convert_attention`, which tries `streaming` on the model; here
+            it is taken on trust.
         **kwargs: stock config fields to change, and `AutoConfig.from_pretrained` options such as `revision`.
     """
     if isinstance(name_or_path_or_config, PreTrainedConfig):

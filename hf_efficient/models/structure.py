@@ -153,6 +153,11 @@ def check_fit(config: AttentionConfig, stack: ConfigStack, cross: bool = False) 
         return
     variant, family = ATTENTIONS[config.kind], stack.family
     attention = stack.cross if cross else stack.entry.attention
+    if config.streaming and (cross or not stack.is_causal or family.positions or family.relative_bias):
+        raise UnsupportedModelError(
+            "streaming=True is for the causal self-attention of decoders with rotary positions, not for the "
+            f"{stack.name} of {family.model_type} models. Leave it out."
+        )
     if cross and not variant.takes_cross:
         raise UnsupportedModelError(
             f"{config.kind!r} attention needs queries and keys of one sequence, so it cannot serve cross attention. "

@@ -15,12 +15,13 @@ from .parts import Options, join_masks, match_heads, sdpa, zero_padding
 
 class GlobalTokens(NamedTuple):
     """The global tokens of each row: `index` [B,g] in the key sequence, `valid` [B,g] bool; key [B,K,g,D], value
-    [B,K,g,Dv], zeros for missing ones."""
+    [B,K,g,Dv], zeros for missing ones; `added` [B,H,T,g] to their scores, if anything is."""
 
     index: Tensor
     valid: Tensor
     key: Tensor
     value: Tensor
+    added: Tensor | None = None
 
 
 def find_globals(key: Tensor, value: Tensor, real: Tensor, count: int) -> tuple[GlobalTokens, Tensor]:
