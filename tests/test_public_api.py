@@ -39,6 +39,7 @@ PUBLIC = [
     "extend_positions",
     "load_report",
     "measure",
+    "merge_kv_heads",
     "plan",
     "prune",
     "prune_vocabulary",

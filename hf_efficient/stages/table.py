@@ -7,12 +7,14 @@ from .attention import AttentionStage
 from .base import Stage
 from .distill import DistillStage
 from .export import ExportStage
+from .merge_kv_heads import MergeStage
 from .prune import PruneStage
 from .quantize import QuantizeStage
 from .vocabulary import VocabularyStage
 
 STAGES: dict[str, type[Stage]] = {
     "attention": AttentionStage,
+    "merge_kv_heads": MergeStage,
     "prune": PruneStage,
     "distill": DistillStage,
     "vocabulary": VocabularyStage,

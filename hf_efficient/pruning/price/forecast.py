@@ -28,15 +28,22 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
         return class_for(model, config)(config).eval()
 
 
-def forecast(anatomy: Anatomy, plan: PruningPlan, length: int, costs: Costs | None = None) -> Forecast:
+def forecast(
+    anatomy: Anatomy,
+    plan: PruningPlan,
+    length: int,
+    costs: Costs | None = None,
+    config: PreTrainedConfig | None = None,
+) -> Forecast:
     """Parameters, MACs at `length` tokens, bytes, and a table of the layers, before and after; milliseconds too if
     `costs` are measured. MACs are those of a whole forward, of the layers alone where a model needs values for it.
+    `config` is that of the result, where the plan does not say all of it.
 
     Raises:
         ConfigError: the plan does not fit the model.
     """
     check_plan(anatomy, plan)
-    model, config = anatomy.model, planned_config(anatomy, plan)
+    model, config = anatomy.model, config or planned_config(anatomy, plan)
     before, after = (skeleton(model, one) for one in (model.config, config))
     small = Anatomy.of(after)
     rows = _layers(anatomy, small, plan, length)
