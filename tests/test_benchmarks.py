@@ -366,3 +366,29 @@ def test_a_sentence_encoder_finds_its_articles_by_half_of_the_work(tmp_path):
     for row, said in zip(json.loads((tmp_path / "embeddings.json").read_text())["rows"], committed, strict=True):
         assert row["parameters"] == pytest.approx(said["parameters"], rel=0.01)
         assert row["retrieval@1"] >= said["retrieval@1"] - 0.5, "two pairs of 400, for another machine's rounding"
+
+
+@pytest.mark.thorough
+@pytest.mark.processes
+def test_long_contexts_run_and_resume(tmp_path):
+    folder, output = tmp_path / "llama", tmp_path / "long.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=300)).save_pretrained(folder)
+    transformers.ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    lines = ["text,label", *(f"{'the cat sat on the mat ' * 8}{i},{'ab'[i % 2]}" for i in range(40))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    options = ["--data", str(tmp_path / "rows.csv"), "--window", "16", "--piece", "32", "--last", "16", "--steps", "2"]
+    options += ["--transfer-steps", "2", "--transfer-length", "32", "--lengths", "64", "128", "--output", str(output)]
+    program = str(ROOT / "benchmarks/long_contexts.py")
+    done = python(program, str(folder), *options, "--methods", "full", "streaming")
+    assert done.returncode == 0, done.stderr
+    first = json.loads(output.read_text())["cells"]
+    assert python(program, str(folder), *options).returncode == 0
+    cells = json.loads(output.read_text())["cells"]
+    assert cells[: len(first)] == first  # kept, not measured again
+    assert len({cell["method"] for cell in cells}) == 7 and len(cells) == 7 * 2 * 2
+    at = {(cell["method"], cell["document"], cell["length"]): cell for cell in cells}
+    topic = cells[0]["document"]
+    assert at["full", topic, 128]["cache_bytes"] > 1.5 * at["full", topic, 64]["cache_bytes"]
+    assert at["streaming", topic, 128]["cache_bytes"] == at["streaming", topic, 64]["cache_bytes"]
+    assert at["transferred", topic, 128]["loss"] != at["local_linear", topic, 128]["loss"]
