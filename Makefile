@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-thorough lint style types pages cards docs fuzz soak kills clean
+.PHONY: demo test test-thorough gpu lint style types pages cards docs fuzz soak kills clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,14 @@ test: lint
 # All combinations of families and kinds, every benchmark and every kill: far longer.
 test-thorough: $(VENV)/thorough lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --thorough
+
+# All that needs a GPU, in ten minutes: tests and small benchmarks, as JSON. With PYTHON=... it runs in that interpreter
+# as it is, with the torch for its GPU, and makes no virtual environment; GPU_FLAGS="--device cpu" tries the program.
+GPU_OUT ?= out/gpu.json
+GPU_FLAGS ?=
+HAS_OWN = $(filter-out file,$(origin PYTHON))
+gpu: $(if $(HAS_OWN),,$(VENV)/ready)
+	$(if $(HAS_OWN),$(PYTHON),$(BIN)/python) scripts/gpu.py --output $(GPU_OUT) $(GPU_FLAGS)
 
 # Five minutes for each of what reads files of strangers; needs CPython 3.11 to 3.13 on Linux.
 fuzz: $(VENV)/ready

@@ -375,8 +375,7 @@ def filled(path: Path) -> str:
     link = "docs/attention" if path.name == "README.md" else "attention"
 
     def fill(match: re.Match) -> str:
-        name, make = TABLES[match[2]]
-        return match[1] + make(load(name)).replace("LINK", link) + match[3]
+        return match[1] + TABLES[match[2]][1](load(TABLES[match[2]][0])).replace("LINK", link) + match[3]
 
     return MARKED.sub(fill, path.read_text(encoding="utf-8"))
 
@@ -387,8 +386,7 @@ def main() -> int:
     options = parser.parse_args()
     drifted = [path for path in PAGES if filled(path) != path.read_text(encoding="utf-8")]
     if options.check and drifted:
-        names = ", ".join(str(path.relative_to(ROOT)) for path in drifted)
-        print(f"Not what the results say, run `make cards`: {names}", file=sys.stderr)
+        print("Not what the results say, run `make cards`:", *(p.relative_to(ROOT) for p in drifted), file=sys.stderr)
         return 1
     for path in drifted:
         path.write_text(filled(path), encoding="utf-8")

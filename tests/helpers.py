@@ -3,18 +3,22 @@
 import os
 from collections.abc import Callable, Iterable
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hypothesis import settings
 
 THOROUGH = "HF_EFFICIENT_THOROUGH"  # set in the environment before a test is imported
 
 
-def random_examples(count: int, **options: Any) -> settings:
+def random_examples(count: int, **options: Any) -> "settings":
     """So many random examples with `--thorough`, else a third of them, but 10 at least."""
+    from hypothesis import settings  # not needed for the tests of `make gpu`, nor there where they run
+
     return settings(max_examples=count if THOROUGH in os.environ else max(count // 3, 10), deadline=None, **options)
 
 

@@ -103,6 +103,7 @@ def test_what_the_kernels_cannot_do_is_declined(monkeypatch):
     assert not fla.use_fla(on_gpu(), on_gpu())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and fla._INSTALLED), reason="needs a GPU and the package")
 def test_the_kernels_give_the_same_on_a_gpu():
     inputs = [x.cuda() for x in make_inputs(300, dtype=torch.bfloat16)]
