@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/gpu.json"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS), default=list(LIMITS))
-    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything")
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything, which all limits go by")
     options = parser.parse_args()
     if options.device == "cuda" and not has_cuda():
         print(
@@ -110,7 +110,8 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
         left = end - time.monotonic()
-        done = {"state": "no time left"} if left < 5 else run(part, options.device, min(LIMITS[part], left))
+        limit = min(LIMITS[part] * options.total / TOTAL, left)
+        done = {"state": "no time left"} if left < 5 else run(part, options.device, limit)
         report["parts"][part] = done
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"{part:<9}{done['state']:<13}{done.get('seconds', 0):>7.1f} s  {done.get('summary', '')}", flush=True)

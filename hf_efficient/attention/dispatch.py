@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 from .cache import StateLayer, attach_cache
 from .config import AttentionConfig
 from .engines.parts import full_attention, full_weights, join_masks
-from .engines.streaming import NOT_ROTARY, attach_rotary
+from .engines.streaming import attach_rotary, needed_places
 from .masks import key_mask
 from .registry import ATTENTIONS
 from .variant import BIASED, CAUSAL, OWN, AttentionVariant, HeadShape, Logits, hides_future
@@ -125,7 +125,6 @@ def efficient_attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     state_layer: StateLayer | None = None,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query `[B,H,T,D]`, key and value `[B,K,S,D]` -> `([B,T,H,D], weights)`.
@@ -136,14 +135,10 @@ def efficient_attention_forward(
         UnsupportedModelError: a 4D mask with a kind that cannot obey it; capped scores (`softcap`) or sinks (`s_aux`
             [H]) with a kind that is no softmax; weights while decoding from a state.
     """
-    variant, extra = variant_of(module), {}
+    extra = needed_places(variant := variant_of(module), kwargs.get("rotary"), softcap)
     if softcap is not None or s_aux is not None:
         check_logits(variant)
         extra["logits"] = Logits(softcap, None if s_aux is None else s_aux.flatten())
-    if variant is not None and variant.config.streaming:
-        if rotary is None:
-            raise UnsupportedModelError(NOT_ROTARY)
-        extra["rotary"] = rotary
     causal = hides_future(module, is_causal)
     with_weights = _weights_wanted(kwargs)
     is_given = attention_mask is not None and attention_mask.ndim == 4

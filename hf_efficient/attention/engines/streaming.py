@@ -24,11 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...errors import UnsupportedModelError
+
 ARGUMENT = "position_embeddings"  # what attention modules of transformers call the cosines and sines
 NOT_ROTARY = (
     "streaming=True needs a model that gives each attention the cosines and sines of its rotary positions "
     f"({ARGUMENT}=...), by which the first half of a head's numbers turns with the second. Leave streaming out."
 )
+CAPPED = "streaming=True has no place for the capped scores of this model. Leave streaming out."
 
 
 class Rotary(NamedTuple):
@@ -87,7 +90,9 @@ class NearTokens(NamedTuple):
         return Rotary(*(torch.where(arrives, new, old) for new, old in zip(here, self.edge, strict=True)))
 
 
-def near_tokens(rotary: Places, distance: Tensor, known: tuple[Tensor, ...], window: int, count: int) -> NearTokens:
+def near_tokens(
+    rotary: Places, distance: Tensor, window: int, count: int, known: tuple[Tensor, ...] = ()
+) -> NearTokens:
     """For `distance` [B,T] from the first of `count` global tokens; `known`: the edge after the calls before."""
     places = Rotary(*rotary)
     shape = len(distance), places.cos.shape[-1]
@@ -112,6 +117,16 @@ def attach_rotary(module: nn.Module) -> RemovableHandle | None:
         return None
     hook: Callable = partial(_hand_on, list(parameters).index(ARGUMENT))
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def needed_places(variant: Any, rotary: Places | None, softcap: float | None) -> dict[str, Any]:
+    """The argument `rotary` for a variant with `streaming`; UnsupportedModelError if no places were handed on, or
+    scores are capped: what is added to them here comes after the cap."""
+    if variant is None or not variant.config.streaming:
+        return {}
+    if rotary is None or softcap is not None:
+        raise UnsupportedModelError(NOT_ROTARY if rotary is None else CAPPED)
+    return {"rotary": rotary}
 
 
 def _hand_on(place: int, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -49,6 +49,11 @@ class LocalAttention(AttentionVariant):
 
     def attend(self, query, key, value, key_mask, **kwargs):
         window, global_tokens = self.config.window, self.config.global_tokens
+        if self.config.streaming and (query.shape[2] != key.shape[2] or not kwargs["causal"]):
+            raise UnsupportedModelError(
+                "streaming=True is for causal attention over the tokens of one call, or from a cache that the model "
+                "itself has filled, in eval mode and not compiled. Leave streaming out."
+            )
         return local_attention(query, key, value, key_mask, window=window, global_tokens=global_tokens, **kwargs)
 
     def decode(self, query, key, value, key_mask, state, **kwargs):
@@ -93,17 +98,11 @@ def local_attention(
     check_shapes(query, key, value, key_mask, bias)
     length, seen = query.shape[2], key.shape[2]
     check_positions(length, seen, causal)
-    if rotary is not None and (length != seen or not causal or (logits is not None and logits.softcap is not None)):
-        raise UnsupportedModelError(
-            "streaming=True is for causal attention without capped scores, over the tokens of one call or from a "
-            "cache that the model itself has filled, in eval mode and not compiled. Leave streaming out."
-        )
     options = Options(causal, scaling, dropout, bias, global_tokens, logits, pairs)
     band = find_band(window, causal)
     if not torch.compiler.is_exporting():  # an exported program keeps one path for all lengths
         if window >= seen or (not global_tokens and seen <= sum(band)):
-            plain = options._asdict()
-            del plain["global_tokens"]
+            plain = {name: value for name, value in options._asdict().items() if name != "global_tokens"}
             return full_attention(query, key, value, key_mask, window=window, **plain)
         band = band._replace(block=min(band.block, length))
     if logits is None and pairs is None and rotary is None and use_flex(query, key, value, dropout):
@@ -111,10 +110,7 @@ def local_attention(
     tokens, visible = None, real_keys(key, key_mask)
     if global_tokens:
         tokens, visible = find_globals(key, value, visible.expand(key.shape[0], -1), global_tokens)
-    if tokens is not None and rotary is not None:
-        distance = torch.arange(seen, device=key.device) - tokens.index[:, :1]
-        near = near_tokens(rotary, distance, (), window, global_tokens)
-        tokens = tokens._replace(added=near.scores(query, tokens.key, scaling))
+        tokens = tokens if rotary is None else tokens._replace(added=_nearer(query, tokens, rotary, window, scaling))
     is_plain = bias is None and pairs is None and rotary is None and not dropout
     if length == seen and is_plain and torch.compiler.is_exporting():
         out = exported(query, Keys(key, value, visible, tokens, seen), band, options)
@@ -129,6 +125,12 @@ def local_attention(
         rows = global_rows(query, key, value, key_mask, tokens, options)
         out = out.scatter(2, tokens.index[:, None, :, None].expand_as(rows), rows)
     return out
+
+
+def _nearer(query: Tensor, tokens: GlobalTokens, rotary: Places, window: int, scaling: float | None) -> Tensor:
+    """[B,H,T,g]: what the scores of the global tokens change by where they are kept near."""
+    distance = torch.arange(query.shape[2], device=query.device) - tokens.index[:, :1]
+    return near_tokens(rotary, distance, window, tokens.index.shape[1]).scores(query, tokens.key, scaling)
 
 
 def local_decode(
@@ -161,16 +163,14 @@ def local_decode(
     check_shapes(query, key, value, key_mask, None)
     length = query.shape[2]
     visible = real_keys(key, key_mask).expand(key.shape[0], -1)
-    global_state: State = ()
-    edge: State = ()
-    added = None
+    global_state, edge, added = (), (), None
     if global_tokens:
         before = state[3:6] if state else no_globals(key, value, global_tokens)
         global_state, visible = meet_globals(before, key, value, visible)
-    if global_tokens and rotary is not None:
-        distance = global_state[2][:, :1] - length + torch.arange(length, device=key.device)  # of the new tokens
-        near = near_tokens(rotary, distance, state[6:] if state else (), window, global_tokens)
-        added, edge = near.scores(query, global_state[0], scaling), near.edge
+        if rotary is not None:
+            distance = global_state[2][:, :1] - length + torch.arange(length, device=key.device)  # of the new tokens
+            near = near_tokens(rotary, distance, window, global_tokens, state[6:] if state else ())
+            added, edge = near.scores(query, global_state[0], scaling), near.edge
     if state is None:
         sees = {"window": window, "global_tokens": global_tokens, "causal": True}
         out = local_attention(
@@ -185,19 +185,25 @@ def local_decode(
         options = Options(True, scaling, bias=bias, logits=logits, pairs=pairs)
         if length == 1:
             out = _decode_one(query, keys, (*global_state, added), options)
-        else:  # some of the kept keys may be out of the window of some new token
-            if global_state:
-                global_key, global_value, age = global_state
-                index = key.shape[2] - age  # of an old one below 0
-                keys = keys._replace(tokens=GlobalTokens(index, age > 0, global_key, global_value, added))
-            band = find_band(window, causal=True)
-            out = windowed(query, keys, band._replace(block=min(band.block, length)), options)
+        else:
+            out = _decode_some(query, keys, (*global_state, added), options, window)
     first = max(key.shape[2] - window + 1, 0)
     key, value, visible = key[:, :, first:], value[:, :, first:], visible[:, first:]
     if state is None or length > 1:  # no view that would keep a whole prompt in memory
         key, value = zero_padding(key, value, visible)
         visible = visible.clone()
     return out, (key, value, visible, *global_state, *edge)
+
+
+def _decode_some(query: Tensor, keys: Keys, globals_: tuple, options: Options, window: int) -> Tensor:
+    """[B,H,T,Dv]: as `_decode_one` for several: some of the kept keys may be out of the window of some new token."""
+    *global_state, added = globals_
+    if global_state:
+        global_key, global_value, age = global_state
+        index = keys.key.shape[2] - age  # of an old one below 0
+        keys = keys._replace(tokens=GlobalTokens(index, age > 0, global_key, global_value, added))
+    band = find_band(window, causal=True)
+    return windowed(query, keys, band._replace(block=min(band.block, query.shape[2])), options)
 
 
 def _decode_one(query: Tensor, keys: Keys, globals_: tuple, options: Options) -> Tensor:
