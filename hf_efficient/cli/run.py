@@ -103,8 +103,12 @@ def plan(
         typer.Argument(help="A checkpoint folder, a Hub id, bundled:NAME, or a recipe.", autocompletion=recipe_names),
     ],
     ratio: Annotated[float, typer.Option(help="The fraction of the metric to remove.")] = 0.5,
-    metric: Annotated[str, typer.Option(help="macs or parameters.")] = "macs",
-    granularity: Annotated[str, typer.Option(help="Of head, neuron and layer, joined by commas.")] = "head,neuron",
+    metric: Annotated[
+        str | None, typer.Option(help="macs or parameters. Default: macs; parameters where experts leave.")
+    ] = None,
+    granularity: Annotated[
+        str, typer.Option(help="Of head, neuron, expert and layer, joined by commas.")
+    ] = "head,neuron",
     allocation: Annotated[str, typer.Option(help="global, or uniform: the same sizes in every layer.")] = "global",
     round_to: Annotated[int, typer.Option(help="Neurons stay in multiples of this.")] = 8,
     sequence_length: Annotated[

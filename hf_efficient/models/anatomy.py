@@ -18,9 +18,10 @@ from ..errors import unknown_name
 from .block import EfficientBlock
 from .classes import block_of
 from .derive import family_for
+from .experts import Mixture
 from .family import LAYERS, Family
 from .groups import Group, groups_of
-from .stacks import ConfigStack, ModelStack, config_stacks, model_stacks
+from .stacks import ConfigStack, ModelStack, config_stacks, mixtures_of, model_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,11 @@ class Anatomy(ConfigAnatomy):
     def groups(self) -> tuple[Group, ...]:
         """Everything that can be removed in units, stack by stack and layer by layer: see `models.groups`."""
         return tuple(group for stack in self.stacks for group in groups_of(stack))
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """The mixtures of experts, of which whole experts can leave, layer by layer: see `models.experts`."""
+        return tuple(mixture for stack in self.stacks for mixture in mixtures_of(stack))
 
 
 def _named(stacks: tuple, name: str):

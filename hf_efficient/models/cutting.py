@@ -1,6 +1,7 @@
-"""The weights of a smaller model: units and layers cut out of a state dict.
+"""The weights of a smaller model: units, experts and layers cut out of a state dict.
 
 state = cut_units(model.state_dict(), anatomy.groups, {"encoder.0.neurons": (1, 3, 4)})
+state = cut_experts(state, anatomy.mixtures, {"decoder.0.experts": (0, 2)})
 state = cut_layers(state, stack, kept=(0, 2))
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .experts import Mixture
 from .groups import Group, expand
 from .stacks import ModelStack
 
@@ -27,6 +29,37 @@ def cut_units(
                     name = f"{member.prefix}.{part.name}"
                     # along part.dim: blocks of units x width, of which units become fewer
                     small[name] = small[name].index_select(part.dim, part.kept_rows(units, small[name]))
+    return small
+
+
+def cut_experts(
+    state: Mapping[str, Tensor], mixtures: Iterable[Mixture], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Only the experts that are kept, of the mixtures that are named; those in a list move up."""
+    small = dict(state)
+    for mixture in mixtures:
+        if mixture.name not in kept:
+            continue
+        experts = torch.tensor(kept[mixture.name])
+        for path, dim in mixture.entry.dims.items():
+            name = mixture.path(path)
+            if name in small:
+                small[name] = small[name].index_select(dim, experts.to(small[name].device))
+        if mixture.names:
+            small = _cut_list(small, mixture, kept[mixture.name])
+    return small
+
+
+def _cut_list(state: Mapping[str, Tensor], mixture: Mixture, kept: Sequence[int]) -> dict[str, Tensor]:
+    start = f"{mixture.path(mixture.entry.module)}."
+    new_names = {mixture.names[old]: mixture.names[new] for new, old in enumerate(kept)}
+    small: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name, _, rest = key.removeprefix(start).partition(".")
+        if not key.startswith(start) or name not in mixture.names:
+            small[key] = value
+        elif name in new_names:
+            small[f"{start}{new_names[name]}.{rest}"] = value
     return small
 
 

@@ -17,6 +17,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, shown
+from .experts import Experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,6 +26,7 @@ MAX_STACKS, MAX_NAMES, MAX_TEXT, MAX_NUMBER, MAX_LAYERS = 16, 64, 500, 1 << 20, 
 
 # What can be done with a model; each may be refused for itself.
 CONVERT, HEADS, NEURONS, LAYERS = ABILITIES = ("convert", "heads", "neurons", "layers")
+EXPERTS = "experts"  # may leave too, where there are any
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Stack:
         up, down: the linears of the FFN; `gated_up` and `gated_down` where the config says that it is gated. A path
             that is named twice is one fused linear with a block of outputs for each.
         more_ffns: those beside it: a dense layer may have another FFN than one with experts, and that several.
+        experts: the mixture of experts of its layers, where these can leave.
         cross_attention: to the states of another stack; `cross_if` is the config field that says whether the layers
             have it, where they may do without.
         config: the path of the sub-config with the fields below, where a model is made of several (CLIP).
@@ -161,6 +164,7 @@ class Stack:
     gated_up: tuple[str, ...] = ()
     gated_down: str | None = None
     more_ffns: tuple[FFN, ...] = ()
+    experts: Experts | None = None
     cross_attention: Attention | None = None
     cross_if: str | None = None
     config: str | None = None
@@ -183,7 +187,8 @@ class Stack:
 
     def why_not(self, ability: str) -> str | None:
         """Why this stack lacks an ability; None: it has it."""
-        return dict(self.refusals).get(ability)
+        why = dict(self.refusals).get(ability)
+        return why or ("no mixture of experts is known in it" if ability == EXPERTS and not self.experts else None)
 
     def without(self, ability: str, why: str) -> Stack:
         """The same stack, but that it does not say what the ability needs."""
@@ -191,6 +196,8 @@ class Stack:
         if ability == HEADS:
             cross = self.cross_attention and self.cross_attention.without_heads()
             return replace(refused, attention=self.attention.without_heads(), cross_attention=cross)
+        if ability == EXPERTS:
+            return replace(refused, experts=None)
         return replace(refused, up=(), down="", more_ffns=()) if ability == NEURONS else refused
 
     def with_layers(self, kept: Sequence[int]) -> Stack:
@@ -295,7 +302,7 @@ def _to_dict(entry: Any) -> dict[str, Any]:
         value = getattr(entry, one.name)
         if value != one.default:
             parts = [_to_dict(part) for part in value] if one.name in ("stacks", "more_ffns") else value
-            written[one.name] = _to_dict(value) if isinstance(value, Attention) else parts
+            written[one.name] = _to_dict(value) if isinstance(value, Attention | Experts) else parts
     return written
 
 
@@ -312,8 +319,9 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
                 raise ConfigError(f"efficient.{place} must be a list of at most {MAX_STACKS} mappings.")
             part = Stack if name == "stacks" else FFN
             values[name] = tuple(_from_dict(part, one, f"{place}[{i}]") for i, one in enumerate(value))
-        elif name in ("attention", "cross_attention"):
-            values[name] = None if value is None else _from_dict(Attention, value, place)
+        elif name in ("attention", "cross_attention", "experts"):
+            kept = Experts if name == "experts" else Attention
+            values[name] = None if value is None else _from_dict(kept, value, place)
         elif name == "refusals":
             values[name] = tuple((str(ability), str(why)[:MAX_TEXT]) for ability, why in _pairs(value, place))
         else:
@@ -322,6 +330,11 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
         raise ConfigError(f"efficient.{where}: an FFN is one of {', '.join(NEURON_KINDS)}, in dimension 1 or 2.")
     if kind is Attention:
         _check_dims(values, where)
+    if kind is Experts:
+        rows, dims = values.get("rows", ()), values.get("row_dims", ())
+        own = values.get("listed") or any(row.startswith(f"{values.get('module')}.") for row in rows)
+        if len(rows) != len(dims) or any(dim > 2 for dim in dims) or not own:
+            raise ConfigError(f"efficient.{where}: each of `rows`, some of `module`, has a dimension from 0 to 2.")
     try:
         return kind(**values)
     except TypeError as error:
@@ -338,7 +351,7 @@ def _check_dims(values: dict[str, Any], where: str) -> None:
 def _pairs(value: Any, where: str) -> list[tuple]:
     if not isinstance(value, list | tuple) or any(not isinstance(one, list | tuple) or len(one) != 2 for one in value):
         raise ConfigError(f"efficient.{where} must be a list of pairs.")
-    return [tuple(one) for one in value[: len(ABILITIES)]]
+    return [tuple(one) for one in value[: len(ABILITIES) + 1]]
 
 
 def _plain(value: Any, kind: str, where: str) -> Any:

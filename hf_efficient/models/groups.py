@@ -95,7 +95,8 @@ class Member:
 @dataclass(frozen=True)
 class Group:
     """Units that are scored and removed alike. `kind` is `heads`, `cross_heads` or one of `family.NEURON_KINDS`.
-    Their number has to be a multiple of `step`, if it is not the full one.
+    Their number has to be a multiple of `step`, if it is not the full one. `has_experts`: each is the same neuron of
+    every expert.
     """
 
     stack: str
@@ -104,6 +105,7 @@ class Group:
     units: int
     members: tuple[Member, ...]
     step: int = 1
+    has_experts: bool = False
 
     def __hash__(self) -> int:
         """Without the members, which are long: groups are the keys of every table of scores and costs."""
@@ -170,7 +172,7 @@ def _layer_groups(index: int, stack: ModelStack) -> list[Group]:
         ups = ((up, 1) for up in ffn.up)
         member = _experts(place, ffn) if ffn.has_experts else _member(layer, place, ups, (ffn.down, 1))
         group = _group(layer, stack.name, kind, index, member)
-        groups.append(replace(group, step=EXPERT_STEP) if ffn.has_experts else group)
+        groups.append(replace(group, step=EXPERT_STEP, has_experts=True) if ffn.has_experts else group)
     return groups
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
+from .experts import Mixture, mixture_of
 from .family import FFN, Attention, Family, Stack
 from .linears import holds
 
@@ -227,3 +228,16 @@ def model_stacks(model: PreTrainedModel, family: Family) -> Iterator[ModelStack]
             if entry.places is not None:
                 layers = nn.ModuleList(layers[place] for place in entry.places)
             yield ModelStack(family, entry, model.config, layers, names[modules[path]])
+
+
+def mixtures_of(stack: ModelStack) -> list[Mixture]:
+    """The mixtures of experts of one stack, of the layers that have one."""
+    entry = stack.entry.experts
+    if entry is None:
+        return []
+    field = f"{stack.entry.config or ''}.{entry.count}"
+    return [
+        mixture_of(layer, entry, stack.sizes, stack.name, index, stack.layer_prefix(index), field)
+        for index, layer in enumerate(stack.layers)
+        if holds(layer, entry.module)
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError, shown, unknown_name
 from .methods import (
     ALLOCATIONS,
+    EXPERT_IMPORTANCES,
     GRANULARITIES,
     IMPORTANCES,
     LAYER_IMPORTANCES,
@@ -41,22 +42,27 @@ class PruningConfig:
         ratio: the fraction of `metric` to remove, between 0 and 1, counted over the layers of the network;
             embeddings and task heads are not counted and not touched. Of `"weight"` alone it is the fraction of the
             linears' weights that become zero. Default 0.5; with `mask_structure` what that says.
-        metric: `"macs"` (multiply-accumulates on `sequence_length` tokens), `"parameters"`, or `"latency"`: the time
-            of one forward of the whole model, measured on this machine for `latency_batch_size` x `sequence_length`
-            tokens, so that 0.5 makes it twice as fast.
+        metric: `"macs"` (multiply-accumulates on `sequence_length` tokens; the default), `"parameters"` (the default
+            and all that there is where experts leave, since as many work for a token as before), or `"latency"`: the
+            time of one forward of the whole model, measured on this machine for `latency_batch_size` x
+            `sequence_length` tokens, so that 0.5 makes it twice as fast.
         granularity: what may be removed: `"head"` (under grouped-query attention a whole key/value group), `"neuron"`
-            (an FFN intermediate unit), `"layer"`, `"weight"` (zeros in the linears, which keep their size). Layers,
-            units (heads and neurons) and weights all reduce the network by the same factor: ratio 0.75 keeps half
-            of the layers, and half of what is in them. Weights come last, of what the others have left.
+            (an FFN intermediate unit), `"expert"` (of a mixture, as many in every layer), `"layer"`, `"weight"` (zeros
+            in the linears, which keep their size). Layers, experts, units (heads and neurons) and weights all reduce
+            the network by the same factor: ratio 0.75 keeps half of the layers, and half of what is in them. Weights
+            come last, of what the others have left.
         importance: `"fisher"` (the default), `"taylor"`, `"obs"` (of weights SparseGPT), `"activation"`,
             `"magnitude"`, `"magnitude_l1"` or `"random"`; see `pruning.score.units`. `"movement"` is learned while
             training (`PruningCallback`). Of layers alone `"loss"` (their default), `"block_influence"`, or one of the
             above, summed over a layer's units.
         layer_importance: of layers, where units leave too; default `"loss"`.
+        expert_importance: of experts: `"reap"` (the default), `"frequency"` or `"random"`; see
+            `pruning.score.experts`. Of experts alone `importance` says the same.
         rearrange: with `"fisher"`, choose units of a group together (Kwon 2022, section 4.3), and not one by one.
-        allocation: `"global"` spends the budget over the whole network, `"uniform"` keeps the same number of heads
-            and of neurons in every layer, which stock model classes can often load without hf_efficient; the same
-            fraction of weights in every matrix (`"activation"`: in every output row).
+        allocation: `"global"` spends the budget over the whole network (but for experts, of which a stock config knows
+            one number), `"uniform"` keeps the same number of heads and of neurons in every layer, which stock model
+            classes can often load without hf_efficient; the same fraction of weights in every matrix (`"activation"`:
+            in every output row).
         mask_structure: a pattern of zeros: `"2:4"` keeps 2 of every 4 consecutive inputs in every row. None: anywhere.
         reconstruct: with calibration batches, what stays makes up for what leaves: least squares on the output linears
             (`pruning.fit.reconstruction`), for weights the update of SparseGPT.
@@ -74,10 +80,11 @@ class PruningConfig:
     """
 
     ratio: float = _DEFAULT
-    metric: str = "macs"
+    metric: str = _DEFAULT
     granularity: Sequence[str] = ("head", "neuron")
     importance: str = _DEFAULT
     layer_importance: str = _DEFAULT
+    expert_importance: str = _DEFAULT
     rearrange: bool = False
     allocation: str = "global"
     mask_structure: str | None = None
@@ -95,6 +102,8 @@ class PruningConfig:
             object.__setattr__(self, "ratio", 0.5 if structure is None else structure.zeros)
         several = isinstance(self.granularity, list | tuple)
         object.__setattr__(self, "granularity", tuple(self.granularity) if several else (self.granularity,))
+        if self.metric is None:
+            object.__setattr__(self, "metric", "parameters" if "expert" in self.granularity else "macs")
         self._check_values()
         self._check_importance()
         self._check_weights()
@@ -118,6 +127,12 @@ class PruningConfig:
         for field, known in (("metric", METRICS), ("allocation", ALLOCATIONS), ("schedule", SCHEDULES)):
             if getattr(self, field) not in tuple(known):  # a value need not be hashable
                 raise unknown_name(field, getattr(self, field), known)
+        if "expert" in self.granularity and self.metric != "parameters":
+            raise ConfigError(
+                f"metric={self.metric!r} does not fall when experts leave: as many work for a token as before. With "
+                "'expert' in granularity ratio is a fraction of the parameters: set metric='parameters', or leave it "
+                "out."
+            )
         for field, high in LIMITS.items():
             value, low = getattr(self, field), 0 if field == "seed" else 1
             if field == "sequence_length" and value is None:
@@ -129,26 +144,39 @@ class PruningConfig:
                 raise ConfigError(f"{field} must be true or false, got {shown(getattr(self, field))}.")
 
     def _check_importance(self) -> None:
-        for field in ("importance", "layer_importance"):
+        for field in ("importance", "layer_importance", "expert_importance"):
             value = getattr(self, field)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{field} must be a name, got {shown(value)}.")
-        layers_alone = tuple(self.granularity) == ("layer",)
-        if self.importance is None:
-            object.__setattr__(self, "importance", "loss" if layers_alone else "fisher")
-        if self.layer_importance is None or layers_alone:
-            object.__setattr__(self, "layer_importance", self.importance if layers_alone else "loss")
+        ranked = {"layer": "layer_importance", "expert": "expert_importance"}
+        alone = ranked.get(self.granularity[0]) if len(self.granularity) == 1 else None
+        if alone:  # then both say the same
+            default = {"layer_importance": "loss", "expert_importance": "reap"}[alone]
+            object.__setattr__(self, "importance", self.importance or getattr(self, alone) or default)
+            object.__setattr__(self, alone, self.importance)
+        for field, default in (("importance", "fisher"), ("layer_importance", "loss"), ("expert_importance", "reap")):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+        self._check_names(alone)
+
+    def _check_names(self, alone: str | None) -> None:
         of_layers = [*LAYER_IMPORTANCES, *IMPORTANCES]
-        if layers_alone:
-            known = of_layers
+        if alone:
+            known = of_layers if alone == "layer_importance" else [*EXPERT_IMPORTANCES]
         elif self.importance in LAYER_IMPORTANCES:
             raise ConfigError(
                 f"importance={self.importance!r} ranks layers, granularity is {list(self.granularity)}. Set "
                 f"layer_importance={self.importance!r} for the layers, and importance for what is in them."
             )
+        elif self.importance in EXPERT_IMPORTANCES and self.importance not in IMPORTANCES:
+            raise ConfigError(
+                f"importance={self.importance!r} ranks experts, granularity is {list(self.granularity)}. Set "
+                f"expert_importance={self.importance!r} for the experts, and importance for what else leaves."
+            )
         else:
             known = [name for name in WEIGHT_IMPORTANCES if "weight" in self.granularity]
-            known = known if not self.unit_kinds else [name for name in IMPORTANCES if not known or name in known]
+            if self.unit_kinds or not known:  # that of units, which experts and layers do not ask for
+                known = [name for name in IMPORTANCES if not known or name in known]
             known = [*known, "movement"]
         if self.importance not in known:
             raise unknown_name(f"importance of granularity {list(self.granularity)}:", self.importance, known)
@@ -159,6 +187,8 @@ class PruningConfig:
             )
         if self.layer_importance not in of_layers:
             raise unknown_name("layer_importance", self.layer_importance, of_layers)
+        if self.expert_importance not in EXPERT_IMPORTANCES:
+            raise unknown_name("expert_importance", self.expert_importance, EXPERT_IMPORTANCES)
 
     def _check_weights(self) -> None:
         if "weight" not in self.granularity:
@@ -189,8 +219,7 @@ class PruningConfig:
             return 0.0
         if self.structure is not None:
             return self.structure.zeros
-        parts = 1 + ("layer" in self.granularity) + bool(self.unit_kinds)
-        return 1 - (1 - self.ratio) ** (1 / parts)
+        return 1 - (1 - self.ratio) ** (1 / (1 + self._parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -201,7 +230,8 @@ class PruningConfig:
         if not self._rest:
             return None
         ratio = 1 - (1 - self.ratio) / (1 - self.weight_ratio)
-        importance = self.layer_importance if self._rest == ("layer",) else self.importance
+        alone = {"layer": self.layer_importance, "expert": self.expert_importance}
+        importance = alone.get(self._rest[0], self.importance) if len(self._rest) == 1 else self.importance
         return replace(self, granularity=self._rest, ratio=ratio, mask_structure=None, importance=importance)
 
     @property
@@ -210,8 +240,11 @@ class PruningConfig:
         return tuple(kind for name in self.granularity for kind in UNIT_KINDS.get(name, ()))
 
     @property
+    def _parts(self) -> int:
+        """How many of layers, experts and units leave, each of which reduces by the same factor."""
+        return ("layer" in self.granularity) + ("expert" in self.granularity) + bool(self.unit_kinds)
+
+    @property
     def layer_share(self) -> float:
-        """The part of the metric that leaves with whole layers: all of `ratio`, or as large a factor as the units'."""
-        if "layer" not in self.granularity:
-            return 0.0
-        return 1 - (1 - self.ratio) ** 0.5 if self.unit_kinds else self.ratio
+        """The part of the metric that leaves with whole layers: all of `ratio`, or as large a factor as of others."""
+        return 1 - (1 - self.ratio) ** (1 / self._parts) if "layer" in self.granularity else 0.0

@@ -15,7 +15,7 @@ from ..models.family import NEURON_KINDS
 
 # What each granularity of units removes: the kinds of `models.groups.Group`.
 UNIT_KINDS = {"head": ("heads", "cross_heads"), "neuron": NEURON_KINDS}
-GRANULARITIES = ("head", "neuron", "layer", "weight")
+GRANULARITIES = ("head", "neuron", "expert", "layer", "weight")
 ALLOCATIONS = ("global", "uniform")
 
 
@@ -44,6 +44,12 @@ IMPORTANCES = {
 LAYER_IMPORTANCES = {
     "loss": Importance("pruning.score.layers:loss"),
     "block_influence": Importance("pruning.score.layers:block_influence"),
+}
+# Of the experts of a mixture: (anatomy, mixtures, *, batches, seed) -> {mixture: [experts]}.
+EXPERT_IMPORTANCES = {
+    "reap": Importance("pruning.score.experts:reap"),
+    "frequency": Importance("pruning.score.experts:frequency"),
+    "random": Importance("pruning.score.experts:random", needs_data=False),
 }
 # Of single weights: (model, linears, *, batches, seed) -> {linear: [out, in]}.
 WEIGHT_IMPORTANCES = {

@@ -25,7 +25,7 @@ from .config import PruningConfig
 FORMAT = "hf_efficient pruning plan"
 VERSION = 1
 MAX_BYTES = 1 << 28
-MAX_ENTRIES = 3 * 2 * MAX_LAYERS  # three groups in each layer of two stacks
+MAX_ENTRIES = 4 * 2 * MAX_LAYERS  # four groups in each layer of two stacks
 LARGEST = 1 << 62  # of a number in a forecast
 LOADS_WITH = ("portable", "plugin")
 KEYS = ("format", "version", "model", "config", "chosen", "layers", "units", "forecast")
@@ -45,6 +45,8 @@ class LayerForecast:
     parameters_before: int
     macs: int
     macs_before: int
+    experts: int = 0
+    experts_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Forecast:
         layers: the same layer by layer.
         loads_with: `"portable"` (the stock class) or `"plugin"` (after `import hf_efficient`).
         latency_ms: measured, where the metric is latency.
+        active_experts: how many experts of a mixture work for one token; fewer than before only where fewer are left.
     """
 
     length: int
@@ -78,6 +81,8 @@ class Forecast:
     layers: tuple[LayerForecast, ...] = ()
     latency_ms: float | None = None
     latency_ms_before: float | None = None
+    active_experts: int | None = None
+    active_experts_before: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class PruningPlan:
     Parameters:
         layers: for each stack the layers that stay.
         units: for each group (`"encoder.3.heads"`, `"decoder.0.neurons"`) the units that stay. Under grouped-query
-            attention a unit of `heads` is a key/value head with its query heads.
+            attention a unit of `heads` is a key/value head with its query heads; `"decoder.0.experts"` are those of a
+            mixture.
         chosen: False if only the sizes are known, since there were no weights to choose by.
         model: the type of the model it was made for.
         config: how it was made; decides how it is carried out (`reconstruct`).

@@ -28,18 +28,19 @@ from ..models.anatomy import Anatomy
 from ..models.loading import load_config
 from ..models.rebuild import check_model
 from .choose.allocation import allocate_alike, choose_layers
+from .choose.experts import choose_experts
 from .choose.reach import check_reachable
 from .config import PruningConfig
 from .cut.surgery import check_plan
 from .folder.run import plan_folder, prune_folder
-from .methods import IMPORTANCES, LAYER_IMPORTANCES
+from .methods import EXPERT_IMPORTANCES, IMPORTANCES, LAYER_IMPORTANCES
 from .plan import PruningPlan
 from .price.costs import Costs, make_costs
 from .price.forecast import forecast
 from .score.calibration import check_calibration, fitting_length
 from .score.finite import check_weights
 from .score.stream import Batch
-from .search import Cutter, Search, is_kept, kept_groups
+from .search import Cutter, Search, is_kept, kept_groups, kept_mixtures, with_kept
 from .weights import check_data, check_learned, prune_weights
 
 
@@ -132,11 +133,14 @@ def search(model: PreTrainedModel, config: PruningConfig | None, calibration: It
     check_learned(config)
     names = [config.importance] if config.unit_kinds else []
     names += [config.layer_importance] if "layer" in config.granularity else []
-    for name in names:
-        if (IMPORTANCES | LAYER_IMPORTANCES)[name].needs_data and not batches:
+    asked = [((IMPORTANCES | LAYER_IMPORTANCES)[name], name, "magnitude") for name in names]
+    if "expert" in config.granularity:
+        asked.append((EXPERT_IMPORTANCES[config.expert_importance], config.expert_importance, "random"))
+    for importance, name, other in asked:
+        if importance.needs_data and not batches:
             raise DataError(
                 f"importance={name!r} needs calibration batches: prune(model, config, calibration=batches). "
-                "Without data use importance='magnitude'."
+                f"Without data use importance={other!r}."
             )
     length = config.sequence_length or fitting_length(batches, model)
     return Search(config, Cutter(anatomy, config, batches), _costs(anatomy, config, length), length)
@@ -252,15 +256,21 @@ def _sizes_only(anatomy: Anatomy, config: PruningConfig, length: int) -> Pruning
     if "layer" in units.granularity:
         later_first = {key: float(-key[1]) for key in costs.layers if key[0] in anatomy.droppable}
         share, family = units.layer_share * costs.total, anatomy.family
-        exact = not units.unit_kinds
+        exact = tuple(units.granularity) == ("layer",)
         layers = choose_layers(later_first, costs.layers, share, exact, family.deepest, family.first_stays)
     plan = PruningPlan(layers=layers)
+    start = sum(cost for key, cost in costs.layers.items() if is_kept(key, plan))
+    goal = (1 - units.ratio) * costs.total
+    if "expert" in units.granularity and (mixtures := kept_mixtures(anatomy, plan)):
+        remove = start - (goal if not units.unit_kinds else (start * goal) ** 0.5)
+        first = {one: -torch.arange(one.experts, dtype=torch.float64) for one in mixtures}
+        plan = replace(plan, units={one.name: k for one, k in choose_experts(first, costs.experts, remove).items()})
+        start, costs = with_kept(costs, plan, start)
     if not units.unit_kinds:
         return plan
-    start = sum(cost for key, cost in costs.layers.items() if is_kept(key, plan))
     groups = [group for group in kept_groups(anatomy, plan) if group.kind in units.unit_kinds]
-    kept = allocate_alike(anatomy, groups, units, costs.of, start - (1 - units.ratio) * costs.total)
-    return replace(plan, units={group.name: numbers for group, numbers in kept.items()})
+    kept = allocate_alike(anatomy, groups, units, costs.of, start - goal)
+    return replace(plan, units=plan.units | {group.name: numbers for group, numbers in kept.items()})
 
 
 def _costs(anatomy: Anatomy, config: PruningConfig, length: int) -> Costs:

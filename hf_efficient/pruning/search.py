@@ -1,4 +1,4 @@
-"""The search for what to keep: layers first, then units in a number of steps.
+"""The search for what to keep: layers first, then experts, then units in a number of steps.
 
     search = Search(config, Cutter(Anatomy.of(model), config, batches), costs, length)
     plan = search.plan()                  # scores and allocates
@@ -18,9 +18,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.anatomy import Anatomy
+from ..models.experts import Mixture
 from ..models.families import FAMILIES
 from ..models.groups import Group
 from .choose.allocation import allocate, choose_layers, drop_layers, fewest
+from .choose.experts import choose_experts
 from .choose.reach import check_reachable
 from .choose.rearrangement import rearrange
 from .config import PruningConfig
@@ -31,6 +33,7 @@ from .plan import PruningPlan
 from .price.correction import Kept, correct
 from .price.costs import Costs
 from .score.calibration import answer_loss
+from .score.experts import ExpertScores, score_experts
 from .score.layers import LayerScores, layer_scores, loss_order
 from .score.statistics import MaskGradients, mask_gradients
 from .score.stream import Batch
@@ -68,6 +71,7 @@ class Judgement:
     order: list[tuple[str, int]] = field(default_factory=list)  # in which layers leave, as far as it was asked for
     coming: Iterator[tuple[str, int]] | None = None  # the rest of it
     units: tuple[Scores, MaskGradients] | None = None
+    experts: ExpertScores | None = None
 
 
 @dataclass(frozen=True)
@@ -103,19 +107,40 @@ class Search:
         costs = replace(self.costs, of=_without_dropped(self.costs, plan))
         start = costs.total - sum(cost for key, cost in costs.layers.items() if not is_kept(key, plan))
         goal, steps = (1 - self.config.ratio) * costs.total, self.config.steps
+        if "expert" in self.config.granularity:
+            target = goal if not self.config.unit_kinds else (start * goal) ** 0.5  # the same factor as the units
+            plan = replace(plan, units=self._experts(plan, start - target))
+            start, costs = with_kept(self.costs, plan, start)
         for step in range(1, steps + 1) if self.config.unit_kinds else ():
             target = start * (goal / start) ** (step / steps)  # the same factor in every step
             if start > target:
                 now = costs if step == steps else replace(costs, measure=None)
                 kept = self._units(self.cutter.cut(plan), plan, now, start, target)
-                plan = replace(plan, units={group.name: units for group, units in kept.items()})
+                plan = replace(plan, units=plan.units | {group.name: units for group, units in kept.items()})
         return plan
+
+    def _experts(self, plan: PruningPlan, remove: float) -> dict[str, tuple[int, ...]]:
+        """The experts that stay in the layers that do."""
+        mixtures = kept_mixtures(self.dense, plan)
+        if not mixtures or remove <= 0:
+            return {}
+        small = self.cutter.cut(plan)
+        if small is not self.dense:
+            scores = score_experts(small, small.mixtures, self.config, self.batches)
+        else:
+            if self.known.experts is None:
+                self.known.experts = score_experts(small, mixtures, self.config, self.batches)
+            scores = self.known.experts
+        # Both lists go through stacks and layers in the same order.
+        scores = dict(zip(mixtures, (scores[one] for one in small.mixtures), strict=True))
+        return {one.name: kept for one, kept in choose_experts(scores, self.costs.experts, remove).items()}
 
     def _layers(self) -> dict[str, tuple[int, ...]]:
         """Which layers to keep so that their share of the budget goes: about that, and at least all of it if nothing
         else is to be removed."""
         config, costs, family = self.config, self.costs.layers, self.dense.family
-        budget = config.layer_share * self.costs.total, not config.unit_kinds, family.deepest, family.first_stays
+        alone = tuple(config.granularity) == ("layer",)
+        budget = config.layer_share * self.costs.total, alone, family.deepest, family.first_stays
         if config.layer_importance == "loss":
             return drop_layers(self._order(), costs, *budget)
         if self.known.layers is None:
@@ -184,18 +209,36 @@ class Search:
 
 
 def _without_dropped(costs: Costs, plan: PruningPlan) -> Callable[[Group, int], float]:
-    """The cost of a group in the layers that are kept; T5's heads are one group in all layers."""
+    """The cost of a group in the layers that are kept (T5's heads are one group in all layers), and in the experts."""
+    parts = {
+        (one.stack, one.layer): len(plan.units[one.name]) / one.experts
+        for one in costs.experts
+        if one.name in plan.units
+    }
 
     def cost(group: Group, units: int) -> float:
         kept = sum(is_kept((group.stack, layer), plan) for layer in group.layers)
-        return costs.of(group, units) * kept / len(group.layers)
+        part = parts.get((group.stack, group.layers[0]), 1.0) if group.has_experts else 1.0
+        return costs.of(group, units) * part * kept / len(group.layers)
 
     return cost
+
+
+def with_kept(costs: Costs, plan: PruningPlan, start: float) -> tuple[float, Costs]:
+    """What is left of `start` when experts have left, and what their neurons cost now."""
+    gone = {one: one.experts - len(plan.units[one.name]) for one in costs.experts if one.name in plan.units}
+    left = start - sum(costs.experts[one] * count for one, count in gone.items())
+    return left, replace(costs, of=_without_dropped(costs, plan))
 
 
 def kept_groups(dense: Anatomy, plan: PruningPlan) -> list[Group]:
     """The groups of which a layer stays."""
     return [group for group in dense.groups if any(is_kept((group.stack, layer), plan) for layer in group.layers)]
+
+
+def kept_mixtures(dense: Anatomy, plan: PruningPlan) -> list[Mixture]:
+    """Those of the layers that stay."""
+    return [one for one in dense.mixtures if is_kept((one.stack, one.layer), plan)]
 
 
 def is_kept(key: tuple[str, int], plan: PruningPlan) -> bool:

@@ -46,9 +46,13 @@ class ScriptArguments:
     sweep: list[float] | None = HfArg(
         default=None, help="Several ratios: each is tried and scored, nothing is kept but the numbers."
     )
-    metric: str = HfArg(default="macs", help="macs, parameters or latency.")
-    granularity: list[str] = HfArg(default_factory=lambda: ["head", "neuron"], help="Of head, neuron and layer.")
-    importance: str | None = HfArg(default=None, help="Default: fisher, of layers alone loss.")
+    metric: str | None = HfArg(
+        default=None, help="macs, parameters or latency. Default: macs; parameters where experts leave."
+    )
+    granularity: list[str] = HfArg(
+        default_factory=lambda: ["head", "neuron"], help="Of head, neuron, expert and layer."
+    )
+    importance: str | None = HfArg(default=None, help="Default: fisher, of layers alone loss, of experts alone reap.")
     allocation: str = HfArg(default="global", help="global or uniform.")
     steps: int = HfArg(default=1, help="Score and remove in so many steps.")
     round_to: int = HfArg(default=8, help="Neurons stay in multiples of this.")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..family import CONVERT, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
+from ..family import CONVERT, EXPERTS, FFN, HEADS, LAYERS, NEURONS, Attention, Family, Stack
 from ..stacks import said
 from .biases import read_tables, with_bias
 from .depths import depth_field, is_depth_field
+from .experts import find_experts
 from .ffns import find_ffns
 from .fields import FIELDS, any_hidden, find_field, lists_of, nested_configs, of_stage, width_said
 from .head_parts import with_shared
@@ -244,6 +245,10 @@ def _make_stack(
     norm = norm_place(first, readers) if first.base.outputs.keys() >= set(readers) else None
     own, where, num_layers = _own_config(model, first.layer, found, len(layers), path)
     fields = {"num_layers": num_layers} | _fields(own, path, found, first, main)
+    try:
+        fields["experts"] = find_experts(layers, said(own, fields["hidden"]), own)
+    except NotDerivable as reason:
+        why[EXPERTS] = str(reason)
     stack = Stack(
         name=name,
         layers=path,

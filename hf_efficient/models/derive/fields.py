@@ -23,6 +23,9 @@ FIELDS = {
     "ffn_hidden_size mlp_dim inner_dim dim_feedforward encoder_intermediate_size",
     "expert_neurons": "moe_intermediate_size expert_ffn_hidden_size intermediate_size ffn_dim d_ff expert_dim",
     "shared_neurons": "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp",
+    "experts": "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts",
+    "expert_groups": "n_group num_expert_group n_expert_groups",
+    "active_groups": "topk_group num_limited_groups topk_groups",
     "experts_per_token": "num_experts_per_tok num_experts_per_token top_k_experts moe_topk moe_k top_k",
     "head_dim": "head_dim d_kv attention_head_dim kv_channels",
 }
@@ -70,12 +73,16 @@ def width_said(ffn: FFN, config: PreTrainedConfig, *first: str) -> FFN:
     role = "neurons" if ffn.down_dim == 0 else "expert_neurons"
     first += tuple(FIELDS["shared_neurons"].split()) if "shared" in ffn.down or ffn.kind == "neurons_2" else ()
     name = find_field(config, role, ffn.num_neurons, *first)
-    active = FIELDS["experts_per_token"].split() if ffn.has_experts else []
-    active = [one for one in active if type(vars(config).get(config.attribute_map.get(one, one))) is int]
-    ffn = replace(ffn, active=config.attribute_map.get(active[0], active[0]) if active else None)
+    ffn = replace(ffn, active=field_said(config, "experts_per_token") if ffn.has_experts else None)
     return replace(ffn, neurons=name, num_neurons=None) if name else ffn
 
 
+def field_said(config: PreTrainedConfig, role: str) -> str | None:
+    """The field of a config that says a number of this role, whatever it is."""
+    names = (config.attribute_map.get(name, name) for name in FIELDS[role].split())
+    return next((name for name in names if type(vars(config).get(name)) is int), None)
+
+
 def any_hidden(config: PreTrainedConfig) -> int | None:
-    names = (config.attribute_map.get(name, name) for name in FIELDS["hidden"].split())
-    return next((value for name in names if type(value := vars(config).get(name)) is int), None)
+    name = field_said(config, "hidden")
+    return None if name is None else vars(config)[name]

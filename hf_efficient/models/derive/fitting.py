@@ -8,10 +8,11 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..family import CONVERT, FFN, HEADS, NEURONS, Attention, Family, Stack
+from ..family import CONVERT, EXPERTS, FFN, HEADS, NEURONS, Attention, Family, Stack
 from ..groups import inside
 from ..linears import holds, input_dim, num_inputs, num_outputs, output_dim
-from ..stacks import ModelStack, model_stacks
+from ..stacks import ModelStack, model_stacks, said
+from .experts import is_whole
 from .fields import width_said
 
 OTHERWISE = "some of its layers are built otherwise"
@@ -33,6 +34,9 @@ def fitted(family: Family, model: PreTrainedModel) -> Family:
         indices = range(len(stack.layers))
         if any(not _has_neurons(stack.layers[i], stack, kind) for i in indices for kind in stack.ffns_in(i)):
             family = family.without(NEURONS, OTHERWISE, stack.name)
+        experts = stack.entry.experts
+        if experts and not all(is_whole(one, experts, said(stack.sizes, experts.count)) for one in stack.layers):
+            family = family.without(EXPERTS, OTHERWISE, stack.name)
     return family
 
 

@@ -4,6 +4,7 @@
   model's own attention under a banded mask.
 - `heads`, `neurons`: cut out of some layers, the model gives what it gives when they contribute nothing.
 - `layers`: without one layer it gives what it gives when that layer hands on its input.
+- `experts`: without some of each layer it gives what it gives when the router's scores of these are -inf.
 
 What fails is switched off, with the reason. The comparisons would notice: each also checks that the change matters.
 """
@@ -23,12 +24,13 @@ from ...attention.watched import Watch, routing
 from ...errors import UnsupportedModelError
 from ..block import StackBlock
 from ..cutting import cut_layers, cut_units, kept_heads, layer_fields
-from ..family import ABILITIES, CONVERT, HEADS, LAYERS, NEURONS, Family, Stack
+from ..family import ABILITIES, CONVERT, EXPERTS, HEADS, LAYERS, NEURONS, Family, Stack
 from ..gaps import TENSOR, states_of
 from ..groups import Group, groups_of, output_module, output_weight
 from ..registry import forget, remember
 from ..stacks import model_stacks
 from .compare import decodes_alike, keeps_cache, outputs_of, run_in_training, text_of
+from .expert_proof import prove_experts
 from .head_parts import with_head_parts
 from .observe import LayerRun, observing
 from .roles import Heads, NotDerivable, other_numbers, said_of
@@ -45,6 +47,7 @@ def prove(family: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
     """
     expected = outputs_of(model, inputs)
     proofs: dict[str, Callable[..., None]] = {CONVERT: _convert, HEADS: _heads, NEURONS: _neurons, LAYERS: _layers}
+    proofs |= {EXPERTS: prove_experts}
     try:
         for name in [stack.name for stack in family.stacks]:
             for ability, proof in proofs.items():

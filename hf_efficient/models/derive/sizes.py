@@ -60,7 +60,7 @@ KINDS: tuple[tuple[str, str, int], ...] = (
     (r"shape_size", "width", HIDDEN // 4),
     (r"(mamba_)?n_groups", "groups", 2),
     (r"n_filters|num_filters", "filters", 8),
-    (r"n_routed_experts|.*num_experts|num_local_experts", "experts", 4),
+    (r"n_routed_experts|.*num_experts|num_local_experts", "experts", 6),  # of two groups, each may lose one of three
     (
         r"num_experts_per_tok|moe_topk|top_k_experts|.*experts_per_tok.*|n_group|num_expert_group|topk_group|moe_k",
         "experts",

@@ -2,7 +2,8 @@
 
 from ...errors import ConfigError, UnsupportedModelError
 from ...models.anatomy import Anatomy
-from ...models.family import HEADS, LAYERS, NEURONS
+from ...models.family import EXPERTS, HEADS, LAYERS, NEURONS
+from ...models.groups import Group
 from ..config import PruningConfig
 from ..plan import PruningPlan
 from ..price.costs import Costs
@@ -12,7 +13,8 @@ from .sparsity import check_structure
 NEAR = 0.9  # of what prices say can be reached: from there on it is measured
 
 
-PARTS = {"head": HEADS, "neuron": NEURONS, "layer": LAYERS}  # what granularity calls it -> the ability
+# What granularity calls it -> the ability.
+PARTS = {"head": HEADS, "neuron": NEURONS, "expert": EXPERTS, "layer": LAYERS}
 
 
 def check_abilities(anatomy: Anatomy, config: PruningConfig) -> None:
@@ -45,15 +47,11 @@ def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> No
             check_reachable(anatomy, rest, costs)
         return
     groups = [group for group in anatomy.groups if group.kind in config.unit_kinds]
-    whole = costs.layers
-    least: dict[tuple[str, int], float] = dict(whole)
-    for group in groups:
-        removable = costs.of(group, group.units) - costs.of(group, fewest(group, config))
-        for layer in group.layers:
-            least[group.stack, layer] -= removable / len(group.layers)
+    whole, least = costs.layers, _least(groups, config, costs)
     kept: dict[str, tuple[int, ...]] = {}
     if "layer" in config.granularity:
-        share, family = config.layer_share if config.unit_kinds else 1.0, anatomy.family
+        alone = tuple(config.granularity) == ("layer",)
+        share, family = 1.0 if alone else config.layer_share, anatomy.family
         scores = {key: cost for key, cost in whole.items() if key[0] in anatomy.droppable}
         kept = choose_layers(scores, whole, share * costs.total, False, family.deepest, family.first_stays)
         least = {(stack, layer): least[stack, layer] for stack, layers in kept.items() for layer in layers}
@@ -71,13 +69,15 @@ def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> No
             "`ratio` or `round_to`, or add to `granularity`."
         )
     if config.ratio > highest:
+        experts = ", every router one expert (of groups two each)," if "expert" in config.granularity else ","
         raise ConfigError(
             f"ratio={config.ratio} cannot be reached with granularity={list(config.granularity)} and "
-            f"round_to={config.round_to}: every layer keeps at least one head and `round_to` neurons, and every stack "
-            f"one layer. At most {highest:.2f} of this model's {config.metric} can be removed. Lower `ratio` or "
-            "`round_to`, or add to `granularity`."
+            f"round_to={config.round_to}: every layer keeps at least one head and `round_to` neurons{experts} and "
+            f"every stack one layer. At most {highest:.2f} of this model's {config.metric} can be removed. Lower "
+            "`ratio` or `round_to`, or add to `granularity`."
         )
-    if config.allocation == "uniform" and config.unit_kinds and costs.measure is None and not kept:
+    alone = not kept and "expert" not in config.granularity
+    if config.allocation == "uniform" and config.unit_kinds and costs.measure is None and alone:
         try:
             allocate_alike(anatomy, groups, config, costs.of, config.ratio * costs.total)
         except ConfigError as error:
@@ -87,3 +87,18 @@ def check_reachable(anatomy: Anatomy, config: PruningConfig, costs: Costs) -> No
                 "number of heads has to divide the width where stock classes ask for it. Lower `ratio` or `round_to`, "
                 "add to `granularity`, or set allocation='global'."
             ) from error
+
+
+def _least(groups: list[Group], config: PruningConfig, costs: Costs) -> dict[tuple[str, int], float]:
+    """What each layer costs with the fewest of these units and, if they may leave, experts."""
+    least = dict(costs.layers)
+    for group in groups:
+        removable = costs.of(group, group.units) - costs.of(group, fewest(group, config))
+        for layer in group.layers:
+            least[group.stack, layer] -= removable / len(group.layers)
+    for mixture, cost in costs.experts.items() if "expert" in config.granularity else ():
+        own = [one for one in groups if mixture.stack == one.stack and mixture.layer in one.layers]
+        narrow = sum(costs.of(one, one.units) - costs.of(one, fewest(one, config)) for one in own if one.has_experts)
+        gone = mixture.experts - mixture.counts()[-1]
+        least[mixture.stack, mixture.layer] -= gone * (cost - narrow / mixture.experts)  # neurons have left already
+    return least

@@ -3,8 +3,8 @@
     check_cut(dense, small, plan, batches[0])
 
 An entry is proven on a tiny model of the same architecture, and what a user has registered is not proven at all. So
-the first calibration batch is run by both: in the whole model what reads the units that left has zeros there, and
-layers that left hand on what they are given.
+the first calibration batch is run by both: in the whole model what reads the units that left has zeros there, experts
+that left are never chosen, and layers that left hand on what they are given.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from ...errors import UnsupportedModelError
 from ...models.anatomy import Anatomy
 from ...models.derive.compare import outputs_of, unlike
 from ...models.derive.proof import hand_on
+from ...models.experts import without_experts
 from ...models.modes import eval_mode
 from ...models.token_masks import real_inputs
 from ..plan import PruningPlan
@@ -62,6 +63,13 @@ def _silenced(dense: Anatomy, plan: PruningPlan) -> Iterator[None]:
                 for index in set(range(len(stack.layers))) - set(kept):
                     handle = stack.layers[index].register_forward_hook(hand_on, with_kwargs=True, prepend=True)
                     hooks.callback(handle.remove)
+            gone = {
+                mixture: sorted(set(range(mixture.experts)) - set(plan.units[mixture.name]))
+                for mixture in dense.mixtures
+                if mixture.name in plan.units
+            }
+            if gone:
+                hooks.enter_context(without_experts(dense.model, gone))
             yield
         finally:
             for weight, dim, rows, values in before:

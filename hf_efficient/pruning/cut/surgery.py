@@ -18,7 +18,7 @@ from ...errors import ConfigError, shown, unknown_name
 from ...models.anatomy import Anatomy
 from ...models.block import EfficientBlock, StackBlock
 from ...models.classes import stock_config, with_block
-from ...models.cutting import cut_layers, cut_units, kept_heads, layer_fields
+from ...models.cutting import cut_experts, cut_layers, cut_units, kept_heads, layer_fields
 from ...models.families import FAMILIES
 from ...models.family import FFN
 from ...models.groups import groups_of
@@ -38,6 +38,7 @@ def apply_plan(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedModel:
     check_plan(anatomy, plan)
     # Units first: their groups are named by the layers of the dense model, which then get new numbers.
     state = cut_units(anatomy.model.state_dict(), anatomy.groups, plan.units)
+    state = cut_experts(state, anatomy.mixtures, plan.units)
     for stack in anatomy.stacks:
         state = cut_layers(state, stack, kept_layers(stack, plan))
     small = rebuild(anatomy.model, planned_config(anatomy, plan), state)
@@ -62,9 +63,15 @@ def planned_config(anatomy: Anatomy, plan: PruningPlan) -> PreTrainedConfig:
             else:
                 changes, unsaid[stack.name] = {}, dict(sizes[stack.name])
         kept = layers[stack.name]
-        changes |= layer_fields(stack, kept)
+        changes |= layer_fields(stack, kept) | _expert_fields(anatomy, stack, plan)
         fields = stack.changed(fields, changes)
     return with_block(anatomy.config, _new_block(anatomy, layers, unsaid, plan), **fields)
+
+
+def _expert_fields(anatomy: Anatomy, stack: ModelStack, plan: PruningPlan) -> dict[str, int]:
+    """How many experts are left, and how many of them work for a token, if that changes."""
+    named = [one for one in anatomy.mixtures if one.stack == stack.name and one.name in plan.units]
+    return named[0].entry.fields(stack.sizes, len(plan.units[named[0].name])) if named else {}
 
 
 def check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
@@ -72,8 +79,8 @@ def check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
 
     Raises:
         ConfigError: another type of model, a stack or group that the model does not have, numbers that are out of
-            range or not ascending, nothing kept, units of a layer that leaves, a first layer that has to stay, a stack
-            that may not become the deeper one.
+            range or not ascending, nothing kept, units of a layer that leaves, experts that no config can say, a first
+            layer that has to stay, a stack that may not become the deeper one.
     """
     family = anatomy.family
     if plan.model is not None and plan.model.removeprefix(EFFICIENT_PREFIX) != family.model_type:
@@ -83,6 +90,7 @@ def check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
         )
     depths = {stack.name: len(stack.layers) for stack in anatomy.stacks}
     groups = {group.name: group.units for group in anatomy.groups}
+    groups |= {mixture.name: mixture.experts for mixture in anatomy.mixtures}
     for what, entries, known in (("layers", plan.layers, depths), ("units", plan.units, groups)):
         for name, kept in entries.items():
             if name not in known:
@@ -93,12 +101,15 @@ def check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
                     f"The plan keeps {shown(list(kept))} of {name}; give at least one of the numbers from 0 to "
                     f"{known[name] - 1}, ascending, each once."
                 )
-    for group in anatomy.groups:
-        if group.name in plan.units and not set(group.layers) & set(plan.layers.get(group.stack, group.layers)):
+    places = [(group.name, group.stack, group.layers) for group in anatomy.groups]
+    places += [(mixture.name, mixture.stack, (mixture.layer,)) for mixture in anatomy.mixtures]
+    for name, stack, layers in places:
+        if name in plan.units and not set(layers) & set(plan.layers.get(stack, layers)):
             raise ConfigError(
-                f"The plan names units of {group.name}, but its `layers` do not keep layer {group.layers[0]} of the "
-                f"{group.stack}. Delete {group.name} from `units`, or keep the layer."
+                f"The plan names units of {name}, but its `layers` do not keep layer {layers[0]} of the {stack}. "
+                f"Delete {name} from `units`, or keep the layer."
             )
+    _check_experts(anatomy, plan)
     remaining = {name: len(plan.layers.get(name, range(depth))) for name, depth in depths.items()}
     if family.first_stays and not all(plan.layers.get(name, (0,))[0] == 0 for name in depths):
         raise ConfigError(
@@ -109,6 +120,26 @@ def check_plan(anatomy: Anatomy, plan: PruningPlan) -> None:
             f"The plan keeps {remaining} layers; no stack of a {family.model_type} model may be deeper than its "
             f"{family.deepest}, by which `generate` sizes the cache. Drop layers of the others too."
         )
+
+
+def _check_experts(anatomy: Anatomy, plan: PruningPlan) -> None:
+    """One config field says how many experts all layers have, and those of one router lie in groups of one size."""
+    counts: dict[str, set[int]] = {}
+    for mixture in anatomy.mixtures:
+        if mixture.layer not in plan.layers.get(mixture.stack, (mixture.layer,)):
+            continue
+        kept = plan.units.get(mixture.name, range(mixture.experts))
+        counts.setdefault(mixture.field, set()).add(len(kept))
+        if len(counts[mixture.field]) > 1:
+            raise ConfigError(
+                f"The plan keeps {len(kept)} experts of {mixture.name} and other numbers elsewhere; the config of the "
+                "model says one number for all layers. Keep as many everywhere."
+            )
+        if len(set(mixture.per_group(kept))) > 1 or len(kept) < mixture.fewest:
+            raise ConfigError(
+                f"The plan keeps {mixture.per_group(kept)} experts of the {mixture.groups} groups of {mixture.name}; "
+                f"its router needs as many of each, and at least {mixture.fewest} together."
+            )
 
 
 def kept_layers(stack: ModelStack, plan: PruningPlan) -> tuple[int, ...]:

@@ -67,11 +67,12 @@ class Gradual:
 
     def _check_granularity(self) -> None:
         names = list(self.config.granularity)
-        if "layer" in names:
-            raise ConfigError(
-                f"PruningCallback removes heads and neurons, or weights, got granularity {names}. Drop layers before: "
-                "model = prune(model, PruningConfig(granularity='layer', ...), calibration)."
-            )
+        for part in ("layer", "expert"):
+            if part in names:
+                raise ConfigError(
+                    f"PruningCallback removes heads and neurons, or weights, got granularity {names}. Drop {part}s "
+                    f"before: model = prune(model, PruningConfig(granularity={part!r}, ...), calibration)."
+                )
         if "weight" in names and len(names) > 1:
             raise ConfigError(
                 f"PruningCallback removes units or weights in one run, got granularity {names}: a pattern of zeros "

@@ -8,13 +8,14 @@ parameters or multiply-accumulates, or a clock) says `methods.METRICS`; those wh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...attention.dispatch import variant_of
 from ...attention.variant import hides_future
 from ...models.anatomy import Anatomy
+from ...models.experts import Mixture, expert_parameters
 from ...models.family import HEADS, NEURONS
 from ...models.groups import Group, unit_parameters
 from ...models.stacks import ModelStack
@@ -28,6 +29,7 @@ class Costs:
 
     Fields:
         of: (group, how many of its units are kept) -> cost; falls with the number.
+        experts: what one expert of each mixture costs, where the metric falls with their number.
         layers: what each whole layer costs, by (stack, layer).
         total: what `ratio` is a fraction of.
         measure: what the model of a plan really costs, where prices are only an estimate of it (latency).
@@ -37,6 +39,7 @@ class Costs:
     layers: dict[tuple[str, int], float]
     total: float
     measure: Callable[[PruningPlan], float] | None = None
+    experts: dict[Mixture, float] = field(default_factory=dict)
 
 
 def make_costs(anatomy: Anatomy, metric: str, length: int, batch_size: int = 8) -> Costs:
@@ -58,7 +61,9 @@ def parameter_costs(anatomy: Anatomy, batch_size: int, length: int) -> Costs:
 def _counted(anatomy: Anatomy, metric: str, length: int) -> Costs:
     unit = {group: unit_cost(anatomy, group, metric, length) for group in anatomy.groups}
     layers = layer_costs(anatomy, metric, length)
-    return Costs(lambda group, units: unit[group] * units, layers, sum(layers.values()))
+    counts = metric == "parameters"  # as many experts work for a token, however many there are
+    experts = {one: expert_parameters(anatomy.model, one) for one in anatomy.mixtures if counts}
+    return Costs(lambda group, units: unit[group] * units, layers, sum(layers.values()), experts=experts)
 
 
 def unit_cost(anatomy: Anatomy, group: Group, metric: str, length: int) -> int:

@@ -70,6 +70,8 @@ def forecast(
         layers=tuple(rows),
         latency_ms=None if measured is None else measured / 1e6,
         latency_ms_before=None if costs is None or measured is None else costs.total / 1e6,
+        active_experts=_active_experts(anatomy, config),
+        active_experts_before=_active_experts(anatomy, model.config),
     )
 
 
@@ -88,8 +90,15 @@ def _macs(anatomy: Anatomy, length: int) -> int | None:
         return None
 
 
+def _active_experts(dense: Anatomy, config: PreTrainedConfig) -> int | None:
+    """Of the first stack that has experts which may leave, by the config of what is left."""
+    fields = ((stack.entry, stack.entry.experts.active) for stack in dense.stacks if stack.entry.experts)
+    return next((getattr(entry.own_config(config), active) for entry, active in fields if active), None)
+
+
 def _layers(dense: Anatomy, small: Anatomy, plan: PruningPlan, length: int) -> list[LayerForecast]:
     old, new = (_by_layer(anatomy, length) for anatomy in (dense, small))
+    mixtures = {(one.stack, one.layer): one for one in dense.mixtures}
     rows = []
     for stack in dense.stacks:
         kept = kept_layers(stack, plan)
@@ -97,6 +106,9 @@ def _layers(dense: Anatomy, small: Anatomy, plan: PruningPlan, length: int) -> l
             was = old[stack.name, index]
             now = new[stack.name, kept.index(index)] if index in kept else dict.fromkeys(was, 0)
             sizes = {key: value for name in was for key, value in ((name, now[name]), (f"{name}_before", was[name]))}
+            if mixture := mixtures.get((stack.name, index)):
+                left = len(plan.units.get(mixture.name, range(mixture.experts))) if index in kept else 0
+                sizes |= {"experts": left, "experts_before": mixture.experts}
             rows.append(LayerForecast(stack.name, index, **sizes))
     return rows
 
@@ -146,20 +158,25 @@ def plan_table(plan: PruningPlan) -> str:
         whole.append((f"cache, {after.length} tokens", *cache))
     if after.latency_ms is not None and after.latency_ms_before is not None:
         whole.append(("latency", f"{after.latency_ms_before:.1f} ms", f"{after.latency_ms:.1f} ms"))
+    if after.active_experts is not None and after.active_experts != after.active_experts_before:
+        whole.append(("experts that work for a token", str(after.active_experts_before), str(after.active_experts)))
+    has_experts = any(row.experts_before for row in after.layers)
     layers = [
         (
             f"{row.stack} {row.layer}",
             f"{row.heads} of {row.heads_before}",
             f"{row.neurons} of {row.neurons_before}",
+            *([f"{row.experts} of {row.experts_before}"] if has_experts else []),
             f"{format_count(row.parameters)} of {format_count(row.parameters_before)}",
             f"{format_count(row.macs)} of {format_count(row.macs_before)}",
         )
         for row in after.layers
     ]
+    head = ("layer", "heads", "neurons", *(["experts"] if has_experts else []), "parameters", "MACs")
     sure = "" if plan.chosen else "Sizes only, every layer alike: which units stay is chosen when there are weights.\n"
     return for_terminal(
         f"{align(('', 'before', 'after'), whole)}\n\n"
-        f"{align(('layer', 'heads', 'neurons', 'parameters', 'MACs'), layers)}\n\n"
+        f"{align(head, layers)}\n\n"
         f"Of what the layers cost, {after.removed_macs:.1%} of the MACs and {after.removed_parameters:.1%} of the "
         f"parameters go.\n{sure}Loads as: {_LOADS[after.loads_with]}"
     )

@@ -76,9 +76,9 @@ def test_experts_cost_what_works_for_a_token():
     model, _ = make("mixtral")
     anatomy = Anatomy.of(model)
     [group] = [group for group in anatomy.groups if group.name == "decoder.0.expert_neurons"]
-    weights = 4 * 3 * 32  # experts, of gate, up and down
+    weights = 6 * 3 * 32  # experts, of gate, up and down
     assert unit_cost(anatomy, group, "parameters", 9) == weights
-    assert unit_cost(anatomy, group, "macs", 9) == 9 * weights * 2 // 4  # two of four work
+    assert unit_cost(anatomy, group, "macs", 9) == 9 * weights * 2 // 6  # two of six work
 
 
 @pytest.mark.parametrize("importance", ["fisher", "taylor"])
