@@ -97,6 +97,7 @@ def _search(dense: DenseModel, config: PruningConfig) -> Search:
     importance = config.importance if units else config.layer_importance
     refused = {
         "single weights": "weight" in config.granularity,
+        "whole experts": "expert" in config.granularity,
         "metric='latency'": config.metric == "latency",
         f"steps={config.steps}": config.steps > 1,
         "layers and units together (prune the layers first, then the result)": units and layers,

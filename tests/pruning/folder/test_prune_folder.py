@@ -191,6 +191,7 @@ def test_rows_go_through_the_head_in_portions(saved, tmp_path, monkeypatch):
     ("config", "words"),
     [
         (PruningConfig(granularity="weight", importance="magnitude"), "single weights"),
+        (PruningConfig(granularity="expert", importance="random"), "whole experts"),
         (PruningConfig(metric="latency"), "latency"),
         (PruningConfig(steps=2), "steps=2"),
         (PruningConfig(granularity=("layer", "head", "neuron")), "layers and units"),
