@@ -106,9 +106,7 @@ def plan(
     metric: Annotated[
         str | None, typer.Option(help="macs or parameters. Default: macs; parameters where experts leave.")
     ] = None,
-    granularity: Annotated[
-        str, typer.Option(help="Of head, neuron, expert and layer, joined by commas.")
-    ] = "head,neuron",
+    granularity: Annotated[str, typer.Option(help="Of head, neuron, expert, layer; with commas.")] = "head,neuron",
     allocation: Annotated[str, typer.Option(help="global, or uniform: the same sizes in every layer.")] = "global",
     round_to: Annotated[int, typer.Option(help="Neurons stay in multiples of this.")] = 8,
     sequence_length: Annotated[

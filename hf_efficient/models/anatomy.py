@@ -18,9 +18,9 @@ from ..errors import unknown_name
 from .block import EfficientBlock
 from .classes import block_of
 from .derive import family_for
-from .experts import Mixture
 from .family import LAYERS, Family
 from .groups import Group, groups_of
+from .mixtures import Mixture
 from .stacks import ConfigStack, ModelStack, config_stacks, mixtures_of, model_stacks
 
 
@@ -85,7 +85,7 @@ class Anatomy(ConfigAnatomy):
 
     @cached_property
     def mixtures(self) -> tuple[Mixture, ...]:
-        """The mixtures of experts, of which whole experts can leave, layer by layer: see `models.experts`."""
+        """The mixtures of experts, of which whole experts can leave, layer by layer: see `models.mixtures`."""
         return tuple(mixture for stack in self.stacks for mixture in mixtures_of(stack))
 
 

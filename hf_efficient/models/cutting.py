@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .experts import Mixture
 from .groups import Group, expand
+from .mixtures import Mixture
 from .stacks import ModelStack
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
-from .experts import Mixture, mixture_of
 from .family import FFN, Attention, Family, Stack
 from .linears import holds
+from .mixtures import Mixture, mixture_of
 
 
 def said(config: PreTrainedConfig, field: str) -> Any:

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.anatomy import Anatomy
-from ..models.experts import Mixture
 from ..models.families import FAMILIES
 from ..models.groups import Group
+from ..models.mixtures import Mixture
 from .choose.allocation import allocate, choose_layers, drop_layers, fewest
 from .choose.experts import choose_experts
 from .choose.reach import check_reachable

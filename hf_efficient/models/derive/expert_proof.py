@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..block import StackBlock
 from ..cutting import cut_experts
-from ..experts import Mixture, without_experts
+from ..mixtures import Mixture, without_experts
 from ..stacks import mixtures_of, model_stacks
 from .compare import outputs_of
 from .roles import NotDerivable

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..experts import Experts, num_experts
+from ..experts import Experts
 from ..linears import holds
+from ..mixtures import num_experts
 from .fields import field_said, find_field
 from .roles import NotDerivable
 

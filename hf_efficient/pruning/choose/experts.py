@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ...errors import ConfigError
-from ...models.experts import Mixture
+from ...models.mixtures import Mixture
 from .allocation import ROUNDING
 
 ExpertScores = dict[Mixture, torch.Tensor]  # [experts]

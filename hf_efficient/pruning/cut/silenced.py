@@ -18,7 +18,7 @@ from ...errors import UnsupportedModelError
 from ...models.anatomy import Anatomy
 from ...models.derive.compare import outputs_of, unlike
 from ...models.derive.proof import hand_on
-from ...models.experts import without_experts
+from ...models.mixtures import without_experts
 from ...models.modes import eval_mode
 from ...models.token_masks import real_inputs
 from ..plan import PruningPlan

@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...attention.dispatch import variant_of
 from ...attention.variant import hides_future
 from ...models.anatomy import Anatomy
-from ...models.experts import Mixture, expert_parameters
 from ...models.family import HEADS, NEURONS
 from ...models.groups import Group, unit_parameters
+from ...models.mixtures import Mixture, expert_parameters
 from ...models.stacks import ModelStack
 from ..methods import METRICS
 from ..plan import PruningPlan

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...models.anatomy import Anatomy
-from ...models.experts import Mixture
+from ...models.mixtures import Mixture
 from ...models.modes import evaluating
 from ..config import PruningConfig
 from ..methods import EXPERT_IMPORTANCES

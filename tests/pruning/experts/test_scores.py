@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from hf_efficient import ConfigError, DataError, PruningConfig, prune
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.experts import expert_parameters
+from hf_efficient.models.mixtures import expert_parameters
 from hf_efficient.pruning.choose.experts import choose_experts
 from hf_efficient.pruning.methods import EXPERT_IMPORTANCES
 from hf_efficient.pruning.score import experts as scoring

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from hf_efficient import ConfigError, PruningConfig, PruningPlan, UnsupportedModelError, plan, prune
 from hf_efficient.models.anatomy import Anatomy
-from hf_efficient.models.experts import without_experts
 from hf_efficient.models.family import Family
+from hf_efficient.models.mixtures import without_experts
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.price.forecast import plan_table
 from tests.helpers import selected
