@@ -223,7 +223,10 @@ class PruningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"granularity": list(self.granularity)}
+        values = asdict(self) | {"granularity": list(self.granularity)}
+        if "expert" not in self.granularity:
+            del values["expert_importance"]
+        return values
 
     def without_weights(self) -> "PruningConfig | None":
         """What is left to do for layers and units; None if nothing."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.block import MAX_HEADS
 from .base import Run, Stage
 from .settings import MAX_BATCH, MAX_STEPS, integer
 
@@ -26,7 +25,7 @@ class MergeStage(Stage):
         - distill: {epochs: 1, losses: {kd: 1.0, ce: 0.5}}
     """
 
-    kv_heads: int = integer(1, 1, MAX_HEADS)
+    kv_heads: int = integer(1, 1, 1 << 12)
     calibration_samples: int = integer(64, 1, MAX_STEPS)
     batch_size: int = integer(8, 1, MAX_BATCH)
 

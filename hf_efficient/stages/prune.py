@@ -40,14 +40,15 @@ class CalibrationSettings(Settings):
     layer_by_layer: str = one_of("auto", BY_LAYER)
 
     def to_dict(self) -> dict[str, Any]:
-        """`layer_by_layer` only where it is given."""
-        usual = {"layer_by_layer": "auto"}.items()
+        """`layer_by_layer` and `generated_samples` only where they say something."""
+        usual = {"layer_by_layer": "auto", "generated_samples": 0}.items()
         return {name: value for name, value in super().to_dict().items() if (name, value) not in usual}
 
     @classmethod
     def of_task(cls, task: str | None, given: Mapping[str, Any], path: str) -> "CalibrationSettings":
-        """What is given, and the task's own defaults."""
-        settings = read(cls, TASK_DEFAULTS.get(task or "", {}) | dict(given), path)
+        """What is given; the task's own defaults where the number of rows is not."""
+        usual = {} if "calibration_samples" in given else TASK_DEFAULTS.get(task or "", {})
+        settings = read(cls, usual | dict(given), path)
         if settings.generated_samples and task not in TASK_DEFAULTS:
             raise ConfigError(
                 f"{path}.generated_samples is {settings.generated_samples}, but models of task {task!r} write no "
@@ -93,10 +94,10 @@ class PruneStage(Stage):
         return cls(config, calibration)
 
     def to_dict(self) -> dict[str, Any]:
-        config = dataclasses.asdict(self.config)
+        config = self.config.to_dict()
         if self.config.structure and self.config.without_weights() is None:
             del config["ratio"]  # mask_structure says it, also where that is overridden
-        return config | {"granularity": list(config["granularity"])} | self.calibration.to_dict()
+        return config | self.calibration.to_dict()
 
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
         check_pruning(run, config, self.config, before)

@@ -24,6 +24,9 @@ def test_language_models_have_defaults_of_their_own():
     assert PruneStage.read(stage.to_dict(), "prune", "causal-lm") == stage
     given = PruneStage.read({"ratio": 0.3, "generated_samples": 0, "batch_size": 8}, "prune", "causal-lm")
     assert (given.calibration.generated_samples, given.calibration.batch_size) == (0, 8)
+    assert PruneStage.read(given.to_dict(), "prune", "causal-lm") == given
+    rows = PruneStage.read({"ratio": 0.3, "calibration_samples": 64}, "prune", "causal-lm")
+    assert rows.calibration == CalibrationSettings(64, 16, 0)
     other = PruneStage.read({"ratio": 0.3}, "prune", "text-classification").calibration
     assert (other.calibration_samples, other.generated_samples, other.batch_size) == (256, 0, 16)
 
