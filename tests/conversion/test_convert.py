@@ -225,7 +225,7 @@ def test_decoding_step_by_step_gives_what_one_pass_gives(name, config):
         else:
             mask = torch.cat([inputs["attention_mask"], torch.ones(2, 8, dtype=torch.long)], 1)
             whole = model(out.sequences, attention_mask=mask, **position_ids(model, mask)).logits[:, -9:-1]
-        assert_close(torch.stack(out.logits, 1), whole[:, -8:], 1e-5)
+        assert_close(torch.stack(out.logits, 1), whole[:, -8:], 2e-5)
 
 
 def test_a_narrow_window_generates_something_else():
