@@ -112,6 +112,10 @@ class PruningPlan:
         forecast = None if self.forecast is None else asdict(self.forecast)
         if forecast is not None:
             forecast["layers"] = list(forecast["layers"])  # JSON has no tuples
+            if not any(layer["experts_before"] for layer in forecast["layers"]):  # most models have no experts
+                for part in (forecast, *forecast["layers"]):
+                    for name in [name for name in part if "experts" in name]:
+                        del part[name]
         return {
             "format": FORMAT,
             "version": VERSION,

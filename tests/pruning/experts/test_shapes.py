@@ -203,7 +203,7 @@ def test_an_older_plan_still_loads():
     """Of before experts could leave: it says nothing of them."""
     made = plan(make("mixtral"), PruningConfig(ratio=0.2, granularity="neuron", importance="magnitude"))
     data = made.to_dict()
-    del data["config"]["expert_importance"], data["forecast"]["active_experts"]
+    del data["forecast"]["active_experts"]
     del data["forecast"]["active_experts_before"]
     data["forecast"]["layers"] = [
         {name: value for name, value in vars(row).items() if "experts" not in name} for row in made.forecast.layers
