@@ -84,6 +84,8 @@ def test_recipes_of_one_name_are_the_same_recipe():
 def _parse(line: str) -> None:
     """Read a command line to its end; an unknown command, flag or recipe raises."""
     words = shlex.split(line)
+    if words[0] == "accelerate" and "-m" in words:  # accelerate launch [--its-flags] -m hf_efficient COMMAND
+        words = ["hf-efficient", *words[words.index("-m") + 2 :]]
     if words[0] == "accelerate":  # accelerate launch [--its-flags] SCRIPT flags
         script = next(number for number, word in enumerate(words) if word.endswith(".py"))
         words = ["python", *words[script:]]

@@ -79,7 +79,10 @@ RULES = {
     "JSON of strangers is read by io/json": Rule(
         calls("json.load", "json.loads"),
         ("io/json.py",),
-        {"pruning/cut/tokenizer.py": "what the tokenizers library writes of a tokenizer in memory"},
+        {
+            "pruning/cut/tokenizer.py": "what the tokenizers library writes of a tokenizer in memory",
+            "training/meetings.py": "what the processes of one run tell each other",
+        },
     ),
     "what a user named is loaded by loading": Rule(
         calls(".from_pretrained"),

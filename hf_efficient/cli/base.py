@@ -71,7 +71,14 @@ def print_json(value: Any) -> None:
 
 def print_text(text: str) -> None:
     """What was asked for, on stdout. Whoever wrote it, the terminal obeys nothing in it."""
-    typer.echo(for_terminal(text))
+    if rank() == 0:
+        typer.echo(for_terminal(text))
+
+
+def rank() -> int:
+    """Which of several processes this is; only the first one answers."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def say(line: str) -> None:
@@ -123,7 +130,8 @@ def main() -> None:
         if os.environ.get(DEBUG):
             raise
         message = str(error) if isinstance(error, HfEfficientError) else _told(error)
-        say(f"error: {message if len(message) <= LONGEST else message[:LONGEST] + '...'}")
+        where = f" in process {rank()}" if rank() else ""
+        say(f"error{where}: {message if len(message) <= LONGEST else message[:LONGEST] + '...'}")
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == STOPPED:

@@ -1,6 +1,7 @@
 """Commands that change models: `compress`, `plan`, `prune`, `distill`."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,9 @@ from .overrides import parse_overrides
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 PASSED_ON: dict[str, Any] = OVERRIDES | {"help_option_names": []}
-OPTIONS = ("output-dir", "resume", "json", "trust-remote-code", "help")
+OPTIONS = ("output-dir", "resume", "processes", "json", "trust-remote-code", "help")
 TRUST_HELP = "Run code that comes with the model. That a recipe says so is not enough."
+STARTED = "HF_EFFICIENT_PROCESSES"  # in the environment of processes that --processes started
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -36,6 +38,9 @@ def compress(
     ],
     output_dir: Annotated[Path | None, typer.Option(help="Default: out/<recipe name>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and never begin a new one.")] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, max=1024, help="Share the work out to so many processes on this machine: one a GPU.")
+    ] = 1,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -47,6 +52,7 @@ def compress(
     from ..pipeline.compress import MODEL
     from ..pipeline.compress import compress as run
     from ..reporting.tables import text_table
+    from ..training.ranks import leave
 
     if recipe.startswith("-"):
         raise ConfigError(f"The recipe comes first: `hf-efficient compress RECIPE {recipe} ...`.")
@@ -54,13 +60,35 @@ def compress(
     chosen, folder = _chosen(recipe, output_dir, context.args, resume)
     chosen = chosen.allowed(trust_remote_code, parse_overrides(context.args, OPTIONS))
     trust = chosen.model.trust_remote_code
+    if processes > 1:
+        _on_processes(processes)
     if chosen.sweep:
         _sweep(chosen, folder, as_json, trust or trust_remote_code)
+        leave()
         return
     report = run(chosen, output_dir=folder, announce=say, trust_remote_code=trust)
     print_json(report.to_dict()) if as_json else print_text(text_table(report))
     if not as_json:
         print_text(f"\nModel, report, page, plots and card: {folder / MODEL}")
+    leave()
+
+
+def _on_processes(count: int) -> None:
+    """Start this command again in so many processes, and end with what it ends with there."""
+    from ..io.process import run_together
+
+    if os.environ.get(STARTED):
+        return
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "accelerate launch or torchrun has started the processes already. Leave --processes out, or start "
+            "`hf-efficient` alone."
+        )
+    os.environ[STARTED] = "1"
+    code = run_together(count, "hf_efficient", *sys.argv[1:])
+    if code:
+        raise SystemExit(code)
+    raise typer.Exit
 
 
 def _chosen(recipe: str, output_dir: Path | None, words: list[str], resume: bool) -> tuple[Any, Path]:

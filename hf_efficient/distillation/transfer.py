@@ -33,7 +33,7 @@ from ..models.heads import PREPARE, SINGLE_LABEL
 from ..models.modes import eval_mode
 from ..models.registry import is_known
 from ..models.token_masks import counts_columns, first_positions
-from ..training.batch import Batch, Head, forward_names
+from ..training.batch import REAL_ROWS, Batch, Head, forward_names
 from ..training.forward import call_inside
 from ..training.trainers import Counts, StepTrainer
 from .losses.losses import hidden_loss
@@ -192,6 +192,7 @@ class TransferTrainer(StepTrainer):
 
     def _masks(self, inputs: dict[str, Any], rows: int | None = None) -> dict[str, Tensor]:
         """The real queries of each stack, `[B, T]`; `[B]` for images."""
+        rows = inputs.get(REAL_ROWS) if rows is None else rows
         if self._shift is None:  # labels that say nothing about positions
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         masks = Batch(inputs, self.head, rows=rows).token_masks()

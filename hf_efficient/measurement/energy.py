@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..reporting.schema import Energy, Footprint
+from ..training.ranks import meet
 
 SECONDS = 5.0  # of running: codecarbon looks once a second
 ESTIMATED, MEASURED = "estimated from load and rated power", "measured by counters of the hardware"
@@ -97,6 +98,8 @@ def with_energy(work: Callable[..., dict[str, Any]], country: str | None) -> Cal
 
     def run(*arguments: Any) -> dict[str, Any]:
         facts, footprint = tracked(lambda: work(*arguments), country)
-        return facts | {"energy": asdict(footprint)}
+        parts = meet(asdict(footprint))  # of each process
+        sums = {name: sum(part[name] for part in parts) for name in ("kwh", "co2_grams") if parts[0][name] is not None}
+        return facts | {"energy": parts[0] | sums}
 
     return run

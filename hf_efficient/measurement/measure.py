@@ -7,7 +7,7 @@ Light to import: PyTorch is imported by the call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,10 @@ def _measure_sides(
     sides: "dict[str, _Side]", shape: tuple[int, int], timed: dict, scored: dict, energy: bool
 ) -> Measurement:
     """`timed` goes to `compare_latency` (but for the threads), `scored` to `evaluate_quality`."""
+    from ..io.codec import decode
     from ..models.inputs import dummy_inputs
     from ..models.modes import using_threads
+    from ..training.ranks import count, from_main, on_main
     from .latency import compare_latency
     from .quality import evaluate_quality
 
@@ -90,19 +92,26 @@ def _measure_sides(
         return dummy_inputs(each, *shape)
 
     with using_threads(timed.pop("threads")):
-        timing = compare_latency({name: side.model for name, side in sides.items()}, inputs_of, **timed)
+        models = {name: side.model for name, side in sides.items()}
+        timing = on_main(lambda: compare_latency(models, inputs_of, **timed))  # the machine is its own meanwhile
         evaluations = {
             name: evaluate_quality(side.model, side.dataset, side.collator, **scored)
             for name, side in sides.items()
             if side.dataset is not None
         }
-        measurements = {
-            name: side.measurement(inputs_of(side.model), timing, name, evaluations.get(name), energy)
-            for name, side in sides.items()
-        }
-    if "baseline" not in sides:
-        return measurements["model"]
-    return _joined(measurements["baseline"], measurements["model"], timing, evaluations)
+
+        def joined() -> Measurement:
+            measurements = {
+                name: side.measurement(inputs_of(side.model), timing, name, evaluations.get(name), energy)
+                for name, side in sides.items()
+            }
+            if "baseline" not in sides:
+                return measurements["model"]
+            return _joined(measurements["baseline"], measurements["model"], timing, evaluations)
+
+        if count() == 1:
+            return joined()
+        return decode(Measurement, from_main(lambda: asdict(joined())), "the measurement of the main process")
 
 
 @dataclass(frozen=True)

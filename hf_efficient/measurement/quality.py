@@ -25,6 +25,7 @@ An answer is right if its first and its last token are; an embedding, if the nea
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import default_data_collator
 
 from ..data.tasks import TASKS, Task
 from ..errors import DataError, UnsupportedModelError, check_positive, unknown_name
@@ -41,6 +43,7 @@ from ..models.modes import evaluating
 from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
+from ..training.ranks import gather, gather_rows, share
 from .retrieval import PAIR, find_pairs
 from .scores import check_metrics, further_scores, load_metrics
 from .speech import decoder_of, score_texts
@@ -127,22 +130,20 @@ def evaluate_quality(
         metrics = load_metrics(metrics)
     if len(dataset) == 0:
         raise DataError("The data set to evaluate on is empty. Give at least one sample.")
-    if collator is None:
-        from transformers import default_data_collator
-
-        collator = default_data_collator
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=collator, shuffle=False)
+    collator = default_data_collator if collator is None else collator
+    places = share([part.tolist() for part in torch.arange(len(dataset)).split(batch_size)])
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=places, collate_fn=collator)
+    batches, numbers = tqdm(loader, desc="evaluate", disable=None, leave=False), [*itertools.chain(*places)]
     with evaluating(model):
         if TASKS[task].kind == "embeddings":
-            losses, nearest = find_pairs(*_embeddings(model, loader, pooling))
+            losses, nearest = find_pairs(*_embeddings(model, batches, places, pooling))
             rows = [_one(*each, pair) for pair, each in enumerate(zip(losses, nearest, strict=True))]
         elif TASKS[task].metric == "wer":
             decode = decoder_of(collator)
-            batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
-            return _speech(task, [row for batch in batches for row in _score_speech(model, batch, task, decode)])
+            spoken = [row for batch in batches for row in _score_speech(model, batch, task, decode)]
+            return _speech(task, gather_rows(spoken, numbers))
         else:
-            batches = tqdm(loader, desc="evaluate", disable=None, leave=False)
-            rows = [row for batch in batches for row in _score_batch(model, batch, TASKS[task])]
+            rows = gather_rows([row for batch in batches for row in _score_batch(model, batch, TASKS[task])], numbers)
     loss, correct, count = (torch.stack([row[i] for row in rows]).double() for i in range(3))
     if not count.sum():
         raise DataError("No label counts: all are -100. Give samples with labels.")
@@ -182,10 +183,10 @@ def _speech(task: str, rows: list[tuple]) -> Evaluation:
     return Evaluation(Quality(task, len(rows), int(words.sum()), scores), loss, errors, words, heard, said)
 
 
-def _embeddings(model: Any, loader: Iterable[Mapping[str, Any]], pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _embeddings(model: Any, batches: Iterable, places: Sequence, pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`[rows, width]` pooled over real tokens, of length 1, and each row's pair; DataError if they are not pairs."""
     vectors, numbers = [], []
-    for batch in tqdm(loader, desc="evaluate", disable=None, leave=False):
+    for batch in batches:
         if PAIR not in batch:
             raise DataError(
                 f"The batch has no {PAIR!r}, only {', '.join(sorted(batch))}. Embeddings are scored by pairs of "
@@ -196,7 +197,8 @@ def _embeddings(model: Any, loader: Iterable[Mapping[str, Any]], pooling: str) -
         mask = token_masks(inputs, has_decoder=False)["encoder"]
         vectors.append(torch.nn.functional.normalize(pool(states, mask, pooling), dim=-1).cpu())
         numbers.append(batch[PAIR].cpu())
-    return torch.cat(vectors), torch.cat(numbers)
+    order = [batch[0] for batch in places]
+    return torch.cat(gather(vectors, order)), torch.cat(gather(numbers, order))
 
 
 def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple[torch.Tensor, ...]]:

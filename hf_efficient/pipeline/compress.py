@@ -7,7 +7,7 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 (and a stage that trains, after its last epoch); the result is that of an uninterrupted run.
 """
 
-import os
+import json
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from ..io.disk import clear_disk_errors, copy_folder, inside
 from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
 from ..stages.base import Stage, check_length
+from ..training.ranks import begin, check_same, count, from_main, is_main, on_main, together
 from .report import check_losses, measured
 from .workspace import MANIFEST, MODEL, Workspace
 
@@ -44,6 +45,8 @@ def compress(
         trust_remote_code: run code that comes with the model. That the recipe says so is not enough.
         **overrides: dotted recipe keys: `compress("bbc-news", **{"prune.ratio": 0.5})`.
 
+    Under `accelerate launch` or torchrun all processes call it: they share out what each stage does, and one writes.
+
     Raises:
         ConfigError, DataError, UnsupportedModelError: before any long work.
         CheckpointError: `output_dir` holds something else, a stage's files are damaged, or the disk is full.
@@ -54,21 +57,26 @@ def compress(
     recipe = recipe.allowed(trust_remote_code, overrides)
     if recipe.sweep:
         raise ConfigError("The recipe has a sweep, so it gives many results: call sweep(recipe), not compress.")
+    folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
+    begin()
+    with together("compress", ends=True):
+        return _compress(recipe, folder, announce if is_main() else lambda line: None)
+
+
+def _compress(recipe: Recipe, folder: Path, announce: Callable[[str], None]) -> Report:
     from .run import Run
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "compress runs in one process. To distil on several, use `accelerate launch scripts/distill.py`."
-        )
-    folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     space = Workspace(folder, recipe)
     if report := _finished(folder, announce):
         return check_losses(recipe, report)
     run = Run(recipe, folder)
     check(run)
+    inputs = run.inputs()
+    if count() > 1:
+        check_same({"data or model folder": json.dumps(inputs)})
     then = "Then give the same command again: finished stages are kept, and it goes on from there."
     with clear_disk_errors(folder, then):
-        space.open(run.inputs())
+        space.open(inputs)
         try:
             # Another process may have ended it while this one looked at data and model.
             return check_losses(recipe, _finished(folder, announce) or _carry_out(run, space, announce))
@@ -78,7 +86,7 @@ def compress(
 
 def _finished(folder: Path, announce: Callable[[str], None]) -> Report | None:
     """The report of a run that has ended."""
-    if not folder.is_dir() or not inside(folder, MODEL).is_dir():
+    if not from_main(lambda: folder.is_dir() and inside(folder, MODEL).is_dir()):
         return None
     announce(f"{folder} is finished: nothing to do. Delete {folder / MODEL} to measure again.")
     return load_report(folder / MODEL)
@@ -116,6 +124,7 @@ def check(run: "Run") -> None:
     from .fresh import check_fresh
 
     recipe = run.recipe
+    _check_processes(recipe)
     if recipe.measure.energy:
         check_energy(recipe.measure.country)
     load_metrics(recipe.measure.metrics or [], trusted=recipe.model.trust_remote_code)
@@ -142,6 +151,17 @@ def check(run: "Run") -> None:
         before.append(stage)
 
 
+def _check_processes(recipe: Recipe) -> None:
+    """ConfigError unless the batches of each training can be shared out."""
+    for path, stage in recipe.paths.items():
+        size = stage.training.batch_size if stage.training else 0
+        if size % count():
+            raise ConfigError(
+                f"{path}.batch_size is {size}, which {count()} processes cannot share out evenly. It counts the "
+                f"rows of all of them: take {size - size % count() or count()}, or another number of processes."
+            )
+
+
 def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:
     from transformers import set_seed
 
@@ -153,7 +173,8 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
     for name, stage in recipe.folders.items():
         announce(f"{name} ...")
         set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
-        tracked = with_energy(stage.run, recipe.measure.country) if recipe.measure.energy else stage.run
+        work = stage.run if stage.is_shared else partial(_by_main, stage)
+        tracked = with_energy(work, recipe.measure.country) if recipe.measure.energy else work
         folder, record = space.stage(name, stage.to_dict(), partial(tracked, run, source))
         records.append(record)
         if stage.beside is None:
@@ -163,11 +184,22 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
         announce(f"{name} done in {record.seconds:.0f} s")
     announce("measure ...")
     report = measured(run, source, records, exports)
-    expected = output_digest(run.load(source))
-    check_reload(source, report.auto_class, expected, recipe.model.trust_remote_code)
-    announce("a fresh process loads the model and gives the same output")
-    space.result(MODEL, lambda target: _publish(report, source, [folder for folder, _ in exports], target))
-    return report
+    if report is not None:
+        expected = output_digest(run.load(source))
+        check_reload(source, report.auto_class, expected, recipe.model.trust_remote_code)
+        announce("a fresh process loads the model and gives the same output")
+
+    def publish(target: Path) -> None:
+        assert report is not None  # the main process has it, and no other comes here
+        _publish(report, source, [folder for folder, _ in exports], target)
+
+    result = space.result(MODEL, publish)
+    return report or load_report(result)
+
+
+def _by_main(stage: Stage, *arguments: Any) -> dict[str, Any]:
+    """A stage that one process does by itself."""
+    return on_main(lambda: stage.run(*arguments)) or {}
 
 
 def _publish(report: Report, source: Path, exports: list[Path], target: Path) -> None:

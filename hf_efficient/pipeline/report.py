@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def measured(
     run: "Run", student_folder: Path, records: list[StageRecord], exports: list[tuple[Path, dict[str, Any]]]
-) -> Report:
+) -> Report | None:
     import torch
 
     from ..data.tasks import TASKS
@@ -29,6 +29,7 @@ def measured(
     from ..measurement.scores import load_metrics
     from ..models.rebuild import is_portable
     from ..runtimes.runtime import Reader, Work, measure_export
+    from ..training.ranks import alone, is_main
 
     recipe, reader, threads = run.recipe, run.read_as(student_folder), torch.get_num_threads()
     teacher, student = run.load(run.teacher_folder), run.load(student_folder)
@@ -50,10 +51,15 @@ def measured(
         baseline_dataset=original.test,
         baseline_collator=original.collator,
     )
+    if not is_main():  # which has scored its part of the samples
+        return None
     small = Reader(student, prepared.test, prepared.collator)
     dense = Reader(baseline, original.test, original.collator)
     base_model, licence = _origin(recipe, student)
     rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
+    with alone():
+        runtimes = tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports)
+        lengths = measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds)
     return Report(
         student=both.alone(),
         teacher=both.baseline,
@@ -69,8 +75,8 @@ def measured(
         warnings=(*warnings, *_notes(recipe, records, both.size)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
-        exports=tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports),
-        lengths=measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds),
+        exports=runtimes,
+        lengths=lengths,
     )
 
 
@@ -94,6 +100,7 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
     from ..measurement.latency import compare_latency
     from ..models.inputs import dummy_inputs
     from ..models.registry import token_limit
+    from ..training.ranks import from_main
 
     limit, settings = token_limit(teacher.config, rotary=False), run.recipe.measure
     notes = []
@@ -103,16 +110,22 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
         )
     if limit is None or length <= limit:
         return teacher, tuple(notes)
-    timing = compare_latency(
-        {"teacher": teacher},
-        lambda model: dummy_inputs(model, settings.batch_size, limit),
-        rounds=settings.repeats,
-        threads=torch.get_num_threads(),
+    timing = from_main(
+        lambda: (
+            compare_latency(
+                {"teacher": teacher},
+                lambda model: dummy_inputs(model, settings.batch_size, limit),
+                rounds=settings.repeats,
+                threads=torch.get_num_threads(),
+            )
+            .latencies["teacher"]
+            .median_ms
+        )
     )
     notes.append(
         f"At {length} tokens the latency, MACs and memory of the teacher are those of a copy with more positions (its "
         f"table tiled). For {settings.batch_size} x {limit} tokens, all that it takes by itself, it needs "
-        f"{timing.latencies['teacher'].median_ms:.3g} ms (median)."
+        f"{timing:.3g} ms (median)."
     )
     return extend_positions(teacher, length), tuple(notes)
 

@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..models.loading import load_config, load_model, load_processor
 from ..models.registry import token_limit
 from ..recipes.recipe import Recipe
+from ..training.ranks import count, on_main
 from .fresh import fresh_config
 from .verify import output_digest
 from .workspace import MANIFEST
@@ -142,12 +143,15 @@ class Run:
     def save(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         """Write a checkpoint and make sure that it holds what was made."""
         model = model.to("cpu")
+        on_main(lambda: self._write(model, folder))
+        return {"class": type(model).__name__} | ({"processes": count()} if count() > 1 else {})
+
+    def _write(self, model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
         if self.processor is not None:
             self.processor_for(model).save_pretrained(folder)
         if output_digest(self.load(folder)) != output_digest(model):
             raise CheckpointError(f"The checkpoint in {folder} gives another output than the model that was saved.")
-        return {"class": type(model).__name__}
 
     def processor_for(self, model: PreTrainedModel) -> Any:
         """The processor; a tokenizer goes along with a model that was extended to longer inputs."""

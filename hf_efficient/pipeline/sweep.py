@@ -13,11 +13,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from filelock import FileLock
+
 from ..errors import CheckpointError, ConfigError
 from ..io.disk import check_name, copy_folder, inside, new_folder, own_file, write_atomic
 from ..recipes.recipe import Recipe
 from ..reporting.page import PAGE, report_page
 from ..reporting.schema import Report
+from ..training.ranks import begin, is_main, on_main, together
 from .compress import compress
 from .workspace import INPUTS, LOCK, MANIFEST, RECIPE, taken_lock
 
@@ -53,15 +56,23 @@ def sweep(
     recipe = recipe.allowed(trust_remote_code)
     combinations = {label: one.allowed(trust_remote_code) for label, one in recipe.combinations().items()}
     folder = check_name(output_dir) if output_dir is not None else Path("out") / recipe.name
-    _check_folder(folder, recipe)
+    begin()
+    with together("sweep", ends=True):
+        _check_folder(folder, recipe)
+        lock = on_main(lambda: _open(folder, recipe))
+        try:
+            return _run_all(folder, combinations, announce if is_main() else lambda line: None)
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def _open(folder: Path, recipe: Recipe) -> FileLock:
     folder.mkdir(parents=True, exist_ok=True)
     lock = taken_lock(folder)
-    try:
-        _check_folder(folder, recipe)  # again: another process may have been here since
-        write_atomic(folder / RECIPE, recipe.to_yaml())
-        return _run_all(folder, combinations, announce)
-    finally:
-        lock.release()
+    _check_folder(folder, recipe)  # again: another process may have been here since
+    write_atomic(folder / RECIPE, recipe.to_yaml())
+    return lock
 
 
 def _run_all(folder: Path, combinations: dict[str, Recipe], announce: Callable[[str], None]) -> dict[str, Report]:
@@ -70,16 +81,20 @@ def _run_all(folder: Path, combinations: dict[str, Recipe], announce: Callable[[
     for label, one in combinations.items():
         announce(f"== {label}")
         target = inside(folder, label)
-        _copy_stages(done, target, one)
+        on_main(lambda: _copy_stages(done, target, one))  # noqa: B023  (done before the next one)
         trust = one.model.trust_remote_code  # was allowed above
         reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
         done.append((target, one))
+    on_main(lambda: _show_all(folder, reports))
+    return reports
+
+
+def _show_all(folder: Path, reports: dict[str, Report]) -> None:
     write_atomic(folder / PAGE, report_page(list(reports.values()), list(reports)))
     if find_spec("matplotlib") and all(report.student.quality is not None for report in reports.values()):
         from ..reporting.plots import plot_accuracy_latency
 
         plot_accuracy_latency(list(reports.values()), own_file(folder / PARETO), list(reports))
-    return reports
 
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:

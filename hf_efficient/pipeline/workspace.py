@@ -29,6 +29,7 @@ from ..io.disk import check_inside, check_name, inside, own_file, own_folder, re
 from ..io.json import read_json
 from ..recipes.recipe import Recipe
 from ..reporting.schema import StageRecord
+from ..training.ranks import from_main, is_main, meet, on_main
 
 MODEL = "model"
 MANIFEST = "stage.json"
@@ -72,7 +73,13 @@ class Workspace:
             )
 
     def open(self, inputs: dict[str, Any]) -> None:
-        """Make the folder, lock it, and note what went in; from here on it belongs to this recipe and these inputs."""
+        """Make the folder, lock it, and note what went in; from here on it belongs to this recipe and these inputs.
+
+        Of several processes one does so, and writes for all.
+        """
+        on_main(lambda: self._open(inputs))
+
+    def _open(self, inputs: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = taken_lock(self.folder)
         try:
@@ -99,27 +106,37 @@ class Workspace:
         """The folder and record of a stage: read if it is finished, else made by `work(partial_folder) -> facts`."""
         target = inside(self.folder, name)
         check_inside(target)
-        if (target / MANIFEST).is_file():
+        if from_main((target / MANIFEST).is_file):
             return target, _read_manifest(target / MANIFEST)
         if target.exists():
             raise CheckpointError(f"{target} has no {MANIFEST}. Delete the folder {target} to run this stage again.")
-        partial = own_folder(target.with_name(f"{name}.partial"))
+        partial = target.with_name(f"{name}.partial")
+        on_main(lambda: own_folder(partial))
         start = time.perf_counter()
         facts = work(partial)
+        meet()
+        if not is_main():
+            meet()  # for the end of the main process's work
+            return target, _read_manifest(target / MANIFEST)
         record = StageRecord(
             name=name.split("-", 1)[-1], seconds=time.perf_counter() - start, settings=settings, facts=facts
         )
         manifest = {"schema_version": MANIFEST_VERSION, **asdict(record)}
         write_atomic(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _complete(partial, target)
+        meet()
         return target, record
 
     def result(self, name: str, work: Callable[[Path], None]) -> Path:
         """A folder that is written once, in one step, and belongs to the user then."""
         target, partial = self.folder / name, self.folder / f"{name}.partial"
-        remove_own(partial)
-        work(own_folder(partial))
-        _complete(partial, target)
+
+        def write() -> None:
+            remove_own(partial)
+            work(own_folder(partial))
+            _complete(partial, target)
+
+        on_main(write)
         return target
 
 

@@ -13,6 +13,7 @@ by its folder, and pruned layer by layer into another one:
     prune("llama-70b", PruningConfig(ratio=0.3), calibration=batches, output_dir="small")
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from ..errors import ConfigError, DataError, UnsupportedModelError, shown
 from ..models.anatomy import Anatomy
 from ..models.loading import load_config
 from ..models.rebuild import check_model
+from ..training.ranks import check_same, count, from_main, same_everywhere, together
 from .choose.allocation import allocate_alike, choose_layers
 from .choose.experts import choose_experts
 from .choose.reach import check_reachable
@@ -91,6 +93,9 @@ def prune(
         A stock model where the stock config can say the result, else an efficient one; on the same device. With
         granularity `"weight"` alone a model of the same class and size, with zeros. Of a folder `output_dir`.
 
+    In a process group all processes call it with the same model and calibration, share the batches out, and get the
+    same model; so it is with `plan`.
+
     Raises:
         CheckpointError: the folder or its weights cannot be read; `output_dir` is not empty; the disk is full.
         ConfigError: the ratio cannot be reached; the plan does not fit the model; neither or both are given; something
@@ -107,17 +112,27 @@ def prune(
                 f"To prune the model in {os.fspath(model)!r} layer by layer say where the result goes: output_dir=... "
                 "To have it in memory load it first, and give the model."
             )
-        return prune_folder(model, _check_plan(plan) or _check_config(config), calibration, output_dir)
+        chosen, place = _check_plan(plan) or _check_config(config), output_dir
+        with together("prune"):  # one process reads and writes
+            return Path(from_main(lambda: os.fspath(prune_folder(model, chosen, calibration, place))))
     if output_dir is not None:
         raise ConfigError("output_dir is for a model that is named by its folder. Save this one: save_pretrained.")
-    if _check_plan(plan) is not None:
-        return _carry_out(model, plan, calibration)
+    with together("prune"):
+        given = _check_plan(plan)
+        small = _pruned(model, config, calibration) if given is None else _carry_out(model, given, calibration)
+        same_everywhere((*small.parameters(), *small.buffers()))
+    return small
+
+
+def _pruned(
+    model: PreTrainedModel, config: PruningConfig | None, calibration: Iterable[Batch] | None
+) -> PreTrainedModel:
     if isinstance(config, PruningConfig) and "weight" in config.granularity:
         anatomy, batches = _checked(model, calibration)
         check_data(config, batches)
         rest, length = config.without_weights(), config.sequence_length or fitting_length(batches, model)
         check_reachable(anatomy, config, make_costs(anatomy, "macs", length))
-        return prune_weights(Anatomy.of(prune(model, rest, batches)) if rest else anatomy, config, batches)
+        return prune_weights(Anatomy.of(_pruned(model, rest, batches)) if rest else anatomy, config, batches)
     one = search(model, config, calibration)
     return one.cutter.cut(one.plan()).model
 
@@ -160,7 +175,20 @@ def _checked(model: PreTrainedModel, calibration: Iterable[Batch] | None) -> tup
         )
     batches = check_calibration(anatomy, calibration)
     check_weights(model)
+    if count() > 1:
+        check_same(
+            {"model": _digest(model.state_dict().values()), "calibration": _digest(*(b.values() for b in batches))}
+        )
     return anatomy, batches
+
+
+def _digest(*tensors: Iterable[torch.Tensor]) -> str:
+    """Of their shapes, and of some of their numbers."""
+    digest = hashlib.sha256()
+    for tensor in (one.detach() for some in tensors for one in some):
+        few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+        digest.update(f"{tuple(tensor.shape)} {few.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def _check_config(config: object) -> PruningConfig:
@@ -213,12 +241,15 @@ def plan(
         ConfigError, DataError, UnsupportedModelError: as `prune`, and before any long work.
     """
     if isinstance(model, str | os.PathLike) and calibration is not None:
-        return plan_folder(model, _check_config(config), calibration)
+        checked = _check_config(config)
+        with together("plan"):  # one process reads
+            return PruningPlan.from_dict(from_main(lambda: plan_folder(model, checked, calibration).to_dict()))
     if isinstance(model, PreTrainedConfig | str | os.PathLike):
         model = without_weights(model)
     check_model(model)
     if model.device.type != "meta":
-        return described(search(model, config, calibration))
+        with together("plan"):
+            return described(search(model, config, calibration))
     anatomy, length = Anatomy.of(model), _check_config(config).sequence_length or fitting_length([], model)
     sizes = replace(_sizes_only(anatomy, config, length), model=model.config.model_type, config=config, chosen=False)
     expected = forecast(anatomy, sizes, length)

@@ -21,6 +21,7 @@ from ..models.anatomy import Anatomy
 from ..models.families import FAMILIES
 from ..models.groups import Group
 from ..models.mixtures import Mixture
+from ..training.ranks import from_main
 from .choose.allocation import allocate, choose_layers, drop_layers, fewest
 from .choose.experts import choose_experts
 from .choose.reach import check_reachable
@@ -117,7 +118,8 @@ class Search:
                 now = costs if step == steps else replace(costs, measure=None)
                 kept = self._units(self.cutter.cut(plan), plan, now, start, target)
                 plan = replace(plan, units=plan.units | {group.name: units for group, units in kept.items()})
-        return plan
+        # One plan for all processes, whatever the last bit of a sum is on another machine.
+        return PruningPlan.from_dict(from_main(plan.to_dict))
 
     def _experts(self, plan: PruningPlan, remove: float) -> dict[str, tuple[int, ...]]:
         """The experts that stay in the layers that do."""

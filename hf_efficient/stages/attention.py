@@ -118,6 +118,10 @@ class AttentionStage(Stage):
             written = {"layers": _written(self.config)}
         return written | self.longer.to_dict() | ({"transfer": self.transfer.to_dict()} if self.transfer else {})
 
+    @property
+    def training(self) -> TransferSettings | None:
+        return self.transfer
+
     def check_lengths(self, path: str, run: Run, limit: int) -> int:
         limit = max(limit, self.longer.positions or 0)
         if self.transfer is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import ConfigError
-from .settings import Settings, read
+from .settings import Settings, TrainingSettings, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -98,6 +98,16 @@ class Stage(Settings):
     def beside(self) -> str | None:
         """The folder in its target that goes along with the result; None: what it makes is the model from there on."""
         return None
+
+    @property
+    def training(self) -> TrainingSettings | None:
+        """How it trains, if it does."""
+        return None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes run it together, each of which calls `run`; else one does it while they wait."""
+        return self.training is not None
 
     @property
     def pruning(self) -> "PruningConfig | None":

@@ -100,6 +100,10 @@ class DistillStage(TrainingSettings, Stage):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
+    def training(self) -> TrainingSettings:
+        return self
+
+    @property
     def pruning(self) -> PruningConfig | None:
         return None if self.prune is None else self.prune.config
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..data.preparation import PreparedData
 from ..io.disk import remove_own
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
-from ..training.trainers import MarkComplete, in_smaller_batches, last_checkpoint
+from ..training.ranks import count, from_main, meet, on_cpu, on_main
+from ..training.trainers import ExactTrainer, MarkComplete, in_smaller_batches, last_checkpoint
 from .base import Run
 from .settings import TrainingSettings
 
@@ -32,13 +33,14 @@ def trained(run: Run, settings: TrainingSettings, work: Callable[[int], Any]) ->
 def training_arguments(
     kind: type[TrainingArguments], run: Run, settings: TrainingSettings, target: Path, batch_size: int, **more: Any
 ) -> TrainingArguments:
-    """`batch_size`: a divisor of the one in the settings, which as many accumulated batches make up."""
+    """`batch_size`: a divisor of the one in the settings, which as many accumulated batches make up. It is that of all
+    processes together."""
     return kind(
         output_dir=str(target / "trainer"),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        per_device_train_batch_size=batch_size // count(),
+        per_device_eval_batch_size=batch_size // count(),
         gradient_accumulation_steps=settings.batch_size // batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,  # transformers 5: a fraction below 1
@@ -49,6 +51,7 @@ def training_arguments(
         save_total_limit=1,
         logging_steps=10,
         report_to="none",
+        use_cpu=count() > 1 and on_cpu(),
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
@@ -83,11 +86,29 @@ def make_trainer(
     return trainer
 
 
+def make_tuner(
+    run: Run, model: PreTrainedModel, settings: TrainingSettings, prepared: PreparedData, target: Path, batch_size: int
+) -> Any:
+    """The trainer of a model by its labels alone.
+
+    Of several processes that of a student without a teacher: it alone divides by what counts in all of them.
+    """
+    if count() == 1:
+        arguments = training_arguments(TrainingArguments, run, settings, target, batch_size)
+        return make_trainer(ExactTrainer, model, arguments, prepared)
+    from ..distillation.arguments import DistillationArguments
+    from ..distillation.trainer import DistillationTrainer
+
+    labels = training_arguments(DistillationArguments, run, settings, target, batch_size, losses={"ce": 1.0})
+    return make_trainer(DistillationTrainer, model, labels, prepared)
+
+
 def fit(trainer: Trainer) -> None:
     """Train from the start, or from the last complete checkpoint of a run that was stopped; then tidy up."""
     folder = str(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(folder)))
-    remove_own(folder)
+    trainer.train(resume_from_checkpoint=from_main(lambda: last_checkpoint(Path(folder))))
+    meet()  # each writes its own part of a checkpoint
+    on_main(lambda: remove_own(folder))
 
 
 def logged_losses(trainer: Trainer) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class PruneStage(Stage):
     def pruning(self) -> PruningConfig:
         return self.config
 
+    @property
+    def is_shared(self) -> bool:
+        return True
+
     @classmethod
     def read(cls, section: Any, path: str, task: str | None = None) -> "PruneStage":
         names, rows = keys_of(PruningConfig), keys_of(CalibrationSettings)
@@ -114,9 +118,10 @@ class PruneStage(Stage):
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from ..pruning.prune import prune
+        from ..training.ranks import from_main, on_main
 
-        if is_by_layer(self.calibration.layer_by_layer, source):
-            return self._by_layer(run, source, target)
+        if from_main(lambda: is_by_layer(self.calibration.layer_by_layer, source)):
+            return on_main(lambda: self._by_layer(run, source, target)) or {}
         model = run.load(source)
         batches = calibration_batches(model, run.data(config=model.config), self.calibration, run.recipe.seed)
         small = prune(model, self.config, batches)
@@ -150,12 +155,14 @@ def calibration_batches(
     """The first training rows, and as long ones in the words of the model itself, if it is there."""
     from ..pruning.score.calibration import average_length
     from ..pruning.score.own_words import self_calibration
+    from ..training.ranks import same_everywhere
     from .fit import first_batches
 
     batches = first_batches(data, rows.calibration_samples, rows.batch_size)
     if rows.generated_samples and model is not None:
         length = max(2, average_length(batches, model))
         batches += map(dict, self_calibration(model, rows.generated_samples, length, rows.batch_size, seed))
+        same_everywhere(value for batch in batches for value in batch.values())  # whatever each has written
     return batches
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class TeacherStage(Stage):
     """`training` None: the model is taken as it is."""
 
-    training: TrainingSettings | None = None
+    training: TrainingSettings | None = None  # a field, where others have a property
 
     def to_dict(self) -> dict[str, Any]:
         return {} if self.training is None else self.training.to_dict()
@@ -47,11 +47,8 @@ class TeacherStage(Stage):
         return config
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
-        from transformers import TrainingArguments
-
         from ..data.preparation import check_labels
-        from ..training.trainers import ExactTrainer
-        from .fit import fit, make_trainer, trained, training_arguments
+        from .fit import fit, make_tuner, trained
 
         settings, smaller = self.training, dict[str, Any]()
         prepared = run.data(settings.max_length if settings else None, config=run.config)
@@ -61,8 +58,7 @@ class TeacherStage(Stage):
         else:
 
             def fine_tuned(batch_size: int) -> "PreTrainedModel":
-                arguments = training_arguments(TrainingArguments, run, settings, target, batch_size)
-                trainer = make_trainer(ExactTrainer, original(run, prepared), arguments, prepared)
+                trainer = make_tuner(run, original(run, prepared), settings, prepared, target, batch_size)
                 fit(trainer)
                 return trainer.model
 

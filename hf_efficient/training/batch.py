@@ -46,6 +46,7 @@ TAKES = {"spans": "start_positions"}
 GIVES = {"spans": "start_logits", "embeddings": "last_hidden_state"}
 KINDS = ("causal_lm", "tokens", "examples", "spans", "embeddings")
 LABELS = frozenset({"labels", "start_positions", "end_positions"})
+REAL_ROWS = "real_rows"  # beside the tensors of a batch: how many of its examples count
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,14 @@ class Batch:
         head: the student's.
         soft_positions: for soft labels of token models, `labels` (where a label counts, if there are labels) or
             `attended` (everything that is not padding).
-        rows: only the first `rows` examples count (a sampler repeats examples to fill the last batch).
+        rows: only the first `rows` examples count (a sampler repeats examples to fill the last batch); default: what
+            the batch itself says, else all.
     """
 
     def __init__(self, inputs: dict[str, Any], head: Head, *, soft_positions: str = "labels", rows: int | None = None):
+        if REAL_ROWS in inputs:
+            rows = inputs[REAL_ROWS] if rows is None else rows
+            inputs = {name: value for name, value in inputs.items() if name != REAL_ROWS}
         self.labels = _labels(inputs, head)
         is_moved = head.kind != "spans" and self.labels is not inputs.get("labels")
         self.inputs = {**inputs, "labels": self.labels} if is_moved else inputs

@@ -14,14 +14,12 @@ averages gradients.
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -34,9 +32,10 @@ from transformers.utils import logging
 from ..errors import TrainingError
 from ..models.loading import load_model
 from ..models.token_masks import real_inputs
-from .batch import base_of
+from .batch import REAL_ROWS, base_of
 from .checks import check_run
 from .meter import Meter
+from .ranks import count
 from .resuming import STATE, check_moments, check_schedule, check_state, clear_faults
 
 Counts = dict[str, Tensor]
@@ -194,7 +193,7 @@ class StepTrainer(ExactTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and the denominators of all terms, with one collective."""
-        batches = self.prepare_step(list(islice(epoch_iterator, num_batches)), device)
+        batches = self.prepare_step([self._counted(inputs) for inputs in islice(epoch_iterator, num_batches)], device)
         counts = [self.counts(inputs) for inputs in batches]
         if not counts:
             return batches, None
@@ -209,8 +208,13 @@ class StepTrainer(ExactTrainer):
     def broken_terms(self) -> list[str]:
         return self.train_meter.broken()
 
+    def _counted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch, which says how many of its examples count where some fill up the last one of an epoch."""
+        rows = self.real_rows(inputs) if self.accelerator.num_processes > 1 else None
+        return inputs if rows is None else {**inputs, REAL_ROWS: rows}
+
     def real_rows(self, inputs: dict[str, Any]) -> int | None:
-        """How many examples of an evaluation batch are not repeats that fill the last batch of all ranks."""
+        """How many examples of a batch are not repeats that fill the last batch of all ranks."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return None
@@ -236,21 +240,6 @@ def restore_renamed(model, checkpoint: str | Path) -> None:
         return
     saved = load_model(type(model), checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype)
     model.load_state_dict(saved.state_dict(), strict=False)  # what is not in the file stays as it is
-
-
-def leave_processes(state: Accelerator | PartialState) -> None:
-    """Close the process group, whose threads may else abort the interpreter; of an accelerator, end its trackers too.
-
-    On a CPU a thread of gloo lets go of the last barrier a moment after it, and needs the interpreter for that: where
-    the group is destroyed in that moment, both wait for each other without end (torch 2.13; seen on a busy machine).
-    """
-    state.wait_for_everyone()
-    if state.num_processes > 1:
-        time.sleep(0.2)
-    if isinstance(state, Accelerator):
-        state.end_training()
-    else:
-        state.destroy_process_group()
 
 
 class MarkComplete(TrainerCallback):
@@ -288,6 +277,11 @@ def in_smaller_batches(work: Callable[[int], T], batch_size: int, seed: int) -> 
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
+            if count() > 1:  # the others are in the middle of a step
+                raise TrainingError(
+                    f"Memory ran out with batches of {size}, shared by {count()} processes: {_first_line(error)} "
+                    "Lower batch_size, or take more processes, each with memory of its own."
+                ) from error
             if size == 1:
                 raise TrainingError(
                     f"One example alone does not fit into memory: {_first_line(error)} Shorten the inputs "

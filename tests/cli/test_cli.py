@@ -327,3 +327,25 @@ def test_a_run_goes_on_by_its_folder(tmp_path, quick_end):
     assert json.loads(again.stdout)["recipe"]["name"] == "tiny" and (tmp_path / "out" / "model").is_dir()
     other = cli("compress", folder, "--seed", "3")
     assert other.returncode == 1 and "Leave out the overrides" in other.stderr
+
+
+def test_processes_start_the_same_command_again(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("hf_efficient.io.process.run_together", lambda *words: asked.append(words) or 7)
+    monkeypatch.delenv("HF_EFFICIENT_PROCESSES", raising=False)
+    words = ("compress", "digits", "--processes", "3", "--output-dir", str(tmp_path / "out"))
+    assert cli(*words).returncode == 7
+    assert asked == [(3, "hf_efficient", *words)]
+    os.environ.pop("HF_EFFICIENT_PROCESSES")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = cli(*words)
+    assert done.returncode == 1 and "has started the processes already" in done.stderr
+    assert len(asked) == 1 and not (tmp_path / "out").exists()
+
+
+def test_one_process_of_several_answers(monkeypatch):
+    assert cli("list", "tasks").stdout
+    monkeypatch.setenv("RANK", "1")
+    done = cli("list", "tasks")
+    assert not done.stdout and done.returncode == 0
+    assert cli("list", "nothing").stderr.startswith("error in process 1: ")

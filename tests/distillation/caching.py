@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from hf_efficient.distillation.cache.write import cache_teacher
-from hf_efficient.training.trainers import leave_processes
+from hf_efficient.training.ranks import leave_processes
 
 from .tiny import collate, examples, make_pair
 

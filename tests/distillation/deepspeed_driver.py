@@ -16,7 +16,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from hf_efficient.distillation.trainer import DistillationTrainer
-from hf_efficient.training.trainers import leave_processes
+from hf_efficient.training.ranks import leave_processes
 
 from .tiny import arguments, collate, examples, make_pair
 

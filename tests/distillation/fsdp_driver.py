@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from hf_efficient.distillation.trainer import DistillationTrainer
-from hf_efficient.training.trainers import leave_processes
+from hf_efficient.training.ranks import leave_processes
 
 from .tiny import arguments, collate, examples, make_pair
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_efficient.distillation.trainer import DistillationTrainer
-from hf_efficient.training.trainers import leave_processes
+from hf_efficient.training.ranks import leave_processes
 
 from ..helpers import covering
 from .tiny import CASES, LABELS, VOCABULARY, arguments, collate, examples, losses_of, make_pair, with_adapters

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_efficient.attention.config import KINDS, Kind
-from hf_efficient.training.trainers import leave_processes
+from hf_efficient.training.ranks import leave_processes
 
 from .sharpened import KIND, Sharpened, converted, learned, make_trainer
 

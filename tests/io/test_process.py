@@ -9,8 +9,9 @@ import pytest
 
 import hf_efficient
 from hf_efficient import CheckpointError
+from hf_efficient.io import process
 from hf_efficient.io.environment import package_commit
-from hf_efficient.io.process import program_output, run_module
+from hf_efficient.io.process import program_output, run_module, run_together
 from hf_efficient.pipeline.verify import check_reload
 
 PACKAGE = Path(hf_efficient.__file__).parent
@@ -68,6 +69,31 @@ def test_a_child_that_hangs_is_given_up(tmp_path):
         run_module("hf_efficient.cli", "--version", timeout=1e-3)
     with pytest.raises(CheckpointError, match=r"within 0\.001 s.*command again"):
         check_reload(tmp_path, "AutoModel", "0" * 64, limit=1e-3)
+
+
+MEMBER = """
+import os, signal, sys, time
+rank, end = os.environ["RANK"], sys.argv[1]
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+open(os.path.join(sys.argv[2], rank), "w").write(" ".join(os.environ[name] for name in names))
+if end == "kill" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600 if end == "kill" else 0)
+sys.exit(3 if end == "fail" and rank == "1" else 0)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("end", "code"), [("well", 0), ("fail", 3), ("kill", 137)])
+def test_processes_of_a_group_end_together(end, code, tmp_path, monkeypatch):
+    (tmp_path / "hf_member.py").write_text(MEMBER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(process, "GRACE", 0.1)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert run_together(2, "hf_member", end, str(tmp_path)) == code
+    told = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
+    assert [words[:3] for words in told] == [["0", "0", "2"], ["1", "1", "2"]]
+    assert told[0][3:] == told[1][3:] and told[0][4] == "passive" and int(told[0][5]) >= 1
 
 
 def _repository(folder, **files):

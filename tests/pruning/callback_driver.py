@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from hf_efficient.training.trainers import leave_processes
+from hf_efficient.training.ranks import leave_processes
 
 from .training import count, make_trainer, pruning
 

@@ -25,7 +25,8 @@ from ...errors import CheckpointError, ConfigError
 from ...io.text import show
 from ...measurement.scores import METRICS, check_metrics, for_trainer, load_metrics
 from ...models.loading import load_config, load_model
-from ...training.trainers import MarkComplete, last_checkpoint, leave_processes
+from ...training.ranks import leave_processes
+from ...training.trainers import MarkComplete, last_checkpoint
 from .dry_run import describe
 from .flags import DataArguments, parse
 

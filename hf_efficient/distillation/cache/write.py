@@ -26,6 +26,7 @@ from ...models.pooling import POOLINGS
 from ...models.registry import text_config
 from ...models.token_masks import counts_columns, first_positions
 from ...training.batch import Batch, base_of, forward_names, head_of
+from ...training.ranks import meet, on_main, share, together
 from ..answers import read_answer
 from ..collating import CheckedCollator
 from ..hidden_states import wanted_states
@@ -87,16 +88,17 @@ def cache_teacher(
     if type(batch_size) is not int or batch_size < 1:
         raise ConfigError(f"batch_size must be 1 or more, got {batch_size!r}.")
     manifest = _manifest(teacher, choice, len(rows), shard_size)
-    state, folder, collate = PartialState(), Path(folder), CheckedCollator(data_collator, teacher)
-    with clear_disk_errors(folder, "Then call cache_teacher again: it goes on with the shards that are missing."):
-        with state.main_process_first():
-            manifest = _begin(folder, manifest, teacher)
+    PartialState()  # makes the process group where `accelerate launch` or torchrun means one
+    folder, collate = Path(folder), CheckedCollator(data_collator, teacher)
+    then = "Then call cache_teacher again: it goes on with the shards that are missing."
+    with together("cache_teacher"), clear_disk_errors(folder, then):
+        on_main(lambda: _begin(folder, manifest, teacher))
+        manifest = _begin(folder, manifest, teacher)  # what is there now
         with eval_mode(teacher):
-            for index, name in enumerate(manifest.shards):
-                if index % state.num_processes == state.process_index:
-                    part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
-                    _write_shard(folder / name, part, teacher, manifest, collate, batch_size)
-    state.wait_for_everyone()
+            for index in share(range(len(manifest.shards))):
+                part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
+                _write_shard(folder / manifest.shards[index], part, teacher, manifest, collate, batch_size)
+        meet()
     return TeacherCache(folder)
 
 

@@ -29,6 +29,7 @@ from ...models.anatomy import Anatomy
 from ...models.linears import input_dim
 from ...models.modes import eval_mode
 from ...models.stacks import ModelStack
+from ...training.ranks import gather, meet, share, total
 from ..score.finite import check_finite
 from ..score.statistics import output_gradients
 from ..score.stream import Batch, Block, Stream
@@ -58,10 +59,10 @@ def reconstruct_blocks(
         for stack in small.stacks:
             origin = list((kept_layers or {}).get(stack.name, range(len(stack.layers))))
             name, first = stack.name, dense.stack(stack.name)
-            pruned, whole = Stream(small, name, batches), Stream(dense, name, batches)
-            if len(whole.states) != len(
-                batches
-            ):  # one layer serves as several (ALBERT): no output fits it at all places
+            own = share(batches)
+            pruned, whole = Stream(small, name, own), Stream(dense, name, own)
+            # One layer serves as several (ALBERT): no output fits it at all places.
+            if any(meet(len(whole.states) != len(own))):
                 continue
             # The dense stream goes through all its layers, the pruned one with it where it has the layer.
             for theirs in range(max(origin) + 1):
@@ -71,8 +72,8 @@ def reconstruct_blocks(
                     continue
                 mine = origin.index(theirs)
                 place = first.layer_prefix(theirs)
-                own = {path: weights[f"{place}.{path}"] for _, path in blocks}
-                fit_layer(pruned, mine, blocks, sums, own, place)
+                by_path = {path: weights[f"{place}.{path}"] for _, path in blocks}
+                fit_layer(pruned, mine, blocks, sums, by_path, place, [getattr(one, "first_row", None) for one in own])
                 pruned.advance(mine)
 
 
@@ -83,6 +84,7 @@ def fit_layer(
     sums: Mapping[str, Iterable[torch.Tensor]],
     weights: Mapping[str, Sequence[torch.Tensor]],
     place: str,
+    firsts: Sequence[int | None] | None = None,
 ) -> None:
     """Fit the blocks of one layer of the pruned stream, in place, one after the other.
 
@@ -90,12 +92,13 @@ def fit_layer(
         sums: what the dense stream has behind each block, batch by batch: `Stream.advance`.
         weights: c_t of each block, batch by batch.
         place: what the layer is called in messages.
+        firsts: the number of the first row of each batch, where other processes have others.
     """
     for _, path in blocks:
         fit = _Fit(pruned.layers[index].get_submodule(path), f"{place}.{path}")
         read = pruned.inputs(index, blocks, path)
-        for (x, residual), total, c in zip(read, sums[path], weights[path], strict=True):
-            fit.add(x, total - residual, c.reshape(x.shape[:-1]))
+        for n, ((x, residual), y, c) in enumerate(zip(read, sums[path], weights[path], strict=True)):
+            fit.add(x, y - residual, c.reshape(x.shape[:-1]), firsts[n] if firsts else None)
         fit.solve()  # before the next block is read, which is to see what this one gives now
 
 
@@ -104,7 +107,7 @@ def token_weights(
 ) -> TokenWeights:
     """How much the answer depends on what each block gives at each token: || d loss / d y_t ||^2, its mean made 1.
 
-    `loss(model, batch)` is a scalar summed over the rows of a batch.
+    `loss(model, batch)` is a scalar summed over the rows of a batch. Of several processes each has its own batches.
     """
     model = anatomy.model
     paths = [
@@ -115,22 +118,27 @@ def token_weights(
     ]
     weights: TokenWeights = {path: [] for path in paths}
     modules = {path: model.get_submodule(path) for path in paths}
+    own = share(batches)
     with eval_mode(model):
-        for batch in batches:
+        for batch in own:
             last = {path: gradient for path, _, gradient in output_gradients(model, modules, batch, loss)}
             for path, gradient in last.items():
                 weights[path].append(gradient.float().square().sum(-1))
     for path, by_batch in weights.items():
         for weight in by_batch:
             check_finite(weight, f"How much the answer depends on {path}")
-    return {path: with_floor(by_batch) for path, by_batch in weights.items()}
+    numbers = [getattr(batch, "number", place) for place, batch in enumerate(own)]
+    return {path: with_floor(by_batch, gather(by_batch, numbers)) for path, by_batch in weights.items()}
 
 
-def with_floor(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The weights of one block over their mean, those above zero lifted to `FLOOR` at least."""
-    counted = torch.cat([weight[weight > 0] for weight in weights])
+def with_floor(weights: list[torch.Tensor], everywhere: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The weights of one block over their mean, those above zero lifted to `FLOOR` at least.
+
+    `everywhere`: those of all processes, whose mean counts.
+    """
+    counted = torch.cat([weight[weight > 0] for weight in (weights if everywhere is None else everywhere)])
     mean = counted.mean() if len(counted) else torch.ones(())
-    return [torch.where(weight > 0, (1 - FLOOR) * weight / mean + FLOOR, 0.0) for weight in weights]
+    return [torch.where(weight > 0, (1 - FLOOR) * weight / mean.to(weight) + FLOOR, 0.0) for weight in weights]
 
 
 def find_blocks(stack: ModelStack, index: int) -> list[Block]:
@@ -150,9 +158,13 @@ class _Fit:
         self.rows = 0
         self.sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> None:
-        """x [B, T, in], y [B, T, out], c [B, T]. Products in at least float32, sums in float64."""
-        held_out = torch.arange(self.rows, self.rows + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+    def add(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor, first: int | None = None) -> None:
+        """x [B, T, in], y [B, T, out], c [B, T]. Products in at least float32, sums in float64.
+
+        `first`: the number of the first row among those of all processes; default: of those here.
+        """
+        first = self.rows if first is None else first
+        held_out = torch.arange(first, first + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
         self.rows += len(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.bias:
@@ -167,13 +179,15 @@ class _Fit:
 
     def solve(self) -> None:
         """Change the weights by the best D that improves the held-out error, if any; DataError for sums not finite."""
-        if self.rows < HELD_OUT:
+        if sum(meet(self.rows)) < HELD_OUT:
             return  # nothing to choose lambda on
-        for sums in self.sums.values():
-            for total in sums:
-                check_finite(total, f"What {self.name} reads and is fitted to in reconstruction")
+        places = [(apart, part) for apart in (False, True) for part in (0, 1)]
+        own = {(apart, part): self.sums[apart][part] for apart, part in places if apart in self.sums}
+        sums = total(own, places)
+        for one in sums.values():
+            check_finite(one, f"What {self.name} reads and is fitted to in reconstruction")
         weight = self._weight()
-        fit, held = ((gram, moment - gram @ weight) for gram, moment in (self.sums[False], self.sums[True]))
+        fit, held = ((sums[apart, 0], sums[apart, 1] - sums[apart, 0] @ weight) for apart in (False, True))
         errors = {0.0: 0.0}  # of no change
         for size in LAMBDAS:
             change = self._ridge(*fit, size)

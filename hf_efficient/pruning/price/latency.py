@@ -29,6 +29,7 @@ from ...models.groups import Group
 from ...models.inputs import dummy_inputs
 from ...models.modes import using_threads
 from ...models.rebuild import check_model
+from ...training.ranks import from_main
 from ..cut.surgery import apply_plan
 from ..plan import PruningPlan
 from .costs import Costs
@@ -78,7 +79,7 @@ def latency_costs(anatomy: Anatomy, batch_size: int, sequence_length: int) -> Co
         for index, share in enumerate(shares)
     }
     watch = Stopwatch(anatomy, batch_size, sequence_length, 2 * SECONDS)
-    return Costs(price, layers, total, lambda plan: total * watch.time(plan))
+    return Costs(price, layers, total, lambda plan: total * from_main(lambda: watch.time(plan)))
 
 
 def _table_of(anatomy: Anatomy, batch_size: int, sequence_length: int, threads: int | None = None) -> LatencyTable:
@@ -93,20 +94,24 @@ def _table_of(anatomy: Anatomy, batch_size: int, sequence_length: int, threads: 
         )
     with using_threads(threads) as used:
         key = make_key(model, batch_size, sequence_length, used)
-        table = load(key)
-        if table is None:
-            watch = Stopwatch(anatomy, batch_size, sequence_length)
-            curves = tuple(_curve(watch, groups) for groups in _alike(anatomy))
-            layers = _layer_shares(watch, curves)
-            total, device = median(watch.dense_ms), str(model.device)  # the median when all is timed
-            table = LatencyTable(batch_size, sequence_length, used, device, total, curves, layers)
-            if table.rest_ms > 0:
-                save(key, table)
-            else:
-                logger.warning(
-                    "By these times the layers take longer than the whole model: the machine is too busy to measure. "
-                    "The table is used and not kept."
-                )
+        table = from_main(lambda: (load(key) or _measured(anatomy, batch_size, sequence_length, used, key)).to_dict())
+    return LatencyTable.from_dict(table)
+
+
+def _measured(anatomy: Anatomy, batch_size: int, sequence_length: int, threads: int, key: str) -> LatencyTable:
+    """Now; and kept under the key."""
+    watch = Stopwatch(anatomy, batch_size, sequence_length)
+    curves = tuple(_curve(watch, groups) for groups in _alike(anatomy))
+    layers = _layer_shares(watch, curves)
+    total, device = median(watch.dense_ms), str(anatomy.model.device)  # the median when all is timed
+    table = LatencyTable(batch_size, sequence_length, threads, device, total, curves, layers)
+    if table.rest_ms > 0:
+        save(key, table)
+    else:
+        logger.warning(
+            "By these times the layers take longer than the whole model: the machine is too busy to measure. "
+            "The table is used and not kept."
+        )
     return table
 
 

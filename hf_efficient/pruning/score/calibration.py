@@ -18,6 +18,7 @@ from ...models.anatomy import Anatomy
 from ...models.modes import evaluating
 from ...models.registry import token_limit
 from ...models.token_masks import IGNORED, masks_of, predicts_next, real_inputs
+from ...training.ranks import Numbered
 from ..price.costs import num_patches
 from .checked_batches import check_batches
 from .finite import check_finite, not_finite
@@ -102,14 +103,15 @@ def answer_loss(seed: int = 0) -> Loss:
     Gaussian. Of token by token answers the mean over real tokens is taken.
 
     Each row has a seed of its own, its number since the first batch, and draws for its real tokens alone: so its
-    direction does not depend on its padding or on how the rows are cut into batches.
+    direction depends neither on its padding nor on how the rows are cut into batches or shared by processes.
     """
-    numbers = itertools.count()
+    since_first = itertools.count()
 
     def loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         answer = answer_of(model, batch)  # [B, C] or [B, T, C]
         where = real_entries(model, batch, answer)  # [B, C] or [B, T]
         sums = []
+        numbers = itertools.count(batch.first_row) if isinstance(batch, Numbered) else since_first
         for row, real in zip(answer, where, strict=True):
             generator = torch.Generator().manual_seed(Random(f"{seed} {next(numbers)}").getrandbits(63))
             along = _along(model, row[real], generator)  # of [real classes] or [real tokens, C]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ...models.anatomy import Anatomy
 from ...models.modes import evaluating
+from ...training.ranks import meet, share
 from ..config import PruningConfig
 from ..methods import IMPORTANCES, LAYER_IMPORTANCES
 from .calibration import answer_of, is_distribution, real_entries, token_mask
@@ -33,7 +34,7 @@ NOWHERE = ""  # the place of None among the arguments
 def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
     """1 - cos for each (stack, layer)."""
     model = anatomy.model
-    sums: dict[tuple[str, int], list[float]] = {}
+    parts = list[tuple[int, str, int, float, float]]()  # batch, stack, layer, sum, count
     with evaluating(model), ExitStack() as hooks:
         caught: list[tuple[tuple[str, int], torch.Tensor]] = []
 
@@ -43,14 +44,20 @@ def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
 
         for key, layer in _layers(anatomy):
             hooks.callback(layer.register_forward_hook(partial(note, key), with_kwargs=True).remove)
-        for batch in batches:
+        for place, batch in enumerate(share(batches)):
             forward(model, batch)
             for key, cosine in caught:
                 mask = token_mask(batch, model, key[0], cosine)
-                total = sums.setdefault(key, [0.0, 0.0])
-                total[0] += float(torch.where(mask > 0, (1 - cosine) * mask, 0.0).sum())
-                total[1] += float(mask.sum())
+                change = float(torch.where(mask > 0, (1 - cosine) * mask, 0.0).sum())
+                parts.append((getattr(batch, "number", place), *key, change, float(mask.sum())))
             caught.clear()
+    sums: dict[tuple[str, int], list[float]] = {}
+    for _, stack, layer, change, count in sorted(
+        (each for own in meet(parts) for each in own), key=lambda part: part[0]
+    ):
+        summed = sums.setdefault((stack, layer), [0.0, 0.0])
+        summed[0] += change
+        summed[1] += count
     scores = {key: change / max(count, 1.0) for key, (change, count) in sums.items()}
     for key, score in scores.items():
         if not isfinite(score):
@@ -78,14 +85,17 @@ def loss_order(anatomy: Anatomy, batches: Sequence[Batch]) -> Iterator[tuple[str
     gone: list[nn.Module] = []
     while present:
         changes: LayerScores = {}
-        for key, layer in present.items() if len(present) > 1 else ():
+        for key in share(list(present)) if len(present) > 1 else ():  # each process tries some of the layers
+            layer = present[key]
             with evaluating(model), _skipping([*gone, layer], handed):
                 changes[key] = sum(
                     _distance(answer_of(model, b), e, b, model) for b, e in zip(batches, expected, strict=True)
                 )
             if not isfinite(changes[key]):
                 raise not_finite(f"The answer of the model without {_named(key)}")
-        least = min(changes, key=changes.__getitem__) if changes else next(iter(present))
+        everybody = meet([[*key, change] for key, change in changes.items()])
+        changes = {(stack, layer): change for own in everybody for stack, layer, change in own}
+        least = min(present, key=lambda key: changes.get(key, 0.0))
         gone.append(present.pop(least))
         yield least
 

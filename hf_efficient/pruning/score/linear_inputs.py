@@ -3,7 +3,7 @@
 norms = collect(model, linears, batches, lambda rows: rows.square().sum(0))      # [in] for each linear
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...models.modes import eval_mode
 from ...models.token_masks import masks_of, real_inputs
+from ...training.ranks import share, total
 from ..cut.linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
 from .calibration import wide
 from .stream import Batch
@@ -27,7 +28,7 @@ class _Enough(Exception):
 def collect(
     model: PreTrainedModel,
     linears: Sequence[Linear],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     statistic: Callable[[Tensor], Tensor],
     last_layer: nn.Module | None = None,
 ) -> dict[Linear, Tensor]:
@@ -53,7 +54,7 @@ def collect(
     handles += [] if last_layer is None else [last_layer.register_forward_hook(stop)]
     try:
         with eval_mode(model):
-            for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+            for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
                 batch = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
                 by_stack = masks_of(batch, model)
                 masks = {MAIN: by_stack["encoder"], DECODER: by_stack.get("decoder")}
@@ -63,4 +64,4 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return total(sums, linears)

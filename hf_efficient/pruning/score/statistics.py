@@ -5,7 +5,7 @@ No weight is touched and no weight gradient is computed. What experts in one ten
 mask multiplies the weights that read the unit, which is the same, but is one mask for all rows of a batch.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode, evaluating
+from ...training.ranks import gather, share, total
 from .calibration import Loss, state_mask, wide
 from .stream import Batch, forward
 
@@ -25,15 +26,17 @@ MaskGradients = dict[Group, torch.Tensor]
 Name = TypeVar("Name", bound=Hashable)
 
 
-def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch], loss: Loss) -> MaskGradients:
+def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Sequence[Batch], loss: Loss) -> MaskGradients:
     """`[rows, units]` for each group: d loss / d mask, for every row of every batch.
 
     `loss(model, batch)` is a scalar summed over the rows of a batch, so that rows do not mix. A unit that got no
     gradient has zeros. Of experts in one tensor the rows of a batch are one row.
     """
     rows: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
+    places: dict[Group, list[int]] = {group: [] for group in groups}
+    own = share(batches)
     with eval_mode(model):
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+        for place, batch in enumerate(tqdm(own, desc="calibrate", disable=None, leave=False)):
             masks: dict[Group, torch.Tensor] = {}
             with ExitStack() as hooks, torch.enable_grad():
                 for group in groups:
@@ -49,6 +52,8 @@ def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Iterabl
             for group, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None:
                     rows[group].append(wide(gradient).cpu())
+                    places[group].append(getattr(batch, "number", place))
+    rows = {group: gather(parts, places[group]) for group, parts in rows.items()}
     return {group: torch.cat(parts) if parts else torch.zeros(1, group.units) for group, parts in rows.items()}
 
 
@@ -120,7 +125,7 @@ def check_seen(model: PreTrainedModel, groups: list[Group]) -> None:
 
 
 def input_squares(
-    model: PreTrainedModel, groups: list[Group], batches: Iterable[Batch], run: Callable = forward
+    model: PreTrainedModel, groups: list[Group], batches: Sequence[Batch], run: Callable = forward
 ) -> dict[Group, list[torch.Tensor]]:
     """What the output linears read: for each member of a group `[units x width]`, the sum of x^2 over real tokens.
     `run(model, batch)` is what calls them.
@@ -138,11 +143,17 @@ def input_squares(
         sums[group][number] = sums[group][number] + squares.cpu()
 
     with evaluating(model):
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+        for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
             with ExitStack() as hooks:
                 for group in groups:
                     for number, member in enumerate(group.members):
                         hook = partial(add, batch, group, number)
                         hooks.callback(output_module(model, member).register_forward_pre_hook(hook).remove)
                 run(model, batch)
+    reached = {
+        (group, number): own for group, all_own in sums.items() for number, own in enumerate(all_own) if len(own) > 1
+    }
+    places = [(group, number) for group in groups for number in range(len(group.members))]
+    for (group, number), everything in total(reached, places).items():
+        sums[group][number] = everything
     return sums

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode
+from ...training.ranks import share, total
 from .calibration import Loss, answer_loss, wide
 from .finite import check_finite
 from .statistics import check_seen, output_gradients
@@ -77,13 +78,15 @@ def _collect(model: PreTrainedModel, members: Sequence[Member], batches: Sequenc
         rows, columns = weight.shape
         sums[member] = [weight.new_zeros(size) for size in ((columns, columns), (columns,), (rows, rows))]
     with eval_mode(model):
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+        for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
             for member, read, gradient in output_gradients(model, modules, batch, loss):
                 x, g = (wide(one.flatten(0, -2)) for one in (read, gradient))
                 weighted = x * g.square().sum(-1, keepdim=True)
-                for total, new in zip(sums[member], (weighted.T @ x, weighted.sum(0), g.T @ g), strict=True):
-                    total += new
-    return sums
+                for summed, new in zip(sums[member], (weighted.T @ x, weighted.sum(0), g.T @ g), strict=True):
+                    summed += new
+    places = [(member, part) for member in members for part in range(3)]
+    everything = total({(member, part): sums[member][part] for member, part in places}, places)
+    return {member: [everything[member, part] for part in range(3)] for member in members}
 
 
 def _reader(

@@ -15,7 +15,7 @@ All scores are sums over what a unit owns, so they can be added over units and c
 `movement` is learned while training: see `removal`. A score of your own: `register_importance`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -33,13 +33,13 @@ from .stream import Batch, forward
 Scores = dict[Group, torch.Tensor]
 
 
-def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], seed: int, **unused) -> Scores:
+def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Sequence[Batch], seed: int, **unused) -> Scores:
     """`[units]` second-order scores for each group, in units of the squared change of the answer."""
     gradients = mask_gradients(model, groups, batches, answer_loss(seed))
     return {group: gradient.square().sum(0) for group, gradient in gradients.items()}
 
 
-def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], length: int, **unused) -> Scores:
+def taylor(model: PreTrainedModel, groups: list[Group], *, batches: Sequence[Batch], length: int, **unused) -> Scores:
     """`[units]` first-order scores for each group; without labels the model's own predictions stand in."""
     gradients = mask_gradients(model, groups, batches, model_loss)
     return by_kind(Anatomy.of(model), {group: gradient.abs().sum(0) for group, gradient in gradients.items()}, length)
@@ -58,7 +58,7 @@ def by_kind(anatomy: Anatomy, scores: Scores, length: int) -> Scores:
 
 
 def activation(
-    model: PreTrainedModel, groups: list[Group], *, batches: Iterable[Batch], run: Callable = forward, **unused
+    model: PreTrainedModel, groups: list[Group], *, batches: Sequence[Batch], run: Callable = forward, **unused
 ) -> Scores:
     """`[units]`: how much of what the output linear gives comes from each unit; `run(model, batch)` calls it."""
     norms = input_squares(model, groups, batches, run)
@@ -97,7 +97,7 @@ def random(model: PreTrainedModel, groups: list[Group], *, length: int, seed: in
 
 
 def score_units(
-    model: PreTrainedModel, groups: list[Group], config: PruningConfig, batches: Iterable[Batch], length: int
+    model: PreTrainedModel, groups: list[Group], config: PruningConfig, batches: Sequence[Batch], length: int
 ) -> Scores:
     """`[units]` float32 for each group by `config.importance`; `length` in tokens, for what costs are compared with.
 

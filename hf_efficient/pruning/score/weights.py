@@ -10,7 +10,7 @@
 `obs` (SparseGPT's) gives no scores: it chooses and updates together, in `fit/sparsegpt.py`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...models.modes import eval_mode
+from ...training.ranks import share, total
 from ..cut.linears import Linear, as_matrix, matrix, parameter_of
 from .calibration import model_loss, wide
 from .linear_inputs import collect
@@ -38,7 +39,7 @@ def random(model: PreTrainedModel, linears: Sequence[Linear], *, seed: int, **un
 
 
 def activation(
-    model: PreTrainedModel, linears: Sequence[Linear], *, batches: Iterable[Batch], **unused
+    model: PreTrainedModel, linears: Sequence[Linear], *, batches: Sequence[Batch], **unused
 ) -> WeightScores:
     """`[out, in]` Wanda scores for each linear, to be compared within one output row."""
     squares = collect(model, linears, batches, lambda rows: rows.square().sum(0))
@@ -48,12 +49,12 @@ def activation(
     }
 
 
-def taylor(model: PreTrainedModel, linears: Sequence[Linear], *, batches: Iterable[Batch], **unused) -> WeightScores:
+def taylor(model: PreTrainedModel, linears: Sequence[Linear], *, batches: Sequence[Batch], **unused) -> WeightScores:
     """`[out, in]` first-order scores for each linear; without labels the model's own predictions stand in."""
     scores = {linear: torch.zeros_like(score) for linear, score in magnitude(model, linears).items()}
     for linear, gradient in _gradients(model, linears, batches):
         scores[linear] += (matrix(model, linear) * gradient).abs().cpu()
-    return scores
+    return total(scores, linears)
 
 
 def fisher(model: PreTrainedModel, linears: Sequence[Linear], *, batches: Sequence[Batch], **unused) -> WeightScores:
@@ -62,11 +63,12 @@ def fisher(model: PreTrainedModel, linears: Sequence[Linear], *, batches: Sequen
     curvature = {linear: torch.zeros_like(weight) for linear, weight in weights.items()}
     for linear, gradient in _gradients(model, linears, batches):
         curvature[linear] += wide(gradient).square().cpu() / len(batches)
+    curvature = total(curvature, linears)
     return {linear: weight.square() * curvature[linear] for linear, weight in weights.items()}
 
 
 def _gradients(
-    model: PreTrainedModel, linears: Sequence[Linear], batches: Iterable[Batch]
+    model: PreTrainedModel, linears: Sequence[Linear], batches: Sequence[Batch]
 ) -> Iterator[tuple[Linear, Tensor]]:
     """The gradient `[out, in]` of each batch for each linear; a weight that gets none has no effect."""
     weights = [parameter_of(model, linear) for linear in linears]
@@ -74,7 +76,7 @@ def _gradients(
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+        for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
             with eval_mode(model), torch.enable_grad():
                 gradients = torch.autograd.grad(model_loss(model, batch), weights, allow_unused=True)
             for linear, gradient in zip(linears, gradients, strict=True):
