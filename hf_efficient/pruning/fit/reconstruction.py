@@ -188,13 +188,17 @@ class _Fit:
             check_finite(one, f"What {self.name} reads and is fitted to in reconstruction")
         weight = self._weight()
         fit, held = ((sums[apart, 0], sums[apart, 1] - sums[apart, 0] @ weight) for apart in (False, True))
+        self.sums.clear()  # of a wide FFN these matrices are most of the memory that a fit takes
+        del weight, own, sums, one
         errors = {0.0: 0.0}  # of no change
         for size in LAMBDAS:
             change = self._ridge(*fit, size)
             errors[size] = float((change * (held[0] @ change)).sum() - 2 * (change * held[1]).sum())
         best = min(errors, key=errors.__getitem__)
         if best:
-            self._change(self._ridge(fit[0] + held[0], fit[1] + held[1], best))
+            for whole, rest in zip(fit, held, strict=True):
+                whole += rest
+            self._change(self._ridge(*fit, best))
             check_finite(self.linear.weight, f"The reconstructed weight of {self.name}")
 
     def _weight(self) -> torch.Tensor:

@@ -7,8 +7,8 @@ Memory is that of the phase that needs most, beside what Python and its librarie
 
     embedding and head     weights outside of the layers, logits of a portion of rows (five copies)
     back through a layer   its weights, and what a batch leaves in it for the gradient
-    fitting a layer        its weights as they were and as they will be, and for the widest block of n inputs five
-                           float64 matrices [n, n] and three [n, hidden]
+    fitting a layer        its weights as they were and as they will be, and for the widest block of n inputs four
+                           float64 matrices [n, n] and five [n, hidden]
 
 Time is that of the multiplications at the speed that a product of two matrices has here: one forward, one back (a
 forward and a gradient), one more of the dense model for what the fit aims at, two and a third of the pruned one, the
@@ -64,7 +64,7 @@ def predict(model: PreTrainedModel, plan: PruningPlan, rows: int, length: int, b
     widest, hidden = max(widths, default=0), stack.width
     inner = sum(row.neurons_before for row in after.layers) // max(1, len(after.layers))
     activations = batch * (24 * hidden + 6 * inner) * item
-    fit = 8 * (5 * widest**2 + 3 * widest * hidden) + batch * 4 * (2 * widest + 2 * hidden)
+    fit = 8 * (4 * widest**2 + 5 * widest * hidden) + batch * 4 * (2 * widest + 2 * hidden)
     states = batch * hidden * item
     memory = PROCESS + max(outside + COPIES * logits, layer + activations, int(layer * (1 + kept)) + fit) + 4 * states
     disk = (stack.depth + 6) * tokens * hidden * item + after.weight_bytes
