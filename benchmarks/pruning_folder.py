@@ -73,7 +73,7 @@ def peak_memory() -> int:
 
 def measure(folder: Path, target: Path, limit: float, rows: int, length: int, ratio: float) -> dict:
     """Prune under the limit, in this process; what it took, and what was predicted."""
-    config = PruningConfig(ratio=ratio, sequence_length=length)
+    config = PruningConfig(ratio=ratio, sequence_length=length, allocation="uniform")
     stock = load_config(folder)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, stock.vocab_size, (rows, length), generator=generator)

@@ -173,9 +173,13 @@ class _Fit:
             rows = held_out == apart
             own, target = (tensor[rows].flatten(0, -2).to(dtype) for tensor in (x, y))
             weighted = (own * c[rows].flatten()[:, None].to(dtype)).T
-            gram, moment = (weighted @ own).double(), (weighted @ target).double()
-            before = self.sums.get(apart)
-            self.sums[apart] = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
+            products = (weighted @ one for one in (own, target))  # one at a time: they may be large
+            if apart in self.sums:
+                for whole, more in zip(self.sums[apart], products, strict=True):
+                    whole += more
+            else:
+                gram, moment = (one.double() for one in products)
+                self.sums[apart] = (gram, moment)
 
     def solve(self) -> None:
         """Change the weights by the best D that improves the held-out error, if any; DataError for sums not finite."""
