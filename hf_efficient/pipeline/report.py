@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..reporting.language import Domain, Generation
 from ..reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def measured(
     with alone():
         runtimes = tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports)
         lengths = measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds)
+        domains, generation = _domains(run, reader, teacher, student), _generation(run, teacher, student, length)
     return Report(
         student=both.alone(),
         teacher=both.baseline,
@@ -77,6 +79,45 @@ def measured(
         seed=recipe.seed,
         exports=runtimes,
         lengths=lengths,
+        domains=domains,
+        generation=generation,
+    )
+
+
+def _domains(run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[Domain, ...]:
+    """The main score of both on the test part of each further data set."""
+    from ..measurement.quality import compare_quality, evaluate_quality
+
+    recipe, rows = run.recipe, []
+    for name in recipe.measure.other_data or ():
+        before, after = run.other(name, teacher.config), reader.other(name)
+        first = evaluate_quality(teacher, before.test, before.collator, recipe.task, pooling=recipe.pooling)
+        second = evaluate_quality(student, after.test, after.collator, recipe.task, pooling=recipe.pooling)
+        change, scores = compare_quality(first, second), (first.quality.main.value, second.quality.main.value)
+        told = (change.difference, change.standard_error, change.agreement)
+        rows.append(Domain(name, second.quality.samples, change.name, *scores, *told))
+    return tuple(rows)
+
+
+def _generation(run: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel", length: int) -> Generation | None:
+    """None where the recipe asks for none, or a smaller vocabulary made texts of both other tokens."""
+    import torch
+
+    from ..measurement.generation import measure_generation
+
+    settings = run.recipe.measure
+    if settings.new_tokens is None or teacher.config.vocab_size != student.config.vocab_size:
+        return None
+    return measure_generation(
+        teacher,
+        student,
+        run.processor,
+        settings.prompts if settings.prompts is not None else run.beginnings(),
+        new_tokens=settings.new_tokens,
+        prompt_tokens=length,
+        batch_size=settings.batch_size,
+        rounds=min(settings.repeats, 5),
+        threads=torch.get_num_threads(),
     )
 
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.bundled import resolve_model
-from ..data.datasets import load_dataset_any, rows_digest
+from ..data.datasets import load_dataset_any, rows_digest, with_texts
 from ..data.preparation import PreparedData, need_column, prepare
 from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
@@ -42,13 +42,17 @@ class Run:
     @cached_property
     def rows(self):
         data = self.recipe.data
-        return load_dataset_any(
-            data.name_or_path,
-            test_fraction=data.test_fraction,
-            seed=self.recipe.seed,
-            limit=data.limit,
-            label_column=data.label_column,
-        )
+        rows = load_dataset_any(data.name_or_path, label_column=data.label_column, **self._split)
+        if data.mixed_with:
+            others = [load_dataset_any(name, **self._split)["train"] for name in data.mixed_with]
+            column = need_column(rows["train"], "text", data.text_column)
+            rows["train"] = with_texts(rows["train"], column, others, self.recipe.seed)
+        return rows
+
+    @property
+    def _split(self) -> dict[str, Any]:
+        data = self.recipe.data
+        return {"test_fraction": data.test_fraction, "seed": self.recipe.seed, "limit": data.limit}
 
     @cached_property
     def processor(self):
@@ -115,6 +119,18 @@ class Run:
         if max_length not in self._prepared:
             self._prepared[max_length] = self._prepare(max_length)
         return self._prepared[max_length]
+
+    def other(self, name: str, config: PreTrainedConfig | None = None) -> PreparedData:
+        """Another data set for the same task, read as the recipe's own; its columns by their usual names."""
+        data = self.recipe.data
+        limits = [data.max_length, None if config is None else token_limit(config, rotary=False)]
+        length = min((each for each in limits if each is not None), default=None)
+        return prepare(load_dataset_any(name, **self._split), self.recipe.task, self.processor, max_length=length)
+
+    def beginnings(self, count: int = 4, words: int = 24) -> list[str]:
+        """How some test texts begin."""
+        texts = self.rows["test"][need_column(self.rows["test"], "text", self.recipe.data.text_column)][:count]
+        return [" ".join(text.split()[:words]) for text in texts]
 
     def _prepare(self, max_length: int | None) -> PreparedData:
         data = self.recipe.data

@@ -87,6 +87,7 @@ class Recipe:
             raise ConfigError(f"seed must be an integer from 0 to {(1 << 32) - 1}, got {shown(self.seed)}.")
         self.data.check_task(self.task)
         self.model.check_task(self.task)
+        self.measure.check_task(self.task)
         for path, stage in self.paths.items():
             stage.check_task(path, self.task)
         try:

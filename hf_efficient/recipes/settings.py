@@ -18,6 +18,15 @@ from ..stages.settings import MAX_BATCH, MAX_STEPS, MAX_TOKENS, Settings, flag, 
 MAX_INPUT = 1 << 24  # tokens in one batch that is made up to be timed
 
 
+def is_names(value: Any) -> bool:
+    """A few different names."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(name, str) and name for name in value)
+        and len(set(value)) == len(value) <= 8
+    )
+
+
 @dataclass(frozen=True)
 class ModelSettings(Settings):
     """The model to compress: an existing one by name, or a fresh one by its config."""
@@ -99,13 +108,22 @@ class DataSettings(_Columns):
     image_size: int | None = integer(None, 1, 4096, optional=True)  # pixels
     test_fraction: float = number(0.2, 0.001, 0.999)
     limit: int | None = integer(None, 1, MAX_STEPS, optional=True)  # rows
+    mixed_with: list[str] | None = ruled(  # further data sets whose texts are trained and calibrated on too
+        None,
+        "a list of up to 8 different data sets, each as data.name_or_path",
+        is_names,
+        optional=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_bundled(self.name_or_path, "bundled data set", DATASETS)
+        for name in (self.name_or_path, *(self.mixed_with or ())):
+            _check_bundled(name, "bundled data set", DATASETS)
 
     def check_task(self, task: str) -> None:
         """Raises ConfigError for a column or size that the task does not use."""
+        if self.mixed_with and task not in ("causal-lm", "masked-lm"):
+            raise ConfigError(f"data.mixed_with is for tasks of plain texts (causal-lm, masked-lm), not for {task!r}.")
         used = {column_name(role) for role in TASKS[task].roles}
         used |= {"image_size"} if TASKS[task].is_of_images else {"max_length"}
         columns = [name for name in keys_of(self) if name.endswith("_column")]
@@ -116,7 +134,7 @@ class DataSettings(_Columns):
 
     def to_dict(self) -> dict[str, Any]:
         """The columns of words and of questions only where they are given."""
-        rare = [column_name(name) for name, role in ROLES.items() if role.is_rare]
+        rare = [column_name(name) for name, role in ROLES.items() if role.is_rare] + ["mixed_with"]
         return {name: value for name, value in super().to_dict().items() if name not in rare or value is not None}
 
 
@@ -148,6 +166,21 @@ class MeasureSettings(Settings):
         ),
         optional=True,
     )
+    other_data: list[str] | None = ruled(  # further data sets, for the main score on texts of another kind
+        None,
+        "a list of up to 8 different data sets, each as data.name_or_path",
+        is_names,
+        optional=True,
+    )
+    new_tokens: int | None = integer(None, 1, 4096, optional=True)  # written by a language model, and timed
+    prompts: list[str] | None = ruled(  # what it goes on with; null: how some test texts begin
+        None,
+        "a list of up to 20 texts",
+        lambda value: (
+            isinstance(value, list) and all(isinstance(text, str) and text for text in value) and len(value) <= 20
+        ),
+        optional=True,
+    )
     energy: bool = flag(False)  # of every stage and of 1,000 inputs, by codecarbon
     country: str | None = ruled(  # where the power comes from, for CO2; null: only energy is told
         None,
@@ -160,7 +193,18 @@ class MeasureSettings(Settings):
         super().__post_init__()
         if self.country is not None and not self.energy:
             raise ConfigError("country is for the CO2 of energy: set energy to true, or leave country out.")
+        if self.prompts is not None and self.new_tokens is None:
+            raise ConfigError("prompts are written on by new_tokens: say how many, such as 32, or leave prompts out.")
+        for name in self.other_data or ():
+            _check_bundled(name, "bundled data set", DATASETS)
         self.check_input(None)
+
+    def check_task(self, task: str) -> None:
+        """Raises ConfigError for what the models of a task cannot do."""
+        if self.new_tokens is not None and task != "causal-lm":
+            raise ConfigError(f"measure.new_tokens is for task 'causal-lm', not for {task!r}. Leave it out.")
+        if self.other_data and TASKS[task].is_of_images:
+            raise ConfigError(f"measure.other_data is for tasks of texts, not for {task!r}. Leave it out.")
 
     def check_input(self, usual: int | None) -> None:
         """ConfigError if the largest timed batch cannot be held; `usual`: tokens where `sequence_length` is null."""
@@ -172,7 +216,7 @@ class MeasureSettings(Settings):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """`lengths`, `metrics`, `energy` and `country` only where they are given."""
+        """What is rare only where it is given."""
         plain = ("batch_size", "sequence_length", "repeats")
         return {name: value for name, value in super().to_dict().items() if name in plain or value}
 

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 from ..data.tasks import TASKS
 from ..io.disk import write_atomic
 from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code
+from .language_tables import describe_generation, language_rows, samples
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
 from .tables import (
+    HEADER,
     describe_energy,
     describe_footprint,
     describe_machine,
     describe_workload,
     format_seconds,
     listed,
+    markdown,
     markdown_exports,
     markdown_structure,
     markdown_table,
@@ -76,6 +79,9 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         base_id=base_id,
         quality=quality,
         comparison=markdown_table(report),
+        language=markdown(HEADER, rows) if (rows := language_rows(report)) else "",
+        generation=describe_generation(report),
+        samples=samples(report),
         structure=markdown_structure(report),
         exports=markdown_exports(report),
         quantized=any(stage.name == "quantize" for stage in report.stages),

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..io.disk import write_atomic
 from ..io.text import for_terminal
 from .card import recipe_text
+from .language_tables import describe_generation, language_rows, samples
 from .schema import ExportRecord, Measurement, Report, StageRecord
 from .svg import COLOURS, Line, Point, drawable, lines, scatter
 from .tables import (
@@ -101,6 +102,9 @@ def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
         "tiles": _tiles(report),
         "header": HEADER,
         "rows": comparison_rows(report.teacher, report.student, report.comparison),
+        "language": language_rows(report),
+        "generation": describe_generation(report),
+        "samples": samples(report),
         "export_header": EXPORT_HEADER,
         "exports": export_rows(report),
         "pareto": _pareto([report], [name]),

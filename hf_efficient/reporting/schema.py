@@ -21,6 +21,7 @@ from ..io.codec import clean, decode
 from ..io.disk import write_atomic
 from ..io.environment import Environment, package_commit
 from ..io.json import parse_json, read_text
+from .language import Domain, Generation
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
@@ -261,6 +262,7 @@ class Report:
         loads_with: `"portable"` (stock class, loads anywhere) or `"plugin"` (needs hf_efficient).
         auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
         exports: the student in other runtimes. lengths: latency against length, shortest first.
+        domains: quality on further data. generation: teacher and student while they write.
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
 
     Raises:
@@ -287,6 +289,8 @@ class Report:
     schema_version: int = SCHEMA_VERSION
     exports: tuple[ExportRecord, ...] = field(default=(), metadata=LATER)
     lengths: tuple[LengthPoint, ...] = field(default=(), metadata=LATER)
+    domains: tuple[Domain, ...] = field(default=(), metadata=LATER)
+    generation: Generation | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:
@@ -297,7 +301,7 @@ class Report:
             raise ConfigError(f"auto_class must be as 'AutoModelForCausalLM', got {shown(self.auto_class)}.")
         if self.processor_class is not None and not _AUTO_PROCESSOR.fullmatch(self.processor_class):
             raise ConfigError(f"processor_class must be as 'AutoTokenizer', got {shown(self.processor_class)}.")
-        for name in ("stages", "structure", "warnings", "exports", "lengths"):
+        for name in ("stages", "structure", "warnings", "exports", "lengths", "domains"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) > MAX_ITEMS:
                 raise ConfigError(f"{name} has {len(getattr(self, name)):,} entries, at most {MAX_ITEMS:,} are read.")

