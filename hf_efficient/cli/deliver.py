@@ -46,9 +46,9 @@ def format_names(incomplete: str) -> list[str]:
 def export(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, a Hub id, or bundled:NAME.")],
     format: Annotated[
-        str, typer.Option(help="onnx, openvino, executorch or torch.", autocompletion=format_names)
+        str, typer.Option(help="onnx, openvino, executorch, torch or gguf.", autocompletion=format_names)
     ] = "onnx",
-    quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx).")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx, gguf).")] = None,
     min_agreement: Annotated[
         float | None, typer.Option(help="Fail where fewer of the predictions are the same: 0.95.")
     ] = None,
@@ -63,15 +63,18 @@ def export(
     What it computes there is compared with PyTorch.
     """
     from ..io.disk import check_empty
+    from ..models.loading import load_processor
     from ..runtimes.export import export as run
-    from ..runtimes.formats import check_format, check_runtime, folder_name
+    from ..runtimes.formats import FORMATS, check_format, check_runtime, folder_name
 
     check_format(format, quantize)
     check_runtime(format)
     target = output_dir or Path("out") / folder_name(format, quantize)
     check_empty(target)
     quiet_libraries()
-    result = run(load(model, task), format, target, quantize=quantize, min_agreement=min_agreement)
+    tokenizer = load_processor(model) if FORMATS[format].holds_tokenizer else None
+    options = {"quantize": quantize, "min_agreement": min_agreement, "tokenizer": tokenizer}
+    result = run(load(model, task), format, target, **options)
     if as_json:
         print_json(asdict(result))
         return

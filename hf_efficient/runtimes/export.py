@@ -64,6 +64,7 @@ def export(
     inputs: Sequence[Mapping[str, "torch.Tensor"]] | None = None,
     quantize: str | None = None,
     min_agreement: float | None = None,
+    tokenizer: Any = None,
 ) -> Exported:
     """Write `model` for another runtime into `output_dir`, load it there, and compare it with PyTorch.
 
@@ -76,9 +77,10 @@ def export(
         quantize: `"int8"`: weights of 7 bits in 8, so that the result is the same on every processor, activations as
             they come (ONNX Runtime's dynamic quantisation).
         min_agreement: smallest `same_prediction` that is good enough. Without it, less than 0.95 is a warning.
+        tokenizer: of the model, for a format that holds one (gguf).
 
     Raises:
-        ConfigError: an unknown format, a package that is missing, a format that does not quantise.
+        ConfigError: an unknown format, a package that is missing, a format that does not quantise, no tokenizer.
         UnsupportedModelError: the model cannot be exported, is quantised already, or what was made computes another
             output, takes no other shapes, or agrees less than `min_agreement`.
         CheckpointError: `output_dir` is not empty.
@@ -87,6 +89,10 @@ def export(
     check_runtime(format)
     if min_agreement is not None and not (isinstance(min_agreement, (int, float)) and 0 <= min_agreement <= 1):
         raise ConfigError(f"min_agreement must be a number from 0 to 1, got {min_agreement!r}.")
+    if FORMATS[format].holds_tokenizer and tokenizer is None:
+        raise ConfigError(
+            f"format {format!r} holds the tokenizer: give it, tokenizer=AutoTokenizer.from_pretrained(...)."
+        )
     check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
     folder = check_empty(output_dir)
     check_rows(model.config, lambda: model)
@@ -96,7 +102,7 @@ def export(
     batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
     # Made before the work, so that what cannot be written is not found out after it.
     with new_folder(folder) as partial, _traceable(model):
-        _write(model, format, _several(batches[0]), quantize, partial)
+        _write(model, format, _several(batches[0]), quantize, partial, tokenizer)
         runtime = Runtime(model, format, partial, exact=True)
         with evaluating(model, runtime):
             difference, same = _compared(model, runtime, batches)
@@ -108,10 +114,13 @@ def export(
     return Exported(format, runtime_version(format), quantize, folder, program_bytes(folder), difference, same, shapes)
 
 
-def _write(model: Any, format: str, example: dict[str, Any], quantize: str | None, folder: Path) -> None:
+def _write(
+    model: Any, format: str, example: dict[str, Any], quantize: str | None, folder: Path, tokenizer: Any = None
+) -> None:
+    more = {"tokenizer": tokenizer} if FORMATS[format].holds_tokenizer else {}
     shapes = {name: _free(value) for name, value in example.items()}
     try:
-        FORMATS[format].write(model, example, shapes, quantize, folder)
+        FORMATS[format].write(model, example, shapes, quantize, folder, **more)
     except (OSError, HfEfficientError):
         raise
     except Exception as error:  # the exporters raise whatever the compilers below them raise

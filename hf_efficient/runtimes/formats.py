@@ -39,12 +39,14 @@ class Format:
         packages: what must be installed to write and to run it.
         install: what pip is asked for.
         quantizes: whether `write` can store weights of 8 bits.
+        holds_tokenizer: whether a file of it has the tokenizer inside; then `write` takes one more, `tokenizer`.
     """
 
     runtime: str
     packages: tuple[str, ...]
     install: str
     quantizes: bool = False
+    holds_tokenizer: bool = False
 
     def write(
         self,
@@ -147,6 +149,29 @@ class OpenVino(Exporter):
         return {"config": {"INFERENCE_NUM_THREADS": threads} | ({"INFERENCE_PRECISION_HINT": "f32"} if exact else {})}
 
 
+@dataclass(frozen=True)
+class Gguf(Format):
+    """For llama.cpp and all that is built on it; run here by llama-cpp-python."""
+
+    def write(
+        self,
+        model: "PreTrainedModel",
+        example: dict[str, "Tensor"],
+        shapes: Mapping[str, dict[int, Any]],
+        quantize: str | None,
+        folder: Path,
+        tokenizer: Any = None,
+    ) -> None:
+        from .gguf import FILE, write_gguf
+
+        write_gguf(model, tokenizer, folder / FILE, quantize)
+
+    def load(self, folder: Path, threads: int, exact: bool) -> tuple[Callable[..., Any], Collection[str]]:
+        from .gguf import FILE, LlamaCpp
+
+        return LlamaCpp(folder / FILE, threads, exact), ("input_ids", "attention_mask")
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Onnx(
         "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "hf-efficient[export]", quantizes=True, backend="onnx"
@@ -154,6 +179,9 @@ FORMATS: dict[str, Format] = {
     "openvino": OpenVino("openvino", ("openvino",), "hf-efficient[openvino]", backend="openvino"),
     "executorch": Exporter("executorch", ("executorch",), "hf-efficient[executorch]", backend="executorch"),
     "torch": Exporter("torch", ("torch",), "hf-efficient[torch]", backend="dynamo"),
+    "gguf": Gguf(
+        "llama_cpp_python", ("gguf", "llama_cpp"), "hf-efficient[llamacpp]", quantizes=True, holds_tokenizer=True
+    ),
 }
 
 

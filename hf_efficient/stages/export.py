@@ -78,6 +78,7 @@ class ExportStage(Stage):
             inputs=[prepared.collator(some) for some in rows if some],
             quantize=self.quantize,
             min_agreement=self.min_agreement,
+            tokenizer=reader.processor,
         )
         if reader.processor is not None:
             reader.processor_for(model).save_pretrained(folder)

@@ -96,7 +96,7 @@ def test_they_run_are_reported_and_go_on(tmp_path, monkeypatch):
         ({"noise": {"scale": 2}}, r"stages\[0\]\.noise\.scale must be a number from 0 to 1, got 2"),
         ({"noise": {"scael": 1}}, r"stages\[0\]\.noise\.scael: unknown key. Did you mean 'scale'"),
         ({"nois": {}}, "Unknown stage 'nois'. Did you mean 'noise'"),
-        ({"export": {"format": "stok"}}, "format must be one of onnx, openvino, executorch, torch, stock"),
+        ({"export": {"format": "stok"}}, "format must be one of onnx, openvino, executorch, torch, gguf, stock"),
         ({"export": {"format": "stock", "quantize": "int8"}}, "'stock' is not quantised here, only onnx"),
     ],
 )
