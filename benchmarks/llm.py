@@ -1,17 +1,18 @@
 """A real language model pruned without training, beside what else there is: perplexity at each size, in two domains.
 
-    python benchmarks/llm.py bundled:smollm2-135m --output benchmarks/results/llm_cpu.json
+    python benchmarks/llm.py bundled:smollm2-135m --off-domain bundled:film-plots \
+        --output benchmarks/results/llm_cpu.json
     python benchmarks/llm.py meta-llama/Llama-3.2-1B --texts mine.txt --off-domain other.txt --output llama.json
     python benchmarks/llm.py MODEL --fractions 0.2 --seeds 0 --methods default uniform flap --output quick.json
 
-A fraction counts *all* parameters, embeddings too. `--tokens` tokens of the texts, drawn by the seed, calibrate;
-others are held out. The second domain is never seen. Perplexity counts each token of the dense model's tokenizer, so
-models with fewer tokens compare. Those that need no data run once. Peers: `llm_peers.py`; what is not
-installed is left out.
+A fraction counts *all* parameters, embeddings too. All methods calibrate with the same rows, as recipes do: `--tokens`
+tokens of the texts, drawn by the seed, and as many that the model writes itself. Other texts are held out; the second
+domain is never seen. Perplexity counts each token of the dense model's tokenizer, so models with fewer tokens compare.
+Those that need no data run once. Peers: `llm_peers.py`; what is not installed is left out.
 
 Ours are `default` (`PruningConfig(ratio, metric="parameters")`: heads and neurons, over the whole network), `uniform`
-(as many of them in every layer, so that the result is a stock class), `layers`, and `vocabulary` (the tokens that the
-texts never use leave first, then heads and neurons).
+(as many of them in every layer, so that the result is a stock class), `layers`, `vocabulary` (the tokens that the
+texts never use leave first, then heads and neurons), and `texts-alone` (`default` without the model's own words).
 
 Each cell is written as soon as it is measured; the same command goes on with those that are missing.
 """
@@ -31,7 +32,7 @@ from llm_peers import PEERS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_efficient import PruningConfig, prune, prune_vocabulary
+from hf_efficient import PruningConfig, prune, prune_vocabulary, self_calibration
 from hf_efficient.data.bundled import bundled_dataset
 from hf_efficient.errors import ConfigError
 from hf_efficient.io.environment import Environment, package_commit
@@ -49,6 +50,7 @@ OURS = {
     "default": {},
     "uniform": {"allocation": "uniform"},
     "layers": {"granularity": "layer"},
+    "texts-alone": {},
 }
 METHODS = (*OURS, "vocabulary", *PEERS)
 FRACTIONS = (0.05, 0.1, 0.2, 0.3)
@@ -58,8 +60,9 @@ DOMAINS = ("in domain", "off domain")
 class Texts:
     """What calibrates and what is held out, as token ids of the dense model."""
 
-    def __init__(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.length = tokenizer, options.length
+    def __init__(self, options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.length, self.model = tokenizer, options.length, model
+        self.words: dict[int, torch.Tensor] = {}  # by seed
         own = read_texts(options.texts)
         self.held_out, self.own = own[: len(own) // 5], own[len(own) // 5 :]
         self.held = {
@@ -79,6 +82,12 @@ class Texts:
     def calibration(self, seed: int, tokens: int) -> torch.Tensor:
         order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(seed)).tolist()
         return self.blocks((self.own[index] for index in order), tokens // self.length)
+
+    def own_words(self, seed: int, tokens: int) -> torch.Tensor:
+        if seed not in self.words:
+            batches = self_calibration(self.model, tokens // self.length, self.length, seed=seed)
+            self.words[seed] = torch.cat([batch["input_ids"] for batch in batches])
+        return self.words[seed]
 
 
 def read_texts(name: str) -> list[str]:
@@ -108,7 +117,7 @@ class Bench:
         self.options = options
         self.model = load_model("AutoModelForCausalLM", options.model, dtype=torch.float32).eval()
         self.tokenizer = load_processor(options.model)
-        self.texts = Texts(options, self.tokenizer)
+        self.texts = Texts(options, self.model, self.tokenizer)
         names = ("model", "texts", "off_domain", "length", "tokens", "held_out")
         self.settings = {name: getattr(options, name) for name in names}
         self.cells: dict[str, dict] = {}
@@ -160,8 +169,10 @@ class Bench:
         model, spelled = self.model, _same
         remove = round(fraction * model.num_parameters())
         ids = self.texts.calibration(seed, self.options.tokens)
+        if method != "texts-alone":
+            ids = torch.cat([ids, self.texts.own_words(seed, self.options.tokens)])
         if method == "vocabulary":
-            model, spelled = self.fewer_tokens(remove)
+            model, spelled = self.fewer_tokens(remove, ids)
             remove -= self.model.num_parameters() - model.num_parameters()
             ids = torch.cat([spelled(row) for row in ids])
             ids = ids[: len(ids) // self.texts.length * self.texts.length].view(-1, self.texts.length)
@@ -178,14 +189,15 @@ class Bench:
         small = prune(model, PruningConfig(ratio, metric="parameters", seed=seed, **OURS.get(method, {})), batches)
         return small, small.num_parameters(), spelled
 
-    def fewer_tokens(self, remove: int):
-        """Without the tokens that the texts never use, but no more of them than have to leave."""
+    def fewer_tokens(self, remove: int, ids: torch.Tensor):
+        """Without the tokens that the texts and `ids` never use, but no more of them than have to leave."""
+        texts = [*self.texts.own, *self.tokenizer.batch_decode(ids)]
         width = self.model.get_input_embeddings().weight.shape[1] * (2 - self.model.config.tie_word_embeddings)
         least = self.model.config.vocab_size - remove // width
         try:
-            model, tokenizer = prune_vocabulary(self.model, self.tokenizer, self.texts.own, max_tokens=max(least, 1))
+            model, tokenizer = prune_vocabulary(self.model, self.tokenizer, texts, max_tokens=max(least, 1))
         except ConfigError:
-            model, tokenizer = prune_vocabulary(self.model, self.tokenizer, self.texts.own)
+            model, tokenizer = prune_vocabulary(self.model, self.tokenizer, texts)
         return model, lambda row: torch.tensor(tokenizer(self.tokenizer.decode(row)).input_ids)
 
     def write(self) -> None:
@@ -240,7 +252,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--tokens", type=int, default=1 << 14, help="that calibrate")
     parser.add_argument("--held-out", type=int, default=1 << 13, help="tokens of each domain")
-    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--batch", type=int, default=2, help="rows")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", required=True, type=Path)
     options = parser.parse_args()
