@@ -73,8 +73,9 @@ def export(
     check_empty(target)
     quiet_libraries()
     tokenizer = load_processor(model) if FORMATS[format].holds_tokenizer else None
-    options = {"quantize": quantize, "min_agreement": min_agreement, "tokenizer": tokenizer}
-    result = run(load(model, task), format, target, **options)
+    result = run(
+        load(model, task), format, target, quantize=quantize, min_agreement=min_agreement, tokenizer=tokenizer
+    )
     if as_json:
         print_json(asdict(result))
         return

@@ -67,7 +67,16 @@ def measure_generation(
             plain = {name: tokenizer.decode(text, skip_special_tokens=True) for name, text in texts.items()}
             written.append(Sample(prompt, plain["teacher"].strip(), plain["student"].strip()))
     acceptance = accepted / max(total, 1)
-    return Generation(**sizes, **decodings, acceptance=acceptance, samples=tuple(written))
+    return Generation(
+        teacher=decodings["teacher"],
+        student=decodings["student"],
+        new_tokens=new_tokens,
+        prompt_tokens=prompt_tokens,
+        batch_size=batch_size,
+        rounds=rounds,
+        acceptance=acceptance,
+        samples=tuple(written),
+    )
 
 
 def _timed(models: dict[str, Any], batch_size: int, length: int, count: int, rounds: int) -> dict[str, Decoding]:

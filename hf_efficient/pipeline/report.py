@@ -54,20 +54,18 @@ def measured(
     )
     if not is_main():  # which has scored its part of the samples
         return None
-    small = Reader(student, prepared.test, prepared.collator)
-    dense = Reader(baseline, original.test, original.collator)
-    base_model, licence = _origin(recipe, student)
     rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
     with alone():
+        small = Reader(student, prepared.test, prepared.collator)
+        dense = Reader(baseline, original.test, original.collator)
         runtimes = tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports)
         lengths = measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds)
-        domains, generation = _domains(run, reader, teacher, student), _generation(run, teacher, student, length)
+        language = _of_language(run, reader, teacher, student, length)
     return Report(
         student=both.alone(),
         teacher=both.baseline,
         comparison=both.comparison,
-        base_model=base_model,
-        licence=licence,
+        **_origin(recipe, student),
         auto_class=TASKS[recipe.task].auto_class,
         processor_class=run.processor_class,
         loads_with="portable" if is_portable(student) else "plugin",
@@ -79,9 +77,18 @@ def measured(
         seed=recipe.seed,
         exports=runtimes,
         lengths=lengths,
-        domains=domains,
-        generation=generation,
+        **language,
     )
+
+
+def _of_language(
+    run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel", length: int
+) -> dict[str, Any]:
+    """The fields of a report on further texts, and on writing."""
+    return {
+        "domains": _domains(run, reader, teacher, student),
+        "generation": _generation(run, teacher, student, length),
+    }
 
 
 def _domains(run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[Domain, ...]:
@@ -121,13 +128,14 @@ def _generation(run: "Run", teacher: "PreTrainedModel", student: "PreTrainedMode
     )
 
 
-def _origin(recipe: "Recipe", student: "PreTrainedModel") -> tuple[Any, Any]:
-    """The model that it all began with, and its licence, as far as they are known."""
+def _origin(recipe: "Recipe", student: "PreTrainedModel") -> dict[str, Any]:
+    """The model that it all began with, and its licence, as far as they are known: fields of a report."""
     from ..data.bundled import upstream
     from ..models.registry import stock_type
 
     name = recipe.model.name_or_path or f"{stock_type(student.config)} trained from scratch"
-    return upstream(os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name)
+    base, licence = upstream(os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name)
+    return {"base_model": base, "licence": licence}
 
 
 def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["PreTrainedModel", tuple[str, ...]]:
