@@ -11,8 +11,9 @@ domain is never seen. Perplexity counts each token of the dense model's tokenize
 Those that need no data run once. Peers: `llm_peers.py`; what is not installed is left out.
 
 Ours are `default` (`PruningConfig(ratio, metric="parameters")`: heads and neurons, over the whole network), `uniform`
-(as many of them in every layer, so that the result is a stock class), `layers`, `vocabulary` (the tokens that the
-texts never use leave first, then heads and neurons), and `texts-alone` (`default` without the model's own words).
+(as many of them in every layer, so that the result is a stock class), `layers`, and `texts-alone` (`default` without
+the model's own words). `vocabulary` and `vocabulary-uniform` begin with the tokens: those of the rarer half, by their
+ids, leave as far as no calibration text has them.
 
 Each cell is written as soon as it is measured; the same command goes on with those that are missing.
 """
@@ -25,6 +26,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -40,6 +42,7 @@ from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.loading import load_model, load_processor
 from hf_efficient.models.modes import using_threads
 from hf_efficient.models.rebuild import is_portable
+from hf_efficient.pruning.cut.vocabulary import kept_tokens
 from hf_efficient.pruning.price.costs import make_costs
 from hf_efficient.pruning.score.stream import Batch
 from hf_efficient.reporting.tables import markdown
@@ -51,8 +54,10 @@ OURS = {
     "uniform": {"allocation": "uniform"},
     "layers": {"granularity": "layer"},
     "texts-alone": {},
+    "vocabulary": {},
+    "vocabulary-uniform": {"allocation": "uniform"},
 }
-METHODS = (*OURS, "vocabulary", *PEERS)
+METHODS = (*OURS, *PEERS)
 FRACTIONS = (0.05, 0.1, 0.2, 0.3)
 DOMAINS = ("in domain", "off domain")
 
@@ -171,7 +176,7 @@ class Bench:
         ids = self.texts.calibration(seed, self.options.tokens)
         if method != "texts-alone":
             ids = torch.cat([ids, self.texts.own_words(seed, self.options.tokens)])
-        if method == "vocabulary":
+        if method.startswith("vocabulary"):
             model, spelled = self.fewer_tokens(remove, ids)
             remove -= self.model.num_parameters() - model.num_parameters()
             ids = torch.cat([spelled(row) for row in ids])
@@ -186,18 +191,18 @@ class Bench:
             small, parameters = PEERS[method](model, remove, batches)
             return small.eval(), parameters, _same
         ratio = remove / make_costs(Anatomy.of(model), "parameters", 1).total
-        small = prune(model, PruningConfig(ratio, metric="parameters", seed=seed, **OURS.get(method, {})), batches)
+        small = prune(model, PruningConfig(ratio, metric="parameters", seed=seed, **OURS[method]), batches)
         return small, small.num_parameters(), spelled
 
     def fewer_tokens(self, remove: int, ids: torch.Tensor):
-        """Without the tokens that the texts and `ids` never use, but no more of them than have to leave."""
-        texts = [*self.texts.own, *self.tokenizer.batch_decode(ids)]
+        """Without the rarer half of the tokens, but those that the texts and `ids` use; no more than have to leave."""
         width = self.model.get_input_embeddings().weight.shape[1] * (2 - self.model.config.tie_word_embeddings)
-        least = self.model.config.vocab_size - remove // width
-        try:
-            model, tokenizer = prune_vocabulary(self.model, self.tokenizer, texts, max_tokens=max(least, 1))
-        except ConfigError:
-            model, tokenizer = prune_vocabulary(self.model, self.tokenizer, texts)
+        tokens = self.model.config.vocab_size
+        texts = [*self.texts.own, *self.tokenizer.batch_decode(ids)]
+        kept = set(kept_tokens(self.model, self.tokenizer, texts, range(tokens // 2)))
+        further = (token for token in range(tokens) if token not in kept)
+        kept |= set(islice(further, max(0, tokens - remove // width - len(kept))))
+        model, tokenizer = prune_vocabulary(self.model, self.tokenizer, texts, keep=kept)
         return model, lambda row: torch.tensor(tokenizer(self.tokenizer.decode(row)).input_ids)
 
     def write(self) -> None:
