@@ -15,7 +15,8 @@ Ours are `default` (`PruningConfig(ratio, metric="parameters")`: heads and neuro
 the model's own words). `vocabulary` and `vocabulary-uniform` begin with the tokens: those of the rarer half, by their
 ids, leave as far as no calibration text has them.
 
-Each cell is written as soon as it is measured; the same command goes on with those that are missing.
+Each cell is written as soon as it is measured; the same command goes on with those that are missing. Scores are taken
+once for all sizes, as a sweep does, so that the seconds of the first cell count them alone.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from llm_peers import PEERS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_efficient import PruningConfig, prune, prune_vocabulary, self_calibration
+from hf_efficient import PruningConfig, prune_vocabulary, self_calibration
 from hf_efficient.data.bundled import bundled_dataset
 from hf_efficient.errors import ConfigError
 from hf_efficient.io.environment import Environment, package_commit
@@ -44,7 +45,9 @@ from hf_efficient.models.modes import using_threads
 from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.vocabulary import kept_tokens
 from hf_efficient.pruning.price.costs import make_costs
+from hf_efficient.pruning.prune import search
 from hf_efficient.pruning.score.stream import Batch
+from hf_efficient.pruning.search import Search
 from hf_efficient.reporting.tables import markdown
 
 DENSE = "dense"
@@ -126,6 +129,7 @@ class Bench:
         names = ("model", "texts", "off_domain", "length", "tokens", "held_out")
         self.settings = {name: getattr(options, name) for name in names}
         self.cells: dict[str, dict] = {}
+        self.scored: tuple[tuple, Search] | None = None
         if options.output.is_file():
             old = json.loads(options.output.read_text())
             if old["settings"] != self.settings:
@@ -136,8 +140,8 @@ class Bench:
         options = self.options
         self.cell(DENSE, 0.0, 0)
         for seed in options.seeds:
-            for fraction in options.fractions:
-                for method in options.methods:
+            for method in options.methods:
+                for fraction in options.fractions:
                     if method not in WITHOUT_DATA or seed == options.seeds[0]:
                         self.cell(method, fraction, seed)
 
@@ -191,8 +195,17 @@ class Bench:
             small, parameters = PEERS[method](model, remove, batches)
             return small.eval(), parameters, _same
         ratio = remove / make_costs(Anatomy.of(model), "parameters", 1).total
-        small = prune(model, PruningConfig(ratio, metric="parameters", seed=seed, **OURS[method]), batches)
+        small = self.pruned(model, PruningConfig(ratio, metric="parameters", seed=seed, **OURS[method]), batches)
         return small, small.num_parameters(), spelled
+
+    def pruned(self, model: PreTrainedModel, config: PruningConfig, batches: list[Batch]) -> PreTrainedModel:
+        """`prune(model, config, batches)`; the scores of the last call serve the next one with the same batches."""
+        alike = model.config.vocab_size, config.granularity, config.seed, len(batches)
+        if self.scored is None or self.scored[0] != alike:
+            self.scored = None
+            self.scored = alike, search(model, config, batches)
+        one = replace(self.scored[1], config=config)
+        return one.cutter.cut(one.plan()).model
 
     def fewer_tokens(self, remove: int, ids: torch.Tensor):
         """Without the rarer half of the tokens, but those that the texts and `ids` use; no more than have to leave."""

@@ -28,6 +28,7 @@ def measure_generation(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
+    student_tokenizer: Any = None,
     new_tokens: int = 32,
     prompt_tokens: int = 256,
     batch_size: int = 1,
@@ -37,7 +38,8 @@ def measure_generation(
     """Time both, and let both write.
 
     Parameters:
-        tokenizer: of both. One with a chat template gets each prompt as a user's message.
+        tokenizer: of both, or of the teacher. One with a chat template gets each prompt as a user's message.
+        student_tokenizer: where that is another one. What share of drafts is taken is unknown then.
         prompts: of which the likeliest tokens follow.
         new_tokens: so many are timed and written. prompt_tokens: of the timed prompt, made-up tokens.
         rounds: at least 1; the median counts. One more before them is not counted.
@@ -50,6 +52,7 @@ def measure_generation(
     for name, value in sizes.items():
         check_positive(name, value)
     models = {"teacher": teacher, "student": student}
+    tokenizers = {"teacher": tokenizer, "student": student_tokenizer or tokenizer}
     for name, model in models.items():
         if not model.can_generate() or model.config.is_encoder_decoder:
             raise UnsupportedModelError(
@@ -60,13 +63,14 @@ def measure_generation(
         decodings = _timed(models, batch_size, prompt_tokens, new_tokens, rounds)
         written, accepted, total = [], 0, 0
         for prompt in prompts:
-            ids = _as_asked(tokenizer, prompt).to(teacher.device)
-            texts = {name: _written(model, ids, new_tokens) for name, model in models.items()}
-            agreed = _would_write(student, ids, texts["teacher"])
-            accepted, total = accepted + int(agreed.sum()), total + len(agreed)
-            plain = {name: tokenizer.decode(text, skip_special_tokens=True) for name, text in texts.items()}
+            ids = {name: _as_asked(each, prompt).to(teacher.device) for name, each in tokenizers.items()}
+            texts = {name: _written(model, ids[name], new_tokens) for name, model in models.items()}
+            if student_tokenizer is None:
+                agreed = _would_write(student, ids["teacher"], texts["teacher"])
+                accepted, total = accepted + int(agreed.sum()), total + len(agreed)
+            plain = {name: tokenizers[name].decode(text, skip_special_tokens=True) for name, text in texts.items()}
             written.append(Sample(prompt, plain["teacher"].strip(), plain["student"].strip()))
-    acceptance = accepted / max(total, 1)
+    acceptance = accepted / max(total, 1) if student_tokenizer is None else None
     return Generation(
         teacher=decodings["teacher"],
         student=decodings["student"],

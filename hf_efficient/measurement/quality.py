@@ -35,6 +35,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
+from ..data.respelling import TARGETS
 from ..data.tasks import TASKS, Task
 from ..errors import DataError, UnsupportedModelError, check_positive, unknown_name
 from ..models.frames import frames_of
@@ -44,6 +45,7 @@ from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from ..training.ranks import gather, gather_rows, share
+from .estimates import exp_of, macro_f1, mean_and_error
 from .retrieval import PAIR, find_pairs
 from .scores import check_metrics, further_scores, load_metrics
 from .speech import decoder_of, score_texts
@@ -61,6 +63,7 @@ class Evaluation:
             targets of each sample; of speech word errors and words.
         predictions, targets: `[total targets]` class or token ids, sample after sample; of embeddings the nearest and
             the own pair; of an answer start * 2^32 + end; of speech a digest of each text.
+        is_respelled: whether `count` is that of other tokens than the predictions (`data.respelling`).
     """
 
     quality: Quality
@@ -69,18 +72,22 @@ class Evaluation:
     count: torch.Tensor
     predictions: torch.Tensor
     targets: torch.Tensor
+    is_respelled: bool = False
 
 
 @dataclass(frozen=True)
 class QualityDifference:
-    """Second model minus first in the score `name`; `only_first`, `only_second`: targets that only one gets right."""
+    """Second model minus first in the score `name`; `only_first`, `only_second`: targets that only one gets right.
+
+    `agreement` and those are None where the two spell the texts in other tokens (`data.respelling`).
+    """
 
     name: str
     difference: float
     standard_error: float
-    agreement: float
-    only_first: int
-    only_second: int
+    agreement: float | None
+    only_first: int | None
+    only_second: int | None
     samples: int
 
 
@@ -148,13 +155,15 @@ def evaluate_quality(
     if not count.sum():
         raise DataError("No label counts: all are -100. Give samples with labels.")
     predictions, targets = (torch.cat([row[i] for row in rows]) for i in (3, 4))
-    scores = _scores(TASKS[task], loss, correct, count, predictions, targets)
+    is_respelled = isinstance(dataset[0], Mapping) and TARGETS in dataset[0]
+    scores = _scores(TASKS[task], loss, correct, count, predictions, targets, is_respelled)
     if metrics:
         known = {score.name for score in scores}
         config: Any = model.config
         further = further_scores(metrics, predictions, targets, count, config.num_labels)
         scores += tuple(score for score in further if score.name not in known)
-    return Evaluation(Quality(task, len(count), int(count.sum()), scores), loss, correct, count, predictions, targets)
+    quality = Quality(task, len(count), int(count.sum()), scores)
+    return Evaluation(quality, loss, correct, count, predictions, targets, is_respelled)
 
 
 def _score_speech(model: Any, batch: Mapping[str, Any], task: str, decode: Callable) -> list[tuple]:
@@ -223,7 +232,10 @@ def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple
         logits, labels = logits[:, None], labels.reshape(-1, 1)
     elif task.kind == "causal_lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return [_score_sample(logits[i], labels[i]) for i in range(len(labels))]
+    scored = [_score_sample(logits[i], labels[i]) for i in range(len(labels))]
+    if TARGETS not in batch:
+        return scored
+    return [(*row[:2], targets.cpu(), *row[3:]) for row, targets in zip(scored, batch[TARGETS], strict=True)]
 
 
 def _place(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, task: Task) -> torch.Tensor:
@@ -298,15 +310,6 @@ def _score_sample(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     return loss, (predictions == targets).sum(), torch.tensor(len(targets)), predictions, targets
 
 
-def mean_and_error(total: torch.Tensor, count: torch.Tensor) -> tuple[float, float]:
-    """sum(total) / sum(count) and its standard error over samples; the error of a single sample is unknown: nan."""
-    mean = total.sum() / count.sum()
-    n = len(total)
-    if n < 2:
-        return mean.item(), math.nan
-    return mean.item(), ((n / (n - 1) * ((total - mean * count) ** 2).sum()).sqrt() / count.sum()).item()
-
-
 def _scores(
     task: Task,
     loss: torch.Tensor,
@@ -314,13 +317,16 @@ def _scores(
     count: torch.Tensor,
     predictions: torch.Tensor,
     targets: torch.Tensor,
+    is_respelled: bool,
 ) -> tuple[Score, ...]:
     mean_loss, loss_error = mean_and_error(loss, count)
     share, share_error = mean_and_error(correct, count)
     loss_score = Score("loss", mean_loss, loss_error, False)
     if task.metric == "perplexity":
-        perplexity = _exp(mean_loss)
+        perplexity = exp_of(mean_loss)
         main = Score("perplexity", perplexity, perplexity * loss_error, False)
+        if is_respelled:  # there are more to guess: how many are right says nothing
+            return main, loss_score
         return main, loss_score, Score("token_accuracy", share, share_error, True)
     if task.is_by_token:
         f1 = Score("macro_f1", *macro_f1(count, predictions, targets), True)
@@ -331,41 +337,12 @@ def _scores(
     return main, loss_score
 
 
-def macro_f1(count: torch.Tensor, predictions: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
-    """The mean over the classes of the targets of F1 = 2 tp / (predicted + true), and its jackknife error.
-
-    Parameters:
-        count: `[n]` how many of the predictions belong to each sample.
-        predictions, targets: `[total]` class ids.
-    """
-    n, classes = len(count), int(torch.maximum(predictions.max(), targets.max())) + 1
-    sample = torch.arange(n).repeat_interleave(count.long())
-
-    def counted(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        return torch.bincount((sample * classes + ids)[where], minlength=n * classes).view(n, classes).double()
-
-    everywhere = torch.ones_like(targets, dtype=torch.bool)
-    right = counted(targets, predictions == targets)
-    either = counted(predictions, everywhere) + counted(targets, everywhere)
-    known = targets.unique()
-
-    def score(right: torch.Tensor, either: torch.Tensor) -> torch.Tensor:
-        return (2 * right / either.clamp_min(1))[..., known].mean(-1)
-
-    without = score(right.sum(0) - right, either.sum(0) - either)  # [n]
-    error = ((n - 1) / n * ((without - without.mean()) ** 2).sum()).sqrt().item() if n > 1 else math.nan
-    return score(right.sum(0), either.sum(0)).item(), error
-
-
-def _exp(loss: float) -> float:
-    """exp, but infinite instead of an OverflowError: a diverged model still gets its report."""
-    return math.exp(loss) if not loss > 700 else math.inf
-
-
 def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
     """Second minus first in the main score, with the paired standard error (formulas in the module docstring);
     DataError unless both were evaluated on the same samples and labels in the same order."""
-    same = torch.equal(first.count, second.count) and torch.equal(first.targets, second.targets)
+    spelled_anew = first.is_respelled or second.is_respelled
+    alike = spelled_anew or torch.equal(first.targets, second.targets)
+    same = torch.equal(first.count, second.count) and alike
     if not same or first.quality.task != second.quality.task:
         raise DataError("The two evaluations have different samples or tasks. Evaluate both on the same data set.")
     n = len(first.count)
@@ -376,16 +353,26 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
     else:
         change = second.correct - first.correct
         error = math.sqrt(((change - change.mean()) ** 2).sum().item()) / n
-    right_first, right_second = first.predictions == first.targets, second.predictions == second.targets
+    shared: dict[str, Any] = {"agreement": None, "only_first": None, "only_second": None}
+    if not spelled_anew:
+        shared = _shared(first, second)
     return QualityDifference(
         name=first.quality.main.name,
         difference=second.quality.main.value - first.quality.main.value,
         standard_error=error,
-        agreement=(first.predictions == second.predictions).double().mean().item(),
-        only_first=int((right_first & ~right_second).sum()),
-        only_second=int((right_second & ~right_first).sum()),
         samples=n,
+        **shared,
     )
+
+
+def _shared(first: Evaluation, second: Evaluation) -> dict[str, Any]:
+    """What two models say of the same targets."""
+    right_first, right_second = first.predictions == first.targets, second.predictions == second.targets
+    return {
+        "agreement": (first.predictions == second.predictions).double().mean().item(),
+        "only_first": int((right_first & ~right_second).sum()),
+        "only_second": int((right_second & ~right_first).sum()),
+    }
 
 
 def _pulls(evaluation: Evaluation) -> torch.Tensor:
@@ -394,4 +381,4 @@ def _pulls(evaluation: Evaluation) -> torch.Tensor:
     by_loss = TASKS[evaluation.quality.task].metric == "perplexity"
     totals = evaluation.loss if by_loss else evaluation.correct
     mean = totals.sum() / evaluation.count.sum()
-    return (_exp(mean.item()) if by_loss else 1.0) * (totals - mean * evaluation.count)
+    return (exp_of(mean.item()) if by_loss else 1.0) * (totals - mean * evaluation.count)

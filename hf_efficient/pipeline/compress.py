@@ -168,15 +168,17 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
     from ..measurement.energy import with_energy
     from .verify import check_reload, output_digest
 
-    recipe = run.recipe
+    recipe, reader = run.recipe, run
     source, records, exports = run.folder, [], []
     for name, stage in recipe.folders.items():
         announce(f"{name} ...")
         set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
         work = stage.run if stage.is_shared else partial(_by_main, stage)
         tracked = with_energy(work, recipe.measure.country) if recipe.measure.energy else work
-        folder, record = space.stage(name, stage.to_dict(), partial(tracked, run, source))
+        folder, record = space.stage(name, stage.to_dict(), partial(tracked, reader, source))
         records.append(record)
+        if stage.new_tokenizer:
+            reader = run.read_as(folder)
         if stage.beside is None:
             source = folder
         else:

@@ -87,7 +87,7 @@ def _of_language(
     """The fields of a report on further texts, and on writing."""
     return {
         "domains": _domains(run, reader, teacher, student),
-        "generation": _generation(run, teacher, student, length),
+        "generation": _generation(run, reader, teacher, student, length),
     }
 
 
@@ -100,26 +100,39 @@ def _domains(run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "Pr
         before, after = run.other(name, teacher.config), reader.other(name)
         first = evaluate_quality(teacher, before.test, before.collator, recipe.task, pooling=recipe.pooling)
         second = evaluate_quality(student, after.test, after.collator, recipe.task, pooling=recipe.pooling)
-        change, scores = compare_quality(first, second), (first.quality.main.value, second.quality.main.value)
-        told = (change.difference, change.standard_error, change.agreement)
-        rows.append(Domain(name, second.quality.samples, change.name, *scores, *told))
+        change = compare_quality(first, second)
+        rows.append(
+            Domain(
+                dataset=name,
+                samples=change.samples,
+                score=change.name,
+                teacher=first.quality.main.value,
+                student=second.quality.main.value,
+                difference=change.difference,
+                standard_error=change.standard_error,
+                agreement=change.agreement,
+            )
+        )
     return tuple(rows)
 
 
-def _generation(run: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel", length: int) -> Generation | None:
-    """None where the recipe asks for none, or a smaller vocabulary made texts of both other tokens."""
+def _generation(
+    run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel", length: int
+) -> Generation | None:
+    """None where the recipe asks for none."""
     import torch
 
     from ..measurement.generation import measure_generation
 
     settings = run.recipe.measure
-    if settings.new_tokens is None or teacher.config.vocab_size != student.config.vocab_size:
+    if settings.new_tokens is None:
         return None
     return measure_generation(
         teacher,
         student,
         run.processor,
         settings.prompts if settings.prompts is not None else run.beginnings(),
+        student_tokenizer=None if reader is run else reader.processor,
         new_tokens=settings.new_tokens,
         prompt_tokens=length,
         batch_size=settings.batch_size,

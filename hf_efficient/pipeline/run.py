@@ -6,6 +6,7 @@ run.data(128).train, run.load(folder / "0-teacher")
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..data.bundled import resolve_model
 from ..data.datasets import load_dataset_any, rows_digest, with_texts
 from ..data.preparation import PreparedData, need_column, prepare
+from ..data.respelling import respelled
 from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
@@ -33,10 +35,14 @@ TEXTS = ("text", "text_pair", "target", "tokens", "question", "context")  # the 
 
 
 class Run:
-    """What the stages of one run share: the recipe, the rows and the processor."""
+    """What the stages of one run share: the recipe, the rows and the processor.
+
+    `teacher_folder`: the checkpoint that students are taught by, in the tokens of this run.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path):
-        self.recipe, self.folder = recipe, folder
+        self.recipe, self.folder, self.teacher_folder = recipe, folder, folder / TEACHER
+        self._original: Run | None = None  # whose tokenizer counts, where a stage made this one another
         self._prepared: dict[int | None, PreparedData] = {}
 
     @cached_property
@@ -89,10 +95,6 @@ class Run:
             return getattr(transformers, self.auto_class).from_config(config, **trust)
 
     @property
-    def teacher_folder(self) -> Path:
-        return self.folder / TEACHER
-
-    @property
     def processor_class(self) -> str | None:
         """The Auto class that loads what `save` writes beside the model, if anything."""
         if self.processor is None:
@@ -117,15 +119,28 @@ class Run:
         if limit is not None and max_length is not None:
             max_length = min(max_length, limit)
         if max_length not in self._prepared:
-            self._prepared[max_length] = self._prepare(max_length)
+            prepared = self._prepare(max_length)
+            if self._original is not None:
+                prepared = self._as_counted(prepared, self._original.data(max_length), limit)
+            self._prepared[max_length] = prepared
         return self._prepared[max_length]
+
+    def _as_counted(self, prepared: PreparedData, original: PreparedData, limit: int | None) -> PreparedData:
+        """With the test texts of the original, where the score counts tokens."""
+        if self._original is None or self.task.metric != "perplexity":
+            return prepared
+        return replace(prepared, test=respelled(original.test, self._original.processor, self.processor, limit))
 
     def other(self, name: str, config: PreTrainedConfig | None = None) -> PreparedData:
         """Another data set for the same task, read as the recipe's own; its columns by their usual names."""
         data = self.recipe.data
         limits = [data.max_length, None if config is None else token_limit(config, rotary=False)]
         length = min((each for each in limits if each is not None), default=None)
-        return prepare(load_dataset_any(name, **self._split), self.recipe.task, self.processor, max_length=length)
+        rows = load_dataset_any(name, **self._split)
+        prepared = prepare(rows, self.recipe.task, self.processor, max_length=length)
+        if self._original is None:
+            return prepared
+        return self._as_counted(prepared, self._original.other(name, config), None)
 
     def beginnings(self, count: int = 4, words: int = 24) -> list[str]:
         """How some test texts begin."""
@@ -181,14 +196,21 @@ class Run:
     def reading(self, processor: Any) -> "Run":
         """The same run with another tokenizer."""
         other = Run(self.recipe, self.folder)
-        other.rows, other.processor = self.rows, processor
+        other.rows, other.processor, other._original = self.rows, processor, self
         return other
 
     def read_as(self, folder: Path) -> "Run":
-        """The run with the tokenizer that lies beside a checkpoint, if a stage made it another one."""
-        if not any(step.settings.new_tokenizer for step in self.recipe.stages):
+        """The run with the tokenizer that lies beside a checkpoint, if a stage made it another one.
+
+        Where that stage came first, what it made is the teacher with other tokens, and teaches those after it.
+        """
+        _, *made = self.recipe.folders.items()
+        if not any(stage.new_tokenizer for _, stage in made):
             return self
-        return self.reading(load_processor(str(folder), images=False))
+        other = self.reading(load_processor(str(folder), images=False))
+        if made[0][1].new_tokenizer:
+            other.teacher_folder = self.folder / made[0][0]
+        return other
 
     def inputs(self) -> dict[str, Any]:
         """What the recipe only names: a digest of the rows, and the files of a model folder with sizes and times."""

@@ -241,7 +241,8 @@ def _check_order(steps: tuple[Step, ...]) -> None:
     names = [step.name for step in steps]
     for number, step in enumerate(steps):
         path, stage = f"stages[{number}].{step.name}", step.settings
-        allowed = names if stage.followers is None else stage.followers
+        begins = stage.may_begin and number == 0
+        allowed = names if stage.followers is None or begins else stage.followers
         if wrong := [name for name in names[number + 1 :] if name not in allowed]:
             raise ConfigError(f"{path} must come after {', '.join(wrong)}, not before: {stage.reason}.")
         if stage.beside is not None and step in steps[:number]:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Domain:
-    """The main score on texts of another kind than the run's own; `difference` is student - teacher, paired."""
+    """The main score on texts of another kind than the run's own; `difference` is student - teacher, paired.
+
+    `agreement` is None where the two spell texts in other tokens, as `Generation.acceptance` is.
+    """
 
     dataset: str
     samples: int
@@ -18,7 +21,7 @@ class Domain:
     student: float
     difference: float
     standard_error: float
-    agreement: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -54,5 +57,5 @@ class Generation:
     rounds: int
     teacher: Decoding
     student: Decoding
-    acceptance: float
+    acceptance: float | None
     samples: tuple[Sample, ...] = ()

@@ -31,7 +31,8 @@ def language_rows(report: Report) -> list[tuple[str, str, str, str]]:
     old_bytes, new_bytes = made.teacher.cache_bytes, made.student.cache_bytes
     change = format_ratio(new_bytes / old_bytes) if old_bytes > 0 else ""
     rows.append(("cache", format_bytes(old_bytes), format_bytes(new_bytes), change))
-    rows.append(("drafts that the teacher takes", "", f"{100 * made.acceptance:.1f}%", ""))
+    if made.acceptance is not None:
+        rows.append(("drafts that the teacher takes", "", f"{100 * made.acceptance:.1f}%", ""))
     return rows
 
 
@@ -40,10 +41,15 @@ def describe_generation(report: Report) -> str:
     made = report.generation
     if made is None:
         return ""
-    return (
+    how = (
         f"Writing: batch {made.batch_size}, {made.new_tokens} tokens after {made.prompt_tokens}; median of "
-        f"{made.rounds} rounds, teacher and student in turn; the cache at the end. Drafts: of the tokens that the "
-        "teacher writes in the samples, those that the student would have written too (assisted decoding keeps them)."
+        f"{made.rounds} rounds, teacher and student in turn; the cache at the end."
+    )
+    if made.acceptance is None:
+        return how
+    return (
+        f"{how} Drafts: of the tokens that the teacher writes in the samples, those that the student would have "
+        "written too (assisted decoding keeps them)."
     )
 
 

@@ -56,7 +56,7 @@ class Run(Protocol):
 
     @property
     def teacher_folder(self) -> Path:
-        """The checkpoint that students are compared with."""
+        """The checkpoint that teaches students, which reads the ids of `data`."""
 
     def data(self, max_length: int | None = None, *, config: Any = None) -> "PreparedData":
         """Train and test inputs, cut at `max_length` tokens and at what a model of `config` takes."""
@@ -82,9 +82,6 @@ class Run(Protocol):
     def reading(self, processor: Any) -> "Run":
         """The same run with another tokenizer."""
 
-    def read_as(self, folder: Path) -> "Run":
-        """The run with the tokenizer beside a checkpoint, if a stage made it another one."""
-
 
 @dataclass(frozen=True)
 class Stage(Settings):
@@ -92,7 +89,8 @@ class Stage(Settings):
 
     followers: ClassVar[tuple[str, ...] | None] = None  # the stages that may come after it; None: all
     reason: ClassVar[str] = ""  # why no other may
-    new_tokenizer: ClassVar[bool] = False  # what it makes reads other ids than the teacher
+    may_begin: ClassVar[bool] = False  # as the first stage it may be followed by all
+    new_tokenizer: ClassVar[bool] = False  # what it makes reads other ids than what it was given
 
     @property
     def beside(self) -> str | None:

@@ -67,8 +67,8 @@ class ExportStage(Stage):
         """Into a folder of its own, with what reads the inputs."""
         from ..runtimes.export import export
 
-        model, reader, folder = run.load(source), run.read_as(source), target / self.beside
-        prepared = reader.data(config=model.config)
+        model, folder = run.load(source), target / self.beside
+        prepared = run.data(config=model.config)
         rows = [[prepared.test[i] for i in range(*cut) if i < len(prepared.test)] for cut in TEST_ROWS]
         remove_own(folder)  # of a run that was stopped
         exported = export(
@@ -78,10 +78,10 @@ class ExportStage(Stage):
             inputs=[prepared.collator(some) for some in rows if some],
             quantize=self.quantize,
             min_agreement=self.min_agreement,
-            tokenizer=reader.processor,
+            tokenizer=run.processor,
         )
-        if reader.processor is not None:
-            reader.processor_for(model).save_pretrained(folder)
+        if run.processor is not None:
+            run.processor_for(model).save_pretrained(folder)
         facts = dataclasses.asdict(exported)
         del facts["folder"], facts["checked"]
         return facts

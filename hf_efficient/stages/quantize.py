@@ -35,7 +35,7 @@ class QuantizeStage(Stage):
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         small = quantize(run.load(source), self.method, group_size=self.group_size)
-        return {"method": self.method} | run.read_as(source).save(small, target)
+        return {"method": self.method} | run.save(small, target)
 
     def note(self, record: "StageRecord") -> tuple[str, ...]:
         return (

@@ -6,7 +6,8 @@ import torch
 import transformers
 
 from hf_efficient.errors import ConfigError, DataError, UnsupportedModelError
-from hf_efficient.measurement.quality import compare_quality, evaluate_quality, mean_and_error, task_of
+from hf_efficient.measurement.estimates import mean_and_error
+from hf_efficient.measurement.quality import compare_quality, evaluate_quality, task_of
 
 from ..families import make_config, make_model
 from .models import bert_classifier, bert_layer, gpt2, t5, token_data, vit

@@ -9,7 +9,8 @@ from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForToken
 
 from hf_efficient.errors import ConfigError, DataError
 from hf_efficient.measurement import retrieval
-from hf_efficient.measurement.quality import compare_quality, evaluate_quality, macro_f1, task_of
+from hf_efficient.measurement.estimates import macro_f1
+from hf_efficient.measurement.quality import compare_quality, evaluate_quality, task_of
 from hf_efficient.measurement.retrieval import find_pairs
 from hf_efficient.models.pooling import pool
 
