@@ -21,7 +21,7 @@ from ..models.anatomy import Anatomy
 from ..models.families import FAMILIES
 from ..models.groups import Group
 from ..models.mixtures import Mixture
-from ..training.ranks import from_main
+from ..training.ranks import from_main, share
 from .choose.allocation import allocate, choose_layers, drop_layers, fewest
 from .choose.experts import choose_experts
 from .choose.reach import check_reachable
@@ -29,7 +29,7 @@ from .choose.rearrangement import rearrange
 from .config import PruningConfig
 from .cut.silenced import check_cut
 from .cut.surgery import apply_plan
-from .fit.reconstruction import TokenWeights, reconstruct_blocks, token_weights
+from .fit.reconstruction import TokenWeighing, TokenWeights, reconstruct_blocks, token_weights
 from .plan import PruningPlan
 from .price.correction import Kept, correct
 from .price.costs import Costs
@@ -162,15 +162,21 @@ class Search:
         """Of the units of a model, dense or cut already; and the gradients behind them where they are rearranged."""
         if model is self.dense.model and self.known.units is not None:
             return self.known.units
-        gradients: MaskGradients = {}
+        is_dense, gradients = model is self.dense.model, dict[Group, torch.Tensor]()
+        # The pass that scores the dense model says as well how much each token counts in the fit that follows.
+        is_seen = is_dense and self.cutter.fits and self.config.importance == "fisher"
+        weighing = TokenWeighing(self.dense) if is_seen else None
         if self.config.rearrange:  # which goes with fisher: one pass gives both
-            gradients = mask_gradients(model, list(groups), self.batches, answer_loss(self.config.seed))
+            loss = answer_loss(self.config.seed)
+            gradients = mask_gradients(model, list(groups), self.batches, loss, weighing)
             scores = {group: gradient.square().sum(0) for group, gradient in gradients.items()}
             for group, values in scores.items():
                 check_scores(group, values, self.config.importance)
         else:
-            scores = score_units(model, list(groups), self.config, self.batches, self.length)
-        if model is self.dense.model:
+            scores = score_units(model, list(groups), self.config, self.batches, self.length, weighing)
+        if weighing is not None:
+            self.cutter.weights = weighing.weights(share(self.batches))
+        if is_dense:
             self.known.units = scores, gradients
         return scores, gradients
 

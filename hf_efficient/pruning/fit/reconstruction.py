@@ -20,6 +20,7 @@ unit.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ from ...models.modes import eval_mode
 from ...models.stacks import ModelStack
 from ...training.ranks import gather, meet, share, total
 from ..score.finite import check_finite
-from ..score.statistics import output_gradients
+from ..score.statistics import OutputGradients
 from ..score.stream import Batch, Block, Stream
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
@@ -102,6 +103,35 @@ def fit_layer(
         fit.solve()  # before the next block is read, which is to see what this one gives now
 
 
+class TokenWeighing(OutputGradients):
+    """`token_weights` from passes that are made for something else (`statistics.mask_gradients`)."""
+
+    def __init__(self, anatomy: Anatomy):
+        paths = [
+            f"{stack.layer_prefix(index)}.{path}"
+            for stack in anatomy.stacks
+            for index in range(len(stack.layers))
+            for _, path in find_blocks(stack, index)
+        ]
+        super().__init__({path: anatomy.model.get_submodule(path) for path in paths})
+        self.squares: TokenWeights = {path: [] for path in paths}
+
+    def take(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        super().take(gradients)
+        last = {path: gradient for path, _, gradient in self.calls}  # of a module that serves as several (ALBERT)
+        for path, gradient in last.items():
+            self.squares[path].append(gradient.float().square().sum(-1))
+        self.calls = []  # what they read is not needed
+
+    def weights(self, own: Sequence[Batch]) -> TokenWeights:
+        """`own`: the batches of this process, in the order in which they came."""
+        for path, by_batch in self.squares.items():
+            for weight in by_batch:
+                check_finite(weight, f"How much the answer depends on {path}")
+        numbers = [getattr(batch, "number", place) for place, batch in enumerate(own)]
+        return {path: with_floor(by_batch, gather(by_batch, numbers)) for path, by_batch in self.squares.items()}
+
+
 def token_weights(
     anatomy: Anatomy, batches: Sequence[Batch], loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
 ) -> TokenWeights:
@@ -109,26 +139,14 @@ def token_weights(
 
     `loss(model, batch)` is a scalar summed over the rows of a batch. Of several processes each has its own batches.
     """
-    model = anatomy.model
-    paths = [
-        f"{stack.layer_prefix(index)}.{path}"
-        for stack in anatomy.stacks
-        for index in range(len(stack.layers))
-        for _, path in find_blocks(stack, index)
-    ]
-    weights: TokenWeights = {path: [] for path in paths}
-    modules = {path: model.get_submodule(path) for path in paths}
-    own = share(batches)
-    with eval_mode(model):
+    weighing, own = TokenWeighing(anatomy), share(batches)
+    with eval_mode(anatomy.model):
         for batch in own:
-            last = {path: gradient for path, _, gradient in output_gradients(model, modules, batch, loss)}
-            for path, gradient in last.items():
-                weights[path].append(gradient.float().square().sum(-1))
-    for path, by_batch in weights.items():
-        for weight in by_batch:
-            check_finite(weight, f"How much the answer depends on {path}")
-    numbers = [getattr(batch, "number", place) for place, batch in enumerate(own)]
-    return {path: with_floor(by_batch, gather(by_batch, numbers)) for path, by_batch in weights.items()}
+            with ExitStack() as hooks, torch.enable_grad():
+                weighing.watch(hooks)
+                scalar = loss(anatomy.model, batch)
+            weighing.take(torch.autograd.grad(scalar, weighing.offsets, allow_unused=True))
+    return weighing.weights(own)
 
 
 def with_floor(weights: list[torch.Tensor], everywhere: list[torch.Tensor] | None = None) -> list[torch.Tensor]:

@@ -5,10 +5,10 @@ No weight is touched and no weight gradient is computed. What experts in one ten
 mask multiplies the weights that read the unit, which is the same, but is one mask for all rows of a batch.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,14 +23,20 @@ from .calibration import Loss, state_mask, wide
 from .stream import Batch, forward
 
 MaskGradients = dict[Group, torch.Tensor]
-Name = TypeVar("Name", bound=Hashable)
 
 
-def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Sequence[Batch], loss: Loss) -> MaskGradients:
+def mask_gradients(
+    model: PreTrainedModel,
+    groups: list[Group],
+    batches: Sequence[Batch],
+    loss: Loss,
+    beside: "OutputGradients | None" = None,
+) -> MaskGradients:
     """`[rows, units]` for each group: d loss / d mask, for every row of every batch.
 
     `loss(model, batch)` is a scalar summed over the rows of a batch, so that rows do not mix. A unit that got no
-    gradient has zeros. Of experts in one tensor the rows of a batch are one row.
+    gradient has zeros. Of experts in one tensor the rows of a batch are one row. `beside` takes what it asks for from
+    the same pass.
     """
     rows: dict[Group, list[torch.Tensor]] = {group: [] for group in groups}
     places: dict[Group, list[int]] = {group: [] for group in groups}
@@ -46,9 +52,15 @@ def mask_gradients(model: PreTrainedModel, groups: list[Group], batches: Sequenc
                             continue
                         handle = output_module(model, member).register_forward_pre_hook(masked(group, masks))
                         hooks.callback(handle.remove)
+                if beside is not None:
+                    beside.watch(hooks)
                 scalar = loss(model, batch)
             reached = [group for group in groups if group in masks]
-            gradients = torch.autograd.grad(scalar, [masks[group] for group in reached], allow_unused=True)
+            sources = [masks[group] for group in reached] + (beside.offsets if beside is not None else [])
+            everything = torch.autograd.grad(scalar, sources, allow_unused=True)
+            gradients = everything[: len(reached)]
+            if beside is not None:
+                beside.take(everything[len(reached) :])
             for group, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None:
                     rows[group].append(wide(gradient).cpu())
@@ -91,27 +103,52 @@ def _masked_experts(
         module.register_parameter(name, weight)
 
 
+class OutputGradients:
+    """d loss / d what each module gives, of a forward and backward that may be made for something else as well:
+
+        with ExitStack() as hooks, torch.enable_grad():
+            beside.watch(hooks)
+            scalar = loss(model, batch)
+        beside.take(torch.autograd.grad(scalar, beside.offsets, allow_unused=True))
+        beside.calls
+
+    `calls`: of each call of each module its name, what it read, and the gradient, which is zero where the loss does
+    not depend on it.
+    """
+
+    def __init__(self, modules: Mapping[Hashable, nn.Module]):
+        self.modules = modules
+        self.offsets: list[torch.Tensor] = []  # zeros, whose gradient is that of the output that they are added to
+        self.calls: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+        self._read: list[tuple[Any, torch.Tensor]] = []
+
+    def watch(self, hooks: ExitStack) -> None:
+        self.offsets, self._read = [], []
+        for name, module in self.modules.items():
+            hooks.callback(module.register_forward_hook(partial(self._add_zeros, name)).remove)
+
+    def take(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        self.calls = [
+            (name, read, torch.zeros_like(offset) if gradient is None else gradient)
+            for (name, read), offset, gradient in zip(self._read, self.offsets, gradients, strict=True)
+        ]
+
+    def _add_zeros(self, name: Hashable, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        self.offsets.append(torch.zeros_like(output, requires_grad=True))
+        self._read.append((name, args[0].detach()))
+        return output + self.offsets[-1]
+
+
 def output_gradients(
-    model: PreTrainedModel, modules: Mapping[Name, nn.Module], batch: Batch, loss: Loss
-) -> list[tuple[Name, torch.Tensor, torch.Tensor]]:
-    """Of each call of each module: its name, what it read, and d loss / d what it gave, which is zero where the loss
-    does not depend on it. No weight gradient is computed."""
-    calls: list[tuple[Name, torch.Tensor, torch.Tensor]] = []
-
-    def add_zeros(name: Name, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        offset = torch.zeros_like(output, requires_grad=True)  # its gradient is that of the output
-        calls.append((name, args[0].detach(), offset))
-        return output + offset
-
+    model: PreTrainedModel, modules: Mapping[Any, nn.Module], batch: Batch, loss: Loss
+) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
+    """`OutputGradients.calls` of one batch. No weight gradient is computed."""
+    own = OutputGradients(modules)
     with ExitStack() as hooks, torch.enable_grad():
-        for name, module in modules.items():
-            hooks.callback(module.register_forward_hook(partial(add_zeros, name)).remove)
+        own.watch(hooks)
         scalar = loss(model, batch)
-    gradients = torch.autograd.grad(scalar, [offset for _, _, offset in calls], allow_unused=True)
-    return [
-        (name, read, torch.zeros_like(offset) if gradient is None else gradient)
-        for (name, read, offset), gradient in zip(calls, gradients, strict=True)
-    ]
+    own.take(torch.autograd.grad(scalar, own.offsets, allow_unused=True))
+    return own.calls
 
 
 def check_seen(model: PreTrainedModel, groups: list[Group]) -> None:

@@ -27,15 +27,23 @@ from ..config import PruningConfig
 from ..methods import IMPORTANCES, TRAINED_IMPORTANCES, Importance
 from ..price.costs import unit_cost
 from .calibration import answer_loss, model_loss
-from .statistics import input_squares, mask_gradients
+from .statistics import OutputGradients, input_squares, mask_gradients
 from .stream import Batch, forward
 
 Scores = dict[Group, torch.Tensor]
 
 
-def fisher(model: PreTrainedModel, groups: list[Group], *, batches: Sequence[Batch], seed: int, **unused) -> Scores:
+def fisher(
+    model: PreTrainedModel,
+    groups: list[Group],
+    *,
+    batches: Sequence[Batch],
+    seed: int,
+    beside: OutputGradients | None = None,
+    **unused,
+) -> Scores:
     """`[units]` second-order scores for each group, in units of the squared change of the answer."""
-    gradients = mask_gradients(model, groups, batches, answer_loss(seed))
+    gradients = mask_gradients(model, groups, batches, answer_loss(seed), beside)
     return {group: gradient.square().sum(0) for group, gradient in gradients.items()}
 
 
@@ -97,14 +105,24 @@ def random(model: PreTrainedModel, groups: list[Group], *, length: int, seed: in
 
 
 def score_units(
-    model: PreTrainedModel, groups: list[Group], config: PruningConfig, batches: Sequence[Batch], length: int
+    model: PreTrainedModel,
+    groups: list[Group],
+    config: PruningConfig,
+    batches: Sequence[Batch],
+    length: int,
+    beside: OutputGradients | None = None,
 ) -> Scores:
     """`[units]` float32 for each group by `config.importance`; `length` in tokens, for what costs are compared with.
+
+    `beside`, of `"fisher"` alone, takes what it asks for from the same pass.
 
     Raises:
         DataError: scores that cannot be compared.
     """
-    scores = IMPORTANCES[config.importance](model, groups, batches=batches, length=length, seed=config.seed)
+    context = {"batches": batches, "length": length, "seed": config.seed}
+    if beside is not None:  # which a criterion of your own does not know
+        context["beside"] = beside
+    scores = IMPORTANCES[config.importance](model, groups, **context)
     for group, values in scores.items():
         check_scores(group, values, config.importance)
     return {group: values.float() for group, values in scores.items()}
