@@ -30,6 +30,7 @@ MAX_ITEMS = 20_000  # stages, layers, warnings and the like: above any real mode
 # What may stand in code that a reader copies: the Auto classes that transformers could have.
 _AUTO_MODEL, _AUTO_PROCESSOR = re.compile(r"AutoModel[A-Za-z0-9]{0,60}"), re.compile(r"Auto[A-Za-z0-9]{1,60}")
 LATER = {"later": True}  # a field that reports of this version may lack, since it came after they were written
+UNSAID = LATER | {"unsaid": True}  # and that is not written while it says nothing
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,8 @@ class Report:
     schema_version: int = SCHEMA_VERSION
     exports: tuple[ExportRecord, ...] = field(default=(), metadata=LATER)
     lengths: tuple[LengthPoint, ...] = field(default=(), metadata=LATER)
-    domains: tuple[Domain, ...] = field(default=(), metadata=LATER)
-    generation: Generation | None = field(default=None, metadata=LATER)
+    domains: tuple[Domain, ...] = field(default=(), metadata=UNSAID)
+    generation: Generation | None = field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:
@@ -330,7 +331,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The values of `to_json`."""
-        return _finite(asdict(self))
+        unsaid = [each.name for each in fields(self) if "unsaid" in each.metadata and not getattr(self, each.name)]
+        return {name: value for name, value in _finite(asdict(self)).items() if name not in unsaid}
 
     @classmethod
     def from_json(cls, text: str, source: str = "this report") -> "Report":
