@@ -11,7 +11,15 @@ from importlib import import_module
 
 from ._auto import register_when_needed
 from ._moved import keep_old_names
-from .errors import CheckpointError, ConfigError, DataError, HfEfficientError, TrainingError, UnsupportedModelError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HfEfficientError,
+    RequirementError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from .version import __version__
 
 _LAZY = {
@@ -62,6 +70,7 @@ __all__ = [
     "PruningPlan",
     "Recipe",
     "Report",
+    "RequirementError",
     "TeacherCache",
     "TrainingError",
     "UnsupportedModelError",

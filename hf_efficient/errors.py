@@ -37,6 +37,14 @@ class TrainingError(HfEfficientError, RuntimeError):
     """Training that cannot go on: a loss that is not finite, or one example that does not fit into memory."""
 
 
+class RequirementError(HfEfficientError):
+    """A result that was made and measured, and does not reach what was required: `misses` has a line for each."""
+
+    def __init__(self, misses: Iterable[str]):
+        self.misses = list(misses)
+        super().__init__(f"The result is there, and misses what is required: {'; '.join(self.misses)}.")
+
+
 def shown(value: object) -> str:
     """`repr` for a message: at most 80 characters, whatever the value is."""
     try:

@@ -26,6 +26,7 @@ PUBLIC = [
     "PruningPlan",
     "Recipe",
     "Report",
+    "RequirementError",
     "TeacherCache",
     "TrainingError",
     "UnsupportedModelError",

@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from ..errors import HfEfficientError
+from ..errors import HfEfficientError, RequirementError
 from ..io.secrets import without_secrets
 from ..io.text import PLAIN, for_terminal
 
 DEBUG = "HF_EFFICIENT_DEBUG"
 STOPPED = 130
+MISSED = 3  # what was required
 LONGEST = 4000  # characters of an error
 
 ORDER = ("compress", "plan", "prune", "distill", "measure", "report", "card", "export", "push", "list", "env")
@@ -129,6 +130,10 @@ def main() -> None:
     except (HfEfficientError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
+        if isinstance(error, RequirementError):
+            for line in error.misses:
+                say(f"missed: {line}")
+            raise SystemExit(MISSED) from None
         message = str(error) if isinstance(error, HfEfficientError) else _told(error)
         where = f" in process {rank()}" if rank() else ""
         say(f"error{where}: {message if len(message) <= LONGEST else message[:LONGEST] + '...'}")

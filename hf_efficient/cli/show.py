@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from .base import app, fitting_length, load, print_json, print_text, quiet_libraries, say
 
 LISTS = ("attention", "importance", "losses", "stages", "formats", "quantize", "families", "tasks", "recipes")
@@ -32,6 +33,10 @@ def measure(
     energy: Annotated[
         bool, typer.Option("--energy", help="Also the energy of 1,000 inputs (needs hf-efficient[energy]).")
     ] = False,
+    require: Annotated[
+        str | None,
+        typer.Option(help="What it must reach against the baseline, else exit code 3: 'speedup: 4, size: 0.25'."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurement as JSON.")] = False,
 ) -> None:
     """Measure size, cost and latency of a model.
@@ -41,6 +46,7 @@ def measure(
     from ..measurement.measure import measure as run
     from ..reporting.tables import measurement_table
 
+    required = None if require is None else _requirements(require, baseline)
     quiet_libraries()
     loaded, other = load(model, task), None if baseline is None else load(baseline, task)
     lengths = [fitting_length(each.config, sequence_length, 512) for each in (loaded, other) if each is not None]
@@ -51,6 +57,26 @@ def measure(
         print_json(asdict(measurement))
     else:
         print_text(measurement_table(measurement))
+    if required is not None:
+        required.check(measurement.comparison)
+
+
+def _requirements(text: str, baseline: str | None) -> Any:
+    """What can be measured here: there are no data."""
+    from ..io.yaml import parse
+    from ..recipes.requirements import Requirements
+    from ..stages.settings import read
+
+    section = parse("{" + text + "}" if not text.lstrip().startswith("{") else text, "--require")
+    required = read(Requirements, section, "--require")
+    if baseline is None:
+        raise ConfigError("--require compares with a baseline. Name it: --baseline FOLDER.")
+    if unknown := [name for name in required.to_dict() if name not in ("speedup", "size")]:
+        raise ConfigError(
+            f"--require names {', '.join(unknown)}, which takes data to measure. Here speedup and size can be asked "
+            "for; in a recipe (`require:`) all."
+        )
+    return required
 
 
 @app.command()

@@ -20,7 +20,7 @@ from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
 from ..stages.base import Stage, check_length
 from ..training.ranks import begin, check_same, count, from_main, is_main, on_main, together
-from .report import check_losses, measured
+from .report import check_reached, measured
 from .workspace import MANIFEST, MODEL, Workspace
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def compress(
         ConfigError, DataError, UnsupportedModelError: before any long work.
         CheckpointError: `output_dir` holds something else, a stage's files are damaged, or the disk is full.
         TrainingError: a loss that is not finite, or one example that does not fit into memory.
-        UnsupportedModelError: an export lost more than its `max_loss`; the result is there all the same.
+        RequirementError: the result misses what the recipe requires, and is there all the same.
+        UnsupportedModelError: an export lost more than its `max_loss`; so it is then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     recipe = recipe.allowed(trust_remote_code, overrides)
@@ -68,7 +69,7 @@ def _compress(recipe: Recipe, folder: Path, announce: Callable[[str], None]) -> 
 
     space = Workspace(folder, recipe)
     if report := _finished(folder, announce):
-        return check_losses(recipe, report)
+        return check_reached(recipe, report)
     run = Run(recipe, folder)
     check(run)
     inputs = run.inputs()
@@ -79,7 +80,7 @@ def _compress(recipe: Recipe, folder: Path, announce: Callable[[str], None]) -> 
         space.open(inputs)
         try:
             # Another process may have ended it while this one looked at data and model.
-            return check_losses(recipe, _finished(folder, announce) or _carry_out(run, space, announce))
+            return check_reached(recipe, _finished(folder, announce) or _carry_out(run, space, announce))
         finally:
             space.close()
 

@@ -207,11 +207,15 @@ def _notes(recipe: "Recipe", records: list[StageRecord], size: Size) -> list[str
     return [zeros] * size.is_sparse + [note for stage, record in order for note in stage.note(record)]
 
 
-def check_losses(recipe: "Recipe", report: Report) -> Report:
-    """The report; UnsupportedModelError if an export lost more to the teacher than its `max_loss`."""
+def check_reached(recipe: "Recipe", report: Report) -> Report:
+    """The report; RequirementError if it misses what the recipe requires, UnsupportedModelError if an export lost more
+    to the teacher than its `max_loss`."""
     stages = [step.settings for step in recipe.stages]
     for number, stage in enumerate(stages, 1):
         stage.check_report(report, stages[number:])
+    if recipe.require is not None and report.comparison is not None:
+        quality = report.student.quality
+        recipe.require.check(report.comparison, None if quality is None else quality.main)
     return report
 
 

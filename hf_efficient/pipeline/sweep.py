@@ -15,14 +15,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, RequirementError
 from ..io.disk import check_name, copy_folder, inside, new_folder, own_file, write_atomic
 from ..recipes.recipe import Recipe
 from ..reporting.page import PAGE, report_page
-from ..reporting.schema import Report
+from ..reporting.schema import Report, load_report
 from ..training.ranks import begin, is_main, on_main, together
 from .compress import compress
-from .workspace import INPUTS, LOCK, MANIFEST, RECIPE, taken_lock
+from .workspace import INPUTS, LOCK, MANIFEST, MODEL, RECIPE, taken_lock
 
 PARETO = "pareto.png"
 
@@ -47,6 +47,7 @@ def sweep(
     Raises:
         ConfigError: the recipe has no sweep.
         CheckpointError: the folder holds something else.
+        RequirementError: after all of them, if some miss what the recipe requires.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
     if not recipe.sweep:
@@ -78,14 +79,21 @@ def _open(folder: Path, recipe: Recipe) -> FileLock:
 def _run_all(folder: Path, combinations: dict[str, Recipe], announce: Callable[[str], None]) -> dict[str, Report]:
     reports: dict[str, Report] = {}
     done: list[tuple[Path, Recipe]] = []
+    missed: list[str] = []
     for label, one in combinations.items():
         announce(f"== {label}")
         target = inside(folder, label)
         on_main(lambda: _copy_stages(done, target, one))  # noqa: B023  (done before the next one)
         trust = one.model.trust_remote_code  # was allowed above
-        reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
+        try:
+            reports[label] = compress(one, output_dir=target, announce=announce, trust_remote_code=trust)
+        except RequirementError as error:  # the others are asked all the same
+            reports[label] = load_report(target / MODEL)
+            missed += [f"{label}: {miss}" for miss in error.misses]
         done.append((target, one))
     on_main(lambda: _show_all(folder, reports))
+    if missed:
+        raise RequirementError(missed)
     return reports
 
 

@@ -32,6 +32,7 @@ from ..stages.base import Stage
 from ..stages.settings import Settings, TrainingSettings, check_keys, read
 from ..stages.table import STAGES
 from ..stages.teacher import TeacherStage
+from .requirements import Requirements
 from .settings import DataSettings, MeasureSettings, ModelSettings, recipe_name
 
 __all__ = ["STAGES", "Recipe", "Step", "shipped_recipes"]
@@ -39,7 +40,7 @@ __all__ = ["STAGES", "Recipe", "Step", "shipped_recipes"]
 TRUST = "model.trust_remote_code"
 MAX_STAGES = 100
 MAX_COMBINATIONS = 200
-KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "sweep"]
+KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "require", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Recipe:
         stages: what is done, in this order; may be empty (the model is then only measured).
         measure: how latency is measured.
         seed: of everything that is drawn: split, initial weights, order of the batches.
+        require: what the result must reach, else the run ends with RequirementError, and keeps what it made.
         sweep: dotted key -> the values that it takes; `sweep` runs all combinations.
     """
 
@@ -77,6 +79,7 @@ class Recipe:
     stages: tuple[Step, ...] = ()
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     seed: int = 0
+    require: Requirements | None = None
     sweep: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,6 +138,7 @@ class Recipe:
             teacher=None if data.get("teacher") is None else read(TrainingSettings, data["teacher"], "teacher"),
             stages=_read_stages(data.get("stages", []), data["task"]),
             measure=read(MeasureSettings, data.get("measure", {}), "measure"),
+            require=None if data.get("require") is None else read(Requirements, data["require"], "require"),
             sweep=data.get("sweep") or {},
         )
 
@@ -148,6 +152,7 @@ class Recipe:
             **{name: section and section.to_dict() for name, section in sections.items()},
             "stages": [stage.to_dict() for stage in self.stages],
             "measure": self.measure.to_dict(),
+            **({"require": self.require.to_dict()} if self.require else {}),
             **({"sweep": self.sweep} if self.sweep else {}),
         }
 
@@ -197,8 +202,13 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON of `to_dict`: equal for equal recipes, however they were written."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """sha256 of the canonical JSON of `to_dict`: equal for equal recipes, however they were written.
+
+        What is required does not count: it changes nothing that is made, so a finished run can be asked for more.
+        """
+        canonical = json.dumps(
+            replace(self, require=None).to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Recipe":

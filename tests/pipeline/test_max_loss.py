@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from hf_efficient import ConfigError, Recipe, UnsupportedModelError, compress
-from hf_efficient.pipeline.report import check_losses
+from hf_efficient.pipeline.report import check_reached
 from hf_efficient.reporting.schema import ExportRecord, Latency, Quality, Score
 
 from ..reporting.samples import sample_report
@@ -36,24 +36,24 @@ INT8 = {"format": "onnx", "quantize": "int8"}
 def test_more_is_an_error_and_less_is_none(difference, score, most):
     report = report_of(difference, *score)
     with pytest.raises(UnsupportedModelError, match=f"onnx-int8 changes {score[0]} by .*max_loss is {most:g}"):
-        check_losses(recipe(INT8 | {"max_loss": most}), report)
+        check_reached(recipe(INT8 | {"max_loss": most}), report)
     for asked in (recipe(INT8), recipe(INT8 | {"max_loss": 99}), recipe({"format": "onnx", "max_loss": 0})):
         if difference == difference or asked.stages[0].settings.max_loss is None:
-            assert check_losses(asked, report) is report
+            assert check_reached(asked, report) is report
 
 
 def test_of_two_exports_into_one_folder_the_last_word_counts():
     strict, generous, other = INT8 | {"max_loss": 0.1}, INT8 | {"max_loss": 5}, INT8 | {"min_agreement": 0.5}
     report = report_of(-0.01)
-    assert check_losses(recipe(strict, generous), report) and check_losses(recipe(strict, other, generous), report)
+    assert check_reached(recipe(strict, generous), report) and check_reached(recipe(strict, other, generous), report)
     for stages in [(generous, strict), (strict, other), (strict, {"format": "onnx", "max_loss": 5})]:
         with pytest.raises(UnsupportedModelError, match=r"max_loss is 0\.1"):
-            check_losses(recipe(*stages), report)
+            check_reached(recipe(*stages), report)
 
 
 def test_what_gets_better_loses_nothing():
-    assert check_losses(recipe(INT8 | {"max_loss": 0}), report_of(0.02))
-    assert check_losses(recipe(INT8 | {"max_loss": 0}), report_of(-3.0, "perplexity", False))
+    assert check_reached(recipe(INT8 | {"max_loss": 0}), report_of(0.02))
+    assert check_reached(recipe(INT8 | {"max_loss": 0}), report_of(-3.0, "perplexity", False))
 
 
 def test_a_finished_run_that_missed_it_fails_again(tmp_path):
