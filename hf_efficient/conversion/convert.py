@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.config import AttentionConfig
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, shown
 from ..models.anatomy import Anatomy, ConfigAnatomy
 from ..models.block import ATTENTIONS, EfficientBlock
 from ..models.classes import stock_config, with_block
@@ -34,7 +34,7 @@ from ..models.structure import MERGING, check_fit
 from .alike import check_alike
 from .in_folder import convert_folder, replaced
 from .in_memory import convert_in_memory
-from .mixing import CROSS, Mixing, only, spread
+from .mixing import CROSS, NATIVE, Mixing, only, spread
 from .probe import check_reached
 from .streaming import check_streaming
 
@@ -72,7 +72,8 @@ def convert_attention(
             `conversion.in_memory`). Or a folder with a model: its weights are copied a few tensors at a time.
         config: one attention for all layers, or a mapping that says which layer, or which stack, gets which:
             `{0: full, "1-4": local}`, `{"all": local, "3::4": full}`, `{"encoder": local, "cross_attention": linear}`
-            (see `conversion.mixing`). Layers that are not named keep theirs; cross attention too.
+            (see `conversion.mixing`). Layers that are not named keep theirs; cross attention too. Or `"native"`:
+            layers that the model itself gives a sliding window compute it as one. No answer changes.
         layers: with a single config, the layers to convert: numbers, or a pattern such as `"3::4"` (default: all). In
             an encoder-decoder both stacks count from 0.
         output_dir: where the result of a folder is written, with the tokenizer; new or empty. It is returned.
@@ -93,6 +94,8 @@ def convert_attention(
         raise ConfigError("output_dir is for a model that is named by its folder. Save this one: save_pretrained.")
     anatomy = _find_anatomy(check_model(model))
     if anatomy is None:
+        if isinstance(config, str):
+            raise UnsupportedModelError(f"What windows a {type(model).__name__} has cannot be read. Give the window.")
         converted = convert_in_memory(model, _by_layer(config, layers))
         check_streaming(converted)
         return converted
@@ -162,6 +165,8 @@ def _converted(
 ) -> EfficientBlock:
     """The block with the attentions that `mixing` names, in all stacks of the family: a class may leave one out."""
     stacks = {stack.name: stack for stack in config_stacks(anatomy.config, anatomy.family)}
+    if isinstance(mixing, str):
+        mixing = _own_windows(mixing, anatomy.family.model_type, stacks)
     if anatomy.family.left_out and isinstance(mixing, AttentionConfig):
         raise UnsupportedModelError(
             f"{anatomy.family.model_type} models have attention in {', '.join(anatomy.family.left_out)} too, which "
@@ -199,6 +204,33 @@ def _converted(
         if entry.sizes or entry.is_converted():
             entries[name] = entry
     return replace(anatomy.block, stacks=entries)
+
+
+def _own_windows(name: str, model_type: str, stacks: Mapping[str, ConfigStack]) -> Mixing:
+    """The sliding windows that the stock config gives layers, as local attention of that window.
+
+    With causality i - w < j <= i, else |i - j| <= w, as transformers' masks have them.
+    """
+    if name != NATIVE:
+        raise ConfigError(f"{shown(name)} is no attention. Give an AttentionConfig, a mapping, or {NATIVE!r}.")
+    if any(getattr(stack.sizes, "use_bidirectional_attention", False) for stack in stacks.values()):
+        raise UnsupportedModelError(
+            f"This {model_type} sees both sides of a window that its config counts in another way. Give the window "
+            "that you mean: AttentionConfig('local', window=..., global_tokens=0)."
+        )
+    windows = {
+        stack.name: {
+            index: AttentionConfig("local", window=stack.sizes.sliding_window, global_tokens=0)
+            for index in range(stack.depth)
+            if index in stack.attending and stack.has_window(index) and not stack.entry.why_not(CONVERT)
+        }
+        for stack in stacks.values()
+    }
+    if not any(windows.values()):
+        raise UnsupportedModelError(
+            f"No layer of this {model_type} has a sliding window in its config, so there is none to compute as one."
+        )
+    return {name: by_layer for name, by_layer in windows.items() if by_layer}
 
 
 def _with_protected(configs: Sequence[AttentionConfig], protected: int) -> tuple[AttentionConfig, ...]:

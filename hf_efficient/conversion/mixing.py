@@ -6,6 +6,8 @@
     {"encoder": local, "decoder": {"all": local, 0: full}}          stack by stack
     {"encoder": local, "cross_attention": AttentionConfig("linear")}
 
+    "native"                                                        the model's own windows, computed as windows
+
 What is more special wins: a number over a range, a range over a slice, a slice over "all". Layers that are not named
 keep what they have.
 """
@@ -19,7 +21,9 @@ from ..models.families import FAMILIES
 
 LayerKey = int | str
 ByLayer = AttentionConfig | Mapping[LayerKey, AttentionConfig]
-Mixing = ByLayer | Mapping[str, ByLayer]
+Mixing = ByLayer | Mapping[str, ByLayer] | str
+
+NATIVE = "native"
 
 CROSS = "cross_attention"
 STACK_NAMES = {stack.name for family in FAMILIES.values() for stack in family.stacks} | {CROSS}

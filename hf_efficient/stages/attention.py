@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..attention.config import AttentionConfig
 from ..conversion.methods import METHODS, ROPE
-from ..conversion.mixing import MAX_LAYERS, STACK_NAMES, ByLayer, Mixing, read_layers, spread_layers, unknown_stack
+from ..conversion.mixing import (
+    MAX_LAYERS,
+    NATIVE,
+    STACK_NAMES,
+    ByLayer,
+    Mixing,
+    read_layers,
+    spread_layers,
+    unknown_stack,
+)
 from ..errors import ConfigError, UnsupportedModelError, shown
 from .base import Run, Stage, check_length
 from .settings import (
@@ -70,6 +79,7 @@ class AttentionStage(Stage):
 
         - attention: {kind: local, window: 64}
         - attention: {kind: local, window: 64, layers: [0, 1, 2]}       # or a pattern: layers: "3::4"
+        - attention: {kind: native}                                    # the model's own windows, as windows
         - attention: {layers: {all: {kind: local, window: 64}, "3::4": {kind: full}}}
         - attention: {layers: {encoder: {kind: local}, decoder: {all: {kind: local}, 0: {kind: full}}}}
 
@@ -100,6 +110,12 @@ class AttentionStage(Stage):
             transfer = read(TransferSettings, transfer, f"{path}.transfer")
         settings = {key: value for key, value in section.items() if key in ATTENTION_KEYS}
         layers = section.get("layers")
+        if settings.get("kind") == NATIVE:
+            if beside := [*sorted(settings.keys() - {"kind"}), *(["layers"] if layers is not None else [])]:
+                raise ConfigError(
+                    f"{path}: {', '.join(beside)} beside kind {NATIVE}, which is what the model itself has."
+                )
+            return cls(NATIVE, None, longer, transfer)
         if not isinstance(layers, dict):
             chosen = None if layers is None else _some_layers(layers, f"{path}.layers")
             return cls(make(AttentionConfig, settings, path), chosen, longer, transfer)
@@ -110,7 +126,9 @@ class AttentionStage(Stage):
         return cls(_read_mixing(layers, f"{path}.layers"), None, longer, transfer)
 
     def to_dict(self) -> dict[str, Any]:
-        if isinstance(self.config, AttentionConfig):
+        if isinstance(self.config, str):
+            written: dict[str, Any] = {"kind": self.config}
+        elif isinstance(self.config, AttentionConfig):
             written = self.config.to_dict()
             if self.layers is not None:
                 written["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)

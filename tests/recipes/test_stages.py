@@ -33,6 +33,15 @@ def test_attention_in_some_layers_and_by_layer():
     assert by_layer.layers is None
 
 
+def test_the_windows_of_the_model_itself():
+    stage = attention({"kind": "native"})
+    assert stage.config == "native" and stage.to_dict() == {"kind": "native"}
+    assert attention({"kind": "native", "positions": 2048}).longer.positions == 2048
+    for beside in ({"window": 4}, {"layers": [1]}):
+        message = refused(changed(["stages", 0, "attention"], {"kind": "native"} | beside))
+        assert f"{next(iter(beside))} beside kind native" in message
+
+
 def test_attention_by_stack():
     stacks = {"encoder": LOCAL_YAML, "decoder": {"all": LOCAL_YAML, "0": {}}, "cross_attention": {"kind": "linear"}}
     stage = attention({"layers": stacks})
