@@ -35,6 +35,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def page_table(report: dict) -> str:
+    """Markdown: arithmetic and measurement of each case."""
+    parts, rows = list(next(iter(report["cases"].values()))["parts"]), []
+    for name, case in report["cases"].items():
+        bytes_of = [*(case["parts"][part] for part in parts), case["arithmetic"], case["measured"]]
+        rows.append((name, *(f"{count / 1e6:.0f}" for count in bytes_of)))
+    return str(markdown(("MB", *parts, "sum", "measured"), rows)) + "\n"
+
+
 def resident() -> int:
     """Bytes, at their peak so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,11 +1,12 @@
 """Prune a model that is larger than the memory it gets: a random Llama on the disk, under a hard limit, in a process
 of its own.
 
-    python benchmarks/pruning_folder.py --size 3b --limit 3 --output /tmp/3b.json
+    python benchmarks/pruning_folder.py --size 3b --limit 3 --output benchmarks/results/pruning_folder_cpu.json
     python benchmarks/pruning_folder.py --model path/to/folder --rows 64 --length 256
 
 The limit is RLIMIT_DATA, GiB of memory that the process may allocate (heap and anonymous mappings; the code of its
 libraries, mapped from files, is not counted). The peak of resident memory, which counts that too, is measured beside.
+The output file keeps a run of each model, length and number of rows.
 """
 
 import argparse
@@ -15,16 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
 from hf_efficient import PruningConfig, plan, prune
+from hf_efficient.io.environment import Environment, package_commit
 from hf_efficient.io.tensors import write_tensors
 from hf_efficient.models.loading import load_config
 from hf_efficient.models.on_disk import StoredModel, model_class, skeleton
 from hf_efficient.pruning.price.resources import predict
+from hf_efficient.reporting.tables import markdown
 
 SIZES = {  # hidden, neurons, layers, heads, key/value heads, tokens
     "tiny": (64, 128, 3, 4, 2, 500),
@@ -106,6 +110,32 @@ def measure(folder: Path, target: Path, limit: float, rows: int, length: int, ra
     }
 
 
+def keep(output: Path, run: dict) -> None:
+    """Add a run to the file, in place of an older one of the same."""
+    same = ("parameters", "rows", "length", "limit_bytes")
+    old = json.loads(output.read_text())["runs"] if output.is_file() else []
+    runs = [each for each in old if any(each[name] != run[name] for name in same)]
+    made = {"commit": package_commit(), "environment": asdict(Environment.collect())}
+    report = {"benchmark": "pruning_folder", "runs": [*runs, run | made]}
+    output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def page_table(report: dict) -> str:
+    """Markdown: what was predicted, and what it took."""
+    header = ("", "weights", "peak of memory", "predicted", "processor time", "predicted")
+    rows, places = [], []
+    for run in sorted(report["runs"], key=lambda run: run["parameters"]):
+        name = f"{run['parameters'] / 1e9:.1f}B parameters, {run['rows']} x {run['length']} tokens"
+        memory = (f"{run[key] / 2**30:.2f} GiB" for key in ("weight_bytes", "peak_bytes", "predicted_bytes"))
+        rows.append((name, *memory, *(f"{run[key] / 60:.0f} min" for key in ("cpu_seconds", "predicted_seconds"))))
+        machine = f"{run['environment']['cpu']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"
+        limit = f"limit {run['limit_bytes'] / 2**30:.1f} GiB" if run["limit_bytes"] else "no limit"
+        places.append(
+            f"{name}: {limit}, {run['dtype'].removeprefix('torch.')}, {machine}, commit {run['commit'][:7]}."
+        )
+    return f"{markdown(header, rows)}\n\n" + "\n".join(places) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="3b", help="Of the random model.")
@@ -134,7 +164,7 @@ def main() -> None:
     line = done.stdout.strip().splitlines()[-1]
     print(line)
     if args.output:
-        args.output.write_text(json.dumps(json.loads(line), indent=1) + "\n")
+        keep(args.output, json.loads(line))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention_summary as summary  # noqa: E402
+import distillation_memory  # noqa: E402
 import distillation_quality  # noqa: E402
 import pruning  # noqa: E402
 import pruning_embeddings  # noqa: E402
+import pruning_folder  # noqa: E402
 from attention_methods import CONFIGS  # noqa: E402
 
 from hf_efficient import AttentionConfig  # noqa: E402
@@ -341,16 +343,6 @@ def distillation_cost(report: dict) -> str:
     )
 
 
-def distillation_memory(report: dict) -> str:
-    """Arithmetic and measurement of each case."""
-    parts = list(next(iter(report["cases"].values()))["parts"])
-    rows = []
-    for name, case in report["cases"].items():
-        bytes_of = [*(case["parts"][part] for part in parts), case["arithmetic"], case["measured"]]
-        rows.append((name, *(f"{count / 1e6:.0f}" for count in bytes_of)))
-    return table(("MB", *parts, "sum", "measured"), rows)
-
-
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the results, and what makes a table of them
     "chooser": ("attention_cpu", chooser),
     "settings": ("attention_cpu", settings),
@@ -362,10 +354,11 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the 
     "decoder": ("pruning_decoder_cpu", decoder),
     "losses": ("distillation_quality_cpu", losses),
     "distillation_cost": ("distillation_cpu", distillation_cost),
-    "distillation_memory": ("distillation_memory_cpu", distillation_memory),
+    "distillation_memory": ("distillation_memory_cpu", distillation_memory.page_table),
     "pruned_speed": ("pruning_speed_cpu", pruned_speed),
     "embeddings": ("pruning_embeddings_cpu", pruning_embeddings.page_table),
     "latency": ("pruning_latency_cpu", latency),
+    "folder": ("pruning_folder_cpu", pruning_folder.page_table),
     **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},
 }
 
