@@ -11,7 +11,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, shown
@@ -76,6 +76,21 @@ def _plain_text(text: str, secrets: tuple[str | None, ...]) -> str:
     else:
         text = _PATH.sub(r"\1", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # bytes of a path that are no text
+
+
+def encode(value: Any) -> Any:
+    """A dataclass as `dataclasses.asdict` has it, without the fields that are `unsaid` while they say nothing (None or
+    empty): so that what an older version wrote is written as it was."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((each, getattr(value, each.name)) for each in dataclasses.fields(value))
+        return {
+            each.name: encode(one)
+            for each, one in pairs
+            if not (each.metadata.get("unsaid") and (one is None or one == ()))
+        }
+    if isinstance(value, Mapping):
+        return {name: encode(one) for name, one in value.items()}
+    return type(value)(map(encode, value)) if type(value) in (list, tuple) else value
 
 
 def decode(cls: type, data: Any, source: str) -> Any:

@@ -9,7 +9,7 @@ of another one either.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from ..errors import ConfigError
 from ..models.modes import evaluating, synchronize, using_threads
 from ..reporting.schema import Latency
+from .run_delay import run_delay
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,20 @@ def compare_latency(
     if not isinstance(warmup, int) or warmup < 0:
         raise ConfigError(f"warmup must be an integer of at least 0, got {warmup!r}.")
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    waited: dict[str, list[float | None]] = {name: [] for name in models}
     with evaluating(*models.values()), using_threads(threads) as used:
         inputs = {name: inputs_of(model) for name, model in models.items()}
         for round_number in range(warmup + rounds):
             for name, model in models.items():
                 if len(models) > 1:
                     model(**inputs[name])
+                before = run_delay()
                 spent = _time_once(model, inputs[name])
                 if round_number >= warmup:
                     seconds[name].append(spent)
-    latencies = {name: summarize(times, warmup) for name, times in seconds.items()}
+                    after = run_delay()
+                    waited[name].append(None if before is None or after is None else max(after - before, 0.0))
+    latencies = {name: summarize(times, warmup, waited[name], used) for name, times in seconds.items()}
     return LatencyComparison({name: tuple(times) for name, times in seconds.items()}, latencies, used)
 
 
@@ -86,12 +91,20 @@ def _time_once(model: torch.nn.Module, inputs: Mapping[str, Any]) -> float:
     return perf_counter() - start
 
 
-def summarize(seconds: list[float], warmup: int) -> Latency:
-    """Median, 95th percentile (linear between neighbours, as NumPy's) and minimum, in milliseconds."""
+def summarize(
+    seconds: list[float], warmup: int, waited: Sequence[float | None] = (None,), threads: int = 1
+) -> Latency:
+    """Median, 95th percentile (linear between neighbours, as NumPy's) and minimum, in milliseconds.
+
+    `waited`: seconds that the threads together had no core, in each of the rounds, where known.
+    """
+    known = [each for each in waited if each is not None]
+    share = min(sum(known) / (sum(seconds) * threads), 1.0) if len(known) == len(seconds) else None
     return Latency(
         median_ms=1e3 * statistics.median(seconds),
         p95_ms=1e3 * statistics.quantiles(seconds, n=20, method="inclusive")[-1],
         min_ms=1e3 * min(seconds),
         rounds=len(seconds),
         warmup=warmup,
+        waited=None if share is None else round(share, 4),
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..reporting.language import Domain, Generation
-from ..reporting.schema import DatasetFacts, LayerStructure, Report, Size, StageRecord
+from ..reporting.schema import DatasetFacts, LayerStructure, Measurement, Report, StageRecord
+from ..reporting.waiting import describe_waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +73,7 @@ def measured(
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(*warnings, *_notes(recipe, records, both.size)),
+        warnings=(*warnings, *_notes(recipe, records, both)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
         exports=runtimes,
@@ -192,19 +193,24 @@ def _comparable(run: "Run", teacher: "PreTrainedModel", length: int) -> tuple["P
     return extend_positions(teacher, length), tuple(notes)
 
 
-def _notes(recipe: "Recipe", records: list[StageRecord], size: Size) -> list[str]:
+def _notes(recipe: "Recipe", records: list[StageRecord], both: Measurement) -> list[str]:
     """What a reader must know of the result and of each stage.
 
     First what concerns whoever uses the model, which the last stages of a recipe tell; then how it was trained; then
     its exports.
     """
+    busy, size = describe_waiting(both, both.baseline), both.size
     zeros = (
         f"{size.sparsity:.0%} of the parameters are zero. Dense kernels multiply zeros like any number: they bring no "
         "speed-up, no fewer MACs and no smaller file."
     )
     pairs = zip(recipe.folders.values(), records, strict=True)
     order = sorted(pairs, key=lambda pair: (pair[0].beside is not None, pair[0].followers is None))
-    return [zeros] * size.is_sparse + [note for stage, record in order for note in stage.note(record)]
+    return (
+        [busy] * bool(busy)
+        + [zeros] * size.is_sparse
+        + [note for stage, record in order for note in stage.note(record)]
+    )
 
 
 def check_reached(recipe: "Recipe", report: Report) -> Report:

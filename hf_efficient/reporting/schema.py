@@ -12,12 +12,12 @@ import datetime
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, shown, unknown_name
-from ..io.codec import clean, decode
+from ..io.codec import clean, decode, encode
 from ..io.disk import write_atomic
 from ..io.environment import Environment, package_commit
 from ..io.json import parse_json, read_text
@@ -81,13 +81,18 @@ class Size:
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of one forward, over `rounds` rounds after `warmup` uncounted ones."""
+    """Times of one forward, over `rounds` rounds after `warmup` uncounted ones.
+
+    Parameters:
+        waited: the part of the time of its threads in which they were ready and had no core; None: unknown.
+    """
 
     median_ms: float
     p95_ms: float
     min_ms: float
     rounds: int
     warmup: int
+    waited: float | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)
@@ -331,8 +336,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The values of `to_json`."""
-        unsaid = [each.name for each in fields(self) if "unsaid" in each.metadata and not getattr(self, each.name)]
-        return {name: value for name, value in _finite(asdict(self)).items() if name not in unsaid}
+        return _finite(encode(self))
 
     @classmethod
     def from_json(cls, text: str, source: str = "this report") -> "Report":

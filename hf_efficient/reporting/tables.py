@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import DataError
 from ..io.text import Markup, for_line, for_markdown
 from .schema import Comparison, ExportRecord, LayerStructure, Measurement, Report, Score
+from .waiting import describe_waiting
 
 CELL, NOTE = 60, 2000  # at most so many characters of a cell, and of a note below a table, in a terminal
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -299,8 +300,9 @@ def measurement_table(measurement: Measurement) -> str:
     else:
         compared = comparison_rows(measurement.baseline, measurement, measurement.comparison)
         table = align(("", "baseline", "model", "change"), compared)
-    energy = describe_energy(measurement)
-    return f"{table}\n\n{for_line(describe_workload(measurement))}" + (f"\n{energy}" if energy else "")
+    busy = describe_waiting(measurement, measurement.baseline)
+    notes = (describe_workload(measurement), describe_energy(measurement), busy)
+    return f"{table}\n\n" + "\n".join(for_line(note) for note in notes if note)
 
 
 def markdown_table(report: Report) -> Markup:
