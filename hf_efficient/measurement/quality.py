@@ -162,8 +162,12 @@ def evaluate_quality(
         config: Any = model.config
         further = further_scores(metrics, predictions, targets, count, config.num_labels)
         scores += tuple(score for score in further if score.name not in known)
-    quality = Quality(task, len(count), int(count.sum()), scores)
+    quality = Quality(task, len(count), int(count.sum()), scores, _largest_class(TASKS[task], targets))
     return Evaluation(quality, loss, correct, count, predictions, targets, is_respelled)
+
+
+def _largest_class(task: Task, targets: torch.Tensor) -> float | None:
+    return int(targets.bincount().max()) / len(targets) if task.kind == "examples" else None
 
 
 def _score_speech(model: Any, batch: Mapping[str, Any], task: str, decode: Callable) -> list[tuple]:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..reporting.doubts import describe_guessing, describe_waiting
 from ..reporting.language import Domain, Generation
 from ..reporting.schema import DatasetFacts, LayerStructure, Measurement, Report, StageRecord
-from ..reporting.waiting import describe_waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,11 +206,8 @@ def _notes(recipe: "Recipe", records: list[StageRecord], both: Measurement) -> l
     )
     pairs = zip(recipe.folders.values(), records, strict=True)
     order = sorted(pairs, key=lambda pair: (pair[0].beside is not None, pair[0].followers is None))
-    return (
-        [busy] * bool(busy)
-        + [zeros] * size.is_sparse
-        + [note for stage, record in order for note in stage.note(record)]
-    )
+    told = [describe_guessing(both.baseline), busy, zeros if size.is_sparse else ""]
+    return [note for note in told if note] + [note for stage, record in order for note in stage.note(record)]
 
 
 def check_reached(recipe: "Recipe", report: Report) -> Report:

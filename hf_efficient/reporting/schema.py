@@ -110,12 +110,16 @@ NO_SCORE = Score("", math.nan, math.nan, True)
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores on a data set, the task's main score first; `targets` counts labels (tokens for text generation)."""
+    """Scores on a data set, the task's main score first; `targets` counts labels (tokens for text generation).
+
+    `largest_class`: of classes, the part of the samples that the most frequent one has, which anyone can guess.
+    """
 
     task: str
     samples: int
     targets: int
     scores: tuple[Score, ...]
+    largest_class: float | None = field(default=None, metadata=UNSAID)
 
     @property
     def main(self) -> Score:

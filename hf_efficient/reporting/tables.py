@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import DataError
 from ..io.text import Markup, for_line, for_markdown
+from .doubts import describe_waiting
 from .schema import Comparison, ExportRecord, LayerStructure, Measurement, Report, Score
-from .waiting import describe_waiting
 
 CELL, NOTE = 60, 2000  # at most so many characters of a cell, and of a note below a table, in a terminal
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -178,6 +178,10 @@ def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -
         teacher, student = (format_score(each[name]) if name in each else "" for each in scores)
         change = format_difference(compared) if compared is not None and compared.quality_score == name else ""
         rows.append((name.replace("_", " "), teacher, student, change))
+    guessing = [m.quality.largest_class for m in both if m is not None and m.quality is not None]
+    if guessing and guessing[-1] is not None:
+        share = f"{_fixed(100 * guessing[-1], 1)}%"
+        rows.append(("the largest class alone", share, share, ""))
     if compared is not None and compared.agreement is not None:
         rows.append(("same prediction", "", f"{_fixed(100 * compared.agreement, 1)}%", ""))
     return rows

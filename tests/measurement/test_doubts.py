@@ -1,4 +1,4 @@
-"""A machine that does something else meanwhile is noticed."""
+"""Numbers that mean less than they seem to: a machine that did something else meanwhile, a teacher that guesses."""
 
 import os
 import subprocess
@@ -6,13 +6,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_efficient.measurement import latency
+from hf_efficient.measurement.quality import evaluate_quality
 from hf_efficient.measurement.run_delay import run_delay
-from hf_efficient.reporting.schema import Report
-from hf_efficient.reporting.tables import measurement_table, text_table
-from hf_efficient.reporting.waiting import describe_waiting
+from hf_efficient.reporting.doubts import describe_guessing, describe_waiting
+from hf_efficient.reporting.schema import Quality, Report, Score
+from hf_efficient.reporting.tables import comparison_rows, measurement_table, text_table
 
 from ..reporting.samples import STUDENT, TEACHER, sample_report
 
@@ -60,6 +63,29 @@ def test_a_report_keeps_it_and_an_older_one_is_written_as_it_was():
     assert report.to_dict()["student"]["latency"]["waited"] == 0
     assert "waited" not in sample_report().to_dict()["student"]["latency"]
     assert "busy" not in text_table(report)
+
+
+def test_a_teacher_that_guesses_is_told():
+    def teacher(right, largest, error=0.01):
+        scores = (Score("accuracy", right, error, True),)
+        return replace(TEACHER, quality=Quality("text-classification", 400, 400, scores, largest))
+
+    assert describe_guessing(None) == describe_guessing(replace(TEACHER, quality=None)) == ""
+    assert describe_guessing(teacher(0.9, None)) == describe_guessing(teacher(0.9, 0.6)) == ""
+    assert describe_guessing(teacher(0.625, 0.6)) == ""
+    note = describe_guessing(teacher(0.615, 0.6))
+    assert "right in 61.5% ± 1.0%" in note and "alone in 60.0%" in note
+    rows = dict(row[:2] for row in comparison_rows(teacher(0.9, 0.6), teacher(0.8, 0.6), None))
+    assert rows["the largest class alone"] == "60.0%"
+    assert "the largest class alone" not in dict(row[:2] for row in comparison_rows(TEACHER, STUDENT, None))
+
+
+def test_the_share_of_the_largest_class_is_counted():
+    rows = [{"pixel_values": torch.zeros(1, 8, 8), "labels": label} for label in (0, 2, 2, 1, 2)]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, **sizes))
+    assert evaluate_quality(model, rows).quality.largest_class == 0.6
 
 
 def test_other_systems_say_nothing(monkeypatch, tmp_path):
