@@ -246,7 +246,8 @@ def page_table(report: dict, domain: str) -> str:
     dense = next(cell for cell in cells if cell["method"] == DENSE)["perplexity"][domain]
     fractions = sorted({cell["fraction"] for cell in cells} - {0.0})
     rows = []
-    for method in dict.fromkeys(cell["method"] for cell in cells if cell["method"] != DENSE):
+    measured = {cell["method"] for cell in cells}
+    for method in (method for method in METHODS if method in measured):
         row = [f"`{method}`"]
         for fraction in fractions:
             own = [cell for cell in cells if (cell["method"], cell["fraction"]) == (method, fraction)]
@@ -256,7 +257,14 @@ def page_table(report: dict, domain: str) -> str:
             off = f" at {removed:.1%}" if own and abs(removed - fraction) > 0.004 else ""
             row.append(f"{sum(times) / len(times):.2f}x{spread}{off}" if own else "")
         rows.append(row)
-    return markdown([f"{domain}, times {dense:.1f}", *(f"{fraction:.0%} less" for fraction in fractions)], rows)
+    table = markdown([f"{domain}, times {dense:.1f}", *(f"{fraction:.0%} less" for fraction in fractions)], rows)
+    used, seeds = report["settings"], sorted({cell["seed"] for cell in cells})
+    return (
+        f"{table}\n\n{used['model']}; calibrated with {used['tokens']:,} tokens of {used['texts']} and as many in its own "
+        f"words, measured on {used['held_out']:,} tokens of {used['texts' if domain == DOMAINS[0] else 'off_domain']} in "
+        f"rows of {used['length']}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
+        f"{report['environment']['cpu']}, commit {report['commit'][:7]}.\n"
+    )
 
 
 def main() -> None:

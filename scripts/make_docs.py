@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import attention_summary as summary  # noqa: E402
 import distillation_memory  # noqa: E402
 import distillation_quality  # noqa: E402
+import llm  # noqa: E402
 import pruning  # noqa: E402
 import pruning_embeddings  # noqa: E402
 import pruning_folder  # noqa: E402
@@ -359,6 +360,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {  # name in a page: the 
     "embeddings": ("pruning_embeddings_cpu", pruning_embeddings.page_table),
     "latency": ("pruning_latency_cpu", latency),
     "folder": ("pruning_folder_cpu", pruning_folder.page_table),
+    "llm": ("llm_cpu", partial(llm.page_table, domain="in domain")),
+    "llm_off_domain": ("llm_cpu", partial(llm.page_table, domain="off domain")),
     **{kind: ("attention_cpu", partial(cost_table, kind)) for kind in KINDS},
 }
 
