@@ -260,9 +260,10 @@ def page_table(report: dict, domain: str) -> str:
     table = markdown([f"{domain}, times {dense:.1f}", *(f"{fraction:.0%} less" for fraction in fractions)], rows)
     used, seeds = report["settings"], sorted({cell["seed"] for cell in cells})
     return (
-        f"{table}\n\n{used['model']}; calibrated with {used['tokens']:,} tokens of {used['texts']} and as many in its own "
-        f"words, measured on {used['held_out']:,} tokens of {used['texts' if domain == DOMAINS[0] else 'off_domain']} in "
-        f"rows of {used['length']}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
+        f"{table}\n\n{used['model']}; calibrated with {used['tokens']:,} tokens of {used['texts']} and as many in its "
+        f"own words, measured on {used['held_out']:,} tokens of "
+        f"{used['texts' if domain == DOMAINS[0] else 'off_domain']} in rows of {used['length']}; "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"{report['environment']['cpu']}, commit {report['commit'][:7]}.\n"
     )
 
