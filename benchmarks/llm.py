@@ -39,6 +39,7 @@ from hf_efficient import PruningConfig, prune_vocabulary, self_calibration
 from hf_efficient.data.bundled import bundled_dataset
 from hf_efficient.errors import ConfigError
 from hf_efficient.io.environment import Environment, package_commit
+from hf_efficient.io.text import Markup
 from hf_efficient.models.anatomy import Anatomy
 from hf_efficient.models.loading import load_model, load_processor
 from hf_efficient.models.modes import using_threads
@@ -248,20 +249,21 @@ def page_table(report: dict, domain: str) -> str:
     rows = []
     measured = {cell["method"] for cell in cells}
     for method in (method for method in METHODS if method in measured):
-        row = [f"`{method}`"]
+        row: list[str] = [Markup(f"`{method}`")]
         for fraction in fractions:
             own = [cell for cell in cells if (cell["method"], cell["fraction"]) == (method, fraction)]
             times = [cell["perplexity"][domain] / dense for cell in own]
             spread = f" ({min(times):.2f}-{max(times):.2f})" if len(times) > 1 else ""
             removed = sum(cell["removed"] for cell in own) / len(own) if own else 0.0
             off = f" at {removed:.1%}" if own and abs(removed - fraction) > 0.004 else ""
-            row.append(f"{sum(times) / len(times):.2f}x{spread}{off}" if own else "")
+            mean = sum(times) / len(times) if own else 0.0
+            row.append(f"{mean:.{0 if mean >= 100 else 2}f}x{spread}{off}" if own else "")
         rows.append(row)
     table = markdown([f"{domain}, times {dense:.1f}", *(f"{fraction:.0%} less" for fraction in fractions)], rows)
     used, seeds = report["settings"], sorted({cell["seed"] for cell in cells})
     return (
         f"{table}\n\n{used['model']}; calibrated with {used['tokens']:,} tokens of {used['texts']} and as many in its "
-        f"own words, measured on {used['held_out']:,} tokens of "
+        f"own words, measured on {used['held_out']:,} tokens of\n"
         f"{used['texts' if domain == DOMAINS[0] else 'off_domain']} in rows of {used['length']}; "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"{report['environment']['cpu']}, commit {report['commit'][:7]}.\n"
