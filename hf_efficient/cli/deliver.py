@@ -49,6 +49,7 @@ def export(
         str, typer.Option(help="onnx, openvino, executorch, torch or gguf.", autocompletion=format_names)
     ] = "onnx",
     quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx, gguf).")] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="A decoder that writes, with a cache (onnx).")] = False,
     min_agreement: Annotated[
         float | None, typer.Option(help="Fail where fewer of the predictions are the same: 0.95.")
     ] = None,
@@ -67,14 +68,20 @@ def export(
     from ..runtimes.export import export as run
     from ..runtimes.formats import FORMATS, check_format, check_runtime, folder_name
 
-    check_format(format, quantize)
+    check_format(format, quantize, cache)
     check_runtime(format)
-    target = output_dir or Path("out") / folder_name(format, quantize)
+    target = output_dir or Path("out") / folder_name(format, quantize, cache)
     check_empty(target)
     quiet_libraries()
     tokenizer = load_processor(model) if FORMATS[format].holds_tokenizer else None
     result = run(
-        load(model, task), format, target, quantize=quantize, min_agreement=min_agreement, tokenizer=tokenizer
+        load(model, task),
+        format,
+        target,
+        quantize=quantize,
+        cache=cache,
+        min_agreement=min_agreement,
+        tokenizer=tokenizer,
     )
     if as_json:
         print_json(asdict(result))

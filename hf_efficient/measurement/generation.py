@@ -60,7 +60,8 @@ def measure_generation(
                 "Leave new_tokens out."
             )
     with evaluating(*models.values()), using_threads(threads):
-        decodings = _timed(models, batch_size, prompt_tokens, new_tokens, rounds)
+        ids = {name: dummy_inputs(model, batch_size, prompt_tokens)["input_ids"] for name, model in models.items()}
+        decodings = time_decoding(models, ids, new_tokens, rounds)
         written, accepted, total = [], 0, 0
         for prompt in prompts:
             ids = {name: _as_asked(each, prompt).to(teacher.device) for name, each in tokenizers.items()}
@@ -83,14 +84,15 @@ def measure_generation(
     )
 
 
-def _timed(models: dict[str, Any], batch_size: int, length: int, count: int, rounds: int) -> dict[str, Decoding]:
+def time_decoding(models: dict[str, Any], ids: dict[str, Tensor], count: int, rounds: int) -> dict[str, Decoding]:
+    """Each reads its prompt `[B, T]` and writes `count` tokens after it, in turn; medians of `rounds`, without a first
+    one that is not counted. In inference mode."""
     prefill: dict[str, list[float]] = {name: [] for name in models}
     token: dict[str, list[float]] = {name: [] for name in models}
     held = {}
-    inputs = {name: dummy_inputs(model, batch_size, length)["input_ids"] for name, model in models.items()}
     for _ in range(rounds + 1):
         for name, model in models.items():
-            first, each, cache = _decode(model, inputs[name], count)
+            first, each, cache = _decode(model, ids[name], count)
             prefill[name].append(first)
             token[name].append(each)
             held[name] = cache_bytes(cache)
@@ -118,9 +120,10 @@ def _decode(model: Any, ids: Tensor, count: int) -> tuple[float, float, Any]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of the storage behind all tensors that the layers of a cache hold, each counted once."""
+    """Of the storage behind all tensors that the layers of a cache hold, each counted once; the cache of an exported
+    decoder is a dict of them."""
     storages = {}
-    waiting = [vars(layer) for layer in cache.layers]
+    waiting = list(cache.values()) if isinstance(cache, dict) else [vars(layer) for layer in cache.layers]
     while waiting:
         for value in waiting.pop().values():
             if isinstance(value, Tensor):

@@ -57,9 +57,9 @@ def measured(
         return None
     rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
     with alone():
-        small = Reader(student, prepared.test, prepared.collator)
+        small, new = Reader(student, prepared.test, prepared.collator), settings.new_tokens
         dense = Reader(baseline, original.test, original.collator)
-        runtimes = tuple(measure_export(facts, folder, small, dense, work) for folder, facts in exports)
+        runtimes = tuple(measure_export(facts, folder, small, dense, work, new) for folder, facts in exports)
         lengths = measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds)
         language = _of_language(run, reader, teacher, student, length)
     return Report(

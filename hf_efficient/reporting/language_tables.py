@@ -5,7 +5,7 @@ samples(report)                # (prompt, teacher, student)
 """
 
 from .schema import Report
-from .tables import format_bytes, format_ms, format_ratio, format_speedup, is_fraction, scale_of
+from .tables import format_bytes, format_ms, format_ratio, format_speedup, is_fraction, name_export, scale_of
 
 SHOWN = 600  # characters of a text
 
@@ -28,6 +28,10 @@ def language_rows(report: Report) -> list[tuple[str, str, str, str]]:
     for what, (before, after) in times.items():
         change = f"{format_speedup(before / after)} speed-up" if after > 0 else ""
         rows.append((what, format_ms(before), format_ms(after), change))
+    for export in report.exports:
+        if export.writing is not None and export.writing_speedup is not None:
+            change = f"{format_speedup(export.writing_speedup)} speed-up"
+            rows.append((f"each token written, {name_export(export)}", "", format_ms(export.writing.token_ms), change))
     old_bytes, new_bytes = made.teacher.cache_bytes, made.student.cache_bytes
     change = format_ratio(new_bytes / old_bytes) if old_bytes > 0 else ""
     rows.append(("cache", format_bytes(old_bytes), format_bytes(new_bytes), change))

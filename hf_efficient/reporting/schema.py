@@ -21,7 +21,7 @@ from ..io.codec import clean, decode, encode
 from ..io.disk import write_atomic
 from ..io.environment import Environment, package_commit
 from ..io.json import parse_json, read_text
-from .language import Domain, Generation
+from .language import Decoding, Domain, Generation
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
@@ -216,6 +216,8 @@ class ExportRecord:
         difference: largest difference to the student in PyTorch, as a part of the largest output.
         speedup: the teacher's median time in PyTorch / this one.
         quality_difference: to the teacher, on the same samples, with its paired standard error.
+        cache: a decoder that writes.
+        writing: how it reads and writes, where that was asked for, with the teacher's time for a token / its own.
     """
 
     format: str
@@ -229,6 +231,9 @@ class ExportRecord:
     quality: Quality
     quality_difference: float
     quality_difference_error: float
+    cache: bool = field(default=False, metadata=LATER)
+    writing: Decoding | None = field(default=None, metadata=LATER)
+    writing_speedup: float | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,8 @@ def export_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def name_export(export: ExportRecord, between: str = ", ") -> str:
-    """`onnx`, or `onnx, int8`."""
-    return export.format if export.quantize is None else f"{export.format}{between}{export.quantize}"
+    """`onnx`, or `onnx, cache, int8`."""
+    return between.join([export.format, *["cache"] * export.cache, *([export.quantize] if export.quantize else [])])
 
 
 def format_export_change(export: ExportRecord) -> str:

@@ -2,19 +2,22 @@
 
     exported = export(model, "onnx", "out/onnx", inputs=batches)             # or openvino, executorch, torch
     exported = export(model, "onnx", "out/onnx-int8", inputs=batches, quantize="int8")
+    export(model, "onnx", "out/onnx-cache", cache=True)                     # a decoder that writes (decoder.py)
     exported.difference                                                     # largest, of the largest logit
 
     from transformers.exporters import ExportedModel
     ExportedModel.from_pretrained("out/onnx")(**batch).logits               # neither hf_efficient nor its classes
 
-Batch and length stay free. A causal model is exported as one forward over a text, without a cache.
+Batch and length stay free. Without `cache` a causal model is exported as one forward over a text.
 """
 
 import contextlib
+import functools
 import inspect
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +57,7 @@ class Exported:
     difference: float
     same_prediction: float
     checked: tuple[tuple[int, ...], ...]
+    cache: bool = False
 
 
 def export(
@@ -63,6 +67,7 @@ def export(
     *,
     inputs: Sequence[Mapping[str, "torch.Tensor"]] | None = None,
     quantize: str | None = None,
+    cache: bool = False,
     min_agreement: float | None = None,
     tokenizer: Any = None,
 ) -> Exported:
@@ -76,51 +81,75 @@ def export(
             several shapes. Other numbers of rows and tokens are tried as well.
         quantize: `"int8"`: weights of 7 bits in 8, so that the result is the same on every processor, activations as
             they come (ONNX Runtime's dynamic quantisation).
+        cache: of a decoder: the program takes keys and values of earlier tokens and gives those of all, so that a
+            token more costs one token (onnx).
         min_agreement: smallest `same_prediction` that is good enough. Without it, less than 0.95 is a warning.
         tokenizer: of the model, for a format that holds one (gguf).
 
     Raises:
-        ConfigError: an unknown format, a package that is missing, a format that does not quantise, no tokenizer.
+        ConfigError: an unknown format, a package that is missing, a format that does not quantise or has no cache, no
+            tokenizer.
         UnsupportedModelError: the model cannot be exported, is quantised already, or what was made computes another
             output, takes no other shapes, or agrees less than `min_agreement`.
         CheckpointError: `output_dir` is not empty.
     """
-    check_format(format, quantize)
+    check_format(format, quantize, cache)
     check_runtime(format)
+    _check_options(format, min_agreement, tokenizer)
+    check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
+    folder = check_empty(output_dir)
+    check_rows(model.config, lambda: model)
+    from ..models.modes import evaluating
+
+    batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
+    if cache:
+        from .decoder import check_decoder, texts
+
+        check_decoder(model)
+        batches = [texts(batch) for batch in batches]
+    # Made before the work, so that what cannot be written is not found out after it.
+    with new_folder(folder) as made, _traceable(model, cache):
+        _write(model, format, _several(batches[0]), quantize, made, cache, tokenizer)
+        readers = _readers(model, format, made, cache)
+        with evaluating(model):
+            difference, same = _compared(model, readers, batches)
+            others = _compared(model, readers, _others(model, batches[0])) if inputs else (0.0, 1.0)
+        what = f"The {format} export of {type(model).__name__}"
+        if fault := _fault(what, difference, same, others, quantize, min_agreement):
+            raise UnsupportedModelError(fault)
+    shapes = tuple(tuple(batch[model.main_input_name].shape) for batch in batches)
+    size, version = program_bytes(folder), runtime_version(format)
+    return Exported(format, version, quantize, folder, size, difference, same, shapes, cache)
+
+
+def _check_options(format: str, min_agreement: Any, tokenizer: Any) -> None:
     if min_agreement is not None and not (isinstance(min_agreement, (int, float)) and 0 <= min_agreement <= 1):
         raise ConfigError(f"min_agreement must be a number from 0 to 1, got {min_agreement!r}.")
     if FORMATS[format].holds_tokenizer and tokenizer is None:
         raise ConfigError(
             f"format {format!r} holds the tokenizer: give it, tokenizer=AutoTokenizer.from_pretrained(...)."
         )
-    check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
-    folder = check_empty(output_dir)
-    check_rows(model.config, lambda: model)
-    from ..models.modes import evaluating
-    from .runtime import Runtime
-
-    batches = [_tensors(model, batch) for batch in inputs] if inputs else _made_up(model)
-    # Made before the work, so that what cannot be written is not found out after it.
-    with new_folder(folder) as partial, _traceable(model):
-        _write(model, format, _several(batches[0]), quantize, partial, tokenizer)
-        runtime = Runtime(model, format, partial, exact=True)
-        with evaluating(model, runtime):
-            difference, same = _compared(model, runtime, batches)
-            others = _compared(model, runtime, _others(model, batches[0])) if inputs else (0.0, 1.0)
-        what = f"The {format} export of {type(model).__name__}"
-        if fault := _fault(what, difference, same, others, quantize, min_agreement):
-            raise UnsupportedModelError(fault)
-    shapes = tuple(tuple(batch[model.main_input_name].shape) for batch in batches)
-    return Exported(format, runtime_version(format), quantize, folder, program_bytes(folder), difference, same, shapes)
 
 
 def _write(
-    model: Any, format: str, example: dict[str, Any], quantize: str | None, folder: Path, tokenizer: Any = None
+    model: Any,
+    format: str,
+    example: dict[str, Any],
+    quantize: str | None,
+    folder: Path,
+    cache: bool = False,
+    tokenizer: Any = None,
 ) -> None:
     more = {"tokenizer": tokenizer} if FORMATS[format].holds_tokenizer else {}
-    shapes = {name: _free(value) for name, value in example.items()}
+    traced = model
+    if cache:
+        from .decoder import traced_decoder
+
+        traced, example = traced_decoder(model, example)
     try:
-        FORMATS[format].write(model, example, shapes, quantize, folder, **more)
+        FORMATS[format].write(traced, example, _free(example), quantize, folder, **more)
+        if cache:
+            model.generation_config.save_pretrained(folder)  # with the token that ends a text
     except (OSError, HfEfficientError):
         raise
     except Exception as error:  # the exporters raise whatever the compilers below them raise
@@ -130,12 +159,26 @@ def _write(
         ) from error
 
 
-def _free(value: Any) -> dict[int, Any]:
-    """Which sizes of an input may change: the batch, and of tokens the length."""
+def _readers(model: Any, format: str, folder: Path, cache: bool) -> list[Callable]:
+    """The program, in each of the ways in which it will be called."""
+    from .runtime import Runtime
+
+    runtime = Runtime(model, format, folder, exact=True).eval()
+    if not cache:
+        return [runtime]
+    from .decoder import in_pieces
+
+    return [runtime, functools.partial(in_pieces, runtime)]
+
+
+def _free(value: Any) -> dict[Any, Any]:
+    """Which sizes of an input may change: the batch, and of tokens the length, the third size of a cache."""
     import torch
 
-    auto = torch.export.Dim.AUTO
-    return {0: auto, 1: auto} if value.dim() == 2 else {0: auto}
+    if isinstance(value, Mapping):
+        return {name: _free(each) for name, each in value.items()}
+    auto, length = torch.export.Dim.AUTO, {2: 1, 4: 2}.get(value.dim())
+    return {0: auto} if length is None else {0: auto, length: auto}
 
 
 def _tensors(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +245,7 @@ def _others(model: Any, example: dict[str, Any]) -> list[dict[str, Any]]:
     return [{name: other[name] for name in example} for other in others]
 
 
-def _compared(model: Any, runtime: Any, batches: list[dict[str, Any]]) -> tuple[float, float]:
+def _compared(model: Any, readers: Sequence[Callable], batches: list[dict[str, Any]]) -> tuple[float, float]:
     """Largest difference as a part of the largest output, and how many outputs have the same largest entry.
 
     Raises:
@@ -212,10 +255,10 @@ def _compared(model: Any, runtime: Any, batches: list[dict[str, Any]]) -> tuple[
 
     difference = largest = 0.0
     same = total = 0
-    for batch in batches:
+    for batch, reader in itertools.product(batches, readers):
         expected = model(**batch)
         try:
-            computed = runtime(**batch)
+            computed = reader(**batch)
         except Exception as error:  # each runtime has its own
             shapes = {name: tuple(value.shape) for name, value in batch.items()}
             raise UnsupportedModelError(
@@ -258,12 +301,14 @@ def _fault(
 
 
 @contextlib.contextmanager
-def _traceable(model: Any) -> Iterator[None]:
-    """In eval mode, on the CPU, and giving outputs alone: not keys and values for a next forward."""
+def _traceable(model: Any, cache: bool = False) -> Iterator[None]:
+    """In eval mode, on the CPU, and, but for a decoder with a cache, giving outputs alone: not keys and values for a
+    next forward."""
     from ..models.modes import eval_mode
 
-    device, cache = next(model.parameters()).device, getattr(model.config, "use_cache", None)
-    if cache:
+    device, own = next(model.parameters()).device, getattr(model.config, "use_cache", None)
+    switched = own and not cache
+    if switched:
         model.config.use_cache = False
     model.to("cpu")
     try:
@@ -271,5 +316,5 @@ def _traceable(model: Any) -> Iterator[None]:
             yield
     finally:
         model.to(device)
-        if cache:
-            model.config.use_cache = cache
+        if switched:
+            model.config.use_cache = own

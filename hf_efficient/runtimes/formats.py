@@ -40,6 +40,7 @@ class Format:
         install: what pip is asked for.
         quantizes: whether `write` can store weights of 8 bits.
         holds_tokenizer: whether a file of it has the tokenizer inside; then `write` takes one more, `tokenizer`.
+        caches: whether decoders can be written with a cache (decoder.py).
     """
 
     runtime: str
@@ -47,6 +48,7 @@ class Format:
     install: str
     quantizes: bool = False
     holds_tokenizer: bool = False
+    caches: bool = False
 
     def write(
         self,
@@ -100,7 +102,12 @@ class Exporter(Format):
         with hushed():
             program = ExportedModel.from_pretrained(folder, **self.options(threads, exact))
         [component] = program.components.values()
-        return program, component.metadata.kwargs
+        traced = component.metadata.kwargs
+        if "past_key_values" in traced:
+            from .decoder import CachedProgram
+
+            return CachedProgram(program, traced), traced
+        return program, traced
 
     def options(self, threads: int, exact: bool) -> dict[str, Any]:
         """For the runtime: as many threads as PyTorch has, where it would take all cores by itself."""
@@ -174,7 +181,12 @@ class Gguf(Format):
 
 FORMATS: dict[str, Format] = {
     "onnx": Onnx(
-        "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "hf-efficient[export]", quantizes=True, backend="onnx"
+        "onnxruntime",
+        ("onnx", "onnxscript", "onnxruntime"),
+        "hf-efficient[export]",
+        quantizes=True,
+        caches=True,
+        backend="onnx",
     ),
     "openvino": OpenVino("openvino", ("openvino",), "hf-efficient[openvino]", backend="openvino"),
     "executorch": Exporter("executorch", ("executorch",), "hf-efficient[executorch]", backend="executorch"),
@@ -185,8 +197,8 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def check_format(format: str, quantize: str | None = None) -> Format:
-    """The format of that name; ConfigError for an unknown one, or one that does not quantise."""
+def check_format(format: str, quantize: str | None = None, cache: bool = False) -> Format:
+    """The format of that name; ConfigError for an unknown one, or one that does not quantise or has no cache."""
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
     if quantize is not None and quantize not in QUANTIZE:
@@ -196,6 +208,10 @@ def check_format(format: str, quantize: str | None = None) -> Format:
         raise ConfigError(
             f"format {format!r} is not quantised here, only {able}. Leave quantize out, or change format."
         )
+    if cache and not FORMATS[format].caches:
+        able = ", ".join(name for name, other in FORMATS.items() if other.caches)
+        more = " llama.cpp has its own." if format == "gguf" else ""
+        raise ConfigError(f"format {format!r} has no cache here, only {able}. Leave it out, or change format.{more}")
     return FORMATS[format]
 
 
@@ -216,9 +232,9 @@ def runtime_version(format: str) -> str:
     return f"{name} {version(name)}"
 
 
-def folder_name(format: str, quantize: str | None) -> str:
-    """Where a recipe puts it, beside the model: `onnx`, `onnx-int8`."""
-    return format if quantize is None else f"{format}-{quantize}"
+def folder_name(format: str, quantize: str | None, cache: bool = False) -> str:
+    """Where a recipe puts it, beside the model: `onnx`, `onnx-int8`, `onnx-cache-int8`."""
+    return "-".join([format, *["cache"] * cache, *([] if quantize is None else [quantize])])
 
 
 def program_bytes(folder: Path) -> int:

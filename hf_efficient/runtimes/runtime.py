@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..measurement.generation import time_decoding
 from ..measurement.latency import compare_latency
 from ..measurement.quality import compare_quality, evaluate_quality
 from ..models.inputs import dummy_inputs
-from ..models.modes import using_threads
+from ..models.modes import evaluating, using_threads
 from ..reporting.schema import ExportRecord
 from .formats import FORMATS, program_bytes, runtime_version
 
@@ -65,10 +66,14 @@ class Work:
     pooling: str = "mean"
 
 
-def measure_export(facts: dict[str, Any], folder: Path, student: Reader, teacher: Reader, work: Work) -> ExportRecord:
+def measure_export(
+    facts: dict[str, Any], folder: Path, student: Reader, teacher: Reader, work: Work, new_tokens: int | None = None
+) -> ExportRecord:
     """The exported student in its runtime against the teacher in PyTorch, in turn, and on the same samples.
 
-    `facts`: of its stage: `format`, `quantize`, `difference`.
+    Parameters:
+        facts: of its stage: `format`, `quantize`, `cache`, `difference`.
+        new_tokens: so many are written after a prompt, where it is a decoder with a cache.
     """
     threads = torch.get_num_threads()
     twin = Runtime(student.model, facts["format"], folder, threads)
@@ -80,6 +85,12 @@ def measure_export(facts: dict[str, Any], folder: Path, student: Reader, teacher
         rounds=work.repeats,
         threads=threads,
     )
+    writing, faster = None, None
+    if facts.get("cache") and new_tokens is not None:
+        ids = {name: given["input_ids"] for name, given in inputs.items()}
+        with evaluating(teacher.model, twin):
+            both = time_decoding({"teacher": teacher.model, "twin": twin}, ids, new_tokens, min(work.repeats, 5))
+        writing, faster = both["twin"], both["teacher"].token_ms / both["twin"].token_ms
     with using_threads(threads):
         first = evaluate_quality(teacher.model, teacher.dataset, teacher.collator, work.task, pooling=work.pooling)
         second = evaluate_quality(twin, student.dataset, student.collator, work.task, pooling=work.pooling)
@@ -96,4 +107,7 @@ def measure_export(facts: dict[str, Any], folder: Path, student: Reader, teacher
         quality=second.quality,
         quality_difference=change.difference,
         quality_difference_error=change.standard_error,
+        cache=facts.get("cache", False),  # runs of older versions have none
+        writing=writing,
+        writing_speedup=faster,
     )

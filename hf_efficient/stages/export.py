@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 from ..io.disk import remove_own
 from ..runtimes.formats import FORMATS, NEAR, QUANTIZE, check_format, check_runtime, folder_name
 from .base import Run, Stage
-from .settings import number, one_of
+from .settings import flag, number, one_of
 
 if TYPE_CHECKING:
     from ..reporting.schema import Report, StageRecord
@@ -27,6 +27,7 @@ class ExportStage(Stage):
 
     - export: {format: onnx}
     - export: {format: onnx, quantize: int8}
+    - export: {format: onnx, cache: true}                             # a decoder that writes
     - export: {format: onnx, quantize: int8, min_agreement: 0.98}     # else the stage fails
     - export: {format: onnx, quantize: int8, max_loss: 0.5}           # else the run fails, and keeps what it made
 
@@ -41,19 +42,21 @@ class ExportStage(Stage):
     quantize: str | None = one_of(None, QUANTIZE, optional=True)
     min_agreement: float | None = number(None, 0, 1, optional=True)
     max_loss: float | None = number(None, 0, 1e6, optional=True)
+    cache: bool = flag(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_format(self.format, self.quantize)
+        check_format(self.format, self.quantize, self.cache)
 
     def to_dict(self) -> dict[str, Any]:
-        """The thresholds only where they are given, so that runs of older versions go on."""
-        later = ("min_agreement", "max_loss")
-        return {name: value for name, value in super().to_dict().items() if value is not None or name not in later}
+        """What came later only where it is given, so that runs of older versions go on."""
+        later = ("min_agreement", "max_loss", "cache")
+        given = super().to_dict().items()
+        return {name: value for name, value in given if name not in later or not (value is None or value is False)}
 
     @property
     def beside(self) -> str:
-        return folder_name(self.format, self.quantize)
+        return folder_name(self.format, self.quantize, self.cache)
 
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
         check_runtime(self.format)
@@ -61,6 +64,10 @@ class ExportStage(Stage):
             from ..runtimes.rows import check_rows
 
             check_rows(config, lambda: run.skeleton(config))
+            if self.cache:
+                from ..runtimes.decoder import check_decoder
+
+                check_decoder(run.skeleton(config))
         return config
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
@@ -77,6 +84,7 @@ class ExportStage(Stage):
             folder,
             inputs=[prepared.collator(some) for some in rows if some],
             quantize=self.quantize,
+            cache=self.cache,
             min_agreement=self.min_agreement,
             tokenizer=run.processor,
         )

@@ -139,7 +139,7 @@ MISTAKES = [
     ("push result --repo-id me/x", "no model"),
     ("push full --repo-id me/x", "No readable report"),
     ("push result --repo-id x", "user/name"),
-    ("export tiny --format tflite", "Unknown format 'tflite'. Known: executorch, onnx"),
+    ("export tiny --format tflite", "Unknown format 'tflite'. Known: executorch, gguf, onnx"),
     ("export tiny --quantize int4", "Did you mean 'int8'"),
     ("export tiny --format torch --quantize int8", "only onnx"),
     ("export tiny --output-dir full", "full is not empty"),

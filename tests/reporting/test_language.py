@@ -8,7 +8,9 @@ from hf_efficient.reporting.language import Decoding, Domain, Generation, Sample
 from hf_efficient.reporting.language_tables import SHOWN, language_rows, samples
 from hf_efficient.reporting.page import report_page
 from hf_efficient.reporting.schema import Report
+from hf_efficient.reporting.tables import name_export
 
+from .pages import full_report
 from .samples import sample_report
 
 GENERATION = Generation(
@@ -37,6 +39,16 @@ def test_the_rows():
         ("drafts that the teacher takes", "", "73.1%", ""),
     ]
     assert language_rows(sample_report()) == []
+
+
+def test_an_export_that_writes_has_a_row():
+    [plain] = full_report().exports
+    cached = replace(plain, cache=True, writing=Decoding(99.0, 11.1, 7_200_000), writing_speedup=4.0)
+    report = told(exports=(plain, cached))
+    rows = [row for row in language_rows(report) if "onnx" in row[0]]
+    assert rows == [("each token written, onnx, cache, int8", "", "11.1 ms", "4.0x speed-up")]
+    assert Report.from_json(report.to_json()) == report and name_export(plain) == "onnx, int8"
+    assert "each token written, onnx, cache, int8" in str(model_card(report))
 
 
 def test_a_report_comes_back_from_json_and_old_ones_have_none():
