@@ -50,6 +50,22 @@ class LayerForecast:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What other software asks of the sizes of the small model.
+
+    Parameters:
+        int4_group: the largest of 128, 64 and 32 whose groups divide the inputs of every linear; 0: none of them.
+        rounded_group: the same, if every layer kept a multiple of so many neurons.
+        devices: how many can share out every layer evenly (tensor parallelism); none where a model does not write or
+            has converted attention.
+    """
+
+    int4_group: int
+    rounded_group: int
+    devices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What the small model will be, from shapes alone.
 
@@ -63,6 +79,7 @@ class Forecast:
         loads_with: `"portable"` (the stock class) or `"plugin"` (after `import hf_efficient`).
         latency_ms: measured, where the metric is latency.
         active_experts: how many experts of a mixture work for one token; fewer than before only where fewer are left.
+        serving: None in a plan of before it was counted.
     """
 
     length: int
@@ -83,6 +100,7 @@ class Forecast:
     latency_ms_before: float | None = None
     active_experts: int | None = None
     active_experts_before: int | None = None
+    serving: Serving | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +130,8 @@ class PruningPlan:
         forecast = None if self.forecast is None else asdict(self.forecast)
         if forecast is not None:
             forecast["layers"] = list(forecast["layers"])  # JSON has no tuples
+            if forecast["serving"] is not None:
+                forecast["serving"]["devices"] = list(forecast["serving"]["devices"])
             if not any(layer["experts_before"] for layer in forecast["layers"]):  # most models have no experts
                 for part in (forecast, *forecast["layers"]):
                     for name in [name for name in part if "experts" in name]:
@@ -213,7 +233,7 @@ def _forecast(data: Any) -> Forecast:
         raise ConfigError(
             f"The plan's forecast has {len(forecast.layers):,} layers, at most {MAX_ENTRIES:,} are read."
         )
-    for part in (forecast, *forecast.layers):
+    for part in (forecast, *forecast.layers, *([forecast.serving] if forecast.serving else [])):
         for name, value in vars(part).items():
             if isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
                 raise ConfigError(f"`{name}` of the plan's forecast is {shown(value)}, which cannot be.")

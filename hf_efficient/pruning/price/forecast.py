@@ -19,6 +19,7 @@ from ...reporting.tables import align, format_bytes, format_count
 from ..cut.surgery import check_plan, kept_layers, planned_config
 from ..plan import Forecast, LayerForecast, PruningPlan
 from .costs import Costs, layer_costs
+from .serving import serving, serving_lines
 
 
 def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -72,6 +73,7 @@ def forecast(
         latency_ms_before=None if costs is None or measured is None else costs.total / 1e6,
         active_experts=_active_experts(anatomy, config),
         active_experts_before=_active_experts(anatomy, model.config),
+        serving=serving(small),
     )
 
 
@@ -178,7 +180,7 @@ def plan_table(plan: PruningPlan) -> str:
         f"{align(('', 'before', 'after'), whole)}\n\n"
         f"{align(head, layers)}\n\n"
         f"Of what the layers cost, {after.removed_macs:.1%} of the MACs and {after.removed_parameters:.1%} of the "
-        f"parameters go.\n{sure}Loads as: {_LOADS[after.loads_with]}"
+        f"parameters go.\n{sure}Loads as: {_LOADS[after.loads_with]}\n" + "\n".join(serving_lines(plan))
     )
 
 
