@@ -95,13 +95,23 @@ def test_as_a_draft_its_teacher_writes_what_it_would_alone(small, prompt):
     assert torch.equal(greedy(teacher, prompt, assistant_model=small), alone)
 
 
-def test_lora_on_it_changes_it_and_merges(small, prompt, tmp_path):
+def test_lora_on_it_trains_and_merges(small, prompt, tmp_path):
     import copy
 
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = copy.deepcopy(small)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(learned, lr=1e-2), []
+    for _ in range(5):
+        losses.append(adapted(**prompt, labels=prompt["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
+    assert losses[-1] < losses[0] and changed and all("lora_" in name for name in changed)
     expected = adapted(**prompt).logits
     adapted.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(small), tmp_path)
