@@ -51,13 +51,12 @@ class LayerForecast:
 
 @dataclass(frozen=True)
 class Serving:
-    """What other software asks of the sizes of the small model.
+    """What other software asks of the sizes of a small decoder.
 
     Parameters:
         int4_group: the largest of 128, 64 and 32 whose groups divide the inputs of every linear; 0: none of them.
         rounded_group: the same, if every layer kept a multiple of so many neurons.
-        devices: how many can share out every layer evenly (tensor parallelism); none where a model does not write or
-            has converted attention.
+        devices: how many can share out every layer evenly (tensor parallelism); none of converted attention.
     """
 
     int4_group: int
@@ -79,7 +78,7 @@ class Forecast:
         loads_with: `"portable"` (the stock class) or `"plugin"` (after `import hf_efficient`).
         latency_ms: measured, where the metric is latency.
         active_experts: how many experts of a mixture work for one token; fewer than before only where fewer are left.
-        serving: None in a plan of before it was counted.
+        serving: of decoders.
     """
 
     length: int
@@ -130,7 +129,9 @@ class PruningPlan:
         forecast = None if self.forecast is None else asdict(self.forecast)
         if forecast is not None:
             forecast["layers"] = list(forecast["layers"])  # JSON has no tuples
-            if forecast["serving"] is not None:
+            if forecast["serving"] is None:
+                del forecast["serving"]
+            else:
                 forecast["serving"]["devices"] = list(forecast["serving"]["devices"])
             if not any(layer["experts_before"] for layer in forecast["layers"]):  # most models have no experts
                 for part in (forecast, *forecast["layers"]):

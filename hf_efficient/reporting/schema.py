@@ -216,7 +216,7 @@ class ExportRecord:
         difference: largest difference to the student in PyTorch, as a part of the largest output.
         speedup: the teacher's median time in PyTorch / this one.
         quality_difference: to the teacher, on the same samples, with its paired standard error.
-        cache: a decoder that writes.
+        cache: True: a decoder that writes.
         writing: how it reads and writes, where that was asked for, with the teacher's time for a token / its own.
     """
 
@@ -231,9 +231,9 @@ class ExportRecord:
     quality: Quality
     quality_difference: float
     quality_difference_error: float
-    cache: bool = field(default=False, metadata=LATER)
-    writing: Decoding | None = field(default=None, metadata=LATER)
-    writing_speedup: float | None = field(default=None, metadata=LATER)
+    cache: bool | None = field(default=None, metadata=UNSAID)
+    writing: Decoding | None = field(default=None, metadata=UNSAID)
+    writing_speedup: float | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)

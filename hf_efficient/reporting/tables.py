@@ -257,7 +257,9 @@ def export_rows(report: Report) -> list[tuple[str, ...]]:
 
 def name_export(export: ExportRecord, between: str = ", ") -> str:
     """`onnx`, or `onnx, cache, int8`."""
-    return between.join([export.format, *["cache"] * export.cache, *([export.quantize] if export.quantize else [])])
+    return between.join(
+        [export.format, *["cache"] * bool(export.cache), *([export.quantize] if export.quantize else [])]
+    )
 
 
 def format_export_change(export: ExportRecord) -> str:

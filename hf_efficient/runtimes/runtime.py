@@ -107,7 +107,7 @@ def measure_export(
         quality=second.quality,
         quality_difference=change.difference,
         quality_difference_error=change.standard_error,
-        cache=facts.get("cache", False),  # runs of older versions have none
+        cache=facts.get("cache") or None,  # runs of older versions say nothing of it
         writing=writing,
         writing_speedup=faster,
     )

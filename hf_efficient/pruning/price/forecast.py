@@ -180,7 +180,8 @@ def plan_table(plan: PruningPlan) -> str:
         f"{align(('', 'before', 'after'), whole)}\n\n"
         f"{align(head, layers)}\n\n"
         f"Of what the layers cost, {after.removed_macs:.1%} of the MACs and {after.removed_parameters:.1%} of the "
-        f"parameters go.\n{sure}Loads as: {_LOADS[after.loads_with]}\n" + "\n".join(serving_lines(plan))
+        f"parameters go.\n{sure}Loads as: {_LOADS[after.loads_with]}"
+        + "".join(f"\n{line}" for line in serving_lines(plan))
     )
 
 

@@ -16,8 +16,10 @@ GROUPS = (128, 64, 32)  # numbers that share a scale, as torchao, GPTQ and AWQ h
 MOST = 64  # devices
 
 
-def serving(anatomy: Anatomy) -> Serving:
-    """By the sizes of the linears."""
+def serving(anatomy: Anatomy) -> Serving | None:
+    """By the sizes of the linears; None of what is no decoder."""
+    if not anatomy.model.can_generate() or anatomy.model.config.is_encoder_decoder:
+        return None
     model, groups = anatomy.model, [group for group in anatomy.groups if group.is_neurons]
     of_neurons = {output_module(model, member) for group in groups for member in group.members}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -34,8 +36,7 @@ def _largest(sizes: list[int]) -> int:
 
 def _devices(anatomy: Anatomy) -> tuple[int, ...]:
     """The rule of vLLM: each device has as many heads and neurons, and whole key/value heads, some perhaps twice."""
-    model = anatomy.model
-    if not model.can_generate() or model.config.is_encoder_decoder or anatomy.block.is_converted():
+    if anatomy.block.is_converted():
         return ()
 
     def shared(count: int) -> bool:
@@ -52,7 +53,7 @@ def _devices(anatomy: Anatomy) -> tuple[int, ...]:
 
 
 def serving_lines(plan: PruningPlan) -> list[str]:
-    """None of a plan that was made before they were counted."""
+    """None of what is no decoder, or was planned before they were counted."""
     after = plan.forecast
     if after is None or after.serving is None:
         return []

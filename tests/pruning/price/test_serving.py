@@ -88,7 +88,9 @@ def test_what_is_no_stock_class_or_does_not_write_is_told_otherwise():
     uneven = told(allocation="global")
     assert uneven.forecast.loads_with == "plugin"
     assert serving_lines(uneven)[0] == "vLLM: no, it wants layers of equal sizes; allocation='uniform' gives them."
-    assert not any("vLLM" in line for line in serving_lines(plan(make_model("bert"), MAGNITUDE)))
+    for other in ("bert", "t5"):
+        made = plan(make_model(other), MAGNITUDE)
+        assert serving_lines(made) == [] and "serving" not in made.to_dict()["forecast"]
     local = convert_attention(make_model("llama"), AttentionConfig("local", window=4))
     assert not any("vLLM" in line for line in serving_lines(plan(local, MAGNITUDE)))
 
