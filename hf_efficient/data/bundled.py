@@ -13,6 +13,7 @@ SmolLM2, a GGUF file, is unpacked into the cache (`gguf.py`).
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError, unknown_name
 from ..io.json import read_json
 from .gguf import GgufFile, file_digest, find_gguf
+from .sentence_modules import MODULES, transformer_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,11 +51,18 @@ def upstream(name_or_path: str) -> tuple[str, str | None]:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """What `from_pretrained` understands: `bundled:NAME` and GGUF files become folders, any other name stays.
+    """What `from_pretrained` understands: `bundled:NAME` and GGUF files become folders, and a folder of
+    sentence-transformers that of its transformer; any other name stays.
 
     Raises:
-        ConfigError, CheckpointError: as `bundled_model`, `find_gguf` and `GgufFile.folder`.
+        ConfigError, CheckpointError: as `bundled_model`, `find_gguf`, `GgufFile.folder` and `transformer_folder`.
     """
+    name = whole_model(name_or_path)
+    return str(transformer_folder(name)) if os.path.isfile(os.path.join(name, MODULES)) else name
+
+
+def whole_model(name_or_path: str) -> str:
+    """The same, but that a folder of sentence-transformers stays what it is."""
     if name_or_path.startswith(PREFIX):
         return str(bundled_model(name_or_path.removeprefix(PREFIX)))
     file = find_gguf(name_or_path)

@@ -75,7 +75,9 @@ class DistillationOptions:
         default="cosine", help="Distance of embeddings: cosine (1 - cosine similarity), or mse."
     )
     pooling: str = _option(
-        default="mean", help="The embedding of a text: mean of its tokens, cls (the first one) or last (the last one)."
+        default="mean",
+        help="The embedding of a text: mean of its tokens, cls (the first one), last (the last one) or weighted_mean "
+        "(the first token counts once, the second twice, and so on).",
     )
     layer_map: list | str | dict | None = _option(
         default="auto",

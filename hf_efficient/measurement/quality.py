@@ -120,7 +120,7 @@ def evaluate_quality(
             of padding, or predicted by it: on the left the first real token of a causal model.
         collator: list of samples -> batch with `labels`; default `transformers.default_data_collator`.
         task: one of `data.tasks.TASKS`; default: what the model's head is for.
-        pooling: of embeddings: mean, cls or last.
+        pooling: of embeddings: one of `models.pooling.POOLINGS`.
         metrics: further scores of classes: names of `scores.METRICS`, or what `load_metrics` gives. A score that is
             there already is not repeated.
 

@@ -8,20 +8,26 @@ then.
 """
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..data.bundled import gguf_file, resolve_model
+from ..data.bundled import gguf_file, resolve_model, whole_model
+from ..data.sentence_modules import BESIDE, MODULES, SentenceModules, read_modules, transformer_folder
 from ..errors import CheckpointError, HfEfficientError, shown
 from ..io.checkpoint import CONFIG, MAX_CONFIG, check_config, check_links, check_processor, read_mapping, read_weights
 from .checks import quantization_method
 from .heads import auto_class_of_architecture
 from .weight_names import check_finite, check_sizes, check_weight_names
+
+logger = logging.getLogger(__name__)
 
 ADAPTER, GENERATION = "adapter_config.json", "generation_config.json"
 
@@ -159,6 +165,33 @@ def load_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     read_mapping(folder / GENERATION)  # transformers does not say that it cannot read one
     return _load(GenerationConfig, folder)
+
+
+def load_sentence_modules(name: str | Path) -> SentenceModules | None:
+    """What sentence-transformers has beside the transformer of a folder, Hub id or bundled model; None if nothing.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `read_modules`; a Hub id whose transformer lies in a folder.
+    """
+    folder = Path(whole_model(str(name)))
+    if folder.is_dir():
+        return read_modules(folder)
+    try:
+        if not Path(hf_hub_download(str(name), MODULES)).is_file():
+            return None
+        folder = Path(snapshot_download(str(name), allow_patterns=list(BESIDE)))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):  # the Hub was not asked
+            logger.warning("%s of %s is not in the cache: it is read as a plain model.", MODULES, name)
+        return None
+    except Exception as error:  # of the network, of the Hub, of a name that it cannot have
+        raise _load_error(error, name, transformers.AutoModel) from error
+    if transformer_folder(folder) != folder:
+        raise CheckpointError(
+            f"{str(name)!r} keeps its transformer in a folder of its own. Download it (hf download {name} --local-dir "
+            "FOLDER) and give that folder."
+        )
+    return read_modules(folder)
 
 
 def local_folder(name: str | Path) -> Path | None:

@@ -25,20 +25,20 @@ def measured(
 ) -> Report | None:
     import torch
 
-    from ..data.tasks import TASKS
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
     from ..measurement.scores import load_metrics
-    from ..models.rebuild import is_portable
+    from ..models.registry import token_limit
     from ..runtimes.runtime import Reader, Work, measure_export
     from ..training.ranks import alone, is_main
 
     recipe, reader, threads = run.recipe, run.read_as(student_folder), torch.get_num_threads()
     teacher, student = run.load(run.teacher_folder), run.load(student_folder)
     prepared, original = reader.data(), run.data(config=teacher.config)
-    length, settings = recipe.measure.sequence_length or recipe.data.max_length or 512, recipe.measure
+    settings, usual = recipe.measure, min(512, token_limit(student.config) or 512)
+    length = settings.sequence_length or recipe.data.max_length or usual
     baseline, warnings = _comparable(run, teacher, length)
-    work = Work(recipe.task, settings.batch_size, length, settings.repeats, recipe.pooling)
+    work = Work(recipe.task, settings.batch_size, length, settings.repeats, run.pooling)
     both = measure(
         student,
         dataset=prepared.test,
@@ -67,13 +67,11 @@ def measured(
         teacher=both.baseline,
         comparison=both.comparison,
         **_origin(recipe, student),
-        auto_class=TASKS[recipe.task].auto_class,
-        processor_class=run.processor_class,
-        loads_with="portable" if is_portable(student) else "plugin",
+        **_reception(run, student),
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(*warnings, *_notes(recipe, records, both)),
+        warnings=(*warnings, *(run.modules.notes if run.modules else ()), *_notes(recipe, records, both)),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
         exports=runtimes,
@@ -99,8 +97,8 @@ def _domains(run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "Pr
     recipe, rows = run.recipe, []
     for name in recipe.measure.other_data or ():
         before, after = run.other(name, teacher.config), reader.other(name)
-        first = evaluate_quality(teacher, before.test, before.collator, recipe.task, pooling=recipe.pooling)
-        second = evaluate_quality(student, after.test, after.collator, recipe.task, pooling=recipe.pooling)
+        first = evaluate_quality(teacher, before.test, before.collator, recipe.task, pooling=run.pooling)
+        second = evaluate_quality(student, after.test, after.collator, recipe.task, pooling=run.pooling)
         change = compare_quality(first, second)
         rows.append(
             Domain(
@@ -140,6 +138,18 @@ def _generation(
         rounds=min(settings.repeats, 5),
         threads=torch.get_num_threads(),
     )
+
+
+def _reception(run: "Run", student: "PreTrainedModel") -> dict[str, Any]:
+    """By which classes of which library a receiver loads it: fields of a report."""
+    from ..models.rebuild import is_portable
+
+    return {
+        "auto_class": run.auto_class,
+        "processor_class": run.processor_class,
+        "library_name": "transformers" if run.modules is None else "sentence-transformers",
+        "loads_with": "portable" if is_portable(student) else "plugin",
+    }
 
 
 def _origin(recipe: "Recipe", student: "PreTrainedModel") -> dict[str, Any]:

@@ -19,10 +19,11 @@ from ..data.bundled import resolve_model
 from ..data.datasets import load_dataset_any, rows_digest, with_texts
 from ..data.preparation import PreparedData, need_column, prepare
 from ..data.respelling import respelled
+from ..data.sentence_modules import SentenceModules, new_modules
 from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
-from ..models.loading import load_config, load_model, load_processor
+from ..models.loading import load_config, load_model, load_processor, load_sentence_modules
 from ..models.registry import token_limit
 from ..recipes.recipe import Recipe
 from ..training.ranks import count, on_main
@@ -67,7 +68,8 @@ class Run:
         name = model.name_or_path or model.tokenizer
         if name is not None:
             whole = bool(self.task.reads)
-            return load_processor(name, images=images, whole=whole, trust_remote_code=model.trust_remote_code)
+            found = load_processor(name, images=images, whole=whole, trust_remote_code=model.trust_remote_code)
+            return found if self.modules is None else self.modules.reading_as(found)
         if images:
             return None
         if (self.teacher_folder / "tokenizer.json").is_file():  # of a run that goes on
@@ -75,6 +77,21 @@ class Run:
         return train_tokenizer(
             self.texts(*self.task.roles), model.tokenizer_size, close=self.recipe.task != "causal-lm"
         )
+
+    @cached_property
+    def modules(self) -> SentenceModules | None:
+        """What sentence-transformers needs beside the model: that of the folder, else as the recipe pools; None for
+        models with a head."""
+        if self.task.kind != "embeddings":
+            return None
+        recipe = self.recipe
+        found = load_sentence_modules(recipe.model.name_or_path) if recipe.model.name_or_path else None
+        return found or new_modules(recipe.pooling, normalize=recipe.teaches_directions)
+
+    @property
+    def pooling(self) -> str:
+        """How the tokens of a text become its vector."""
+        return "mean" if self.modules is None else self.modules.pooling
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -181,8 +198,19 @@ class Run:
         model.save_pretrained(folder)
         if self.processor is not None:
             self.processor_for(model).save_pretrained(folder)
+        self.write_modules(model.config, folder)
         if output_digest(self.load(folder)) != output_digest(model):
             raise CheckpointError(f"The checkpoint in {folder} gives another output than the model that was saved.")
+
+    def write_modules(self, config: PreTrainedConfig, folder: Path) -> None:
+        """Beside a model of this config and its tokenizer: what makes the folder one of sentence-transformers."""
+        if self.modules is None:
+            return
+        limit = token_limit(config)
+        length = limit if self.modules.is_new or limit != token_limit(self.config) else None
+        if self.modules.is_new and length is not None:
+            length = min(length, self.processor.model_max_length)
+        self.modules.write(folder, width=config.hidden_size, max_length=length)
 
     def processor_for(self, model: PreTrainedModel) -> Any:
         """The processor; a tokenizer goes along with a model that was extended to longer inputs."""
@@ -197,6 +225,7 @@ class Run:
         """The same run with another tokenizer."""
         other = Run(self.recipe, self.folder)
         other.rows, other.processor, other._original = self.rows, processor, self
+        other.modules = self.modules
         return other
 
     def read_as(self, folder: Path) -> "Run":

@@ -187,6 +187,11 @@ class Recipe:
         return next((each.settings.pooling for each in self.stages[::-1] if each.settings.pooling), "mean")
 
     @property
+    def teaches_directions(self) -> bool:
+        """Whether vectors of texts are taught without their lengths, which then mean nothing."""
+        return any(step.settings.teaches_directions for step in self.stages)
+
+    @property
     def paths(self) -> dict[str, Stage]:
         """Every stage with the teacher, in order, by what messages call it: `teacher`, `stages[0].prune`, ..."""
         stages = {f"stages[{i}].{step.name}": step.settings for i, step in enumerate(self.stages)}

@@ -26,11 +26,12 @@ from .language import Decoding, Domain, Generation
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
 LOADS_WITH = ("portable", "plugin")
+LIBRARIES = ("transformers", "sentence-transformers")
 MAX_ITEMS = 20_000  # stages, layers, warnings and the like: above any real model
 # What may stand in code that a reader copies: the Auto classes that transformers could have.
 _AUTO_MODEL, _AUTO_PROCESSOR = re.compile(r"AutoModel[A-Za-z0-9]{0,60}"), re.compile(r"Auto[A-Za-z0-9]{1,60}")
 LATER = {"later": True}  # a field that reports of this version may lack, since it came after they were written
-UNSAID = LATER | {"unsaid": True}  # and that is not written while it says nothing
+UNSAID = LATER | {"unsaid": True}  # and that is not written while it says what is usual
 
 
 @dataclass(frozen=True)
@@ -279,9 +280,11 @@ class Report:
         exports: the student in other runtimes. lengths: latency against length, shortest first.
         domains: quality on further data. generation: teacher and student while they write.
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
+        library_name: that in which the receiver uses it: `"transformers"` or `"sentence-transformers"`.
 
     Raises:
-        ConfigError: an unknown `loads_with`, a class that transformers cannot have, or too many entries.
+        ConfigError: an unknown `loads_with` or `library_name`, a class that transformers cannot have, or too many
+            entries.
     """
 
     student: Measurement
@@ -306,10 +309,13 @@ class Report:
     lengths: tuple[LengthPoint, ...] = field(default=(), metadata=LATER)
     domains: tuple[Domain, ...] = field(default=(), metadata=UNSAID)
     generation: Generation | None = field(default=None, metadata=UNSAID)
+    library_name: str = field(default="transformers", metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:
             raise unknown_name("loads_with", self.loads_with, LOADS_WITH)
+        if self.library_name not in LIBRARIES:
+            raise unknown_name("library_name", self.library_name, LIBRARIES)
         if self.schema_version != SCHEMA_VERSION:
             raise ConfigError(f"schema_version must be {SCHEMA_VERSION}, got {self.schema_version!r}. Leave it out.")
         if not _AUTO_MODEL.fullmatch(self.auto_class):

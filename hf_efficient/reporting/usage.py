@@ -12,7 +12,15 @@ _POOLED = {
     "mean": "(states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
     "cls": "states[torch.arange(len(states)), mask.argmax(1)]  # the first token",
     "last": "states[torch.arange(len(states)), mask.cumsum(1).argmax(1)]  # the last token",
+    "weighted_mean": "(states * (n := (mask * mask.cumsum(1))[..., None])).sum(1) / n.sum(1)  # 1, 2, 3, ... times",
 }
+_SENTENCES = (
+    "from sentence_transformers import SentenceTransformer",
+    "",
+    "model = SentenceTransformer({})",
+    'vectors = model.encode(["A text.", "Another text."])',
+    "print(model.similarity(vectors[:1], vectors[1:]))",
+)
 
 
 def loading_snippet(report: Report, repo_id: str) -> str:
@@ -22,6 +30,8 @@ def loading_snippet(report: Report, repo_id: str) -> str:
     """
     auto, processor, place = report.auto_class, report.processor_class, python_literal(repo_id)
     lines = ["import hf_efficient"] if report.loads_with == "plugin" else []
+    if report.library_name == "sentence-transformers":
+        return "\n".join([*lines, *(line.format(place) for line in _SENTENCES)])
     lines += ["import torch"] if auto == "AutoModel" and processor else []
     lines += [f"from transformers import {auto}{f', {processor}' if processor else ''}", ""]
     lines += [f"model = {auto}.from_pretrained({place})"]

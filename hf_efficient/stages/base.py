@@ -58,6 +58,14 @@ class Run(Protocol):
     def teacher_folder(self) -> Path:
         """The checkpoint that teaches students, which reads the ids of `data`."""
 
+    @property
+    def modules(self) -> Any:
+        """What sentence-transformers has beside the model (`data.sentence_modules`); None for a model with a head."""
+
+    @property
+    def pooling(self) -> str:
+        """How the tokens of a text become its vector."""
+
     def data(self, max_length: int | None = None, *, config: Any = None) -> "PreparedData":
         """Train and test inputs, cut at `max_length` tokens and at what a model of `config` takes."""
 
@@ -75,6 +83,9 @@ class Run(Protocol):
 
     def save(self, model: "PreTrainedModel", folder: Path) -> dict[str, Any]:
         """Write a checkpoint with its processor, and prove that it holds what was made; facts for the report."""
+
+    def write_modules(self, config: "PreTrainedConfig", folder: Path) -> None:
+        """What `save` writes beside model and processor, for a model that is not saved by it."""
 
     def processor_for(self, model: "PreTrainedModel") -> Any:
         """The processor for a model that may take longer inputs than the original."""
@@ -116,6 +127,11 @@ class Stage(Settings):
     def pooling(self) -> str | None:
         """How the tokens of a text become its vector in the model that it makes, where it says so."""
         return None
+
+    @property
+    def teaches_directions(self) -> bool:
+        """Whether it teaches where the vectors of texts point, and not how long they are."""
+        return False
 
     @classmethod
     def read(cls, section: Any, path: str, task: str | None = None) -> "Stage":

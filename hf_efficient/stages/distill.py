@@ -100,6 +100,10 @@ class DistillStage(TrainingSettings, Stage):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
+    def teaches_directions(self) -> bool:
+        return bool(self.losses.get("embedding")) and self.embedding_loss in (None, "cosine")
+
+    @property
     def training(self) -> TrainingSettings:
         return self
 
@@ -136,7 +140,22 @@ class DistillStage(TrainingSettings, Stage):
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
         if self.pruning is not None:
             check_pruning(run, config, self.pruning, before)
+        if run.modules is not None and not run.modules.is_new:
+            self._check_modules(path, run.modules)
         return config
+
+    def _check_modules(self, path: str, modules: Any) -> None:
+        """ConfigError for vectors that are not those of the model."""
+        if self.pooling not in (None, modules.pooling):
+            raise ConfigError(
+                f"{path}.pooling is {self.pooling!r}, but the model's own Pooling is {modules.pooling!r}. Leave it "
+                "out."
+            )
+        if modules.compares_lengths and self.teaches_directions:
+            raise ConfigError(
+                f"{path}: the vectors of this model are compared with their lengths, which embedding_loss cosine does "
+                f"not teach. Set {path}.embedding_loss to mse."
+            )
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from .fit import logged_losses, trained
@@ -156,7 +175,7 @@ class DistillStage(TrainingSettings, Stage):
 
         student, teacher = run.load(source), run.load(run.teacher_folder)
         prepared = run.data(self.max_length, config=student.config)
-        more = self.options | {"losses": self.losses, "temperature": self.temperature}
+        more = {"pooling": run.pooling} | self.options | {"losses": self.losses, "temperature": self.temperature}
         more["teacher_max_length"] = self.teacher_cut(run, teacher.config)
         arguments = training_arguments(DistillationArguments, run, self, target, batch_size, **more)
         parameters, callbacks = student.num_parameters(), []

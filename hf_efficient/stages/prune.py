@@ -138,6 +138,7 @@ class PruneStage(Stage):
         if not (target / CONFIG).is_file():  # else it was finished, and the run killed a moment later
             prune(source, self.config, batches, output_dir=target)
         small = StoredModel.open(target).model
+        run.write_modules(small.config, target)
         facts = pruned(self.config, StoredModel.open(source).model.num_parameters(), small)
         return facts | {"class": type(small).__name__}
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_efficient.distillation.student import build_student
 from hf_efficient.errors import ConfigError, UnsupportedModelError
-from hf_efficient.models.pooling import pool
+from hf_efficient.models.pooling import POOLINGS, pool
 from hf_efficient.training.batch import Batch, head_of
 
 from .tiny import VOCABULARY, bert, collate, examples, llama, make_pair
@@ -67,6 +67,9 @@ def test_pooling(side):
     states[~mask] = torch.nan
     rows = [states[0], states[1][mask[1]]]
     expected = {"mean": [row.mean(0) for row in rows], "cls": [row[0] for row in rows], "last": [r[-1] for r in rows]}
+    weights = [torch.arange(1, len(row) + 1)[:, None] for row in rows]
+    expected["weighted_mean"] = [(row * each).sum(0) / each.sum() for row, each in zip(rows, weights, strict=True)]
+    assert expected.keys() == set(POOLINGS)
     for kind, vectors in expected.items():
         assert torch.equal(pool(states, mask, kind), torch.stack(vectors))
     assert torch.equal(pool(states[:1], torch.tensor([True]), "mean"), states[:1].mean(1))  # images

@@ -12,7 +12,7 @@ from hf_efficient.measurement import retrieval
 from hf_efficient.measurement.estimates import macro_f1
 from hf_efficient.measurement.quality import compare_quality, evaluate_quality, task_of
 from hf_efficient.measurement.retrieval import find_pairs
-from hf_efficient.models.pooling import pool
+from hf_efficient.models.pooling import POOLINGS, pool
 
 from .models import bert_config, token_data
 
@@ -72,7 +72,7 @@ def test_queries_in_chunks_are_those_at_once(monkeypatch):
     assert len(whole[0].unique()) > 2
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_padding_is_left_out_and_pooling_matters(pooling):
     model = BertModel(bert_config(), add_pooling_layer=False).eval()
     data = [{**row, "pair": i // 2} for i, row in enumerate(token_data([9, 4, 6, 7, 3, 8]))]

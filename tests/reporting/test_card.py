@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_efficient.data.tasks import TASKS
-from hf_efficient.models.pooling import pool
+from hf_efficient.models.pooling import POOLINGS, pool
 from hf_efficient.recipes.recipe import Recipe, shipped_recipes
 from hf_efficient.reporting.card import TEMPLATE, model_card, recipe_text, save_card
 from hf_efficient.reporting.schema import DatasetFacts, Latency, Quality, Score, StageRecord
@@ -172,7 +172,7 @@ def test_the_relation_is_quantized_only_if_nothing_else_was_done():
     assert relation("teacher+", "quantize") == relation("prune", "quantize") == "finetune"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_embeddings_are_pooled_in_the_card_as_they_were_measured(pooling):
     score = Score("retrieval@1", 0.9, 0.01, True)
     stages = (StageRecord("distill", 1.0, {"pooling": pooling} if pooling != "mean" else {}, {}),)

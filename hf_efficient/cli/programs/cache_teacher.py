@@ -33,7 +33,7 @@ class CacheArguments(DataArguments):
         default=None, help="Or how many tokens to draw for each: unbiased, for the forward divergence."
     )
     temperature: float = HfArg(default=1.0, help="With top_k or sampled: the temperature of the training.")
-    pooling: str = HfArg(default="mean", help="Of sentence-embeddings: mean, cls or last.")
+    pooling: str = HfArg(default="mean", help="Of sentence-embeddings: mean, cls, last or weighted_mean.")
     hidden_states: list[int] = HfArg(
         default_factory=list, help="Which hidden states to keep for the hidden loss; 0: the embeddings."
     )
