@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedModelError, shown
+from ..errors import CheckpointError, ConfigError, UnsupportedModelError, shown
 from ..io.checkpoint import CONFIG, WEIGHTS, check_links, read_mapping, read_weights
 from ..io.disk import copy_file, inside, write_atomic
 from ..io.json import read_json
@@ -120,6 +120,24 @@ class SentenceModules:
             own = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return tokenizer
+
+    def check_taught(self, pooling: str | None, directions: bool, path: str = "") -> None:
+        """ConfigError if what is to be distilled are not the vectors of a chain that was read.
+
+        Parameters:
+            pooling: what was asked for, if anything.
+            directions: the vectors are taught without their lengths.
+            path: what stands before the names of the settings.
+        """
+        if not self.is_new and pooling not in (None, self.pooling):
+            raise ConfigError(
+                f"{path}pooling is {pooling!r}, but the model's own Pooling is {self.pooling!r}. Leave it out."
+            )
+        if not self.is_new and directions and self.compares_lengths:
+            raise ConfigError(
+                "The vectors of this model are compared with their lengths, which embedding_loss cosine does not "
+                f"teach. Set {path}embedding_loss to mse."
+            )
 
     def check_width(self, width: int) -> None:
         """UnsupportedModelError if a transformer of this width cannot stand before what follows it."""

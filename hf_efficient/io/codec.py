@@ -79,8 +79,8 @@ def _plain_text(text: str, secrets: tuple[str | None, ...]) -> str:
 
 
 def encode(value: Any) -> Any:
-    """A dataclass as `dataclasses.asdict` has it, without the fields that are `unsaid` while they have their default: so
-    that what an older version wrote is written as it was."""
+    """A dataclass as `dataclasses.asdict` has it, without the fields that are `unsaid` while they have their default:
+    so that what an older version wrote is written as it was."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((each, getattr(value, each.name)) for each in dataclasses.fields(value))
         return {

@@ -19,12 +19,13 @@ from ..data.bundled import resolve_model
 from ..data.datasets import load_dataset_any, rows_digest, with_texts
 from ..data.preparation import PreparedData, need_column, prepare
 from ..data.respelling import respelled
-from ..data.sentence_modules import SentenceModules, new_modules
+from ..data.sentence_modules import SentenceModules
 from ..data.tasks import TASKS, Task
 from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
-from ..models.loading import load_config, load_model, load_processor, load_sentence_modules
+from ..models.loading import load_config, load_model, load_processor
 from ..models.registry import token_limit
+from ..models.sentences import sentence_modules, write_modules
 from ..recipes.recipe import Recipe
 from ..training.ranks import count, on_main
 from .fresh import fresh_config
@@ -85,8 +86,7 @@ class Run:
         if self.task.kind != "embeddings":
             return None
         recipe = self.recipe
-        found = load_sentence_modules(recipe.model.name_or_path) if recipe.model.name_or_path else None
-        return found or new_modules(recipe.pooling, normalize=recipe.teaches_directions)
+        return sentence_modules(recipe.model.name_or_path, recipe.pooling, normalize=recipe.teaches_directions)
 
     @property
     def pooling(self) -> str:
@@ -204,13 +204,9 @@ class Run:
 
     def write_modules(self, config: PreTrainedConfig, folder: Path) -> None:
         """Beside a model of this config and its tokenizer: what makes the folder one of sentence-transformers."""
-        if self.modules is None:
-            return
-        limit = token_limit(config)
-        length = limit if self.modules.is_new or limit != token_limit(self.config) else None
-        if self.modules.is_new and length is not None:
-            length = min(length, self.processor.model_max_length)
-        self.modules.write(folder, width=config.hidden_size, max_length=length)
+        if self.modules is not None:
+            extended = token_limit(config) != token_limit(self.config)
+            write_modules(self.modules, config, self.processor, folder, extended=extended)
 
     def processor_for(self, model: PreTrainedModel) -> Any:
         """The processor; a tokenizer goes along with a model that was extended to longer inputs."""

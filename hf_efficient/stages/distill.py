@@ -140,22 +140,9 @@ class DistillStage(TrainingSettings, Stage):
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
         if self.pruning is not None:
             check_pruning(run, config, self.pruning, before)
-        if run.modules is not None and not run.modules.is_new:
-            self._check_modules(path, run.modules)
+        if run.modules is not None:
+            run.modules.check_taught(self.pooling, self.teaches_directions, f"{path}.")
         return config
-
-    def _check_modules(self, path: str, modules: Any) -> None:
-        """ConfigError for vectors that are not those of the model."""
-        if self.pooling not in (None, modules.pooling):
-            raise ConfigError(
-                f"{path}.pooling is {self.pooling!r}, but the model's own Pooling is {modules.pooling!r}. Leave it "
-                "out."
-            )
-        if modules.compares_lengths and self.teaches_directions:
-            raise ConfigError(
-                f"{path}: the vectors of this model are compared with their lengths, which embedding_loss cosine does "
-                f"not teach. Set {path}.embedding_loss to mse."
-            )
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:
         from .fit import logged_losses, trained

@@ -1,6 +1,7 @@
 """Models of sentence-transformers go in and come out as such; the real library loads them, without us if it can."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_efficient import ConfigError, Recipe, compress
+from hf_efficient import (
+    AttentionConfig,
+    ConfigError,
+    PruningConfig,
+    Recipe,
+    UnsupportedModelError,
+    compress,
+    convert_attention,
+    prune,
+)
+from hf_efficient.cli.programs.distill import read as read_distill
+from hf_efficient.cli.programs.distill import run as run_distill
+from hf_efficient.cli.programs.prune import parse as parse_prune
+from hf_efficient.cli.programs.prune import run as run_prune
 from hf_efficient.models.pooling import POOLINGS
 
+from ..processes import ROOT
 from ..sentences import NARROW, TEXTS, WIDTH, by_hand, chain, load
 from .test_tasks_end_to_end import TRAINING, rows_file
 
@@ -27,6 +42,11 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], device="cpu")
 np.save(sys.argv[2], model.encode(json.loads(sys.argv[3])))
 assert not any(name.startswith("hf_efficient") for name in sys.modules)
+np.save(
+    sys.argv[2] + "-trusted.npy",
+    SentenceTransformer(sys.argv[4], device="cpu", trust_remote_code=True).encode(json.loads(sys.argv[3])),
+)
+assert "hf_efficient" in sys.modules
 print(json.dumps([model.max_seq_length, model.prompts, model.similarity_fn_name]))
 """
 
@@ -39,12 +59,15 @@ def recipe(model, *stages, **changes):
     return Recipe.from_dict(settings | {"stages": list(stages), "measure": {"repeats": 2}} | changes)
 
 
-def in_a_fresh_process(folder, tmp_path):
-    """What `encode` gives where nothing of ours is, and what it says of itself."""
-    words = [sys.executable, "-c", FRESH, str(folder), str(tmp_path / "vectors.npy"), json.dumps(TEXTS)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+def in_a_fresh_process(portable, plugin, tmp_path):
+    """What `encode` gives of a portable model where nothing of ours is, and what that says of itself; then of a plugin
+    that is trusted."""
+    words = [sys.executable, "-c", FRESH, str(portable), str(tmp_path / "v.npy"), json.dumps(TEXTS), str(plugin)]
+    home = {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | home)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.tensor(np.load(tmp_path / "vectors.npy")), json.loads(done.stdout.splitlines()[-1])
+    vectors = [torch.tensor(np.load(tmp_path / name)) for name in ("v.npy", "v.npy-trusted.npy")]
+    return *vectors, json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_chain_comes_out_as_it_went_in(tmp_path):
@@ -58,7 +81,11 @@ def test_a_chain_comes_out_as_it_went_in(tmp_path):
         assert json.loads((result / name).read_text()) == json.loads((source / name).read_text()), name
     dense = load_file(source / "2_Dense" / "model.safetensors")
     assert all(torch.equal(dense[key], each) for key, each in load_file(result / "2_Dense/model.safetensors").items())
-    vectors, said = in_a_fresh_process(result, tmp_path)
+    plugin = load(source)
+    plugin[0].model = convert_attention(plugin[0].model, AttentionConfig("local", window=4))
+    plugin.save_pretrained(str(tmp_path / "plugin"))
+    vectors, trusted, said = in_a_fresh_process(result, tmp_path / "plugin", tmp_path)
+    assert torch.equal(trusted, torch.tensor(plugin.encode(TEXTS)))
     assert said == [12, prompts, "dot"]
     expected = by_hand(load(result), "cls")
     assert vectors.shape == (3, NARROW) and torch.allclose(vectors, expected, atol=1e-6)
@@ -158,3 +185,69 @@ def test_other_vectors_than_those_of_the_model_are_refused(said, stage, words, t
     with pytest.raises(ConfigError, match=words):
         compress(asked, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def words_of(model, command, *more):
+    rows = rows_file(model.parent, "sentence-embeddings")
+    given = {"dataset": rows, "task": "sentence-embeddings", "output_dir": model.parent / command, "max_length": 12}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))] + list(more)
+
+
+def test_the_program_that_prunes_writes_the_chain_too(tmp_path):
+    source = chain(tmp_path / "in", "cls", dense=True, normalize=True)
+    small = ["--model", str(source), "--ratio", "0.3", "--allocation", "uniform", "--round_to", "4"]
+    first = run_prune(parse_prune(words_of(source, "small", *small)))
+    model = load(tmp_path / "small")
+    assert model.max_seq_length == 12 and first[1]["parameters"] < first[0]["parameters"]
+    assert torch.allclose(torch.tensor(model.encode(TEXTS)), by_hand(model, "cls"), atol=1e-6)
+    layers = ["--model", str(source), "--ratio", "0.3", "--layer_by_layer", "always", "--round_to", "4"]
+    run_prune(parse_prune(words_of(source, "by-layer", *layers)))
+    assert load(tmp_path / "by-layer").encode(TEXTS).shape == (3, NARROW)
+
+
+def test_the_program_that_distils_pools_as_the_teacher_does(tmp_path):
+    teacher = chain(tmp_path / "in", "lasttoken", normalize=True)
+    training = ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+    narrow = ["--teacher", str(teacher), "--student_layers", "1", "--student_hidden_size", "8", *training]
+    script, args = read_distill(words_of(teacher, "student", *narrow))
+    assert args.pooling == "last"
+    run_distill(script, args)
+    model = load(tmp_path / "student")
+    assert torch.allclose(torch.tensor(model.encode(TEXTS)), by_hand(model, "last"), atol=1e-6)
+    assert model.get_embedding_dimension() == 8
+    with pytest.raises(ConfigError, match="pooling is 'cls', but the model's own Pooling is 'last'"):
+        run_distill(*read_distill(words_of(teacher, "other", *narrow, "--pooling", "cls")))
+    dense = chain(tmp_path / "dense", dense=True)
+    with pytest.raises(UnsupportedModelError, match="8 numbers wide, and Dense after pooling expect 16"):
+        run_distill(*read_distill(words_of(dense, "third", "--teacher", str(dense), *narrow[2:])))
+
+
+@pytest.mark.parametrize("kind", ["portable", "plugin"])
+def test_a_model_in_memory_is_changed_in_its_place(kind, tmp_path):
+    """Pruned within a SentenceTransformer, saved, loaded, and trained by its own trainer."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = load(chain(tmp_path / "in", normalize=True))
+    before, layers = model.encode(TEXTS), model[0].model.config.num_hidden_layers
+    config = PruningConfig(ratio=0.4, granularity=("layer",)) if kind == "portable" else PruningConfig(0.4, round_to=4)
+    batch = model.preprocess(TEXTS)
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")}]
+    model[0].model = prune(model[0].model, config, batches)
+    model.save_pretrained(str(tmp_path / "small"))
+    again = load(tmp_path / "small")
+    assert type(again[0].model).__name__ == ("BertModel" if kind == "portable" else "EfficientBertModel")
+    assert (again.encode(TEXTS) == model.encode(TEXTS)).all() and not np.allclose(
+        again.encode(TEXTS), before, atol=1e-3
+    )
+    assert (again[0].model.config.num_hidden_layers < layers) == (kind == "portable")
+    rows = Dataset.from_dict({"anchor": ["w1 w2", "w3", "w5"], "positive": ["w2", "w4", "w6"]})
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path / "training"), max_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True
+    )
+    loss = MultipleNegativesRankingLoss(again)
+    SentenceTransformerTrainer(model=again, args=arguments, train_dataset=rows, loss=loss).train()
+    assert not np.allclose(again.encode(TEXTS), model.encode(TEXTS), atol=1e-4)
+    again.save_pretrained(str(tmp_path / "trained"))
+    assert (load(tmp_path / "trained", truncate_dim=4).encode(TEXTS) == again.encode(TEXTS)[:, :4]).all()

@@ -3,7 +3,8 @@
     script, args = read(["--config", "distill.yaml", "--learning_rate", "1e-4"])
     metrics = run(script, args)
 
-The result in `output_dir` is a plain transformers model with its tokenizer and `all_results.json`.
+The result in `output_dir` is a transformers model with its tokenizer and `all_results.json`; for
+sentence-embeddings a folder of sentence-transformers.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from ...data.preparation import check_labels
+from ...data.sentence_modules import SentenceModules
 from ...data.tasks import TASKS
 from ...distillation.arguments import DistillationArguments
 from ...distillation.cache.cache import TeacherCache
@@ -25,6 +27,7 @@ from ...errors import CheckpointError, ConfigError
 from ...io.text import show
 from ...measurement.scores import METRICS, check_metrics, for_trainer, load_metrics
 from ...models.loading import load_config, load_model
+from ...models.sentences import sentence_modules, write_modules
 from ...training.ranks import leave_processes
 from ...training.trainers import MarkComplete, last_checkpoint
 from .dry_run import describe
@@ -107,14 +110,18 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     with args.main_process_first(desc="data"):
         data = script.load_data(processor, seed=args.seed if args.data_seed is None else args.data_seed)
     check_labels(config, data)
+    modules = _modules(script, args)
     set_seed(args.seed)  # for what is new in the student, such as its head
     needs_model = script.teacher is not None and (cache is None or script.student_layers is not None)
     teacher = script.load_teacher() if needs_model else None
     scores = _span_accuracy if task.kind == "spans" else None  # a perplexity is exp of `eval_loss_ce`
     if by_name:
         scores = for_trainer(by_name, data.num_labels or 0)
+    student = _student(script, config, teacher)
+    if modules is not None:
+        modules.check_width(student.config.hidden_size)
     trainer = DistillationTrainer(
-        _student(script, config, teacher),
+        student,
         args,
         teacher=cache or teacher,
         train_dataset=data.train,
@@ -136,8 +143,25 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
+    if modules is not None and args.should_save:
+        write_modules(modules, trainer.model.config, processor, args.output_dir)
     leave_processes(trainer.accelerator)
     return metrics
+
+
+def _modules(script: ScriptArguments, args: DistillationArguments) -> SentenceModules | None:
+    """The chain of a student that comes with one, else that of the teacher; None where the task has a head."""
+    directions = bool(args.losses.get("embedding")) and args.embedding_loss == "cosine"
+    if TASKS[script.task].kind != "embeddings":
+        return None
+    chains = [
+        sentence_modules(name, args.pooling, normalize=directions)
+        for name in (script.student, script.teacher)
+        if name is not None
+    ]
+    for chain in chains:
+        chain.check_taught(args.pooling, directions)
+    return next((chain for chain in chains if not chain.is_new), chains[0])
 
 
 def _checkpoint(script: ScriptArguments, args: DistillationArguments) -> str | None:

@@ -16,10 +16,12 @@ from transformers.hf_argparser import HfArg
 
 from ...data.datasets import load_dataset_any
 from ...data.preparation import PreparedData, prepare
+from ...data.sentence_modules import SentenceModules
 from ...data.tasks import ROLES, TASKS, column_name
 from ...errors import ConfigError, unknown_name
 from ...io.yaml import parse as parse_yaml
 from ...models.loading import load_model, load_processor
+from ...models.sentences import sentence_modules
 
 
 @dataclass
@@ -62,12 +64,14 @@ class DataArguments(_Columns):
 
     def load_processor(self) -> Any:
         """The teacher's tokenizer or image processor; without one, the student's."""
-        return load_processor(
+        found = load_processor(
             self.source,
             images=TASKS[self.task].is_of_images,
             whole=bool(TASKS[self.task].reads),
             trust_remote_code=self.trust_remote_code,
         )
+        modules = load_modules(self.task, self.source)
+        return found if modules is None else modules.reading_as(found)
 
     def load_teacher(self) -> PreTrainedModel:
         return load_model(TASKS[self.task].auto_class, self.source, trust_remote_code=self.trust_remote_code)
@@ -78,6 +82,11 @@ class DataArguments(_Columns):
         )
         names = [*map(column_name, ROLES), "max_length", "image_size"]
         return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})
+
+
+def load_modules(task: str, name: str) -> SentenceModules | None:
+    """What sentence-transformers has beside a model, or would have; None where the task has a head."""
+    return sentence_modules(name) if TASKS[task].kind == "embeddings" else None
 
 
 def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
@@ -105,8 +114,13 @@ def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:
 
 
 def _defaults(words: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
-    """What the task says where neither flags nor file do."""
+    """What the task and, of vectors, the teacher say where neither flags nor file do."""
     first = ArgumentParser(add_help=False)
-    first.add_argument("--task", default=values.get("task"))
-    task = TASKS.get(str(first.parse_known_args(words)[0].task))
-    return {} if task is None or task.losses is None else {"losses": dict(task.losses)}
+    for name in ("task", "teacher"):
+        first.add_argument(f"--{name}", default=values.get(name))
+    given = first.parse_known_args(words)[0]
+    task = TASKS.get(str(given.task))
+    if task is None or task.losses is None:
+        return {}
+    modules = load_modules(given.task, str(given.teacher)) if given.teacher is not None else None
+    return {"losses": dict(task.losses)} | ({} if modules is None else {"pooling": modules.pooling})

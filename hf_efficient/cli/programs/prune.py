@@ -25,10 +25,12 @@ from ...io.text import show
 from ...measurement.quality import evaluate_quality
 from ...models.loading import load_config, load_model, load_processor
 from ...models.on_disk import StoredModel
+from ...models.sentences import write_modules
 from ...pruning.config import PruningConfig
 from ...pruning.price.forecast import plan_table
 from ...pruning.prune import described, prune, search
 from ...stages.prune import BY_LAYER, CalibrationSettings, calibration_batches, is_by_layer
+from .flags import load_modules
 from .pictures import plot_importance, plot_sweep
 
 PLAN, SWEEP, PICTURE, IMPORTANCE = "plan.json", "sweep.json", "sweep.png", "importance.png"
@@ -124,22 +126,25 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     trust = {"trust_remote_code": script.trust_remote_code}
     entry = TASKS[script.task]
     processor = load_processor(script.model, images=entry.is_of_images, whole=bool(entry.reads), **trust)
+    if (modules := load_modules(script.task, script.model)) is not None:
+        processor = modules.reading_as(processor)
     names = ("seed", "limit", "test_fraction", "label_column")
     splits = load_dataset_any(script.dataset, **{name: getattr(script, name) for name in names})
     columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
     data = prepare(splits, script.task, processor, max_length=script.max_length, **columns)
     if script.ratio is not None and is_by_layer(script.layer_by_layer, script.model):
-        return _by_layer(script, data)
+        return _by_layer(script, data, modules, processor)
     model = load_model(TASKS[script.task].auto_class, script.model, **trust)
     check_labels(model.config, data)
     batches = calibration_batches(model, data, script.calibration(), script.seed)
     first = search(model, script.config(script.ratios[0]), batches)
     searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
-    rows = [_row(script, 0.0, 0.0, model, data)]
+    pooling = "mean" if modules is None else modules.pooling
+    rows = [_row(script, 0.0, 0.0, model, data, pooling)]
     for ratio, one in zip(script.ratios, searches, strict=True):
         plan = described(one)
         small = one.cutter.cut(plan).model
-        rows.append(_row(script, ratio, plan.forecast.removed_macs, small, data))
+        rows.append(_row(script, ratio, plan.forecast.removed_macs, small, data, pooling))
         show(f"ratio {ratio}: {rows[-1]['metric']} {rows[-1]['score']:.4f}, dense {rows[0]['score']:.4f}")
     with new_folder(folder) as target:
         if script.ratio is None:
@@ -153,25 +158,29 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
             plan.save(target / PLAN)
             if processor is not None:
                 processor.save_pretrained(target)
+            if modules is not None:
+                write_modules(modules, small.config, processor, target)
     return rows
 
 
-def _by_layer(script: ScriptArguments, data: PreparedData) -> list[dict[str, Any]]:
+def _by_layer(script: ScriptArguments, data: PreparedData, modules: Any, processor: Any) -> list[dict[str, Any]]:
     """From folder to folder; the numbers are sizes alone."""
     check_labels(load_config(script.model), data)
     batches = calibration_batches(None, data, script.calibration(), script.seed)
     config = script.config(script.ratios[0])
     folder = prune(script.model, config, batches, output_dir=script.output_dir)
     models = [(0.0, StoredModel.open(script.model)), (config.ratio, StoredModel.open(folder))]
+    if modules is not None:
+        write_modules(modules, models[1][1].model.config, processor, folder)
     show(f"{folder}: pruned layer by layer, and not scored")
     return [{"ratio": ratio, "parameters": stored.model.num_parameters()} for ratio, stored in models]
 
 
 def _row(
-    script: ScriptArguments, ratio: float, removed: float, model: PreTrainedModel, data: PreparedData
+    script: ScriptArguments, ratio: float, removed: float, model: PreTrainedModel, data: PreparedData, pooling: str
 ) -> dict[str, Any]:
     size = script.calibration().batch_size
-    evaluation = evaluate_quality(model, data.test, data.collator, script.task, batch_size=size)
+    evaluation = evaluate_quality(model, data.test, data.collator, script.task, batch_size=size, pooling=pooling)
     score = evaluation.quality.scores[0]
     return {
         "ratio": ratio,
