@@ -64,7 +64,10 @@ def test_a_large_model_is_pruned_from_folder_to_folder(tmp_path, monkeypatch):
     splits = DatasetDict({name: Dataset.from_dict({"text": TEXTS}) for name in ("train", "test")})
     data = prepare(splits, "causal-lm", tokenizer, max_length=16)
     run = SimpleNamespace(
-        data=lambda config: data, recipe=SimpleNamespace(seed=0), load=lambda _: pytest.fail("loaded")
+        data=lambda config: data,
+        recipe=SimpleNamespace(seed=0),
+        load=lambda _: pytest.fail("loaded"),
+        write_modules=lambda config, folder: None,
     )
     settings = {"ratio": 0.3, "importance": "magnitude", "calibration_samples": 4}
     stage = PruneStage.read(settings | {"layer_by_layer": "always"}, "prune", "causal-lm")
