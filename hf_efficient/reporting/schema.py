@@ -82,11 +82,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of one forward, over `rounds` rounds after `warmup` uncounted ones.
-
-    Parameters:
-        waited: the part of the time of its threads in which they were ready and had no core; None: unknown.
-    """
+    """Times of one forward, over `rounds` rounds after `warmup` uncounted ones. `waited`: the part of the time of its
+    threads in which they were ready and had no core; None: unknown."""
 
     median_ms: float
     p95_ms: float
@@ -111,10 +108,8 @@ NO_SCORE = Score("", math.nan, math.nan, True)
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores on a data set, the task's main score first; `targets` counts labels (tokens for text generation).
-
-    `largest_class`: of classes, the part of the samples that the most frequent one has, which anyone can guess.
-    """
+    """Scores on a data set, the task's main score first; `targets` counts labels (tokens for text generation), and
+    `largest_class` is the part of the samples that the most frequent class has, which anyone can guess."""
 
     task: str
     samples: int
