@@ -212,7 +212,7 @@ def _own_windows(name: str, model_type: str, stacks: Mapping[str, ConfigStack]) 
     With causality i - w < j <= i, else |i - j| <= w, as transformers' masks have them.
     """
     if name != NATIVE:
-        raise ConfigError(f"{shown(name)} is no attention. Give an AttentionConfig, a mapping, or {NATIVE!r}.")
+        raise ConfigError(f"Expected an AttentionConfig or a mapping, or {NATIVE!r}, got {shown(name)}.")
     if any(getattr(stack.sizes, "use_bidirectional_attention", False) for stack in stacks.values()):
         raise UnsupportedModelError(
             f"This {model_type} sees both sides of a window that its config counts in another way. Give the window "

@@ -31,7 +31,7 @@ def test_native_computes_the_windows_of_the_model_and_changes_no_answer(name, si
 def test_native_needs_a_window():
     with pytest.raises(UnsupportedModelError, match="No layer of this llama has a sliding window"):
         convert_attention(make_model("llama"), "native")
-    with pytest.raises(ConfigError, match="'nativ' is no attention"):
+    with pytest.raises(ConfigError, match="Expected an AttentionConfig or a mapping, or 'native', got 'nativ'"):
         convert_attention(make_model("llama"), "nativ")
     model = make_model("gemma3_text", sliding_window=5)
     model.config.use_bidirectional_attention = True

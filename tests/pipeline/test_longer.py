@@ -82,10 +82,11 @@ def test_the_student_reads_whole_texts_and_the_teacher_their_beginning(ended):
     assert teacher.quality.samples == student.quality.samples == 12
     assert teacher.workload.sequence_length == student.workload.sequence_length == 48
     assert report.comparison.quality_difference is not None and report.comparison.mac_ratio < 1
-    quality, latency = report.warnings
+    told = [note for note in report.warnings if not note.startswith(("The machine was busy", "The teacher is right"))]
+    quality, latency = told
     assert "takes 16 tokens" in quality and "first 16 tokens of each text" in quality
     assert "At 48 tokens" in latency and "For 1 x 16 tokens" in latency
-    for note in report.warnings:
+    for note in told:
         assert note in text_table(report) and note in (out / "model/README.md").read_text()
     model = AutoModelForSequenceClassification.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")

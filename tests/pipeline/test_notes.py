@@ -40,9 +40,11 @@ def test_of_the_model_then_of_its_training_then_of_exports(last):
     dense = dataclasses.replace(dense, nonzero_parameters=dense.parameters)
     sparse = dataclasses.replace(dense, nonzero_parameters=dense.parameters // 2)
     records = [StageRecord(name, 1.0, facts=FACTS[name]) for name in names]
-    notes = _notes(recipe, records, dense)
+    notes = _notes(recipe, records, dataclasses.replace(sample_report().student, size=dense))
     assert len(notes) == len(names)
     for note, beginning in zip(notes, [text for name, text in BEGINNINGS.items() if name in names], strict=True):
         assert note.startswith(beginning)
-    assert _notes(recipe, records, sparse)[0].startswith("50% of the parameters are zero")
-    assert _notes(recipe, records, sparse)[1:] == notes
+    assert _notes(recipe, records, dataclasses.replace(sample_report().student, size=sparse))[0].startswith(
+        "50% of the parameters are zero"
+    )
+    assert _notes(recipe, records, dataclasses.replace(sample_report().student, size=sparse))[1:] == notes

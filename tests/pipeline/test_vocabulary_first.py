@@ -133,10 +133,6 @@ def test_rows_that_become_too_long_are_an_error_before_what_follows(recipe, tmp_
         ({"stages": [{"prune": {}}, {"vocabulary": {}}, {"distill": {}}]}, "must come after distill, not before"),
         ({"stages": [{"vocabulary": {"max_tokens": 9, "common_share": 0.5}}]}, "Give one of them"),
         ({"stages": [{"vocabulary": {"common_share": 2}}]}, "from 0 to 1"),
-        (
-            {"task": "seq2seq", "stages": [{"vocabulary": {}}]},
-            "needs one of the tasks text-classification, sentence-embeddings, causal-lm",
-        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(recipe, change, words, tmp_path):

@@ -91,10 +91,10 @@ def test_a_finished_stage_is_read_again_with_its_tokenizer(recipe, finished, tmp
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"stages": [{"vocabulary": {}}, {"distill": {}}]}, "must come after distill, not before"),
+        ({"stages": [{"prune": {}}, {"vocabulary": {}}, {"distill": {}}]}, "must come after distill, not before"),
         ({"stages": [{"vocabulary": {"ratio": 0.5}}]}, r"stages\[0\]\.vocabulary"),
         ({"stages": [{"vocabulary": {"max_tokens": 0}}]}, r"max_tokens must be an integer from 1"),
-        ({"task": "causal-lm"}, "needs task text-classification"),
+        ({"task": "seq2seq"}, "needs one of the tasks text-classification"),
         ({"stages": [{"prune": {"granularity": ["vocabulary"]}}]}, "in a recipe the last stage `vocabulary"),
     ],
 )
