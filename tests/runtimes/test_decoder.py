@@ -63,7 +63,7 @@ def written(folder, ids, mask, count):
 
 def as_generated(model, folder, vocabulary, count=12):
     torch.manual_seed(1)
-    ids = torch.randint(3, vocabulary, (2, 9))
+    ids = torch.randint(3, vocabulary, (6, 9))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0  # on the left, as tokenizers of decoders pad
     model.generation_config.eos_token_id = None
