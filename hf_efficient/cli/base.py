@@ -131,7 +131,7 @@ def main() -> None:
         if os.environ.get(DEBUG):
             raise
         if isinstance(error, RequirementError):
-            for line in error.misses:
+            for line in error.misses if rank() == 0 else ():  # all processes measured the same
                 say(f"missed: {line}")
             raise SystemExit(MISSED) from None
         message = str(error) if isinstance(error, HfEfficientError) else _told(error)

@@ -12,14 +12,16 @@ TASKS = Path("/proc/self/task")
 
 def run_delay() -> float | None:
     """Seconds since the process began; None where the system does not say (other systems, some containers)."""
+    if not TASKS.is_dir():
+        return None
     total = 0
-    try:
-        for task in TASKS.iterdir():
+    for task in TASKS.iterdir():
+        try:
             _, waited, _ = (task / "schedstat").read_text().split()
             total += int(waited)
-    except FileNotFoundError:  # a thread that ended meanwhile; or no Linux
-        if not TASKS.is_dir():
+        except (FileNotFoundError, ProcessLookupError):
+            if task.is_dir():  # no thread that ended meanwhile: this system does not count
+                return None
+        except (OSError, ValueError):
             return None
-    except (OSError, ValueError):
-        return None
     return total / 1e9

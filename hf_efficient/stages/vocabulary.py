@@ -34,7 +34,7 @@ class VocabularyStage(Stage):
     it must be the first.
 
     `common_share`: ids of BPE and Unigram tokenizers go from common tokens to rare ones in what they were made from;
-    by default 0, for a language model 0.5.
+    by default none, for a language model 0.5.
     """
 
     followers = ("quantize", "export")
@@ -43,7 +43,7 @@ class VocabularyStage(Stage):
     new_tokenizer = True
 
     max_tokens: int | None = integer(None, 1, 1 << 24, optional=True)
-    common_share: float = number(0.0, 0, 1)
+    common_share: float | None = number(None, 0, 1, optional=True)
 
     @classmethod
     def read(cls, section: Any, path: str, task: str | None = None) -> "VocabularyStage":
@@ -59,8 +59,8 @@ class VocabularyStage(Stage):
         return stage
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not as usual."""
-        return {name: value for name, value in super().to_dict().items() if value}
+        """What is given, or usual for the task."""
+        return {name: value for name, value in super().to_dict().items() if value is not None}
 
     def check_task(self, path: str, task: str) -> None:
         if task not in TASKS:
@@ -85,7 +85,7 @@ class VocabularyStage(Stage):
         from ..pruning.cut.vocabulary import prune_vocabulary
 
         model, tokenizer = run.load(source), load_processor(str(source), images=False)
-        common = range(int(self.common_share * len(tokenizer)))
+        common = range(int((self.common_share or 0) * len(tokenizer)))
         texts = run.texts("text", "text_pair")
         small, short = prune_vocabulary(model, tokenizer, texts, keep=common, max_tokens=self.max_tokens)
         facts = {"tokens_before": len(tokenizer), "tokens_after": len(short)}

@@ -10,7 +10,7 @@ import pytest
 
 from hf_efficient import Recipe
 from hf_efficient.cli import app, base, parse_overrides
-from hf_efficient.errors import ConfigError, HfEfficientError
+from hf_efficient.errors import ConfigError, HfEfficientError, RequirementError
 
 from ..commands import cli
 from ..families import make_model
@@ -349,3 +349,16 @@ def test_one_process_of_several_answers(monkeypatch):
     done = cli("list", "tasks")
     assert not done.stdout and done.returncode == 0
     assert cli("list", "nothing").stderr.startswith("error in process 1: ")
+
+
+def test_what_is_missed_is_told_once(monkeypatch, tmp_path):
+    def misses(*args, **kwargs):
+        raise RequirementError(["size is 0.5 of the teacher, more than 0.25", "speedup is 1.00x, less than 4x"])
+
+    monkeypatch.setattr("hf_efficient.pipeline.compress.compress", misses)
+    words = ("compress", "digits", "--output-dir", str(tmp_path / "out"))
+    done = cli(*words)
+    assert done.returncode == 3 and done.stderr.count("missed: ") == 2 and not done.stdout
+    monkeypatch.setenv("RANK", "1")
+    done = cli(*words)
+    assert done.returncode == 3 and "missed" not in done.stderr

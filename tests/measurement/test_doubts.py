@@ -91,6 +91,20 @@ def test_the_share_of_the_largest_class_is_counted():
 def test_other_systems_say_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_efficient.measurement.run_delay.TASKS", tmp_path / "none")
     assert run_delay() is None
+    monkeypatch.setattr("hf_efficient.measurement.run_delay.TASKS", tmp_path)
+    (tmp_path / "1").mkdir()
+    assert run_delay() is None
+    (tmp_path / "1" / "schedstat").write_text("no number 3")
+    assert run_delay() is None
+
+
+def test_a_thread_that_ends_meanwhile_leaves_the_others_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_efficient.measurement.run_delay.TASKS", tmp_path)
+    for name, waited in (("1", 2_000_000_000), ("3", 500_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schedstat").write_text(f"7 {waited} 3\n")
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: iter([self / "1", self / "2", self / "3"]))
+    assert run_delay() == 2.5
 
 
 @pytest.mark.processes

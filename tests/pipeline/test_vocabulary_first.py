@@ -144,5 +144,9 @@ def test_a_language_model_keeps_the_common_half_by_default():
     stage = {"name": "a", "task": "causal-lm", "model": {"name_or_path": "gpt2"}, "data": DATA}
     read = Recipe.from_dict(stage | {"stages": [{"vocabulary": {}}]}).stages[0].settings
     few = Recipe.from_dict(stage | {"stages": [{"vocabulary": {"max_tokens": 900}}]}).stages[0].settings
-    assert (read.common_share, few.common_share) == (0.5, 0.0)
+    none = Recipe.from_dict(stage | {"stages": [{"vocabulary": {"common_share": 0.0}}]})
+    assert (read.common_share, few.common_share) == (0.5, None)
     assert read.to_dict() == {"common_share": 0.5} and few.to_dict() == {"max_tokens": 900}
+    assert none.stages[0].settings.to_dict() == {"common_share": 0.0} and Recipe.from_dict(none.to_dict()) == none
+    other = stage | {"task": "text-classification", "stages": [{"vocabulary": {}}]}
+    assert Recipe.from_dict(other).stages[0].settings.to_dict() == {}
