@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..data.preparation import PreparedData
 from ..io.disk import remove_own
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
+from ..training.precision import precision_arguments
 from ..training.ranks import count, from_main, meet, on_cpu, on_main
 from ..training.trainers import ExactTrainer, MarkComplete, in_smaller_batches, last_checkpoint
 from .base import Run
@@ -35,6 +36,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """`batch_size`: a divisor of the one in the settings, which as many accumulated batches make up. It is that of all
     processes together."""
+    precision = precision_arguments(settings.mixed_precision)
     return kind(
         output_dir=str(target / "trainer"),
         num_train_epochs=settings.epochs,
@@ -51,9 +53,11 @@ def training_arguments(
         save_total_limit=1,
         logging_steps=10,
         report_to="none",
-        use_cpu=count() > 1 and on_cpu(),
+        # Without being told, accelerate shares no work there and refuses bf16.
+        use_cpu=(count() > 1 and on_cpu()) or (bool(precision) and not torch.accelerator.is_available()),
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        **precision,
         **more,
     )
 
@@ -107,6 +111,7 @@ def fit(trainer: Trainer) -> None:
     """Train from the start, or from the last complete checkpoint of a run that was stopped; then tidy up."""
     folder = str(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=from_main(lambda: last_checkpoint(Path(folder))))
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whose forward was mixed precision
     meet()  # each writes its own part of a checkpoint
     on_main(lambda: remove_own(folder))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, did_you_mean, shown
+from ..training.precision import PRECISIONS
 
 MAX_TOKENS = 1 << 20
 MAX_BATCH = 1 << 16
@@ -141,3 +142,11 @@ class TrainingSettings(Settings):
     warmup_ratio: float = number(0.1, 0, 0.99)
     weight_decay: float = number(0.0, 0, 10)
     max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens; null: as data.max_length
+    mixed_precision: str | None = one_of(None, PRECISIONS, optional=True)  # null: float32
+
+    def to_dict(self) -> dict[str, Any]:
+        """`mixed_precision` only where it is asked for."""
+        written = super().to_dict()
+        if self.mixed_precision is None:
+            del written["mixed_precision"]
+        return written
