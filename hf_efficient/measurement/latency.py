@@ -41,7 +41,7 @@ class LatencyComparison:
 
 def compare_latency(
     models: Mapping[str, torch.nn.Module],
-    inputs_of: Callable[[torch.nn.Module], Mapping[str, Any]],
+    inputs_of: Callable[[torch.nn.Module], Mapping[str, Any] | Sequence[Mapping[str, Any]]],
     *,
     rounds: int = 20,
     warmup: int = 3,
@@ -51,7 +51,8 @@ def compare_latency(
 
     Parameters:
         models: name -> model; timed in this order.
-        inputs_of: makes each model's inputs, once, outside the timing.
+        inputs_of: makes each model's inputs, once, outside the timing: those of all rounds, or a list of them that
+            the rounds go through again and again.
         rounds: at least 2. warmup: uncounted rounds before.
         threads: CPU threads while timing (None: as they are); put back afterwards.
 
@@ -67,13 +68,15 @@ def compare_latency(
     seconds: dict[str, list[float]] = {name: [] for name in models}
     waited: dict[str, list[float | None]] = {name: [] for name in models}
     with evaluating(*models.values()), using_threads(threads) as used:
-        inputs = {name: inputs_of(model) for name, model in models.items()}
+        made = {name: inputs_of(model) for name, model in models.items()}
+        inputs = {name: [each] if isinstance(each, Mapping) else list(each) for name, each in made.items()}
         for round_number in range(warmup + rounds):
             for name, model in models.items():
+                given = inputs[name][(round_number - warmup) % len(inputs[name])]
                 if len(models) > 1:
-                    model(**inputs[name])
+                    model(**given)
                 before = run_delay()
-                spent = _time_once(model, inputs[name])
+                spent = _time_once(model, given)
                 if round_number >= warmup:
                     seconds[name].append(spent)
                     after = run_delay()

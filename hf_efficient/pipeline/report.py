@@ -4,7 +4,7 @@ report = measured(run, folder / "3-distill", records, exports)
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 
     from ..models.stacks import ModelStack
     from ..recipes.recipe import Recipe
+    from ..runtimes.runtime import Reader, Work
     from .run import Run
 
 
 def measured(
     run: "Run", student_folder: Path, records: list[StageRecord], exports: list[tuple[Path, dict[str, Any]]]
 ) -> Report | None:
+    """`exports`: the folder of each, and the facts of its stage."""
     import torch
 
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
     from ..measurement.scores import load_metrics
     from ..models.registry import token_limit
-    from ..runtimes.runtime import Reader, Work, measure_export
+    from ..runtimes.runtime import Reader, Work
     from ..training.ranks import alone, is_main
 
     recipe, reader, threads = run.recipe, run.read_as(student_folder), torch.get_num_threads()
@@ -57,9 +59,9 @@ def measured(
         return None
     rounds = {"batch_size": settings.batch_size, "rounds": min(settings.repeats, 10), "threads": threads}
     with alone():
-        small, new = Reader(student, prepared.test, prepared.collator), settings.new_tokens
+        small = Reader(student, prepared.test, prepared.collator)
         dense = Reader(baseline, original.test, original.collator)
-        runtimes = tuple(measure_export(facts, folder, small, dense, work, new) for folder, facts in exports)
+        in_runtimes, notes = _in_runtimes(run, exports, small, dense, work)
         lengths = measure_lengths(student, baseline, settings.lengths or usual_lengths(length), **rounds)
         language = _of_language(run, reader, teacher, student, length)
     return Report(
@@ -71,13 +73,33 @@ def measured(
         dataset=DatasetFacts(recipe.data.name_or_path, {"train": len(prepared.train), "test": len(prepared.test)}),
         stages=tuple(records),
         structure=structure(teacher, student),
-        warnings=(*warnings, *(run.modules.notes if run.modules else ()), *_notes(recipe, records, both)),
+        warnings=(*warnings, *(run.modules.notes if run.modules else ()), *_notes(recipe, records, both), *notes),
         recipe=recipe.to_dict(),
         seed=recipe.seed,
-        exports=runtimes,
         lengths=lengths,
+        **in_runtimes,
         **language,
     )
+
+
+def _in_runtimes(
+    run: "Run", exports: list[tuple[Path, dict[str, Any]]], student: "Reader", teacher: "Reader", work: "Work"
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a report on other runtimes and on texts as they come in, and notes for its reader."""
+    from ..runtimes.runtime import measure_export
+    from ..runtimes.served import Programs, measure_serving
+    from .teachers import exported_teacher
+
+    settings, made, programs, notes = run.recipe.measure, [], [], []
+    if exports:
+        teacher = replace(teacher, evaluation=teacher.evaluated(work))
+    for folder, facts in exports:
+        there, note = exported_teacher(run, teacher.model, facts) if settings.teacher_exports else (None, "")
+        notes += [note] if note else []
+        made.append(measure_export(facts, folder, student, teacher, work, settings.new_tokens, there))
+        programs.append(Programs(facts["format"], folder, there))
+    serving = measure_serving(settings.serving or [], student, teacher, programs, settings.repeats)
+    return {"exports": tuple(made), "serving": serving}, notes
 
 
 def _of_language(

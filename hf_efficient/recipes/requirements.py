@@ -46,7 +46,7 @@ class Requirements(Settings):
 
         `score`: the student's main score, for which way is better.
         """
-        from ..reporting.tables import format_ratio, is_fraction, scale_of
+        from ..reporting.numbers import format_ratio, is_fraction, scale_of
 
         lines = []
         if self.quality_loss is not None:

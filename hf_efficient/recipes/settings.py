@@ -13,6 +13,7 @@ from ..data.bundled import DATASETS, MODELS, PREFIX
 from ..data.tasks import ROLES, TASKS, column_name
 from ..errors import ConfigError, shown, unknown_name
 from ..io.yaml import plain
+from ..reporting.timing import LOADS
 from ..stages.settings import MAX_BATCH, MAX_STEPS, MAX_TOKENS, Settings, flag, integer, keys_of, number, ruled, text
 
 MAX_INPUT = 1 << 24  # tokens in one batch that is made up to be timed
@@ -181,6 +182,13 @@ class MeasureSettings(Settings):
         ),
         optional=True,
     )
+    serving: list[str] | None = ruled(  # how texts of the test set come in, timed for every runtime
+        None,
+        f"a list of different names out of {', '.join(LOADS)}",
+        lambda value: is_names(value) and set(value) <= set(LOADS),
+        optional=True,
+    )
+    teacher_exports: bool = flag(True)  # the teacher in the runtime of every export too, to compare with
     energy: bool = flag(False)  # of every stage and of 1,000 inputs, by codecarbon
     country: str | None = ruled(  # where the power comes from, for CO2; null: only energy is told
         None,
@@ -203,6 +211,10 @@ class MeasureSettings(Settings):
         """Raises ConfigError for what the models of a task cannot do."""
         if self.new_tokens is not None and task != "causal-lm":
             raise ConfigError(f"measure.new_tokens is for task 'causal-lm', not for {task!r}. Leave it out.")
+        if self.serving and (TASKS[task].is_of_images or TASKS[task].reads or task == "seq2seq"):
+            raise ConfigError(
+                f"measure.serving is for models that read one text, not for task {task!r}. Leave it out."
+            )
         if self.other_data and TASKS[task].is_of_images:
             raise ConfigError(f"measure.other_data is for tasks of texts, not for {task!r}. Leave it out.")
 
@@ -216,9 +228,10 @@ class MeasureSettings(Settings):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is rare only where it is given."""
-        plain = ("batch_size", "sequence_length", "repeats")
-        return {name: value for name, value in super().to_dict().items() if name in plain or value}
+        """What is rare only where it is given, and what is on only where it is turned off."""
+        plain, values = ("batch_size", "sequence_length", "repeats"), super().to_dict()
+        off = {} if values.pop("teacher_exports") else {"teacher_exports": False}
+        return {name: value for name, value in values.items() if name in plain or value} | off
 
 
 def recipe_name(name: Any, path: str) -> None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..data.tasks import TASKS
 from ..io.disk import write_atomic
 from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code
+from .exported import describe_exports, describe_serving
 from .language_tables import describe_generation, language_rows, samples
+from .numbers import format_seconds
 from .plots import ACCURACY_LATENCY, STRUCTURE
 from .schema import Report, StageRecord
 from .tables import (
@@ -24,10 +26,10 @@ from .tables import (
     describe_footprint,
     describe_machine,
     describe_workload,
-    format_seconds,
     listed,
     markdown,
     markdown_exports,
+    markdown_serving,
     markdown_structure,
     markdown_table,
 )
@@ -84,6 +86,9 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         samples=samples(report),
         structure=markdown_structure(report),
         exports=markdown_exports(report),
+        export_words=describe_exports(report),
+        serving=markdown_serving(report),
+        serving_words=describe_serving(report),
         quantized=any(stage.name == "quantize" for stage in report.stages),
         workload=describe_workload(report.student),
         machine=describe_machine(report),

@@ -4,8 +4,9 @@ language_rows(report)          # perplexity on other texts, reading and writing,
 samples(report)                # (prompt, teacher, student)
 """
 
+from .exported import name_export
+from .numbers import format_bytes, format_ms, format_ratio, format_speedup, is_fraction, scale_of
 from .schema import Report
-from .tables import format_bytes, format_ms, format_ratio, format_speedup, is_fraction, name_export, scale_of
 
 SHOWN = 600  # characters of a text
 
@@ -30,8 +31,13 @@ def language_rows(report: Report) -> list[tuple[str, str, str, str]]:
         rows.append((what, format_ms(before), format_ms(after), change))
     for export in report.exports:
         if export.writing is not None and export.writing_speedup is not None:
-            change = f"{format_speedup(export.writing_speedup)} speed-up"
-            rows.append((f"each token written, {name_export(export)}", "", format_ms(export.writing.token_ms), change))
+            change, dense, there = f"{format_speedup(export.writing_speedup)} speed-up", "", export.teacher
+            if there is not None and there.writing is not None and export.writing.token_ms > 0:
+                over = f"{format_speedup(export.writing_speedup)} over PyTorch"
+                dense = format_ms(there.writing.token_ms)
+                change = f"{format_speedup(there.writing.token_ms / export.writing.token_ms)} speed-up, {over}"
+            what = f"each token written, {name_export(export)}"
+            rows.append((what, dense, format_ms(export.writing.token_ms), change))
     old_bytes, new_bytes = made.teacher.cache_bytes, made.student.cache_bytes
     change = format_ratio(new_bytes / old_bytes) if old_bytes > 0 else ""
     rows.append(("cache", format_bytes(old_bytes), format_bytes(new_bytes), change))

@@ -6,6 +6,7 @@ report_page([one, two, three])                           # several results: a co
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,44 @@ from ..errors import ConfigError
 from ..io.disk import write_atomic
 from ..io.text import for_terminal
 from .card import recipe_text
-from .language_tables import describe_generation, language_rows, samples
-from .schema import ExportRecord, Measurement, Report, StageRecord
-from .svg import COLOURS, Line, Point, drawable, lines, scatter
-from .tables import (
-    EXPORT_HEADER,
-    HEADER,
-    RESULTS_HEADER,
+from .exported import (
+    SERVING_HEADER,
     best_export,
-    comparison_rows,
-    describe_energy,
-    describe_footprint,
-    describe_machine,
-    describe_workload,
+    describe_exports,
+    describe_serving,
+    export_header,
     export_rows,
+    headline,
+    name_export,
+    serving_rows,
+)
+from .language_tables import describe_generation, language_rows, samples
+from .numbers import (
     format_bytes,
     format_count,
-    format_difference,
-    format_export_change,
     format_ms,
     format_ratio,
     format_score,
     format_seconds,
     format_speedup,
     is_fraction,
+    scale_of,
+)
+from .schema import Latency, Report, Score, StageRecord
+from .svg import COLOURS, Line, Point, drawable, lines, scatter
+from .tables import (
+    HEADER,
+    RESULTS_HEADER,
+    comparison_rows,
+    describe_energy,
+    describe_footprint,
+    describe_machine,
+    describe_workload,
+    format_difference,
     kept,
     layer_names,
     listed,
-    name_export,
     result_rows,
-    scale_of,
 )
 from .usage import loading_snippet
 
@@ -105,8 +114,12 @@ def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
         "language": language_rows(report),
         "generation": describe_generation(report),
         "samples": samples(report),
-        "export_header": EXPORT_HEADER,
+        "export_header": export_header(report),
         "exports": export_rows(report),
+        "export_words": describe_exports(report),
+        "serving_header": SERVING_HEADER,
+        "serving": serving_rows(report),
+        "serving_words": describe_serving(report),
         "pareto": _pareto([report], [name]),
         "lengths": _lengths(report),
         "layers": [
@@ -146,8 +159,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         tiles.append((format_count(student.size.macs), f"MACs, {format_ratio(compared.mac_ratio)} the teacher's"))
     best = best_export(report)
     if best is not None:
-        what = f"the speed of the teacher in PyTorch, as {name_export(best, ' ')}: {format_export_change(best)}"
-        tiles.append((format_speedup(best.speedup), what))
+        tiles.append(headline(best))
     return tiles
 
 
@@ -155,14 +167,21 @@ def _pareto(reports: Sequence[Report], names: Sequence[str]) -> str:
     points: list[Point] = []
     teachers = set()
     for number, (report, name) in enumerate(zip(reports, names, strict=True)):
-        colour = COLOURS[number % len(COLOURS)]
-        if report.teacher is not None:
+        colour, teacher = COLOURS[number % len(COLOURS)], report.teacher
+        if teacher is not None and teacher.quality is not None:
             label = report.base_model.split("/")[-1]
-            points += _points(report.teacher, "" if label in teachers else label, "teacher", filled=False)
+            points.append(
+                _point(teacher.latency, teacher.quality.main, "" if label in teachers else label, "teacher", False)
+            )
             teachers.add(label)
-        points += _points(report.student, name, colour)
+        if report.student.quality is not None:
+            points.append(_point(report.student.latency, report.student.quality.main, name, colour))
         for each in report.exports:
-            points += _points(each, name_export(each), colour, filled=False)
+            main, what, there = each.quality.main, name_export(each), each.teacher
+            points.append(_point(each.latency, main, what, colour, False))
+            if there is not None:
+                score = replace(main, value=there.score, standard_error=there.standard_error)
+                points.append(_point(there.latency, score, f"teacher, {what}", "teacher", False))
     quality = reports[0].student.quality
     if quality is None:
         return ""
@@ -170,12 +189,9 @@ def _pareto(reports: Sequence[Report], names: Sequence[str]) -> str:
     return scatter(points, "median latency, ms", name, "high" if quality.main.higher_is_better else "low")
 
 
-def _points(measured: Measurement | ExportRecord, label: str, colour: str, filled: bool = True) -> list[Point]:
-    if measured.quality is None:
-        return []
-    main = measured.quality.main
+def _point(latency: Latency, main: Score, label: str, colour: str, filled: bool = True) -> Point:
     scale = scale_of(main.name)
-    return [Point(measured.latency.median_ms, scale * main.value, label, colour, scale * main.standard_error, filled)]
+    return Point(latency.median_ms, scale * main.value, label, colour, scale * main.standard_error, filled)
 
 
 def _lengths(report: Report) -> str:

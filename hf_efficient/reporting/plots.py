@@ -20,9 +20,10 @@ from ..errors import ConfigError, DataError
 from ..io.disk import write_atomic
 from ..io.text import for_plot
 from .labels import Box, place_labels
+from .numbers import is_fraction, scale_of
 from .schema import Latency, Quality, Report
 from .svg import drawable
-from .tables import describe_machine, describe_workload, is_fraction, kept, layer_names, scale_of
+from .tables import describe_machine, describe_workload, kept, layer_names
 
 ACCURACY_LATENCY = "accuracy_latency.png"
 STRUCTURE = "structure.png"

@@ -22,6 +22,7 @@ from ..io.disk import write_atomic
 from ..io.environment import Environment, package_commit
 from ..io.json import parse_json, read_text
 from .language import Decoding, Domain, Generation
+from .timing import LATER, UNSAID, ExportedTeacher, Latency, LengthPoint, Serving
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
@@ -30,8 +31,6 @@ LIBRARIES = ("transformers", "sentence-transformers")
 MAX_ITEMS = 20_000  # stages, layers, warnings and the like: above any real model
 # What may stand in code that a reader copies: the Auto classes that transformers could have.
 _AUTO_MODEL, _AUTO_PROCESSOR = re.compile(r"AutoModel[A-Za-z0-9]{0,60}"), re.compile(r"Auto[A-Za-z0-9]{1,60}")
-LATER = {"later": True}  # a field that reports of this version may lack, since it came after they were written
-UNSAID = LATER | {"unsaid": True}  # and that is not written while it says what is usual
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,6 @@ class Size:
     def is_sparse(self) -> bool:
         """More than a percent of zeros: biases and padding rows of a dense model are zero too."""
         return self.sparsity > 0.01
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Times of one forward, over `rounds` rounds after `warmup` uncounted ones. `waited`: the part of the time of its
-    threads in which they were ready and had no core; None: unknown."""
-
-    median_ms: float
-    p95_ms: float
-    min_ms: float
-    rounds: int
-    warmup: int
-    waited: float | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)
@@ -205,7 +191,8 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """The student in another runtime, timed in turn with the teacher in PyTorch.
+    """The student in another runtime, timed in turn with the teacher in PyTorch and, where it could be made, the
+    teacher in that runtime.
 
     Parameters:
         folder: where it lies, beside the report.
@@ -214,6 +201,7 @@ class ExportRecord:
         quality_difference: to the teacher, on the same samples, with its paired standard error.
         cache: True: a decoder that writes.
         writing: how it reads and writes, where that was asked for, with the teacher's time for a token / its own.
+        teacher: the same of the teacher; None: it was not made.
     """
 
     format: str
@@ -230,15 +218,7 @@ class ExportRecord:
     cache: bool | None = field(default=None, metadata=UNSAID)
     writing: Decoding | None = field(default=None, metadata=UNSAID)
     writing_speedup: float | None = field(default=None, metadata=UNSAID)
-
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """Median times of one forward of the workload's batch at another length; None: the teacher does not take it."""
-
-    sequence_length: int
-    student_ms: float
-    teacher_ms: float | None
+    teacher: ExportedTeacher | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)
@@ -274,6 +254,7 @@ class Report:
         auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
         exports: the student in other runtimes. lengths: latency against length, shortest first.
         domains: quality on further data. generation: teacher and student while they write.
+        serving: times of texts as they come in, of all programs.
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
         library_name: that in which the receiver uses it: `"transformers"` or `"sentence-transformers"`.
 
@@ -305,6 +286,7 @@ class Report:
     domains: tuple[Domain, ...] = field(default=(), metadata=UNSAID)
     generation: Generation | None = field(default=None, metadata=UNSAID)
     library_name: str = field(default="transformers", metadata=UNSAID)
+    serving: tuple[Serving, ...] = field(default=(), metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:
@@ -317,7 +299,7 @@ class Report:
             raise ConfigError(f"auto_class must be as 'AutoModelForCausalLM', got {shown(self.auto_class)}.")
         if self.processor_class is not None and not _AUTO_PROCESSOR.fullmatch(self.processor_class):
             raise ConfigError(f"processor_class must be as 'AutoTokenizer', got {shown(self.processor_class)}.")
-        for name in ("stages", "structure", "warnings", "exports", "lengths", "domains"):
+        for name in ("stages", "structure", "warnings", "exports", "lengths", "domains", "serving"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) > MAX_ITEMS:
                 raise ConfigError(f"{name} has {len(getattr(self, name)):,} entries, at most {MAX_ITEMS:,} are read.")

@@ -1,106 +1,37 @@
-"""Teacher against student as a table, for the terminal and for Markdown; numbers are written the same way everywhere.
+"""Teacher against student as a table, for the terminal and for Markdown.
 
 print(text_table(report))
 print(markdown_table(report))          # README, model card
 
-A number of any size and sign has a short text, and text of others is shown as it is.
+Text of others is shown as it is.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 from ..errors import DataError
 from ..io.text import Markup, for_line, for_markdown
 from .doubts import describe_waiting
-from .schema import Comparison, ExportRecord, LayerStructure, Measurement, Report, Score
+from .exported import SERVING_HEADER, describe_serving, export_header, export_rows, serving_rows, short_export
+from .numbers import (
+    fixed,
+    format_bytes,
+    format_change,
+    format_count,
+    format_ms,
+    format_ratio,
+    format_score,
+    format_speedup,
+)
+from .schema import Comparison, LayerStructure, Measurement, Report
 
 CELL, NOTE = 60, 2000  # at most so many characters of a cell, and of a note below a table, in a terminal
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def format_count(value: float) -> str:
-    """Three digits and a prefix: `22.7M` parameters, `2.75G` MACs; below 1,000 as it is."""
-    if abs(value) >= 1e15 and not (isinstance(value, float) and math.isinf(value)):
-        return f"{Decimal(value):.2e}"  # an integer may be too large for a float
-    # 0.9995: what would be written as 1000k is written as 1.00M.
-    for size, prefix in _PREFIXES:
-        if 1000 <= value < math.inf and value >= 0.9995 * size:
-            return f"{_three_digits(value / size)}{prefix}"
-    return str(value)
-
-
-def format_bytes(value: float) -> str:
-    """Decimal units: `90.9 MB`."""
-    text = format_count(value)
-    return f"{text[:-1]} {text[-1].replace('k', 'K')}B" if text[-1:] in ("k", "M", "G", "T") else f"{text} B"
-
-
-def format_ms(value: float) -> str:
-    """Three digits: `12.3 ms`, `0.412 ms`."""
-    return f"{_three_digits(value)} ms"
-
-
-def format_seconds(value: float, decimals: int = 1) -> str:
-    """`41.3 s`."""
-    return f"{_fixed(value, decimals)} s"
-
-
-def _three_digits(value: float) -> str:
-    if abs(value) >= 1e6:
-        return f"{value:.3g}"
-    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
-    return f"{value:.{decimals}f}"
-
-
-def _fixed(value: float, decimals: int, sign: str = "") -> str:
-    """So many decimals, or three digits where that would be a long text."""
-    return f"{value:{sign}.{decimals}f}" if abs(value) < 1e9 else f"{value:{sign}.3g}"
-
-
-def is_fraction(name: str) -> bool:
-    """Accuracies are shown in percent, losses and perplexities as they are."""
-    return name.endswith(("accuracy", "retrieval@1", "f1"))
-
-
-def scale_of(name: str) -> int:
-    """What a score is multiplied by where it is shown."""
-    return 100 if is_fraction(name) else 1
-
-
-def format_score(score: Score) -> str:
-    """`84.5% ± 0.6` or `3.214 ± 0.021`: value and standard error."""
-    if is_fraction(score.name):
-        return f"{_fixed(100 * score.value, 1)}% ± {_fixed(100 * score.standard_error, 1)}"
-    return f"{_fixed(score.value, 3)} ± {_fixed(score.standard_error, 3)}"
 
 
 def format_difference(comparison: Comparison) -> str:
     """`-0.4 ± 0.3 points` for accuracy, `+0.031 ± 0.008` for losses."""
     name, change, error = comparison.quality_score, comparison.quality_difference, comparison.quality_difference_error
-    return "" if name is None or change is None or error is None else _difference(name, change, error)
-
-
-def _difference(name: str, change: float, error: float) -> str:
-    if is_fraction(name):
-        return f"{_fixed(100 * change, 1, '+')} ± {_fixed(100 * error, 1)} points"
-    return f"{_fixed(change, 3, '+')} ± {_fixed(error, 3)}"
-
-
-def format_ratio(value: float) -> str:
-    """Two digits after the point, more below 0.1, and never `1.00x` for what is less: `1.94x`, `0.042x`, `0.997x`."""
-    if not abs(value) < 1e6 or 0 < value < 1e-4:
-        return f"{value:.3g}x"
-    decimals = 2 if value >= 0.1 or value <= 0 else max(3, 1 - math.floor(math.log10(value)))
-    while 0 < value < 1 and decimals < 17 and float(f"{value:.{decimals}f}") == 1:
-        decimals += 1
-    return f"{value:.{decimals}f}x"
-
-
-def format_speedup(value: float) -> str:
-    """`8.2x`; with more digits where one would hide which of both is faster: `1.04x`, `0.96x`."""
-    return f"{value:.1f}x" if 1.095 <= value < 1e6 else format_ratio(value)
+    return "" if name is None or change is None or error is None else format_change(name, change, error)
 
 
 def describe_workload(measurement: Measurement) -> str:
@@ -180,10 +111,10 @@ def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -
         rows.append((name.replace("_", " "), teacher, student, change))
     guessing = [m.quality.largest_class for m in both if m is not None and m.quality is not None]
     if guessing and guessing[-1] is not None:
-        share = f"{_fixed(100 * guessing[-1], 1)}%"
+        share = f"{fixed(100 * guessing[-1], 1)}%"
         rows.append(("the largest class alone", share, share, ""))
     if compared is not None and compared.agreement is not None:
-        rows.append(("same prediction", "", f"{_fixed(100 * compared.agreement, 1)}%", ""))
+        rows.append(("same prediction", "", f"{fixed(100 * compared.agreement, 1)}%", ""))
     return rows
 
 
@@ -230,71 +161,18 @@ def _padded(table: Sequence[Sequence[str]], left: int, least: int = 0) -> list[l
 
 
 HEADER = ("", "teacher", "student", "change")
-EXPORT_HEADER = ("exported as", "runs in", "latency, median", "speed-up", "quality", "change", "on disk", "difference")
-
-
-def export_rows(report: Report) -> list[tuple[str, ...]]:
-    """One row for each other runtime; speed-up and change are against the teacher in PyTorch."""
-    rows: list[tuple[str, ...]] = []
-    for each in report.exports:
-        name = each.quality.main.name
-        scale, unit = scale_of(name), " points" if is_fraction(name) else ""
-        change = f"{scale * each.quality_difference:+.3g} ± {scale * each.quality_difference_error:.2g}{unit}"
-        rows.append(
-            (
-                name_export(each),
-                each.runtime,
-                format_ms(each.latency.median_ms),
-                format_ratio(each.speedup),
-                f"{name.replace('_', ' ')} {format_score(each.quality.main)}" if each.quality.scores else "",
-                change,
-                format_bytes(each.bytes_on_disk),
-                f"{each.difference:.1g}",
-            )
-        )
-    return rows
-
-
-def name_export(export: ExportRecord, between: str = ", ") -> str:
-    """`onnx`, or `onnx, cache, int8`."""
-    return between.join(
-        [export.format, *["cache"] * bool(export.cache), *([export.quantize] if export.quantize else [])]
-    )
-
-
-def format_export_change(export: ExportRecord) -> str:
-    """What the exported student gains or loses to the teacher: `-0.9 ± 0.6 points`."""
-    name = export.quality.main.name
-    return _difference(name, export.quality_difference, export.quality_difference_error)
-
-
-def best_export(report: Report) -> ExportRecord | None:
-    """The fastest of those that lose no more to the teacher than the student itself does, within a standard error.
-
-    None where each is known to be worse, or nothing is known.
-    """
-    compared = report.comparison
-
-    def loss(change: float | None, higher_is_better: bool) -> float:
-        return 0.0 if change is None else -change if higher_is_better else change
-
-    def good(export: ExportRecord) -> bool:
-        better = export.quality.main.higher_is_better
-        usual = loss(None if compared is None else compared.quality_difference, better)
-        error = export.quality_difference_error
-        allowed = (usual if usual > 0 else 0.0) + (error if error > 0 else 0.0)  # one sample has no error: nan
-        return bool(export.quality.scores) and loss(export.quality_difference, better) <= allowed < math.inf
-
-    return max(filter(good, report.exports), key=lambda each: each.speedup, default=None)
 
 
 def text_table(report: Report) -> str:
     """The comparison for a terminal, with the workload and machine below it."""
     table = align(HEADER, comparison_rows(report.teacher, report.student, report.comparison))
     if report.exports:
-        table += "\n\n" + align(EXPORT_HEADER, export_rows(report), left=2)
+        table += "\n\n" + align(export_header(report), export_rows(report), left=2)
+    if report.serving:
+        table += "\n\n" + align(SERVING_HEADER, serving_rows(report), left=2)
     place = f"{describe_workload(report.student)}; {describe_machine(report)}"
-    notes = (place, describe_energy(report.student), describe_footprint(report), *report.warnings)
+    known = (describe_serving(report), describe_energy(report.student), describe_footprint(report))
+    notes = (place, *known, *report.warnings)
     return f"{table}\n\n" + "\n".join(for_line(note, NOTE) for note in notes if note)
 
 
@@ -318,7 +196,12 @@ def markdown_table(report: Report) -> Markup:
 
 def markdown_exports(report: Report) -> Markup:
     """The other runtimes as a Markdown table; an empty text if there are none."""
-    return markdown(EXPORT_HEADER, export_rows(report)) if report.exports else Markup()
+    return markdown(export_header(report), export_rows(report)) if report.exports else Markup()
+
+
+def markdown_serving(report: Report) -> Markup:
+    """Texts as they come in as a Markdown table; an empty text if that was not measured."""
+    return markdown(SERVING_HEADER, serving_rows(report)) if report.serving else Markup()
 
 
 def markdown_structure(report: Report) -> Markup:
@@ -389,9 +272,7 @@ def _result(name: str, report: Report) -> tuple[str, ...]:
         f"{teacher.quality.main.name} {format_score(teacher.quality.main)}",
         format_score(student.quality.main),
         format_speedup(compared.speedup),
-        ", ".join(
-            f"{each.folder} {format_speedup(each.speedup)} ({format_export_change(each)})" for each in report.exports
-        ),
+        ", ".join(map(short_export, report.exports)),
         f"{format_bytes(teacher.size.weight_bytes)} → {format_bytes(student.size.weight_bytes)}",
         f"{format_count(teacher.size.macs)} → {format_count(student.size.macs)}",
         report.loads_with,

@@ -2,11 +2,14 @@
 
 twin = Runtime(model, "onnx", "out/onnx", threads=2)
 twin(**batch).logits
-measure_export(facts, "out/onnx", student, teacher, work)           # an ExportRecord for the report
+measure_export(facts, "out/onnx", student, teacher, work, there=folder)       # an ExportRecord for the report
+
+A speed-up over PyTorch is that of the runtime and of the smaller model in one number. So the teacher is timed in the
+same runtime too, exported and quantised as the student was.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ import torch
 from torch import nn
 
 from ..measurement.generation import time_decoding
-from ..measurement.latency import compare_latency
-from ..measurement.quality import compare_quality, evaluate_quality
+from ..measurement.latency import LatencyComparison, compare_latency
+from ..measurement.quality import Evaluation, compare_quality, evaluate_quality
 from ..models.inputs import dummy_inputs
 from ..models.modes import evaluating, using_threads
+from ..reporting.language import Decoding
 from ..reporting.schema import ExportRecord
+from ..reporting.timing import ExportedTeacher
 from .formats import FORMATS, program_bytes, runtime_version
 
 
@@ -48,11 +53,20 @@ class Runtime(nn.Module):
 
 @dataclass(frozen=True)
 class Reader:
-    """A model with the rows that it reads: two models of one run may have two tokenizers."""
+    """A model with the rows that it reads: two models of one run may have two tokenizers.
+
+    `evaluation`: what it made of them, where that is known.
+    """
 
     model: Any
     dataset: Any
     collator: Callable
+    evaluation: Evaluation | None = None
+
+    def evaluated(self, work: "Work") -> Evaluation:
+        if self.evaluation is not None:
+            return self.evaluation
+        return evaluate_quality(self.model, self.dataset, self.collator, work.task, pooling=work.pooling)
 
 
 @dataclass(frozen=True)
@@ -67,33 +81,42 @@ class Work:
 
 
 def measure_export(
-    facts: dict[str, Any], folder: Path, student: Reader, teacher: Reader, work: Work, new_tokens: int | None = None
+    facts: dict[str, Any],
+    folder: Path,
+    student: Reader,
+    teacher: Reader,
+    work: Work,
+    new_tokens: int | None = None,
+    there: Path | None = None,
 ) -> ExportRecord:
-    """The exported student in its runtime against the teacher in PyTorch, in turn, and on the same samples.
+    """The exported student in its runtime against the teacher in PyTorch and in that runtime, in turn, and on the
+    same samples.
 
     Parameters:
         facts: of its stage: `format`, `quantize`, `cache`, `difference`.
         new_tokens: so many are written after a prompt, where it is a decoder with a cache.
+        there: the teacher's program, made in the same way.
     """
     threads = torch.get_num_threads()
-    twin = Runtime(student.model, facts["format"], folder, threads)
-    sources = {"teacher": teacher.model, "twin": student.model}  # the twin takes what its model takes
-    inputs = {name: dummy_inputs(model, work.batch_size, work.sequence_length) for name, model in sources.items()}
-    timing = compare_latency(
-        {"teacher": teacher.model, "twin": twin},
-        lambda model: inputs["twin" if model is twin else "teacher"],
-        rounds=work.repeats,
-        threads=threads,
-    )
-    writing, faster = None, None
-    if facts.get("cache") and new_tokens is not None:
-        ids = {name: given["input_ids"] for name, given in inputs.items()}
-        with evaluating(teacher.model, twin):
-            both = time_decoding({"teacher": teacher.model, "twin": twin}, ids, new_tokens, min(work.repeats, 5))
-        writing, faster = both["twin"], both["teacher"].token_ms / both["twin"].token_ms
+    models = {"teacher": teacher.model, "twin": Runtime(student.model, facts["format"], folder, threads)}
+    if there is not None:
+        models["there"] = Runtime(teacher.model, facts["format"], there, threads)
+    timing, writing = _timed(models, student.model, work, new_tokens if facts.get("cache") else None)
     with using_threads(threads):
-        first = evaluate_quality(teacher.model, teacher.dataset, teacher.collator, work.task, pooling=work.pooling)
-        second = evaluate_quality(twin, student.dataset, student.collator, work.task, pooling=work.pooling)
+        first = teacher.evaluated(work)
+        second = replace(student, model=models["twin"], evaluation=None).evaluated(work)
+        rounded = there is not None and facts["quantize"] is not None
+        in_there = replace(teacher, model=models["there"], evaluation=None).evaluated(work) if rounded else first
+    rival = None
+    if there is not None:
+        rival = ExportedTeacher(
+            latency=timing.latencies["there"],
+            speedup=timing.speedup("there", "twin"),
+            bytes_on_disk=program_bytes(there),
+            score=in_there.quality.main.value,
+            standard_error=in_there.quality.main.standard_error,
+            writing=writing.get("there"),
+        )
     change = compare_quality(first, second)
     return ExportRecord(
         format=facts["format"],
@@ -108,6 +131,22 @@ def measure_export(
         quality_difference=change.difference,
         quality_difference_error=change.standard_error,
         cache=facts.get("cache") or None,  # runs of older versions say nothing of it
-        writing=writing,
-        writing_speedup=faster,
+        writing=writing.get("twin"),
+        writing_speedup=writing["teacher"].token_ms / writing["twin"].token_ms if writing else None,
+        teacher=rival,
     )
+
+
+def _timed(
+    models: dict[str, Any], student: Any, work: Work, new_tokens: int | None
+) -> tuple[LatencyComparison, dict[str, Decoding]]:
+    """All of them in turn; a program takes what its model takes."""
+    sources = {name: student if name == "twin" else models["teacher"] for name in models}
+    inputs = {name: dummy_inputs(model, work.batch_size, work.sequence_length) for name, model in sources.items()}
+    by_model, threads = {id(model): inputs[name] for name, model in models.items()}, torch.get_num_threads()
+    timing = compare_latency(models, lambda model: by_model[id(model)], rounds=work.repeats, threads=threads)
+    if new_tokens is None:
+        return timing, {}
+    ids = {name: given["input_ids"] for name, given in inputs.items()}
+    with evaluating(*models.values()):
+        return timing, time_decoding(models, ids, new_tokens, min(work.repeats, 5))

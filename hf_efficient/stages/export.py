@@ -16,9 +16,16 @@ from .base import Run, Stage
 from .settings import flag, number, one_of
 
 if TYPE_CHECKING:
+    from ..data.preparation import PreparedData
     from ..reporting.schema import Report, StageRecord
 
 TEST_ROWS = ((0, 2), (2, 3), (3, 8))  # of the test rows: it is compared with two, one and five at a time
+
+
+def compared_batches(prepared: "PreparedData") -> list[Any]:
+    """Of the test rows, those on which what was made is compared with the model."""
+    rows = [[prepared.test[i] for i in range(*cut) if i < len(prepared.test)] for cut in TEST_ROWS]
+    return [prepared.collator(some) for some in rows if some]
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,13 @@ class ExportStage(Stage):
         from ..runtimes.export import export
 
         model, folder = run.load(source), target / self.beside
-        prepared = run.data(config=model.config)
-        rows = [[prepared.test[i] for i in range(*cut) if i < len(prepared.test)] for cut in TEST_ROWS]
+        batches = compared_batches(run.data(config=model.config))
         remove_own(folder)  # of a run that was stopped
         exported = export(
             model,
             self.format,
             folder,
-            inputs=[prepared.collator(some) for some in rows if some],
+            inputs=batches,
             quantize=self.quantize,
             cache=self.cache,
             min_agreement=self.min_agreement,
@@ -105,7 +111,8 @@ class ExportStage(Stage):
         )
 
     def check_report(self, report: "Report", after: Sequence[Stage] = ()) -> None:
-        from ..reporting.tables import format_export_change, scale_of
+        from ..reporting.exported import format_export_change
+        from ..reporting.numbers import scale_of
 
         same = (stage for stage in after if isinstance(stage, ExportStage) and stage.beside == self.beside)
         if self.max_loss is None or any(stage.max_loss is not None for stage in same):  # the last one counts

@@ -44,6 +44,14 @@ def test_rounds_are_interleaved_after_the_warmup(clock):
     assert timing.latencies["teacher"].rounds == 3 and timing.latencies["teacher"].warmup == 2
 
 
+def test_a_list_of_inputs_is_gone_through_again_and_again(clock):
+    model, seen = Clocked("a", [1] * 7), []
+    forward = model.forward
+    model.forward = lambda x: seen.append(x) or forward(x)
+    compare_latency({"a": model}, lambda model: [{"x": 0}, {"x": 1}, {"x": 2}], rounds=5, warmup=2)
+    assert seen == [1, 2, 0, 1, 2, 0, 1]
+
+
 def test_the_two_ratios_are_different_numbers(clock):
     timing = run([4, 6, 9], [2, 3, 3], rounds=3, warmup=0)
     assert timing.speedup("teacher", "student") == 6 / 3

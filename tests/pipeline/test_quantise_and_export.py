@@ -26,6 +26,11 @@ def test_quantised_or_exported_the_result_says_how_it_does(tmp_path, rows):
     assert plain.quality_difference == done.comparison.quality_difference
     assert plain.latency.rounds == TINY["measure"]["repeats"] and plain.speedup > 0
     model = tmp_path / "exported" / "model"
+    teachers = tmp_path / "exported" / "teacher-exports"
+    assert sorted(each.name for each in teachers.iterdir()) == ["onnx", "onnx-int8"]
+    assert not (model / teachers.name).exists()
+    assert plain.teacher.score == done.teacher.quality.main.value and plain.teacher.speedup > 0
+    assert plain.teacher.bytes_on_disk > plain.bytes_on_disk and rounded.teacher.bytes_on_disk > rounded.bytes_on_disk
     assert load_report(model) == done
     card = (model / "README.md").read_text()
     assert "## In other runtimes" in card and 'subfolder="onnx"' in card

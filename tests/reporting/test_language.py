@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 from hf_efficient.reporting.card import model_card
+from hf_efficient.reporting.exported import name_export
 from hf_efficient.reporting.language import Decoding, Domain, Generation, Sample
 from hf_efficient.reporting.language_tables import SHOWN, language_rows, samples
 from hf_efficient.reporting.page import report_page
 from hf_efficient.reporting.schema import Report
-from hf_efficient.reporting.tables import name_export
 
 from .pages import full_report
 from .samples import sample_report

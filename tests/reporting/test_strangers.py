@@ -15,10 +15,11 @@ from hf_efficient.errors import CheckpointError, ConfigError
 from hf_efficient.io.codec import clean
 from hf_efficient.reporting import plots
 from hf_efficient.reporting.card import model_card
+from hf_efficient.reporting.exported import best_export
 from hf_efficient.reporting.page import report_page
 from hf_efficient.reporting.plots import save_plots
 from hf_efficient.reporting.schema import MAX_ITEMS, Quality, Report, Score, StageRecord
-from hf_efficient.reporting.tables import best_export, format_ratio, format_speedup, markdown_results, text_table
+from hf_efficient.reporting.tables import format_ratio, format_speedup, markdown_results, text_table
 
 from .pages import full_report, parsed
 from .samples import COMPARISON, STUDENT, TEACHER, sample_report

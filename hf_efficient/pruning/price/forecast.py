@@ -15,7 +15,8 @@ from ...models.classes import stock_config
 from ...models.groups import Group, output_weight
 from ...models.inputs import dummy_inputs
 from ...models.rebuild import class_for
-from ...reporting.tables import align, format_bytes, format_count
+from ...reporting.numbers import format_bytes, format_count
+from ...reporting.tables import align
 from ..cut.surgery import check_plan, kept_layers, planned_config
 from ..plan import Forecast, LayerForecast, PruningPlan
 from .costs import Costs, layer_costs

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ...models.anatomy import Anatomy
 from ...models.groups import Group, output_weight
-from ...reporting.tables import format_bytes
+from ...reporting.numbers import format_bytes
 from ..plan import PruningPlan
 
 PROCESS = 430 << 20  # bytes of Python, torch and transformers
