@@ -33,48 +33,104 @@ def measure(
     energy: Annotated[
         bool, typer.Option("--energy", help="Also the energy of 1,000 inputs (needs hf-efficient[energy]).")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Scored on the test rows of these, with --task: a file, Hub id or bundled:NAME, or as `data:` of a "
+            "recipe: 'name_or_path: rows.csv, text_column: question'."
+        ),
+    ] = None,
     require: Annotated[
         str | None,
         typer.Option(help="What it must reach against the baseline, else exit code 3: 'speedup: 4, size: 0.25'."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurement as JSON.")] = False,
 ) -> None:
-    """Measure size, cost and latency of a model.
+    """Measure size, cost and latency of a model, and with --data how good it is.
 
     Alone, or against a baseline in one interleaved run.
     """
     from ..measurement.measure import measure as run
     from ..reporting.tables import measurement_table
 
-    required = None if require is None else _requirements(require, baseline)
+    rows = None if data is None else _data(data, task)
+    required = None if require is None else _requirements(require, baseline, with_data=rows is not None)
     quiet_libraries()
     loaded, other = load(model, task), None if baseline is None else load(baseline, task)
     lengths = [fitting_length(each.config, sequence_length, 512) for each in (loaded, other) if each is not None]
     measurement = run(
-        loaded, baseline=other, batch_size=batch_size, sequence_length=min(lengths), repeats=repeats, energy=energy
+        loaded,
+        baseline=other,
+        batch_size=batch_size,
+        sequence_length=min(lengths),
+        repeats=repeats,
+        energy=energy,
+        task=task,
+        **({} if rows is None else _scored(rows, task, [(model, loaded), (baseline, other)])),
     )
     if as_json:
         print_json(asdict(measurement))
     else:
         print_text(measurement_table(measurement))
     if required is not None:
-        required.check(measurement.comparison)
+        score = measurement.quality and measurement.quality.main
+        required.check(measurement.comparison, score)
 
 
-def _requirements(text: str, baseline: str | None) -> Any:
-    """What can be measured here: there are no data."""
+def _data(text: str, task: str | None) -> Any:
+    """The settings of the data, as in a recipe."""
+    from ..data.tasks import TASKS
+    from ..errors import unknown_name
+    from ..recipes.settings import DataSettings
+    from ..stages.settings import read
+
+    if task is None:
+        known = ", ".join(TASKS)
+        raise ConfigError(f"--data needs --task, which says how its rows are read and scored. Give one of {known}.")
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    is_section = "name_or_path:" in text
+    settings = read(DataSettings, _section(text, "--data") if is_section else {"name_or_path": text}, "--data")
+    settings.check_task(task)
+    return settings
+
+
+def _scored(rows: Any, task: str | None, models: list[tuple[str | None, Any]]) -> dict[str, Any]:
+    """The test rows as the model and its baseline, if there is one, read them: arguments of `measure`."""
+    from ..data.preparation import check_labels
+    from ..pipeline.run import Run
+    from ..recipes.recipe import Recipe
+
+    found: dict[str, Any] = {}
+    for side, (name, model) in zip(("", "baseline_"), models, strict=True):
+        if model is None:
+            continue
+        section = {"name": "measure", "task": task, "model": {"name_or_path": name}, "data": rows.to_dict()}
+        run = Run(Recipe.from_dict(section), Path())
+        prepared = run.data(config=model.config)
+        check_labels(model.config, prepared)
+        found |= {f"{side}dataset": prepared.test, f"{side}collator": prepared.collator, f"{side}pooling": run.pooling}
+    return found
+
+
+def _section(text: str, flag: str) -> Any:
     from ..io.yaml import parse
+
+    return parse("{" + text + "}" if not text.lstrip().startswith("{") else text, flag)
+
+
+def _requirements(text: str, baseline: str | None, with_data: bool) -> Any:
+    """What can be measured here: without data no quality."""
     from ..recipes.requirements import Requirements
     from ..stages.settings import read
 
-    section = parse("{" + text + "}" if not text.lstrip().startswith("{") else text, "--require")
-    required = read(Requirements, section, "--require")
+    required = read(Requirements, _section(text, "--require"), "--require")
     if baseline is None:
         raise ConfigError("--require compares with a baseline. Name it: --baseline FOLDER.")
-    if unknown := [name for name in required.to_dict() if name not in ("speedup", "size")]:
+    if not with_data and (unknown := [name for name in required.to_dict() if name not in ("speedup", "size")]):
         raise ConfigError(
-            f"--require names {', '.join(unknown)}, which takes data to measure. Here speedup and size can be asked "
-            "for; in a recipe (`require:`) all."
+            f"--require names {', '.join(unknown)}, which takes data to measure: give --data. Without it speedup and "
+            "size can be asked for."
         )
     return required
 

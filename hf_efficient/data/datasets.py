@@ -25,6 +25,7 @@ from ..io.disk import write_atomic
 from ..io.json import read_json
 from .bundled import PREFIX, bundled_dataset
 from .preparation import MAX_LABELS, find_column, is_missing, need_column, sorted_classes
+from .queries import limit_groups, split_groups
 from .tables import FORMATS, read_table
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def load_dataset_any(
     seed: int = 0,
     limit: int | None = None,
     label_column: str | None = None,
+    group_names: Sequence[str] = (),
 ) -> DatasetDict:
     """A `DatasetDict` that always has `train` and `test` (and `validation` where the data has all three).
 
@@ -52,6 +54,8 @@ def load_dataset_any(
         seed: of the shuffle and the split. The split is stratified by the label where there is one.
         limit: the most rows taken, after a seeded shuffle, of each split that the data comes with.
         label_column: found by its usual names where not given.
+        group_names: the first of these columns that the data has keeps its values together: rows of equal ones come
+            into one split, `test_fraction` is that of the values, and `limit` leaves whole groups.
 
     Exact duplicate rows are removed before a split is made; splits that the data comes with are left alone, and
     test rows that also occur in train are reported. Both counts go to the log.
@@ -68,14 +72,27 @@ def load_dataset_any(
     )
     if not isinstance(name_or_path, Mapping):
         splits = _with_class_labels(splits, label)
+    group = next((name for name in group_names if name in splits["train"].column_names), None)
     if "test" in splits:
-        train = set(_row_hashes(splits["train"]))
-        if leaked := sum(digest in train for digest in _row_hashes(splits["test"])):
-            logger.warning("%d of %d test rows also occur in train.", leaked, len(splits["test"]))
-        return datasets.DatasetDict({name: _limited(split, limit, seed) for name, split in splits.items()})
-    rows = _limited(_without_duplicates(splits["train"]), limit, seed)
-    train_rows, test_rows = _split(rows, test_fraction, seed, label)
+        _tell_leaks(splits, group)
+        return datasets.DatasetDict({name: _limited(split, limit, seed, group) for name, split in splits.items()})
+    rows = _limited(_without_duplicates(splits["train"]), limit, seed, group)
+    if group is not None:
+        train_rows, test_rows = split_groups(rows, group, test_fraction, seed)
+    else:
+        train_rows, test_rows = _split(rows, test_fraction, seed, label)
     return datasets.DatasetDict(train=train_rows, test=test_rows)
+
+
+def _tell_leaks(splits: dict[str, Dataset], group: str | None) -> None:
+    """Whole test rows, or values of the column that keeps rows together, that are in train as well."""
+    train = set(_row_hashes(splits["train"]))
+    if leaked := sum(digest in train for digest in _row_hashes(splits["test"])):
+        logger.warning("%d of %d test rows also occur in train.", leaked, len(splits["test"]))
+    if group is not None and group in splits["test"].column_names:
+        known, asked = (set(map(repr, splits[name][group])) for name in ("train", "test"))
+        if known & asked:
+            logger.warning("%d of %d values of %r in test also occur in train.", len(known & asked), len(asked), group)
 
 
 def with_texts(rows: Dataset, column: str, others: Sequence[Dataset], seed: int) -> Dataset:
@@ -294,9 +311,11 @@ def _without_duplicates(rows: Dataset) -> Dataset:
     return rows
 
 
-def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+def _limited(rows: Dataset, limit: int | None, seed: int, group: str | None = None) -> Dataset:
     if limit is None or limit >= len(rows):
         return rows
+    if group is not None and group in rows.column_names:
+        return limit_groups(rows, group, limit, seed)
     import numpy as np
 
     return rows.select(np.random.default_rng(seed).permutation(len(rows))[:limit])

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DataError, did_you_mean, shown, unknown_name
 from .images import image_settings, undecoded
 from .media import BATCH, check_processor, encoded, media_settings
+from .queries import are_chances, number_queries, with_numbers
 from .tables import FORMATS, place_of, read_table
 from .tasks import ROLES, TASKS, Task, column_name
 from .text import IGNORED, check_tokenizer
@@ -30,12 +31,17 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 512
 LONGEST = 1 << 24  # tokens
 MAX_LABELS = 100_000
+ONE_LABEL = ("LABEL_0",)  # as transformers names it
+MULTI_LABEL = "multi_label_classification"  # its loss of one label: yes or no, or how likely yes is
 INPUTS = 2  # raised when the same rows give other inputs than before, so that no older cache file is used
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Ready for a `Trainer`. `num_labels` is None and `label_names` empty where the task has no classes."""
+    """Ready for a `Trainer`. `num_labels` is None and `label_names` empty where the task has no classes.
+
+    `problem`: transformers' `problem_type` of a model that has one label, where the labels say it.
+    """
 
     train: Dataset
     test: Dataset
@@ -43,6 +49,7 @@ class PreparedData:
     num_labels: int | None
     label_names: tuple[str, ...]
     task: str
+    problem: str | None = None
 
 
 def prepare(
@@ -64,6 +71,8 @@ def prepare(
       mapped to -1..1 and, where `image_size` is given, resized to a square; needs neither torchvision nor Pillow.
     - sentence-embeddings: texts without labels; both texts of a pair are rows of their own. In `test` two rows with
       the same `pair` belong together: text and pair or, without `text_pair_column`, the halves of a text.
+    - reranking: a query (`text_column`) and a document (`text_pair_column`) as one input, `labels` [1] float: any
+      number in `train`, 0 and up in `test`, where rows with the same `query` are the candidates of one.
     - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
       word carries its label, all others -100.
     - masked-lm: blocks as for causal-lm. 15% of the tokens are masked, in `train` anew in every epoch, in `test` once.
@@ -90,14 +99,20 @@ def prepare(
     if foreign := [name for name in names if name not in arguments]:
         raise TypeError(f"prepare() has no argument {foreign[0]!r}. Columns are named by {', '.join(arguments)}.")
     columns = _columns(dataset, entry, {arguments[name]: column for name, column in names.items()})
-    is_by_word = "tokens" in columns
-    classes, ids = _classes(dataset, columns["label"], is_by_word) if "label" in columns else ((), {})
+    classes: tuple[str, ...] = ()
+    ids, problem = dict[Any, int](), None
+    if entry.has_classes:
+        classes, ids = _classes(dataset, columns["label"], "tokens" in columns)
+    elif entry.kind == "scores":
+        dataset = {name: with_numbers(dataset[name], columns["label"]) for name in ("train", "test")}
+        classes, ids = ONE_LABEL, number_queries(dataset["test"], columns["text"], columns["label"])
+        problem = MULTI_LABEL if are_chances(dataset["train"], columns["label"]) else None
     dataset, settings, batch_size = _reading(dataset, task, columns, ids, processor, (max_length, image_size))
     train = _map(dataset["train"], entry.tokenize, settings, batch_size)
     test = _map(dataset["test"], entry.tokenize_test or entry.tokenize, settings, batch_size)
     if not len(train) or not len(test):
         raise DataError(f"No tokens are left of the {'test' if len(train) else 'train'} split: its texts are empty.")
-    return PreparedData(train, test, entry.collate(processor), len(classes) or None, classes, task)
+    return PreparedData(train, test, entry.collate(processor), len(classes) or None, classes, task, problem)
 
 
 def _reading(

@@ -8,7 +8,8 @@
 
 Such a model is a chain, listed in `modules.json`: a Transformer, a Pooling, then what turns its vector into the final
 one (Normalize, Dense). Only the transformer is compressed; all else is carried over, so its width must stay as wide as
-Pooling and Dense expect. sentence-transformers itself is not needed here.
+Pooling and Dense expect. A CrossEncoder is a Transformer alone, whose head gives the score of a pair: `pooling` is
+None. sentence-transformers itself is not needed here.
 """
 
 import json
@@ -38,7 +39,9 @@ _POOLINGS = {
 _OTHERS = {"max": "pooling_mode_max_tokens", "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens"}
 BESIDE = (MODULES, SETTINGS, *_TRANSFORMER, f"*/{CONFIG}", f"[0-9]*_*/{WEIGHTS}")  # of a repository, all that is read
 _AFTER = ("Normalize", "Dense", "LayerNorm", "Dropout")  # they read one vector and give one
+_OWN, _CROSS_ENCODER, _SCORING = "sentence_transformers.", "CrossEncoder", "sequence-classification"
 _MOST = 100  # modules of a chain
+_LONGEST = 200  # bytes of a folder's name
 _AGAIN = "Take it from a good copy."
 
 
@@ -50,14 +53,14 @@ class SentenceModules:
         entries: those of `modules.json`, the transformer first.
         texts: what its JSON files hold, by their names in the folder.
         weights: its safetensors files, by the same.
-        pooling: how the tokens of a text become its vector.
+        pooling: how the tokens of a text become its vector; None of a CrossEncoder.
         is_new: it was made here, and not read.
     """
 
     entries: tuple[Mapping[str, Any], ...]
     texts: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, Path]
-    pooling: str
+    pooling: str | None
     is_new: bool = False
 
     @property
@@ -141,7 +144,7 @@ class SentenceModules:
 
     def check_width(self, width: int) -> None:
         """UnsupportedModelError if a transformer of this width cannot stand before what follows it."""
-        told = _width(self.texts[self._pooling_file])
+        told = None if self.pooling is None else _width(self.texts[self._pooling_file])
         if told not in (None, width) and set(self.names) - {"Normalize", "Dropout"}:
             raise UnsupportedModelError(
                 f"The vectors would be {width} numbers wide, and {', '.join(self.names)} after pooling expect {told}. "
@@ -160,10 +163,12 @@ class SentenceModules:
         """
         self.check_width(width)
         folder, texts = Path(folder), {name: dict(content) for name, content in self.texts.items()}
-        pooling = texts[self._pooling_file]
-        pooling["embedding_dimension" if "embedding_dimension" in pooling else "word_embedding_dimension"] = width
+        if self.pooling is not None:
+            pooling = texts[self._pooling_file]
+            pooling["embedding_dimension" if "embedding_dimension" in pooling else "word_embedding_dimension"] = width
         if max_length is not None and self.is_new:
-            texts[_TRANSFORMER[0]] = {"max_seq_length": max_length, "do_lower_case": False}
+            said = texts.get(_TRANSFORMER[0], {})
+            texts[_TRANSFORMER[0]] = said | {"max_seq_length": max_length, "do_lower_case": False}
         elif max_length is not None and self.max_length is not None:
             texts[self._settings_of_transformer]["max_seq_length"] = max_length
         for entry in self.entries[1:]:
@@ -175,12 +180,13 @@ class SentenceModules:
         write_atomic(folder / MODULES, _json([dict(entry) for entry in self.entries]))  # the last: now it is one
 
 
-def new_modules(pooling: str, *, normalize: bool = False) -> SentenceModules:
+def new_modules(pooling: str | None, *, normalize: bool = False) -> SentenceModules:
     """The chain of a plain transformer: Pooling and, where only directions are of use, Normalize.
 
-    `pooling`: one of `models.pooling.POOLINGS`.
+    `pooling`: one of `models.pooling.POOLINGS`; None for a CrossEncoder. What such a model of an older version says of
+    the activation of its scores stands in its config.json, and stays there.
     """
-    kinds = ["Transformer", "Pooling", *["Normalize"] * normalize]
+    kinds = ["Transformer"] if pooling is None else ["Transformer", "Pooling", *["Normalize"] * normalize]
     # By the names that every version of the library has understood.
     entries = tuple(
         {
@@ -191,10 +197,13 @@ def new_modules(pooling: str, *, normalize: bool = False) -> SentenceModules:
         }
         for place, kind in enumerate(kinds)
     )
+    prompts = {"prompts": {}, "default_prompt_name": None}
+    if pooling is None:
+        said = {SETTINGS: {"model_type": _CROSS_ENCODER} | prompts, _TRANSFORMER[0]: {"transformer_task": _SCORING}}
+        return SentenceModules(entries, said, {}, None, is_new=True)
     modes = {flag: name == pooling for name, (_, flag) in _POOLINGS.items()} | dict.fromkeys(_OTHERS.values(), False)
-    settings = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None}
     texts = {
-        SETTINGS: settings | {"similarity_fn_name": "cosine"},
+        SETTINGS: {"model_type": "SentenceTransformer"} | prompts | {"similarity_fn_name": "cosine"},
         f"1_Pooling/{CONFIG}": modes | {"include_prompt": True},
     }
     return SentenceModules(entries, texts, {}, pooling, is_new=True)
@@ -221,7 +230,9 @@ def read_modules(folder: str | Path) -> SentenceModules | None:
     if not (folder / MODULES).is_file():
         return None
     entries = _entries(folder)
-    _check_kinds(folder, entries)
+    scores = _is_cross_encoder(folder, entries)
+    if not scores:
+        _check_kinds(folder, entries)
     home = transformer_folder(folder)
     inner = [entry["path"] for entry in entries[1:] if inside(folder, entry["path"]).is_dir()]
     for place in (folder, home, *(folder / path for path in inner)):
@@ -229,6 +240,8 @@ def read_modules(folder: str | Path) -> SentenceModules | None:
     places = dict.fromkeys(_TRANSFORMER, home)
     places |= dict.fromkeys([SETTINGS, *(f"{path}/{CONFIG}" for path in inner)], folder)
     texts = {name: read_mapping(place / name) for name, place in places.items() if (place / name).is_file()}
+    if scores:
+        return SentenceModules(({**entries[0], "path": ""},), texts, {}, None)
     pooling = f"{entries[1]['path']}/{CONFIG}"
     if pooling not in texts:
         raise CheckpointError(f"{folder} lacks {pooling}, which {MODULES} names. Take the folder from a good copy.")
@@ -253,8 +266,7 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
         fields = [entry.get("type"), entry.get("path")] if isinstance(entry, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
             raise CheckpointError(f"{path} has {shown(entry)}, where a module has a type and a path. {_AGAIN}")
-        name = Path(entry["path"]).name
-        if (place or entry["path"]) and (entry["path"] != name or name in ("", "..") or name.startswith(".")):
+        if (place or entry["path"]) and not _is_name(entry["path"]):
             raise CheckpointError(
                 f"{path} has a module in {shown(entry['path'])}; it must lie in a folder in this one. {_AGAIN}"
             )
@@ -263,16 +275,32 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _is_name(path: str) -> bool:
+    """Whether it can be that of a folder in this one."""
+    plain = path.isprintable() and path == Path(path).name and not path.startswith(".")
+    return plain and 0 < len(path.encode()) <= _LONGEST
+
+
+def _is_cross_encoder(folder: Path, entries: list[dict[str, Any]]) -> bool:
+    """A transformer alone, with a head that scores; such files are written by version 6 and newer."""
+    if len(entries) != 1 or not (folder / SETTINGS).is_file():
+        return False
+    check_links(folder)
+    says = read_mapping(folder / SETTINGS).get("model_type") == _CROSS_ENCODER
+    return says and entries[0]["type"].startswith(_OWN) and _kind(entries[0]) == "Transformer"
+
+
 def _check_kinds(folder: Path, entries: list[dict[str, Any]]) -> None:
     kinds = [_kind(entry) for entry in entries]
     known = [kinds[:1] == ["Transformer"], kinds[1:2] == ["Pooling"], set(kinds[2:]) <= set(_AFTER)]
-    foreign = [entry["type"] for entry in entries if not entry["type"].startswith("sentence_transformers.")]
+    foreign = [entry["type"] for entry in entries if not entry["type"].startswith(_OWN)]
     if all(known) and not foreign:
         return
     raise UnsupportedModelError(
         f"{folder} is a chain of {', '.join(map(shown, foreign or kinds))}. What can be compressed and written again "
-        f"is sentence-transformers' own Transformer and Pooling, followed by any of {', '.join(_AFTER)}. Else take "
-        f"the transformer by itself: a folder without {MODULES}, whose pooling the recipe says."
+        f"is sentence-transformers' own Transformer and Pooling, followed by any of {', '.join(_AFTER)}, and the "
+        f"Transformer of a CrossEncoder. Else take the transformer by itself: a folder without {MODULES}, whose "
+        "pooling the recipe says."
     )
 
 

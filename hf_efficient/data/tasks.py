@@ -59,7 +59,8 @@ class Task:
         auto_class: the Auto class that loads its model.
         kind: what is a target: `examples` (a class for each), `tokens` (a label for each token), `causal_lm` (the
             next token), `spans` (the first and the last token of an answer), `embeddings` (no head: pairs of texts),
-            `ctc` (a text, whose tokens come in their order at times of their own).
+            `scores` (a number for each pair of texts), `ctc` (a text, whose tokens come in their order at times of
+            their own).
         metric: the main score: accuracy, perplexity, wer (word error rate of what is heard), or the one of its kind.
         tokenize, tokenize_test: a batch of rows to model inputs; the second for the test split, default the first.
         collate: processor -> what pads a list of samples into a batch.
@@ -68,6 +69,7 @@ class Task:
         needs: of a tokenizer: `mask_token`, `offsets`, `right_padding`.
         heads: endings of the names of its model classes, beside the one that the Auto class says.
         usual: names that are tried for a role in the place of those of `ROLES`.
+        group: the role whose equal values belong together: such rows are never cut apart into train and test.
         trains: whether there are labels, so that a teacher can be fine-tuned.
         losses: what is distilled where nothing is said; None: what the settings of distillation say.
         hub_name: the Hub's name of it, where that is another.
@@ -86,6 +88,7 @@ class Task:
     needs: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     usual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    group: str | None = None
     trains: bool = True
     losses: Mapping[str, float] | None = None
     hub_name: str | None = None
@@ -106,6 +109,19 @@ class Task:
     def roles(self) -> tuple[str, ...]:
         """All that may be named, as `<role>_column`."""
         return self.columns + self.optional
+
+    def names(self, role: str, given: str | None = None) -> tuple[str, ...]:
+        """Those that are tried for the column of a role: the given one alone, if there is one."""
+        return (given,) if given is not None else self.usual.get(role) or ROLES[role].usual
+
+    def group_names(self, given: str | None) -> tuple[str, ...]:
+        """The same of the column whose equal values belong together; none where each row is by itself."""
+        return () if self.group is None else self.names(self.group, given)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its labels are classes."""
+        return "label" in self.columns and self.kind != "scores"
 
     @property
     def is_by_token(self) -> bool:
@@ -176,6 +192,24 @@ TASKS: dict[str, Task] = {
         trains=False,
         losses={"embedding": 1.0},
         hub_name="sentence-similarity",
+    ),
+    "reranking": Task(
+        columns=("text", "text_pair", "label"),
+        usual={
+            "text": ("query", "question", "text", "sentence1"),
+            "text_pair": ("document", "passage", "answer", "text_pair", "sentence2"),
+            "label": ("label", "score", "relevance", "labels"),
+        },
+        group="text",
+        auto_class="AutoModelForSequenceClassification",
+        kind="scores",
+        metric="ndcg@10",
+        tokenize=text.score,
+        tokenize_test=text.score_test,
+        collate=text.pad_inputs,
+        hub_name="text-ranking",
+        sample='"A question?", "A text that answers it."',
+        call=("print(model(**inputs).logits.item())",),
     ),
     "token-classification": Task(
         columns=("tokens", "label"),

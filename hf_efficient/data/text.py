@@ -79,6 +79,19 @@ def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tok
     return inputs | {"pair": [index for index, row in pairs for _ in row]}
 
 
+def score(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
+    """Pairs of query and document, with how much the one tells of the other; `ids` is not needed."""
+    queries, documents = (strings(batch, indices, columns[role]) for role in ("text", "text_pair"))
+    inputs = dict(tokenizer(queries, documents, truncation=True, max_length=max_length))
+    return inputs | {"labels": [[value] for value in batch[columns["label"]]]}
+
+
+def score_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
+    """And whose candidate the document is: `ids` numbers the queries."""
+    inputs = score(batch, indices, columns=columns, ids=ids, tokenizer=tokenizer, max_length=max_length)
+    return inputs | {"query": [ids[query] for query in batch[columns["text"]]]}
+
+
 def tag(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
     """The words, joined by spaces; the first token of each carries its label. Rows without words are left out."""
     words, tags = batch[columns["tokens"]], batch[columns["label"]]

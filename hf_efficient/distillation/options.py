@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError, unknown_name
 from ..io.json import parse_json
 from ..models.pooling import POOLINGS
-from .losses.tables import ATTENTION_LOSSES, DIVERGENCES, HIDDEN_DISTANCES, MAX_TEMPERATURE
+from .losses.tables import ATTENTION_LOSSES, DIVERGENCES, HIDDEN_DISTANCES, MAX_TEMPERATURE, SCORE_LOSSES
 from .terms import LOSSES
 
 MAPS = ("auto", "uniform", "last", "linspace")
@@ -52,6 +52,11 @@ class DistillationOptions:
         help="Divergence of kd: forward, KL(teacher || student); reverse, KL(student || teacher); jsd.",
     )
     jsd_beta: float = _option(default=0.5, help="Weight of the teacher in the mixture of jsd, in (0, 1).")
+    score_loss: str = _option(
+        default="mse",
+        help="How kd compares models with one output, such as rerankers: mse of their scores, or kl of the chances "
+        "that they are (with temperature and divergence).",
+    )
     soft_positions: str = _option(
         default="labels",
         help="Tokens on which kd is computed: labels (where a label counts; all tokens that are not padding if "
@@ -123,6 +128,7 @@ class DistillationOptions:
             self.relation_layers = _read_layer_map("relation_layers", self.relation_layers)
         check_name("divergence", self.divergence, DIVERGENCES)
         check_name("soft_positions", self.soft_positions, SOFT_POSITIONS)
+        check_name("score_loss", self.score_loss, SCORE_LOSSES)
         check_name("hidden_loss", self.hidden_loss, HIDDEN_DISTANCES)
         check_name("attention_loss", self.attention_loss, ATTENTION_LOSSES)
         for name, what in (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..models.heads import SINGLE_LABEL
+from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..models.pooling import pool
 from ..training.batch import Batch, FramesHead
 from .answers import Answer, comparable
@@ -94,7 +94,10 @@ def ce(batch: Batch, student: Answer, teacher: Answer | None, settings: LossSett
 def kd(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> Tensor:
     assert isinstance(student.logits, Tensor) and teacher.logits is not None
     logits = comparable(student.logits, teacher.logits, settings.vocabulary)
-    return kd_loss(*logits, batch.soft_mask(), problem=batch.problem, **settings.of_kd())[0]
+    problem = batch.problem
+    if batch.head.num_labels == 1 and problem in (REGRESSION, MULTI_LABEL):
+        problem = REGRESSION if settings.options.score_loss == "mse" else MULTI_LABEL
+    return kd_loss(*logits, batch.soft_mask(), problem=problem, **settings.of_kd())[0]
 
 
 def embedding(batch: Batch, student: Answer, teacher: Answer, settings: LossSettings) -> Tensor:

@@ -37,14 +37,16 @@ def measure(
     baseline_dataset: Any = None,
     baseline_collator: Callable | None = None,
     evaluation_batch_size: int = 32,
-    pooling: str = "mean",
+    pooling: str | None = None,
+    baseline_pooling: str | None = None,
     energy: bool = False,
     metrics: Sequence[str] | Mapping[str, Any] = (),
 ) -> Measurement:
     """Measure `model`, and `baseline` (the teacher) next to it.
 
     Parameters:
-        dataset, collator, task, pooling, metrics: as in `evaluate_quality`; without a data set quality is None.
+        dataset, collator, task, metrics: as in `evaluate_quality`; without a data set quality is None.
+        pooling: the same; None: as `modules.json` in `folder` says, else the mean of the tokens.
         batch_size, sequence_length: of the timed forward on `dummy_inputs`; images have the config's size.
         repeats, warmup: timed and uncounted rounds.
         threads: CPU threads while timing and evaluating; None leaves them as they are.
@@ -52,15 +54,17 @@ def measure(
         folder, baseline_folder: where the checkpoints lie, for bytes on disk.
         baseline_dataset, baseline_collator: the same samples as the baseline gets them, such as cut shorter or in
             other tokens; default `dataset` and `collator`.
+        baseline_pooling: default: as `pooling`, of its own folder.
         energy: also the energy of 1,000 inputs, some seconds for each model (needs codecarbon).
 
     Raises:
         ConfigError, DataError, UnsupportedModelError, CheckpointError: as the parts that it calls say.
     """
-    sides = {"model": _Side(model, folder, dataset, collator)}
+    sides = {"model": _Side(model, folder, dataset, collator, pooling)}
     if baseline is not None:
         rows = dataset if dataset is None or baseline_dataset is None else baseline_dataset
-        sides = {"baseline": _Side(baseline, baseline_folder, rows, baseline_collator or collator), **sides}
+        pooled = baseline_pooling or pooling
+        sides = {"baseline": _Side(baseline, baseline_folder, rows, baseline_collator or collator, pooled), **sides}
     for name, side in sides.items():
         _check_model(side.model, name)
     check_positive("repeats", repeats, least=2)
@@ -73,7 +77,7 @@ def measure(
 
         metrics = load_metrics(metrics)
     timed = {"rounds": repeats, "warmup": warmup, "threads": threads}
-    scored = {"task": task, "batch_size": evaluation_batch_size, "pooling": pooling, "metrics": metrics}
+    scored = {"task": task, "batch_size": evaluation_batch_size, "metrics": metrics}
     return _measure_sides(sides, (batch_size, sequence_length), timed, scored, energy)
 
 
@@ -95,7 +99,7 @@ def _measure_sides(
         models = {name: side.model for name, side in sides.items()}
         timing = on_main(lambda: compare_latency(models, inputs_of, **timed))  # the machine is its own meanwhile
         evaluations = {
-            name: evaluate_quality(side.model, side.dataset, side.collator, **scored)
+            name: evaluate_quality(side.model, side.dataset, side.collator, pooling=side.pools(), **scored)
             for name, side in sides.items()
             if side.dataset is not None
         }
@@ -122,6 +126,14 @@ class _Side:
     folder: str | Path | None
     dataset: Any
     collator: Callable | None
+    pooling: str | None = None
+
+    def pools(self) -> str:
+        """How the tokens of a text become its vector: as it was said, else as it is written in its folder."""
+        from ..data.sentence_modules import read_modules
+
+        found = None if self.pooling or self.folder is None else read_modules(self.folder)
+        return self.pooling or (None if found is None else found.pooling) or "mean"
 
     def measurement(self, inputs: dict, timing: Any, name: str, evaluation: Any, energy: bool) -> Measurement:
         """What was measured of it; `timing` has its latency under `name`."""

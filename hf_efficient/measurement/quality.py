@@ -21,7 +21,8 @@ accuracy over tokens the same without that factor.
 Of speech the totals are word errors and words (`speech`); its loss is that of the tokens, given those before them.
 
 An answer is right if its first and its last token are; an embedding, if the nearest is that of its own pair
-(`retrieval`).
+(`retrieval`). Of rankings a sample is a query (`ranking`): `correct` is its NDCG, and two models agree on the order of
+two candidates.
 """
 
 import inspect
@@ -46,11 +47,12 @@ from ..models.token_masks import IGNORED, counts_columns, first_positions, from_
 from ..reporting.schema import Quality, Score
 from ..training.ranks import gather, gather_rows, share
 from .estimates import exp_of, macro_f1, mean_and_error
+from .ranking import QUERY, ranked, same_order, score_pairs
 from .retrieval import PAIR, find_pairs
 from .scores import check_metrics, further_scores, load_metrics
 from .speech import decoder_of, score_texts
 
-_LABELS = ("labels", "start_positions", "end_positions", PAIR)
+_LABELS = ("labels", "start_positions", "end_positions", PAIR, QUERY)
 _SPAN = 1 << 32
 
 
@@ -62,7 +64,8 @@ class Evaluation:
         loss, correct, count: `[n]` summed negative log-likelihood (of embeddings 1 - 1 / rank), right predictions and
             targets of each sample; of speech word errors and words.
         predictions, targets: `[total targets]` class or token ids, sample after sample; of embeddings the nearest and
-            the own pair; of an answer start * 2^32 + end; of speech a digest of each text.
+            the own pair; of an answer start * 2^32 + end; of speech a digest of each text; of rankings the scores and
+            the labels of all candidates.
         is_respelled: whether `count` is that of other tokens than the predictions (`data.respelling`).
     """
 
@@ -79,7 +82,8 @@ class Evaluation:
 class QualityDifference:
     """Second model minus first in the score `name`; `only_first`, `only_second`: targets that only one gets right.
 
-    `agreement` and those are None where the two spell the texts in other tokens (`data.respelling`).
+    `agreement` and those are None where the two spell the texts in other tokens (`data.respelling`), and those of
+    rankings.
     """
 
     name: str
@@ -149,6 +153,9 @@ def evaluate_quality(
             decode = decoder_of(collator)
             spoken = [row for batch in batches for row in _score_speech(model, batch, task, decode)]
             return _speech(task, gather_rows(spoken, numbers))
+        elif TASKS[task].kind == "scores":
+            pairs = [row for batch in batches for row in score_pairs(model, batch, inputs_of)]
+            return Evaluation(**ranked(task, gather_rows(pairs, numbers)))
         else:
             rows = gather_rows([row for batch in batches for row in _score_batch(model, batch, TASKS[task])], numbers)
     loss, correct, count = (torch.stack([row[i] for row in rows]).double() for i in range(3))
@@ -358,7 +365,9 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
         change = second.correct - first.correct
         error = math.sqrt(((change - change.mean()) ** 2).sum().item()) / n
     shared: dict[str, Any] = {"agreement": None, "only_first": None, "only_second": None}
-    if not spelled_anew:
+    if entry.kind == "scores":
+        shared["agreement"] = same_order(first.predictions, second.predictions, first.count.long())
+    elif not spelled_anew:
         shared = _shared(first, second)
     return QualityDifference(
         name=first.quality.main.name,

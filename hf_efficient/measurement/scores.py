@@ -43,8 +43,8 @@ DRAWS = 100
 def check_metrics(names: Sequence[str], task: str, *, trusted: bool) -> None:
     """ConfigError for an unknown metric, a foreign one that is not trusted, or a task without classes; nothing is
     imported or fetched."""
-    if names and "label" not in TASKS[task].columns:
-        known = ", ".join(name for name, entry in TASKS.items() if "label" in entry.columns)
+    if names and not TASKS[task].has_classes:
+        known = ", ".join(name for name, entry in TASKS.items() if entry.has_classes)
         raise ConfigError(f"metrics are computed from classes, which {task} has not. Tasks that have: {known}.")
     for name in names:
         if name not in METRICS and not trusted:

@@ -36,6 +36,16 @@ REGRESSION = "regression"
 PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 
 
+def state_problem(model: PreTrainedModel | None, problem: str | None) -> None:
+    """Let a model with one label be trained as the labels are, where its config leaves that open.
+
+    A score of yes or no is compared with its label by binary cross-entropy; left open, it would be taken for a number
+    to hit (regression).
+    """
+    if model is not None and problem is not None and model.config.num_labels == 1:
+        model.config.problem_type = model.config.problem_type or problem
+
+
 def auto_class_of_architecture(name: str) -> str | None:
     """The Auto class that makes models of the class `name`; an efficient class counts as the stock one.
 

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..data.sentence_modules import SentenceModules, new_modules
+from ..data.tasks import TASKS
+from ..errors import UnsupportedModelError
 from .loading import load_sentence_modules
 from .registry import token_limit
 
@@ -27,7 +29,28 @@ def sentence_modules(name: str | Path | None, pooling: str = "mean", *, normaliz
         CheckpointError, UnsupportedModelError: see `load_sentence_modules`.
     """
     found = None if name is None else load_sentence_modules(name)
+    if found is not None and found.pooling is None:
+        raise UnsupportedModelError(
+            f"{str(name)!r} is a CrossEncoder: it scores pairs of texts and makes no vectors. Its task is reranking."
+        )
     return found or new_modules(pooling, normalize=normalize)
+
+
+def cross_encoder_modules(name: str | Path | None) -> SentenceModules:
+    """The same of a model that scores pairs: what a CrossEncoder has, or gets. A chain that makes vectors ends here:
+    its transformer gets a head in the place of Pooling."""
+    found = None if name is None else load_sentence_modules(name)
+    return found if found is not None and found.pooling is None else new_modules(None)
+
+
+def modules_of(
+    task: str, name: str | Path | None, pooling: str = "mean", *, normalize: bool = False
+) -> SentenceModules | None:
+    """What stands beside a model of a task; None where sentence-transformers has no part in it."""
+    kind = TASKS[task].kind
+    if kind == "embeddings":
+        return sentence_modules(name, pooling, normalize=normalize)
+    return cross_encoder_modules(name) if kind == "scores" else None
 
 
 def write_modules(

@@ -25,7 +25,7 @@ from ..data.tokenizer import train_tokenizer
 from ..errors import CheckpointError
 from ..models.loading import load_config, load_model, load_processor
 from ..models.registry import token_limit
-from ..models.sentences import sentence_modules, write_modules
+from ..models.sentences import modules_of, write_modules
 from ..recipes.recipe import Recipe
 from ..training.ranks import count, on_main
 from .fresh import fresh_config
@@ -50,7 +50,8 @@ class Run:
     @cached_property
     def rows(self):
         data = self.recipe.data
-        rows = load_dataset_any(data.name_or_path, label_column=data.label_column, **self._split)
+        groups = self.task.group_names(data.text_column)
+        rows = load_dataset_any(data.name_or_path, label_column=data.label_column, group_names=groups, **self._split)
         if data.mixed_with:
             others = [load_dataset_any(name, **self._split)["train"] for name in data.mixed_with]
             column = need_column(rows["train"], "text", data.text_column)
@@ -82,16 +83,14 @@ class Run:
     @cached_property
     def modules(self) -> SentenceModules | None:
         """What sentence-transformers needs beside the model: that of the folder, else as the recipe pools; None for
-        models with a head."""
-        if self.task.kind != "embeddings":
-            return None
-        recipe = self.recipe
-        return sentence_modules(recipe.model.name_or_path, recipe.pooling, normalize=recipe.teaches_directions)
+        tasks that are not its own."""
+        recipe, directions = self.recipe, self.recipe.teaches_directions
+        return modules_of(recipe.task, recipe.model.name_or_path, recipe.pooling, normalize=directions)
 
     @property
     def pooling(self) -> str:
         """How the tokens of a text become its vector."""
-        return "mean" if self.modules is None else self.modules.pooling
+        return (self.modules.pooling if self.modules is not None else None) or "mean"
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -153,7 +152,7 @@ class Run:
         data = self.recipe.data
         limits = [data.max_length, None if config is None else token_limit(config, rotary=False)]
         length = min((each for each in limits if each is not None), default=None)
-        rows = load_dataset_any(name, **self._split)
+        rows = load_dataset_any(name, group_names=self.task.group_names(None), **self._split)
         prepared = prepare(rows, self.recipe.task, self.processor, max_length=length)
         if self._original is None:
             return prepared
@@ -171,10 +170,11 @@ class Run:
         return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
 
     def texts(self, *roles: str) -> Iterator[str]:
-        """The training texts in the columns of these roles; text pairs only where they are named."""
+        """The training texts in the columns of these roles; those that are optional only where they are named."""
         data, rows = self.recipe.data, self.rows["train"]
-        readable = [role for role in roles if role in TEXTS and (role != "text_pair" or data.text_pair_column)]
-        columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in readable]
+        named = {role: getattr(data, f"{role}_column") for role in roles if role in TEXTS}
+        readable = [role for role in named if role not in self.task.optional or named[role]]
+        columns = [need_column(rows, role, named[role], self.task.usual) for role in readable]
         return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])
 
     def load(self, folder: Path) -> PreTrainedModel:

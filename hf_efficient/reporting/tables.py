@@ -114,7 +114,8 @@ def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -
         share = f"{fixed(100 * guessing[-1], 1)}%"
         rows.append(("the largest class alone", share, share, ""))
     if compared is not None and compared.agreement is not None:
-        rows.append(("same prediction", "", f"{fixed(100 * compared.agreement, 1)}%", ""))
+        same = "same order" if (compared.quality_score or "").startswith("ndcg") else "same prediction"
+        rows.append((same, "", f"{fixed(100 * compared.agreement, 1)}%", ""))
     return rows
 
 

@@ -21,6 +21,12 @@ _SENTENCES = (
     'vectors = model.encode(["A text.", "Another text."])',
     "print(model.similarity(vectors[:1], vectors[1:]))",
 )
+_PAIRS = (
+    "from sentence_transformers import CrossEncoder",
+    "",
+    "model = CrossEncoder({})",
+    'print(model.rank("A question?", ["A text that answers it.", "Another text."]))',
+)
 
 
 def loading_snippet(report: Report, repo_id: str) -> str:
@@ -31,7 +37,8 @@ def loading_snippet(report: Report, repo_id: str) -> str:
     auto, processor, place = report.auto_class, report.processor_class, python_literal(repo_id)
     lines = ["import hf_efficient"] if report.loads_with == "plugin" else []
     if report.library_name == "sentence-transformers":
-        return "\n".join([*lines, *(line.format(place) for line in _SENTENCES)])
+        usage = _SENTENCES if auto == "AutoModel" else _PAIRS
+        return "\n".join([*lines, *(line.format(place) for line in usage)])
     lines += ["import torch"] if auto == "AutoModel" and processor else []
     lines += [f"from transformers import {auto}{f', {processor}' if processor else ''}", ""]
     lines += [f"model = {auto}.from_pretrained({place})"]

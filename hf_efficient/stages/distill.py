@@ -58,6 +58,7 @@ class DistillStage(TrainingSettings, Stage):
     attention_loss: str | None = option()
     relation_heads: int | None = option()
     relation_layers: Any = option()
+    score_loss: str | None = option()
     embedding_loss: str | None = option()
     pooling: str | None = option()
     layer_map: Any = option()
@@ -123,10 +124,10 @@ class DistillStage(TrainingSettings, Stage):
         check_length(f"{path}.max_length", self.max_length, limit)
         cut, task = self.teacher_cut(run, run.config), run.recipe.task
         by_token = any(weight and LOSSES[name].maps_layers for name, weight in self.losses.items())
-        if cut is not None and (task != "text-classification" or by_token):
+        if cut is not None and (TASKS[task].kind not in ("examples", "scores") or by_token):
             raise ConfigError(
                 f"{path}: the teacher takes {cut} tokens and the student gets more, so it can answer for a whole text "
-                f"(task text-classification, loss kd), but nothing else. Set {path}.max_length to {cut}"
+                f"(tasks text-classification and reranking, loss kd), but nothing else. Set {path}.max_length to {cut}"
                 + (", or losses to {ce: 1.0}." if TASKS[task].trains else ".")
             )
         return limit
@@ -140,7 +141,7 @@ class DistillStage(TrainingSettings, Stage):
     def check(self, path: str, run: Run, config: Any, before: Sequence[Stage]) -> Any:
         if self.pruning is not None:
             check_pruning(run, config, self.pruning, before)
-        if run.modules is not None:
+        if run.modules is not None and run.modules.pooling is not None:
             run.modules.check_taught(self.pooling, self.teaches_directions, f"{path}.")
         return config
 

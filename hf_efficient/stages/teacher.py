@@ -72,18 +72,22 @@ def original(run: Run, prepared: "PreparedData") -> "PreTrainedModel":
     import transformers
 
     from ..models.classes import block_of
+    from ..models.heads import REGRESSION, state_problem
     from ..models.loading import load_model
 
     source, labels = run.recipe.model, {}
     if prepared.num_labels is not None:
         labels = {"id2label": dict(enumerate(prepared.label_names)), "num_labels": prepared.num_labels}
         labels["label2id"] = {name: index for index, name in enumerate(prepared.label_names)}
+    if run.task.kind == "scores":  # a head of before was perhaps one of classes
+        labels["problem_type"] = prepared.problem or REGRESSION
     if source.config is not None:
         return getattr(transformers, run.auto_class).from_config(run.fresh_config(labels))
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if run.recipe.teacher is not None:  # a model that is taken as it is keeps its own head
         options |= labels | {"new_head": True}
     model = load_model(run.auto_class, source.name_or_path, **options)
+    state_problem(model, prepared.problem)
     if model.config.pad_token_id is None and not run.task.is_of_images:
         model.config.pad_token_id = getattr(run.processor, "tokenizer", run.processor).pad_token_id
     if block_of(model.config).kept_layers:  # it is the original now, and has all of its layers

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..reporting.schema import StageRecord
 
 COUNTING = "causal-lm"  # whose score counts tokens
-TASKS = ("text-classification", "sentence-embeddings", COUNTING)
+TASKS = ("text-classification", "sentence-embeddings", "reranking", COUNTING)
 COMMON = {COUNTING: 0.5}  # `common_share`: what a language model writes is broader than the texts that it is shown
 
 

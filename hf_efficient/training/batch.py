@@ -28,8 +28,9 @@ from ..models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, auto_class_of_
 from ..models.registry import is_known
 from ..models.token_masks import IGNORED, from_first, real_labels, token_masks
 
-# How labels and logits are aligned, by the Auto class of the model's class: that of a task, or one like it.
-AUTO_KINDS = {task.auto_class: task.kind for task in TASKS.values()} | {
+# How labels and logits are aligned, by the Auto class of the model's class: that of a task, or one like it. Scores are
+# examples with one label.
+AUTO_KINDS = {task.auto_class: task.kind for task in TASKS.values() if task.kind != "scores"} | {
     "AutoModelForSeq2SeqLM": "causal_lm",  # "tokens" where there is a decoder of its own
     "AutoModelForSpeechSeq2Seq": "causal_lm",
     "AutoModelForImageTextToText": "causal_lm",

@@ -10,6 +10,7 @@ from hf_efficient.data.bundled import bundled_model, resolve_model
 from hf_efficient.data.sentence_modules import new_modules, read_modules, transformer_folder
 from hf_efficient.models.loading import load_sentence_modules
 from hf_efficient.models.pooling import POOLINGS
+from hf_efficient.models.sentences import modules_of
 
 OLD = "sentence_transformers.models."
 NAMES = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean"}
@@ -83,6 +84,8 @@ def test_a_way_to_pool_that_we_do_not_know(pooling, words, tmp_path):
         ([{"type": None, "path": ""}], CheckpointError, "where a module has a type and a path"),
         ([*CHAIN[:1], CHAIN[1] | {"path": "../elsewhere"}], CheckpointError, "must lie in a folder in this one"),
         ([*CHAIN[:1], CHAIN[1] | {"path": ""}], CheckpointError, "must lie in a folder in this one"),
+        ([*CHAIN[:1], CHAIN[1] | {"path": "a\0b"}], CheckpointError, "must lie in a folder in this one"),
+        ([*CHAIN[:1], CHAIN[1] | {"path": "a" * 300}], CheckpointError, "must lie in a folder in this one"),
         ([CHAIN[0] | {"path": "/etc"}], CheckpointError, "must lie in a folder in this one"),
         ([CHAIN[0], CHAIN[1], CHAIN[2] | {"path": "1_Pooling"}], CheckpointError, "two modules in one folder"),
         ([CHAIN[0], CHAIN[1] | {"path": "other"}], CheckpointError, "lacks other/config.json"),
@@ -169,3 +172,46 @@ def test_those_of_the_hub_are_read_from_its_cache(tmp_path, monkeypatch, caplog)
         load_sentence_modules("me/old")
     assert not caplog.text and load_sentence_modules("me/unknown") is None
     assert "modules.json of me/unknown is not in the cache" in caplog.text
+
+
+PAIRS = listed("Transformer", type="sentence_transformers.base.modules.transformer.Transformer")
+SAID = {"model_type": "CrossEncoder", "activation_fn": "torch.nn.Identity", "prompts": {"ask": "q: "}}
+
+
+def cross_encoder(path, entries=PAIRS, **said):
+    texts = {"config_sentence_transformers": SAID | said, "sentence_bert_config": {"max_seq_length": 9}}
+    return folder_of(path, entries, **texts)
+
+
+def test_a_cross_encoder_is_a_transformer_alone(tmp_path):
+    modules = read_modules(cross_encoder(tmp_path / "in"))
+    assert modules.pooling is None and modules.max_length == 9 and "prompts (ask)" in modules.notes[0]
+    modules.check_width(3)
+    (tmp_path / "out").mkdir()
+    modules.write(tmp_path / "out", width=8)
+    assert read_modules(tmp_path / "out").texts == modules.texts
+    assert not (tmp_path / "out" / "1_Pooling").exists()
+    for changes in (
+        {"model_type": "SentenceTransformer"},
+        {"entries": listed("Transformer", type="evil.Transformer")},
+    ):
+        folder = cross_encoder(tmp_path / f"other-{len(changes)}-{next(iter(changes))}", **changes)
+        with pytest.raises(UnsupportedModelError, match="Transformer of a CrossEncoder"):
+            read_modules(folder)
+
+
+def test_a_plain_model_becomes_a_cross_encoder(tmp_path):
+    new_modules(None).write(tmp_path, width=8, max_length=7)
+    modules = read_modules(tmp_path)
+    assert modules.pooling is None and modules.max_length == 7 and not modules.notes
+    assert json.loads((tmp_path / "sentence_bert_config.json").read_text())["transformer_task"].endswith("fication")
+
+
+def test_each_task_takes_what_is_its_own(tmp_path):
+    vectors, pairs = folder_of(tmp_path / "vectors", CHAIN), cross_encoder(tmp_path / "pairs")
+    assert modules_of("text-classification", vectors) is None
+    assert modules_of("sentence-embeddings", vectors).pooling == "mean"
+    assert modules_of("reranking", vectors).is_new and modules_of("reranking", vectors).pooling is None
+    assert not modules_of("reranking", pairs).is_new and modules_of("reranking", None).is_new
+    with pytest.raises(UnsupportedModelError, match="is a CrossEncoder"):
+        modules_of("sentence-embeddings", pairs)

@@ -53,6 +53,7 @@ def test_every_own_field_has_help():
         ({"divergence": "revers"}, "Did you mean 'reverse'"),
         ({"soft_positions": "all"}, "attended"),
         ({"hidden_loss": "l1"}, "mse"),
+        ({"score_loss": "cosine"}, "Known: kl, mse"),
         ({"layer_map": "first"}, "linspace"),
         ({"layer_map": {"encoder": "first"}}, "linspace"),
         ({"layer_map": "[[1, 2]"}, "is not JSON"),

@@ -268,3 +268,19 @@ def test_a_span_batch_without_answers_can_still_teach():
     assert batch.labels is None
     assert batch.soft_mask().sum() == 6
     assert head_of(bert(head=BertModel)).kind == "embeddings"
+
+
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification"])
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_single_scores_are_compared_as_told(kind, problem, tmp_path):
+    """Whatever the labels are: by squared error, or as chances, which at a high temperature is an eighth of that."""
+    student, teacher = (bert(num_labels=1, problem_type=problem, initializer_range=0.9) for _ in range(2))
+    batch = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([[0.0], [1.0]])}
+    settings = {"losses": {"kd": 1.0}, "score_loss": kind, "temperature": 100.0}
+    trainer = make_trainer("bert", tmp_path, pair=(student.eval(), teacher.eval()), **settings)
+    with torch.no_grad():
+        found = trainer.compute_loss(student, dict(batch)).item()
+        own, other = (model(input_ids=batch["input_ids"]).logits for model in (student, teacher))
+    squared = (own - other).square().mean().item()
+    assert squared > 1e-3
+    assert found == pytest.approx(squared) if kind == "mse" else found == pytest.approx(squared / 8, rel=2e-2)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_efficient import HfEfficientError, TeacherCache
+from hf_efficient.data.sentence_modules import MODULES, SETTINGS, new_modules, read_modules
 from hf_efficient.distillation.cache.cache import MANIFEST
 from hf_efficient.models.families import FAMILIES
 from hf_efficient.models.loading import auto_class_of, load_model, load_processor
@@ -29,6 +30,7 @@ from ..pruning.tiny_tokenizers import tokenizer_of
 Document = Any
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer_config.json"
+CHAIN = (MODULES, SETTINGS, "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/config.json")
 
 
 @functools.cache
@@ -120,6 +122,40 @@ def read_cache(text: str) -> bool:
     return refused_or(lambda: TeacherCache(folder))
 
 
+def read_chain(text: str) -> bool:
+    """`{file: content}` of what sentence-transformers has beside a transformer; another text is its modules.json.
+
+    What is read is written, and read again as the same.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    folder = place() / "chain"
+    shutil.rmtree(folder, ignore_errors=True)
+    for inner in ("1_Pooling", "2_Dense"):
+        (folder / inner).mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    save_file({"linear.weight": torch.zeros(4, 16)}, folder / "2_Dense" / "model.safetensors")
+    known = data if isinstance(data, dict) and MODULES in data else {MODULES: None}
+    for name in CHAIN:
+        if name in known:
+            with_file(folder, name, text if data is not known else json.dumps(known[name]))
+    return refused_or(lambda: _same_chain(folder))
+
+
+def _same_chain(folder: Path) -> None:
+    modules = read_modules(folder)
+    assert modules is not None and isinstance(modules.notes, tuple) and isinstance(modules.compares_lengths, bool)
+    assert modules.max_length is None or modules.max_length > 0
+    width, target = 16, folder / "written"
+    target.mkdir()
+    modules.write(target, width=width)
+    again = read_modules(target)
+    assert again is not None and (again.entries, again.pooling) == (modules.entries, modules.pooling)
+    assert again.texts.keys() == modules.texts.keys()
+
+
 def _same_weights(model: torch.nn.Module, folder: Path) -> None:
     saved = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
     loaded = model.state_dict()
@@ -138,6 +174,18 @@ def indexes() -> list[Document]:
 
 def tokenizers() -> list[Document]:
     return [_good(tokenizer_folder(), TOKENIZER)]
+
+
+def chains() -> list[Document]:
+    """A model of vectors with a Dense, and a CrossEncoder."""
+    documents = []
+    for made in (new_modules("cls", normalize=True), new_modules(None)):
+        documents.append({name: dict(content) for name, content in made.texts.items()})
+        documents[-1][MODULES] = [dict(entry) for entry in made.entries]
+    documents[0][MODULES][2] |= {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    documents[0] |= {"2_Dense/config.json": {"in_features": 16, "out_features": 4}}
+    documents[0]["sentence_bert_config.json"] = {"max_seq_length": 256, "do_lower_case": False}
+    return documents
 
 
 def caches() -> list[Document]:

@@ -270,6 +270,7 @@ TARGETS = {
     "index": Target(folders.read_index, to_json, folders.indexes),
     "tokenizer": Target(folders.read_tokenizer, to_json, folders.tokenizers),
     "cache": Target(folders.read_cache, to_json, folders.caches),
+    "chain": Target(folders.read_chain, to_json, folders.chains),
     "csv": Target(read_csv, to_csv, csv_files),
     "jsonl": Target(read_jsonl, to_jsonl, jsonl_files),
     "image": Target(read_encoded_image, to_bytes, encoded_images),

@@ -26,8 +26,9 @@ from ...distillation.trainer import DistillationTrainer
 from ...errors import CheckpointError, ConfigError
 from ...io.text import show
 from ...measurement.scores import METRICS, check_metrics, for_trainer, load_metrics
+from ...models.heads import state_problem
 from ...models.loading import load_config, load_model
-from ...models.sentences import sentence_modules, write_modules
+from ...models.sentences import modules_of, write_modules
 from ...training.ranks import leave_processes
 from ...training.trainers import MarkComplete, last_checkpoint
 from .dry_run import describe
@@ -118,6 +119,8 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
     if by_name:
         scores = for_trainer(by_name, data.num_labels or 0)
     student = _student(script, config, teacher)
+    for model in (student, teacher):
+        state_problem(model, data.problem)
     if modules is not None:
         modules.check_width(student.config.hidden_size)
     trainer = DistillationTrainer(
@@ -150,18 +153,16 @@ def run(script: ScriptArguments, args: DistillationArguments) -> dict[str, float
 
 
 def _modules(script: ScriptArguments, args: DistillationArguments) -> SentenceModules | None:
-    """The chain of a student that comes with one, else that of the teacher; None where the task has a head."""
+    """The chain of a student that comes with one, else that of the teacher; None where the task is not that of
+    sentence-transformers."""
     directions = bool(args.losses.get("embedding")) and args.embedding_loss == "cosine"
-    if TASKS[script.task].kind != "embeddings":
-        return None
-    chains = [
-        sentence_modules(name, args.pooling, normalize=directions)
-        for name in (script.student, script.teacher)
-        if name is not None
-    ]
+    names = [name for name in (script.student, script.teacher) if name is not None]
+    found = [modules_of(script.task, name, args.pooling, normalize=directions) for name in names]
+    chains = [chain for chain in found if chain is not None]
     for chain in chains:
-        chain.check_taught(args.pooling, directions)
-    return next((chain for chain in chains if not chain.is_new), chains[0])
+        if chain.pooling is not None:
+            chain.check_taught(args.pooling, directions)
+    return next((chain for chain in chains if not chain.is_new), chains[0] if chains else None)
 
 
 def _checkpoint(script: ScriptArguments, args: DistillationArguments) -> str | None:

@@ -21,7 +21,7 @@ from ...data.tasks import ROLES, TASKS, column_name
 from ...errors import ConfigError, unknown_name
 from ...io.yaml import parse as parse_yaml
 from ...models.loading import load_model, load_processor
-from ...models.sentences import sentence_modules
+from ...models.sentences import modules_of
 
 
 @dataclass
@@ -78,15 +78,20 @@ class DataArguments(_Columns):
 
     def load_data(self, processor: Any, seed: int) -> PreparedData:
         rows = load_dataset_any(
-            self.dataset, seed=seed, limit=self.limit, test_fraction=self.test_fraction, label_column=self.label_column
+            self.dataset,
+            seed=seed,
+            limit=self.limit,
+            test_fraction=self.test_fraction,
+            label_column=self.label_column,
+            group_names=TASKS[self.task].group_names(self.text_column),
         )
         names = [*map(column_name, ROLES), "max_length", "image_size"]
         return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})
 
 
 def load_modules(task: str, name: str) -> SentenceModules | None:
-    """What sentence-transformers has beside a model, or would have; None where the task has a head."""
-    return sentence_modules(name) if TASKS[task].kind == "embeddings" else None
+    """What sentence-transformers has beside a model, or would have; None where the task is not its own."""
+    return modules_of(task, name)
 
 
 def parse(words: Sequence[str], kinds: Sequence[type]) -> tuple[Any, ...]:

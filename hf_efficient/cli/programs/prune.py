@@ -129,7 +129,8 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     if (modules := load_modules(script.task, script.model)) is not None:
         processor = modules.reading_as(processor)
     names = ("seed", "limit", "test_fraction", "label_column")
-    splits = load_dataset_any(script.dataset, **{name: getattr(script, name) for name in names})
+    groups = entry.group_names(script.text_column)
+    splits = load_dataset_any(script.dataset, group_names=groups, **{name: getattr(script, name) for name in names})
     columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
     data = prepare(splits, script.task, processor, max_length=script.max_length, **columns)
     if script.ratio is not None and is_by_layer(script.layer_by_layer, script.model):
@@ -139,7 +140,7 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     batches = calibration_batches(model, data, script.calibration(), script.seed)
     first = search(model, script.config(script.ratios[0]), batches)
     searches = [first.at(ratio) for ratio in script.ratios]  # the dense model is scored once, for all of them
-    pooling = "mean" if modules is None else modules.pooling
+    pooling = (modules.pooling if modules is not None else None) or "mean"
     rows = [_row(script, 0.0, 0.0, model, data, pooling)]
     for ratio, one in zip(script.ratios, searches, strict=True):
         plan = described(one)

@@ -73,7 +73,8 @@ def kd_loss(
     """Soft labels (Hinton et al. 2015): T^2 D(softmax(teacher / T), softmax(student / T)).
 
     The gradient of the softened divergence shrinks as 1/T^2; `temperature_squared` undoes that. Multi-label logits are
-    compared as independent yes/no distributions, regression outputs by squared error (no temperature).
+    compared as independent yes/no distributions, regression outputs by squared error (no temperature): what the former
+    tends to, but for a factor of 8, as the temperature grows.
 
     Shapes: logits [..., classes] with mask [...]; multi-label and regression: logits and mask [batch, labels]. A
     teacher's `TopLogits` or `DrawnTokens` are compared at their own temperature, the latter by the forward divergence.

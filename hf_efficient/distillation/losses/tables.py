@@ -16,4 +16,5 @@ HIDDEN_DISTANCES: LazyTable[Callable[..., Any]] = LazyTable(
     {"mse": "distillation.losses.losses:mean_squared", "cosine": "distillation.losses.losses:cosine"}
 )
 ATTENTION_LOSSES = ("kl", "mse")
+SCORE_LOSSES = ("mse", "kl")
 MAX_TEMPERATURE = 1000.0
