@@ -46,7 +46,7 @@ def measure(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurement as JSON.")] = False,
 ) -> None:
-    """Measure size, cost and latency of a model, and with --data how good it is.
+    """Measure size, cost, latency and quality of a model.
 
     Alone, or against a baseline in one interleaved run.
     """

@@ -99,20 +99,24 @@ def prepare(
     if foreign := [name for name in names if name not in arguments]:
         raise TypeError(f"prepare() has no argument {foreign[0]!r}. Columns are named by {', '.join(arguments)}.")
     columns = _columns(dataset, entry, {arguments[name]: column for name, column in names.items()})
-    classes: tuple[str, ...] = ()
-    ids, problem = dict[Any, int](), None
-    if entry.has_classes:
-        classes, ids = _classes(dataset, columns["label"], "tokens" in columns)
-    elif entry.kind == "scores":
+    problem = None
+    if entry.kind == "scores":
         dataset = {name: with_numbers(dataset[name], columns["label"]) for name in ("train", "test")}
-        classes, ids = ONE_LABEL, number_queries(dataset["test"], columns["text"], columns["label"])
         problem = MULTI_LABEL if are_chances(dataset["train"], columns["label"]) else None
+    classes, ids = _labels(dataset, entry, columns)
     dataset, settings, batch_size = _reading(dataset, task, columns, ids, processor, (max_length, image_size))
     train = _map(dataset["train"], entry.tokenize, settings, batch_size)
     test = _map(dataset["test"], entry.tokenize_test or entry.tokenize, settings, batch_size)
     if not len(train) or not len(test):
         raise DataError(f"No tokens are left of the {'test' if len(train) else 'train'} split: its texts are empty.")
     return PreparedData(train, test, entry.collate(processor), len(classes) or None, classes, task, problem)
+
+
+def _labels(dataset: Mapping[str, Dataset], entry: Task, columns: dict) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """The names of the labels, and the number of each value; of scores those of the queries in test."""
+    if entry.kind == "scores":
+        return ONE_LABEL, number_queries(dataset["test"], columns["text"], columns["label"])
+    return _classes(dataset, columns["label"], "tokens" in columns) if entry.has_classes else ((), {})
 
 
 def _reading(

@@ -141,9 +141,8 @@ def evaluate_quality(
         metrics = load_metrics(metrics)
     if len(dataset) == 0:
         raise DataError("The data set to evaluate on is empty. Give at least one sample.")
-    collator = default_data_collator if collator is None else collator
     places = share([part.tolist() for part in torch.arange(len(dataset)).split(batch_size)])
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=places, collate_fn=collator)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=places, collate_fn=collator or default_data_collator)
     batches, numbers = tqdm(loader, desc="evaluate", disable=None, leave=False), [*itertools.chain(*places)]
     with evaluating(model):
         if TASKS[task].kind == "embeddings":
@@ -153,11 +152,10 @@ def evaluate_quality(
             decode = decoder_of(collator)
             spoken = [row for batch in batches for row in _score_speech(model, batch, task, decode)]
             return _speech(task, gather_rows(spoken, numbers))
-        elif TASKS[task].kind == "scores":
-            pairs = [row for batch in batches for row in score_pairs(model, batch, inputs_of)]
-            return Evaluation(**ranked(task, gather_rows(pairs, numbers)))
         else:
             rows = gather_rows([row for batch in batches for row in _score_batch(model, batch, TASKS[task])], numbers)
+    if TASKS[task].kind == "scores":
+        return Evaluation(**ranked(task, rows))
     loss, correct, count = (torch.stack([row[i] for row in rows]).double() for i in range(3))
     if not count.sum():
         raise DataError("No label counts: all are -100. Give samples with labels.")
@@ -165,10 +163,9 @@ def evaluate_quality(
     is_respelled = isinstance(dataset[0], Mapping) and TARGETS in dataset[0]
     scores = _scores(TASKS[task], loss, correct, count, predictions, targets, is_respelled)
     if metrics:
-        known = {score.name for score in scores}
         config: Any = model.config
         further = further_scores(metrics, predictions, targets, count, config.num_labels)
-        scores += tuple(score for score in further if score.name not in known)
+        scores += tuple(each for each in further if each.name not in {score.name for score in scores})
     quality = Quality(task, len(count), int(count.sum()), scores, _largest_class(TASKS[task], targets))
     return Evaluation(quality, loss, correct, count, predictions, targets, is_respelled)
 
@@ -222,7 +219,9 @@ def _embeddings(model: Any, batches: Iterable, places: Sequence, pooling: str) -
 
 
 def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple[torch.Tensor, ...]]:
-    """(loss sum, correct, count, predictions, targets) of each sample, on the CPU."""
+    """(loss sum, correct, count, predictions, targets) of each sample, on the CPU; of pairs see `score_pairs`."""
+    if task.kind == "scores":
+        return score_pairs(model, batch, inputs_of)
     names = ("start_positions", "end_positions") if task.kind == "spans" else ("labels",)
     if missing := [name for name in names if name not in batch]:
         raise DataError(

@@ -173,7 +173,7 @@ class Run:
         """The training texts in the columns of these roles; those that are optional only where they are named."""
         data, rows = self.recipe.data, self.rows["train"]
         named = {role: getattr(data, f"{role}_column") for role in roles if role in TEXTS}
-        readable = [role for role in named if role not in self.task.optional or named[role]]
+        readable = [role for role in named if role in self.task.columns or named[role]]
         columns = [need_column(rows, role, named[role], self.task.usual) for role in readable]
         return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])
 

@@ -53,7 +53,7 @@ def test_rows_by_their_name_alone(folders):
     ("words", "fault"),
     [
         (("--data", "rows.csv"), "--data needs --task, which says how its rows are read"),
-        (("--task", "causal-lm", "--data", "name_or_path: x.csv, colum: y"), "--data.colum: unknown key"),
+        (("--task", "causal-lm", "--data", "name_or_path: x.csv, columns: y"), "--data.columns: unknown key"),
         (("--task", "sentence-embeddings", "--data", "no-such-file.csv"), "no-such-file.csv"),
         (
             ("--task", "text-classification", "--data", "name_or_path: x.csv, image_column: y"),

@@ -17,6 +17,7 @@ from hf_efficient.cli.programs.distill import read as read_distill
 from hf_efficient.cli.programs.distill import run as run_distill
 from hf_efficient.cli.programs.prune import parse as parse_prune
 from hf_efficient.cli.programs.prune import run as run_prune
+from hf_efficient.pipeline.run import Run
 
 from ..processes import ROOT
 from .test_tasks_end_to_end import TRAINING, model_folder
@@ -123,8 +124,6 @@ def test_what_comes_out_is_scored_as_their_evaluator_scores_it(tmp_path):
     """A plain model: it gets a Sigmoid, which changes no ranking. The same candidates, the same numbers."""
     from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 
-    from hf_efficient.pipeline.run import Run
-
     asked = recipe(scorer(tmp_path / "in"), PLUGIN)
     report = compress(asked, output_dir=tmp_path / "out")
     test = Run(asked, tmp_path / "out").rows["test"]
@@ -201,6 +200,12 @@ def test_scores_are_distilled(loss, tmp_path):
     folders = (tmp_path / "pruned" / "model", tmp_path / "taught" / "model", teacher)
     before, after, goal = (load(folder, activation_fn=torch.nn.Identity()).predict(pairs) for folder in folders)
     assert np.abs(after - goal).mean() < 0.7 * np.abs(before - goal).mean()
+
+
+def test_a_vocabulary_is_that_of_queries_and_documents(tmp_path):
+    run = Run(recipe(cross_encoder(tmp_path / "in"), {"vocabulary": {}}), tmp_path / "out")
+    rows = run.rows["train"]
+    assert [*run.texts("text", "text_pair")] == [*rows["query"], *rows["document"]]
 
 
 def words_of(model, command, *more):
