@@ -47,7 +47,7 @@ from hf_efficient.models.rebuild import is_portable
 from hf_efficient.pruning.cut.vocabulary import kept_tokens
 from hf_efficient.pruning.price.costs import make_costs
 from hf_efficient.pruning.prune import search
-from hf_efficient.pruning.score.stream import Batch
+from hf_efficient.pruning.score.handing import Batch
 from hf_efficient.pruning.search import Search
 from hf_efficient.reporting.tables import markdown
 

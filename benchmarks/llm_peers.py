@@ -30,8 +30,8 @@ from hf_efficient.models.groups import Group
 from hf_efficient.pruning.choose.allocation import allocate_global
 from hf_efficient.pruning.cut.surgery import apply_plan
 from hf_efficient.pruning.price.costs import Costs, make_costs
+from hf_efficient.pruning.score.handing import Batch
 from hf_efficient.pruning.score.layers import block_influence
-from hf_efficient.pruning.score.stream import Batch
 
 Batches = Sequence[Batch]
 Peer = Callable[[PreTrainedModel, int, Batches], tuple[PreTrainedModel, int]]  # the model, and its parameters

@@ -22,7 +22,7 @@ from ..models.classes import stock_config, with_block
 from ..models.modes import evaluating
 from ..models.rebuild import class_for, rebuild
 from ..pruning.score.calibration import token_mask
-from ..pruning.score.stream import Batch, forward
+from ..pruning.score.handing import Batch, forward
 
 Axes = dict[str, tuple[int, ...]]
 Norms = dict[str, nn.Module]

@@ -21,7 +21,7 @@ from ..models.rebuild import check_model
 from ..pruning.cut.surgery import apply_plan
 from ..pruning.plan import PruningPlan
 from ..pruning.score.calibration import check_calibration
-from ..pruning.score.stream import Batch
+from ..pruning.score.handing import Batch
 from ..pruning.score.units import activation, magnitude
 from .layer_map import chosen_layers
 from .narrow import heads_for, narrow

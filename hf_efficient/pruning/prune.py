@@ -41,7 +41,7 @@ from .price.costs import Costs, make_costs
 from .price.forecast import forecast
 from .score.calibration import check_calibration, fitting_length
 from .score.finite import check_weights
-from .score.stream import Batch
+from .score.handing import Batch
 from .search import Cutter, Search, is_kept, kept_groups, kept_mixtures, with_kept
 from .weights import check_data, check_learned, prune_weights
 

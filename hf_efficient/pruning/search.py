@@ -35,9 +35,9 @@ from .price.correction import Kept, correct
 from .price.costs import Costs
 from .score.calibration import answer_loss
 from .score.experts import ExpertScores, score_experts
+from .score.handing import Batch
 from .score.layers import LayerScores, layer_scores, loss_order
 from .score.statistics import MaskGradients, mask_gradients
-from .score.stream import Batch
 from .score.units import Scores, check_scores, score_units
 
 

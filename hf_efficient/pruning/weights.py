@@ -20,7 +20,7 @@ from .config import PruningConfig
 from .cut.linears import Linear, find_linears, matrix
 from .fit.sparsegpt import sparsegpt, update_kept
 from .methods import WEIGHT_IMPORTANCES
-from .score.stream import Batch
+from .score.handing import Batch
 
 
 def prune_weights(anatomy: Anatomy, config: PruningConfig, batches: Sequence[Batch]) -> PreTrainedModel:

@@ -35,8 +35,8 @@ from ...models.stacks import ConfigStack, ModelStack
 from ..cut.linears import Linear, as_matrix, find_linears
 from ..score.calibration import check_calibration
 from ..score.finite import check_weights
+from ..score.handing import Batch
 from ..score.linear_inputs import collect
-from ..score.stream import Batch
 
 TINY = 1e-8  # of the largest eigenvalue: what is smaller is rounding
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output; half precision: HALF

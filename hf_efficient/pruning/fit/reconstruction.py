@@ -32,8 +32,9 @@ from ...models.modes import eval_mode
 from ...models.stacks import ModelStack
 from ...training.ranks import gather, meet, share, total
 from ..score.finite import check_finite
+from ..score.handing import Batch
 from ..score.statistics import OutputGradients
-from ..score.stream import Batch, Block, Stream
+from ..score.stream import Block, Stream
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean of the diagonal
 HELD_OUT = 5  # one row in five

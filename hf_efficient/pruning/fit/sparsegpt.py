@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from ..choose.sparsity import Masks, keep_n_of_m, lowest, shares
 from ..cut.linears import Linear, matrix
 from ..score.finite import check_finite
+from ..score.handing import Batch
 from ..score.linear_inputs import collect
-from ..score.stream import Batch
 from ..score.surgeon import damped_inverse
 
 BLOCK = 128

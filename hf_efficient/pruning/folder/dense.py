@@ -31,9 +31,8 @@ from ...models.stacks import ModelStack
 from ..fit.reconstruction import find_blocks, with_floor
 from ..score.calibration import Loss, check_calibration, wide
 from ..score.finite import check_finite
+from ..score.handing import Batch, Call, Layers
 from ..score.statistics import MaskGradients, masked
-from ..score.stream import Batch
-from .layers import Call, Layers
 from .proof import prove_layers
 from .shelf import Shelf, States
 

@@ -7,8 +7,6 @@ get; and run one by one, head last, they must give the answer of the whole.
 """
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
@@ -19,9 +17,7 @@ from ...models.derive.tiny import first_tiny, tiny_model
 from ...models.on_disk import WHOLE
 from ...models.rebuild import quietly
 from ..score.calibration import answer_of
-from ..score.layers import find_places
-from ..score.stream import Batch
-from .layers import Call, Layers, NotInOrder
+from ..score.handing import Batch, NotAlone, find_layers, watching
 
 TOLERANCE = 1e-4
 
@@ -61,46 +57,18 @@ def _tried(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> tuple[str |
 
 def _compared(model: PreTrainedModel, inputs: Batch) -> tuple[str | None, list[int | str]]:
     stack = Anatomy.of(model).stacks[0]
-    calls: list[Call] = []
-    places: list[list[int | str] | None] = []
-
-    def note(layer: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-        others = list(output[1:]) if isinstance(output, tuple) else []
-        found = find_places(others, dict(enumerate(args)) | kwargs)
-        places.append(found if isinstance(output, Tensor) or others else None)
-
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in stack.layers]
-    try:
+    with watching(stack.layers) as seen:
         expected = answer_of(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(calls) != len(stack.layers):
-        return "they are not called once each", []
-    if any(one is None or one != places[0] for one in places):
-        return "a layer makes something for those behind it", []
-    layers = Layers(model, stack.layers, places[0] or [])
     try:
+        layers = find_layers(model, stack.layers, inputs, seen)
         states, recorded = layers.record(inputs)
-    except NotInOrder:
-        return "they are not called one after the other", []
-    for before, after in zip(calls, recorded, strict=True):
-        one, other = tree_leaves(before), tree_leaves(after)
-        if len(one) != len(other) or not all(map(_same, one, other)):
-            return "what a layer is given depends on those before it", []
-    try:
         for index, call in enumerate(recorded):
             states = layers.call(index, states, call)
         answer = layers.finish(inputs, states, answer_of)
+    except NotAlone as error:
+        return str(error), []
     except Exception as error:  # whatever the code of a model may raise where something is missing
         return f"one by one they fail ({type(error).__name__}: {error})", []
     if answer.shape != expected.shape or not torch.allclose(answer, expected, atol=TOLERANCE, rtol=TOLERANCE):
         return "one by one they give another answer", []
     return None, layers.gives
-
-
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other)

@@ -23,9 +23,9 @@ from ...models.shards import in_portions, shard_paths, write_beside
 from ..cut.surgery import kept_layers, planned_config
 from ..fit.reconstruction import find_blocks, fit_layer
 from ..plan import PruningPlan
+from ..score.handing import Layers
 from ..score.stream import Stream
 from .dense import Calls, DenseModel
-from .layers import Layers
 from .shelf import Kept, Shelf, States
 
 

@@ -22,7 +22,7 @@ from ...training.ranks import Numbered
 from ..price.costs import num_patches
 from .checked_batches import check_batches
 from .finite import check_finite, not_finite
-from .stream import Batch, forward
+from .handing import Batch, forward
 
 ANSWER = "The answer of the model to a calibration batch"
 Loss = Callable[[PreTrainedModel, Batch], torch.Tensor]
@@ -114,7 +114,8 @@ def answer_loss(seed: int = 0) -> Loss:
         numbers = itertools.count(batch.first_row) if isinstance(batch, Numbered) else since_first
         for row, real in zip(answer, where, strict=True):
             generator = torch.Generator().manual_seed(Random(f"{seed} {next(numbers)}").getrandbits(63))
-            along = _along(model, row[real], generator)  # of [real classes] or [real tokens, C]
+            counted = row if real.all() else row[real]  # a copy of [real classes] or [real tokens, C] only if needed
+            along = _along(model, counted, generator)
             sums.append(along.sum() / max(1, along.numel()))
         total = torch.stack(sums).sum()
         check_finite(total.detach(), ANSWER)
@@ -128,11 +129,14 @@ def _along(model: PreTrainedModel, answer: torch.Tensor, generator: torch.Genera
     if answer.ndim == 2 and answer.shape[-1] == getattr(model.config, "vocab_size", None):
         if not len(answer):  # a row of padding only
             return answer.sum(-1)
-        chances = answer.detach().softmax(-1).cpu()
-        if not chances.isfinite().all():  # multinomial would say less
+        logs = answer.log_softmax(-1)
+        upto = logs.detach().cpu().exp().cumsum_(-1)
+        if not upto[:, -1].isfinite().all():
             raise not_finite(ANSWER)
-        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        return F.cross_entropy(answer, drawn.to(answer.device), reduction="none")
+        # One number a token; `multinomial` draws one for every entry of the vocabulary.
+        where = torch.rand(len(upto), 1, generator=generator, dtype=upto.dtype) * upto[:, -1:]
+        drawn = torch.searchsorted(upto, where, right=True).clamp(max=upto.shape[-1] - 1)
+        return -logs.gather(-1, drawn.to(logs.device))[:, 0]
     direction = torch.randn(answer.shape, generator=generator, dtype=answer.dtype).to(answer.device)
     if is_distribution(model, answer):
         direction = F.normalize(direction - direction.mean(-1, keepdim=True), dim=-1)

@@ -15,7 +15,7 @@ from ...models.anatomy import Anatomy
 from ...models.inputs import check_range
 from ...models.registry import text_config, token_limit
 from ...models.token_masks import IGNORED
-from .stream import Batch
+from .handing import Batch
 
 IDS = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
 MASKS = ("attention_mask", "decoder_attention_mask")

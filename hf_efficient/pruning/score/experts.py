@@ -24,7 +24,7 @@ from ..config import PruningConfig
 from ..methods import EXPERT_IMPORTANCES
 from .calibration import state_mask, wide
 from .finite import check_finite
-from .stream import Batch, forward
+from .handing import Batch, forward
 
 ExpertScores = dict[Mixture, Tensor]  # [experts], float64 on the CPU
 TOKENS = 4096  # that an expert is given at once

@@ -23,12 +23,11 @@ from ..config import PruningConfig
 from ..methods import IMPORTANCES, LAYER_IMPORTANCES
 from .calibration import answer_of, is_distribution, real_entries, token_mask
 from .finite import not_finite
-from .stream import Batch, forward
+from .handing import Batch, find_places, forward, hand_back, instead, states_in
 from .units import check_scores
 
 LayerScores = dict[tuple[str, int], float]
 ROWS = 32  # on which `loss` compares models: for k of L layers k (2 L - k + 1) / 2 of them
-NOWHERE = ""  # the place of None among the arguments
 
 
 def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
@@ -138,48 +137,21 @@ def _watching(layers: Mapping[tuple[str, int], nn.Module], handed: Handed) -> It
         yield broken
 
 
-def find_places(others: Sequence, arguments: Mapping[int | str, object]) -> list[int | str] | None:
-    places: list[int | str] = []
-    for other in others:
-        matches = [NOWHERE] if other is None else [place for place, value in arguments.items() if value is other]
-        if not matches:
-            return None
-        places += matches[:1]
-    return places
-
-
-def hand_back(places: Sequence[int | str], args: tuple, kwargs: dict) -> torch.Tensor | tuple:
-    """What a layer gives that does nothing: its states, and beside them what it finds at these places."""
-    arguments = dict(enumerate(args)) | kwargs
-    states = states_in(args, kwargs)
-    return (states, *(arguments.get(place) for place in places)) if places else states
-
-
 @contextmanager
 def _skipping(layers: Sequence[nn.Module], handed: Handed) -> Iterator[None]:
     """The layers hand on what they get, and are not computed; but for those that make something for all others, as
     T5's first ones do with the position bias: their states alone are dropped."""
 
-    def instead(places: list[int | str], *args, **kwargs):
-        return hand_back(places, args, kwargs)
-
     def hook(layer: nn.Module, args: tuple, kwargs: dict, output) -> tuple:
         return states_in(args, kwargs), *output[1:]
 
-    with ExitStack() as undo:
+    alone = [layer for layer in layers if handed.get(layer, []) is not None]
+    with ExitStack() as hooks:
         for layer in layers:
-            places = handed.get(layer, [])
-            if places is None:
-                undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-            else:
-                patched = vars(layer).get("forward")  # accelerate puts one there too
-                undo.callback(*((setattr, layer, "forward", patched) if patched else (delattr, layer, "forward")))
-                layer.forward = partial(instead, places)
-        yield
-
-
-def states_in(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+            if layer not in alone:
+                hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        with instead(alone, lambda index, args, kwargs: hand_back(handed.get(alone[index]) or [], args, kwargs)):
+            yield
 
 
 def _layers(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], nn.Module]]:

@@ -17,7 +17,7 @@ from ...models.token_masks import masks_of, real_inputs
 from ...training.ranks import share, total
 from ..cut.linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
 from .calibration import wide
-from .stream import Batch
+from .handing import Batch
 
 
 class _Enough(Exception):

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ...errors import ConfigError, UnsupportedModelError, shown
 from ...models.modes import evaluating
 from ...models.registry import token_limit
-from .stream import Batch
+from .handing import Batch
 
 MAX_ROWS, MAX_LENGTH = 1 << 16, 1 << 20
 TOGETHER = 64  # rows that are sampled at once: a cache of so many texts has to fit into memory

@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from ...io.process import trim_memory
 from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode, evaluating
 from ...training.ranks import gather, share, total
 from .calibration import Loss, state_mask, wide
-from .stream import Batch, forward
+from .handing import Batch, forward
 
 MaskGradients = dict[Group, torch.Tensor]
 
@@ -65,6 +66,7 @@ def mask_gradients(
                 if gradient is not None:
                     rows[group].append(wide(gradient).cpu())
                     places[group].append(getattr(batch, "number", place))
+            trim_memory()
     rows = {group: gather(parts, places[group]) for group, parts in rows.items()}
     return {group: torch.cat(parts) if parts else torch.zeros(1, group.units) for group, parts in rows.items()}
 

@@ -8,20 +8,15 @@ Each layer is called with the arguments (masks, positions, encoder states) that 
 """
 
 import contextlib
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ...errors import DataError, HfEfficientError, shown
 from ...models.anatomy import Anatomy
-from ...models.token_masks import real_inputs
-
-Batch = Mapping[str, torch.Tensor]
+from .handing import Batch, Call, Layers, NotAlone, Reached, find_layers, forward, run_layer, watching
 
 
 class Block(NamedTuple):
@@ -31,36 +26,27 @@ class Block(NamedTuple):
     writes: str
 
 
-class Reached(Exception):
-    """Ends a forward at the module it was run for."""
-
-
 class Stream:
     """The stream of one stack; `states` are those that the next layer reads."""
 
     def __init__(self, anatomy: Anatomy, stack: str, batches: Sequence[Batch]):
         self.layers, self.norm = anatomy.stack(stack).layers, anatomy.family.norm
-        self._calls: list[list[tuple[tuple, dict]]] = [[] for _ in self.layers]
+        self._calls: list[list[Call]] = []  # of each batch
         self.states: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
-            for index, layer in enumerate(self.layers)
-        ]
-        try:
-            for batch in batches:
-                forward(anatomy.model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _recorder(self, index: int):
-        def record(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            states, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
-            if index == 0:
+        alone: Layers | None = None
+        for number, batch in enumerate(batches):
+            if alone is not None:  # so no layer needs to be run to know what they are given
+                states, calls = alone.record(batch)
                 self.states.append(states)
-            self._calls[index].append((args, {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-
-        return record
+                self._calls.append(calls)
+                continue
+            with watching(self.layers) as seen:
+                forward(anatomy.model, batch)
+            self.states += seen.states
+            self._calls.append(seen.calls)
+            if number == 0 and len(batches) > 1:
+                with contextlib.suppress(NotAlone):
+                    alone = find_layers(anatomy.model, self.layers, batch, seen)
 
     def inputs(self, index: int, blocks: Sequence[Block], writes: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What the linear `writes` of a layer reads, and the residual that its output is added to, batch by batch; the
@@ -86,9 +72,7 @@ class Stream:
         return []
 
     def _call(self, index: int, number: int) -> torch.Tensor:
-        args, kwargs = self._calls[index][number]
-        output = self.layers[index](self.states[number], *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return run_layer(self.layers[index], self.states[number], self._calls[number][index])
 
 
 class _Seen:
@@ -140,19 +124,3 @@ class _Seen:
     def _by_token(self, tensor: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, numbers]`, also where the layer lays the tokens of all rows one after another (OPT)."""
         return tensor.reshape(*self.sum.shape[:-1], tensor.shape[-1])
-
-
-def forward(model: PreTrainedModel, batch: Batch):
-    """The model's answer to one batch, without a cache of keys and values."""
-    inputs = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
-    options = {"return_dict": True} | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
-    known = inspect.signature(model.forward).parameters  # a model of one's own may know neither
-    if not any(one.kind is one.VAR_KEYWORD for one in known.values()):
-        options = {name: value for name, value in options.items() if name in known}
-    try:
-        return model(**inputs, **options)
-    except HfEfficientError:
-        raise
-    except (IndexError, TypeError, ValueError) as error:  # what no check of names, sizes and ranges foresees
-        sizes = {key: list(value.shape) for key, value in batch.items()}
-        raise DataError(f"{type(model).__name__} cannot read the calibration batch {shown(sizes)}: {error}") from error

@@ -27,8 +27,8 @@ from ...models.modes import eval_mode
 from ...training.ranks import share, total
 from .calibration import Loss, answer_loss, wide
 from .finite import check_finite
+from .handing import Batch
 from .statistics import check_seen, output_gradients
-from .stream import Batch
 
 DAMPING = 0.01  # lambda, as a part of the mean of the diagonal
 PORTIONS = 256  # of more units than that several leave at once

@@ -27,8 +27,8 @@ from ..config import PruningConfig
 from ..methods import IMPORTANCES, TRAINED_IMPORTANCES, Importance
 from ..price.costs import unit_cost
 from .calibration import answer_loss, model_loss
+from .handing import Batch, forward
 from .statistics import OutputGradients, input_squares, mask_gradients
-from .stream import Batch, forward
 
 Scores = dict[Group, torch.Tensor]
 

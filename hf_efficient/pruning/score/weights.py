@@ -21,8 +21,8 @@ from ...models.modes import eval_mode
 from ...training.ranks import share, total
 from ..cut.linears import Linear, as_matrix, matrix, parameter_of
 from .calibration import model_loss, wide
+from .handing import Batch
 from .linear_inputs import collect
-from .stream import Batch
 
 WeightScores = dict[Linear, Tensor]  # [out, in], on the CPU
 
