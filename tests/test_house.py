@@ -27,6 +27,7 @@ ROOMS = (
     "distillation",
     "runtimes",
     "stages",
+    "baselines",
     "recipes",
     "pipeline",
     "cli",

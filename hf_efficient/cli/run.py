@@ -51,6 +51,7 @@ def compress(
     """
     from ..pipeline.compress import MODEL
     from ..pipeline.compress import compress as run
+    from ..reporting.ladder_tables import ladder_text
     from ..reporting.tables import text_table
     from ..training.ranks import leave
 
@@ -67,7 +68,7 @@ def compress(
         leave()
         return
     report = run(chosen, output_dir=folder, announce=say, trust_remote_code=trust)
-    print_json(report.to_dict()) if as_json else print_text(text_table(report))
+    print_json(report.to_dict()) if as_json else print_text(text_table(report) + ladder_text(report))
     if not as_json:
         print_text(f"\nModel, report, page, plots and card: {folder / MODEL}")
     leave()

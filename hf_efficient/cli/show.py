@@ -150,6 +150,7 @@ def report(
     """
     from ..io.disk import write_atomic
     from ..io.text import for_line
+    from ..reporting.ladder_tables import ladder_text
     from ..reporting.page import report_page
     from ..reporting.plots import plot_accuracy_latency
     from ..reporting.tables import text_table
@@ -165,8 +166,8 @@ def report(
     if as_json:
         print_json([each.to_dict() for each in reports])
     else:
-        tables = (f"{for_line(str(name))}\n{text_table(each)}" for name, each in zip(folders, reports, strict=True))
-        print_text("\n\n".join(tables))
+        texts = (text_table(each) + ladder_text(each) for each in reports)
+        print_text("\n\n".join(f"{for_line(str(name))}\n{text}" for name, text in zip(folders, texts, strict=True)))
 
 
 @app.command()

@@ -9,6 +9,7 @@ Each stage reads a checkpoint folder and writes one. Started again, a stopped ru
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
 from ..stages.base import Stage, check_length
 from ..training.ranks import begin, check_same, count, from_main, is_main, on_main, together
+from .ladder import check_ladder, make_baselines, measured_ladder
 from .report import check_reached, measured
 from .workspace import MANIFEST, MODEL, Workspace
 
@@ -150,6 +152,7 @@ def check(run: "Run") -> None:
     for path, stage in stages.items():
         config = stage.check(path, run, config, before)
         before.append(stage)
+    check_ladder(run)
 
 
 def _check_processes(recipe: Recipe) -> None:
@@ -185,9 +188,11 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
         else:
             exports.append((folder / stage.beside, record.facts))
         announce(f"{name} done in {record.seconds:.0f} s")
+    made = make_baselines(run, space, source, announce)
     announce("measure ...")
     report = measured(run, source, records, exports)
     if report is not None:
+        report = replace(report, ladder=measured_ladder(run, source, made, report))
         expected = output_digest(run.load(source))
         check_reload(source, report.auto_class, expected, recipe.model.trust_remote_code)
         announce("a fresh process loads the model and gives the same output")

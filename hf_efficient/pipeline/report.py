@@ -27,18 +27,17 @@ def measured(
     """`exports`: the folder of each, and the facts of its stage."""
     import torch
 
+    from ..baselines.base import timed_length
     from ..measurement.lengths import measure_lengths, usual_lengths
     from ..measurement.measure import measure
     from ..measurement.scores import load_metrics
-    from ..models.registry import token_limit
     from ..runtimes.runtime import Reader, Work
     from ..training.ranks import alone, is_main
 
     recipe, reader, threads = run.recipe, run.read_as(student_folder), torch.get_num_threads()
     teacher, student = run.load(run.teacher_folder), run.load(student_folder)
     prepared, original = reader.data(), run.data(config=teacher.config)
-    settings, usual = recipe.measure, min(512, token_limit(student.config) or 512)
-    length = settings.sequence_length or recipe.data.max_length or usual
+    settings, length = recipe.measure, timed_length(recipe, student.config)
     baseline, warnings = _comparable(run, teacher, length)
     work = Work(recipe.task, settings.batch_size, length, settings.repeats, run.pooling)
     both = measure(

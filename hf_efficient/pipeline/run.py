@@ -177,6 +177,13 @@ class Run:
         columns = [need_column(rows, role, named[role], self.task.usual) for role in readable]
         return (value if isinstance(value, str) else " ".join(value) for column in columns for value in rows[column])
 
+    def read_texts(self, split: str) -> list[tuple[str, ...]]:
+        """The text, or the pair of texts, of each row of a split."""
+        data, rows = self.recipe.data, self.rows[split]
+        roles = ["text", *(["text_pair"] if data.text_pair_column else [])]
+        columns = [need_column(rows, role, getattr(data, f"{role}_column")) for role in roles]
+        return list(zip(*(rows[column] for column in columns), strict=True))
+
     def load(self, folder: Path) -> PreTrainedModel:
         try:
             return load_model(self.auto_class, folder, trust_remote_code=self.recipe.model.trust_remote_code)

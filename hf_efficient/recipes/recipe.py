@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from ..baselines.table import check_baselines, read_baselines
 from ..data.tables import files_in
 from ..data.tasks import TASKS
 from ..errors import ConfigError, did_you_mean, shown, unknown_name
@@ -40,7 +41,7 @@ __all__ = ["STAGES", "Recipe", "Step", "shipped_recipes"]
 TRUST = "model.trust_remote_code"
 MAX_STAGES = 100
 MAX_COMBINATIONS = 200
-KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "require", "sweep"]
+KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "baselines", "require", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Recipe:
         stages: what is done, in this order; may be empty (the model is then only measured).
         measure: how latency is measured.
         seed: of everything that is drawn: split, initial weights, order of the batches.
+        baselines: names of `baselines.table.BASELINES`: what a user would try first, made and measured beside it.
         require: what the result must reach, else the run ends with RequirementError, and keeps what it made.
         sweep: dotted key -> the values that it takes; `sweep` runs all combinations.
     """
@@ -79,6 +81,7 @@ class Recipe:
     stages: tuple[Step, ...] = ()
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     seed: int = 0
+    baselines: tuple[str, ...] = ()
     require: Requirements | None = None
     sweep: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -91,6 +94,7 @@ class Recipe:
         self.data.check_task(self.task)
         self.model.check_task(self.task)
         self.measure.check_task(self.task)
+        check_baselines(self.baselines, self.task)
         for path, stage in self.paths.items():
             stage.check_task(path, self.task)
         try:
@@ -138,6 +142,7 @@ class Recipe:
             teacher=None if data.get("teacher") is None else read(TrainingSettings, data["teacher"], "teacher"),
             stages=_read_stages(data.get("stages", []), data["task"]),
             measure=read(MeasureSettings, data.get("measure", {}), "measure"),
+            baselines=read_baselines(data.get("baselines")),
             require=None if data.get("require") is None else read(Requirements, data["require"], "require"),
             sweep=data.get("sweep") or {},
         )
@@ -152,6 +157,7 @@ class Recipe:
             **{name: section and section.to_dict() for name, section in sections.items()},
             "stages": [stage.to_dict() for stage in self.stages],
             "measure": self.measure.to_dict(),
+            **({"baselines": list(self.baselines)} if self.baselines else {}),
             **({"require": self.require.to_dict()} if self.require else {}),
             **({"sweep": self.sweep} if self.sweep else {}),
         }
@@ -209,10 +215,10 @@ class Recipe:
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON of `to_dict`: equal for equal recipes, however they were written.
 
-        What is required does not count: it changes nothing that is made, so a finished run can be asked for more.
+        What is required, and what it is compared with, does not count: it changes nothing of the result.
         """
         canonical = json.dumps(
-            replace(self, require=None).to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
+            replace(self, require=None, baselines=()).to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
         )
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -16,9 +16,10 @@ from ..data.tasks import TASKS
 from ..io.disk import write_atomic
 from ..io.text import Markup, for_line, for_markdown, for_terminal, longest_run, markdown_code
 from .exported import describe_exports, describe_serving
+from .ladder_tables import advice, describe_ladder, markdown_ladder
 from .language_tables import describe_generation, language_rows, samples
 from .numbers import format_seconds
-from .plots import ACCURACY_LATENCY, STRUCTURE
+from .plots import ACCURACY_LATENCY, LADDER, STRUCTURE
 from .schema import Report, StageRecord
 from .tables import (
     HEADER,
@@ -42,7 +43,11 @@ TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md"
 _HUB_ID = re.compile(r"(?!.*(\.\.|--|\.git$))[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 _WORD = re.compile(r"[\w.+-]{1,80}", re.ASCII)  # such as a licence on the Hub
 _FILE = re.compile(r".*\.(csv|tsv|json|jsonl|parquet|arrow|txt)")
-_IMAGES = {ACCURACY_LATENCY: "Quality and latency", STRUCTURE: "What is left of each layer"}
+_IMAGES = {
+    ACCURACY_LATENCY: "Quality and latency",
+    STRUCTURE: "What is left of each layer",
+    LADDER: "Beside what is cheap to try",
+}
 
 
 def model_card(report: Report, repo_id: str = "path/to/this/model", images: tuple[str, ...] = ()) -> "ModelCard":
@@ -84,6 +89,7 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         language=markdown(HEADER, rows) if (rows := language_rows(report)) else "",
         generation=describe_generation(report),
         samples=samples(report),
+        **_ladder(report),
         structure=markdown_structure(report),
         exports=markdown_exports(report),
         export_words=describe_exports(report),
@@ -104,6 +110,11 @@ def model_card(report: Report, repo_id: str = "path/to/this/model", images: tupl
         images=[(name, _IMAGES[name]) for name in images],
     )
     return ModelCard(content)
+
+
+def _ladder(report: Report) -> dict[str, str]:
+    """Fields of the template, empty texts without one."""
+    return {"ladder": markdown_ladder(report), "advice": advice(report), "ladder_note": describe_ladder(report)}
 
 
 def save_card(report: Report, folder: str | Path, repo_id: str = "path/to/this/model") -> Path:

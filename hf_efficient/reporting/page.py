@@ -25,6 +25,7 @@ from .exported import (
     name_export,
     serving_rows,
 )
+from .ladder_tables import LADDER_HEADER, advice, describe_ladder, ladder_chart, ladder_rows
 from .language_tables import describe_generation, language_rows, samples
 from .numbers import (
     format_bytes,
@@ -114,6 +115,11 @@ def _result(report: Report, name: str, repo_id: str) -> dict[str, Any]:
         "language": language_rows(report),
         "generation": describe_generation(report),
         "samples": samples(report),
+        "advice": advice(report),
+        "ladder_header": LADDER_HEADER,
+        "ladder": ladder_rows(report),
+        "ladder_chart": ladder_chart(report),
+        "ladder_note": describe_ladder(report),
         "export_header": export_header(report),
         "exports": export_rows(report),
         "export_words": describe_exports(report),

@@ -1,6 +1,7 @@
-"""Two pictures of a report: quality against latency, and what is left of each layer.
+"""The pictures of a report: quality against latency, the ladder, and what is left of each layer.
 
     plot_accuracy_latency([report_a, report_b], "accuracy_latency.png")    # several reports: one Pareto picture
+    plot_ladder(report, "ladder.png")                                      # beside what is cheap to try
     plot_structure(report, "structure.png")
 
 Needs matplotlib (`pip install "hf-efficient[plots]"`). Only Figure objects are used, never pyplot, so a caller's
@@ -20,14 +21,16 @@ from ..errors import ConfigError, DataError
 from ..io.disk import write_atomic
 from ..io.text import for_plot
 from .labels import Box, place_labels
+from .ladder import Ladder
 from .numbers import is_fraction, scale_of
-from .schema import Latency, Quality, Report
-from .svg import drawable
+from .schema import Latency, Quality, Report, Score
+from .svg import SMALLEST, drawable
 from .tables import describe_machine, describe_workload, kept, layer_names
 
 ACCURACY_LATENCY = "accuracy_latency.png"
 STRUCTURE = "structure.png"
-LAYERS = 200  # at most so many rows of a picture
+LADDER = "ladder.png"
+LAYERS, RUNGS = 200, 20  # at most so many rows of a picture, and so many ways
 Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 _TEACHER, _TEXT, _FAINT, _GRID = "#6b7280", "#1f2937", "#d5dae1", "#eceff3"
@@ -49,6 +52,9 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
     if report.student.quality is not None:
         with contextlib.suppress(DataError):  # teacher and student that cannot share a picture
             written.append(plot_accuracy_latency(report, folder / ACCURACY_LATENCY))
+    if report.ladder is not None:
+        with contextlib.suppress(DataError):  # not one finite number
+            written.append(plot_ladder(report, folder / LADDER))
     if report.structure:
         written.append(plot_structure(report, folder / STRUCTURE))
     return written
@@ -240,6 +246,53 @@ def _bars(axes: Any, point: _Point) -> list[Box]:
     across = [(point.x - low, point.y), (point.x + high, point.y)]
     along = [(point.x, point.y - point.error), (point.x, point.y + point.error)]
     return [(x0 - 8, y0 - 8, x1 + 8, y1 + 8) for (x0, y0), (x1, y1) in map(axes.transData.transform, (across, along))]
+
+
+@without_tex
+def plot_ladder(report: Report, path: str | Path) -> Path:
+    """Main score against the time of a batch, in powers of ten, of all rungs of the ladder; filled: the result.
+
+    Of more than 20 rungs the first 20 are drawn. The dashed line joins what no other beats in both.
+
+    Raises:
+        DataError: the report has no ladder, or no finite numbers in it. ConfigError: matplotlib is missing.
+    """
+    ladder = report.ladder
+    points = [] if ladder is None else _rungs(ladder)
+    if ladder is None or not points:
+        raise DataError("The report has no ladder with finite numbers, so there is nothing to draw.")
+    figure = new_figure(7.2, 4.6)
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    for point in points:
+        _draw_point(axes, point)
+    sign, front = (1 if ladder.higher_is_better else -1), list[_Point]()
+    for point in sorted(points, key=lambda each: (each.x, -sign * each.y)):
+        front += [point] * (not front or sign * point.y > sign * front[-1].y)
+    axes.plot([point.x for point in front], [point.y for point in front], "--", color=_FAINT, zorder=1)
+    axes.margins(x=0.22, y=0.25)
+    axes.xaxis.set_major_formatter("{x:g}")
+    unit = " (%)" if is_fraction(ladder.score) else ""
+    batch = for_plot(f"a batch of {ladder.batch_size}, from text to answer (ms)", 60)
+    _dress(axes, batch, f"{for_plot(ladder.score, 30)}{unit}")
+    axes.set_title("Beside what is cheap to try", loc="left", fontsize=12, fontweight="bold", color=_TEXT, pad=22)
+    note = f"{for_plot(describe_machine(report), 60)}; filled: the result; bars: ±1 standard error"
+    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8, color=_TEACHER)
+    _label_points(figure, axes, points)
+    return save_figure(figure, path)
+
+
+def _rungs(ladder: Ladder) -> list[_Point]:
+    """Of those that have a time and a score."""
+    points = []
+    for rung in ladder.rungs[:RUNGS]:
+        latency = Latency(rung.median_ms, rung.median_ms, rung.median_ms, 0, 0)
+        score = Score(ladder.score, rung.score, rung.standard_error, ladder.higher_is_better)
+        ours = rung.kind in ("student", "export")
+        color = _STUDENTS[0] if ours else _TEACHER if rung.kind == "teacher" else _STUDENTS[1]
+        point = _Point(for_plot(rung.name), color, ours, latency, Quality("", 0, 0, (score,)))
+        points += [point] * (drawable(point.x, point.y) and point.x > SMALLEST)
+    return points
 
 
 @without_tex

@@ -21,6 +21,7 @@ from ..io.codec import clean, decode, encode
 from ..io.disk import write_atomic
 from ..io.environment import Environment, package_commit
 from ..io.json import parse_json, read_text
+from .ladder import Ladder
 from .language import Decoding, Domain, Generation
 from .timing import LATER, UNSAID, ExportedTeacher, Latency, LengthPoint, Serving
 
@@ -254,13 +255,12 @@ class Report:
         auto_class: what the receiver calls, such as `"AutoModelForSequenceClassification"`.
         exports: the student in other runtimes. lengths: latency against length, shortest first.
         domains: quality on further data. generation: teacher and student while they write.
-        serving: times of texts as they come in, of all programs.
+        serving: times of texts as they come in, of all programs. ladder: beside what is cheap to try.
         processor_class: `"AutoTokenizer"` or `"AutoImageProcessor"`; None if none comes with the model.
         library_name: that in which the receiver uses it: `"transformers"` or `"sentence-transformers"`.
 
     Raises:
-        ConfigError: an unknown `loads_with` or `library_name`, a class that transformers cannot have, or too many
-            entries.
+        ConfigError: unknown `loads_with` or `library_name`, a class that transformers cannot have, too many entries.
     """
 
     student: Measurement
@@ -287,6 +287,7 @@ class Report:
     generation: Generation | None = field(default=None, metadata=UNSAID)
     library_name: str = field(default="transformers", metadata=UNSAID)
     serving: tuple[Serving, ...] = field(default=(), metadata=UNSAID)
+    ladder: Ladder | None = field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.loads_with not in LOADS_WITH:

@@ -19,6 +19,7 @@ WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 18, 14, 48
 LABEL, DOTS = 40, 200  # at most so many characters of a name, and so many dots with names
 LARGEST = 1e100  # beyond it differences of floats are no floats
+SMALLEST = 1 / LARGEST  # on an axis of powers of ten
 COLOURS = ("student", "other", "third", "fourth", "fifth", "sixth")
 
 
@@ -52,32 +53,36 @@ def _label(text: str) -> str:
     return escape(for_line(text, LABEL))
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str, best: str | None = None) -> str:
+def scatter(points: Sequence[Point], x_label: str, y_label: str, best: str | None = None, powers: bool = False) -> str:
     """Dots with names beside them, of the first 200; nothing for no finite point.
 
     Parameters:
         best: `"high"` or `"low"`: joins the points to which no other is better in y and as low in x.
+        powers: x in powers of ten; what is not above 0 has no place there.
     """
-    shown = [replace(point, label=for_line(point.label, LABEL)) for point in points if drawable(point.x, point.y)][
-        :DOTS
-    ]
+    placed = [each for each in points if drawable(each.x, each.y) and (not powers or each.x > SMALLEST)]
+    shown = [replace(point, label=for_line(point.label, LABEL)) for point in placed[:DOTS]]
     if not shown:
         return ""
     shown = [point if drawable(point.error) else replace(point, error=0.0) for point in shown]
     ends = [value for point in shown for value in (point.y - point.error, point.y + point.error)]
-    axes = _Axes([0.0, *(point.x for point in shown)], ends)
+    said = [_said(point) for point in shown]
+    if powers:
+        shown = [replace(point, x=math.log10(point.x)) for point in shown]
+    axes = _Axes([*([] if powers else [0.0]), *(point.x for point in shown)], ends)
     labels = _labels(axes, shown)
     marks = [_front(axes, shown, best)] if best else []
-    for point, (x, y, anchor) in zip(shown, labels, strict=True):
+    for point, told, (x, y, anchor) in zip(shown, said, labels, strict=True):
         at_x, at_y = axes.at(point.x, point.y)
         low, high = axes.at(point.x, point.y - point.error)[1], axes.at(point.x, point.y + point.error)[1]
         marks.append(
-            f'<g class="{point.colour}"><title>{escape(_said(point))}</title>'
+            f'<g class="{point.colour}"><title>{escape(told)}</title>'
             f'<line x1="{at_x:.1f}" x2="{at_x:.1f}" y1="{low:.1f}" y2="{high:.1f}" class="error"/>'
             f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="{"dot" if point.filled else "dot hollow"}"/>'
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(point.label)}</text></g>'
         )
-    return _frame(axes, x_label, y_label, marks, [_said(point) for point in shown if point.label])
+    named = [told for point, told in zip(shown, said, strict=True) if point.label]
+    return _frame(axes, x_label, y_label, marks, named, powers)
 
 
 def _said(point: Point) -> str:
@@ -178,14 +183,24 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(step * number, 12) for number in range(first, last + 1)]
 
 
-def _frame(axes: _Axes, x_label: str, y_label: str, marks: Sequence[str], said: Sequence[str]) -> str:
+def _powers(low: float, high: float) -> list[float]:
+    """Round numbers between two powers of ten: 1, 2, 5 and 10 where there is room, else some of them."""
+    steps = (1, 2, 5) if high - low < 2 else (1, 3) if high - low < 4 else (1,)
+    every = max(1, math.ceil((high - low) / 8))
+    numbers = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1, every) for step in steps]
+    return [number for number in numbers if low <= math.log10(number) <= high]
+
+
+def _frame(
+    axes: _Axes, x_label: str, y_label: str, marks: Sequence[str], said: Sequence[str], powers: bool = False
+) -> str:
     grid = []
     for value in ticks(*axes.y):
         _, y = axes.at(axes.x[0], value)
         grid.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         grid.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" class="label">{_number(value)}</text>')
-    for value in ticks(*axes.x):
-        x, _ = axes.at(value, axes.y[0])
+    for value in _powers(*axes.x) if powers else ticks(*axes.x):
+        x, _ = axes.at(math.log10(value) if powers else value, axes.y[0])
         base = HEIGHT - BOTTOM
         grid.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}" class="axis"/>')
         grid.append(f'<text x="{x:.1f}" y="{base + 20}" text-anchor="middle" class="label">{_number(value)}</text>')

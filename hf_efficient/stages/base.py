@@ -72,6 +72,9 @@ class Run(Protocol):
     def texts(self, *roles: str) -> Iterator[str]:
         """The training texts in the columns of these roles."""
 
+    def read_texts(self, split: str) -> "list[tuple[str, ...]]":
+        """The text, or the pair of texts, of each row of a split."""
+
     def fresh_config(self, labels: dict[str, Any]) -> "PreTrainedConfig":
         """Of a model that is trained from nothing."""
 
