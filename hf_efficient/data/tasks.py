@@ -101,6 +101,11 @@ class Task:
         return "image" in self.columns and not self.reads
 
     @property
+    def has_lengths(self) -> bool:
+        """Whether its rows are texts of their own lengths; those of language models are blocks of one length."""
+        return not self.reads and not self.is_of_images and self.tokenize not in (text.continue_text, text.fill)
+
+    @property
     def processor_class(self) -> str:
         """The Auto class of what prepares its inputs."""
         return "AutoProcessor" if self.reads else "AutoImageProcessor" if self.is_of_images else "AutoTokenizer"

@@ -45,6 +45,7 @@ from ..models.modes import evaluating
 from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
+from ..training.lengths import in_batches
 from ..training.ranks import gather, gather_rows, share
 from .estimates import exp_of, macro_f1, mean_and_error
 from .ranking import QUERY, ranked, same_order, score_pairs
@@ -117,7 +118,7 @@ def evaluate_quality(
     pooling: str = "mean",
     metrics: Sequence[str] | Mapping[str, Any] = (),
 ) -> Evaluation:
-    """Run the model over the data set in its order, in eval mode, and score it.
+    """Run the model over the data set in eval mode, and score it; rows of one length are run together.
 
     Parameters:
         dataset: samples with labels, as `Trainer` takes them; -100 marks token labels that do not count. Nor do those
@@ -141,12 +142,12 @@ def evaluate_quality(
         metrics = load_metrics(metrics)
     if len(dataset) == 0:
         raise DataError("The data set to evaluate on is empty. Give at least one sample.")
-    places = share([part.tolist() for part in torch.arange(len(dataset)).split(batch_size)])
+    places = share(in_batches(dataset, batch_size))
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=places, collate_fn=collator or default_data_collator)
     batches, numbers = tqdm(loader, desc="evaluate", disable=None, leave=False), [*itertools.chain(*places)]
     with evaluating(model):
         if TASKS[task].kind == "embeddings":
-            losses, nearest = find_pairs(*_embeddings(model, batches, places, pooling))
+            losses, nearest = find_pairs(*_embeddings(model, batches, numbers, pooling))
             rows = [_one(*each, pair) for pair, each in enumerate(zip(losses, nearest, strict=True))]
         elif TASKS[task].metric == "wer":
             decode = decoder_of(collator)
@@ -200,7 +201,9 @@ def _speech(task: str, rows: list[tuple]) -> Evaluation:
     return Evaluation(Quality(task, len(rows), int(words.sum()), scores), loss, errors, words, heard, said)
 
 
-def _embeddings(model: Any, batches: Iterable, places: Sequence, pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _embeddings(
+    model: Any, batches: Iterable, places: Sequence[int], pooling: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`[rows, width]` pooled over real tokens, of length 1, and each row's pair; DataError if they are not pairs."""
     vectors, numbers = [], []
     for batch in batches:
@@ -214,8 +217,8 @@ def _embeddings(model: Any, batches: Iterable, places: Sequence, pooling: str) -
         mask = token_masks(inputs, has_decoder=False)["encoder"]
         vectors.append(torch.nn.functional.normalize(pool(states, mask, pooling), dim=-1).cpu())
         numbers.append(batch[PAIR].cpu())
-    order = [batch[0] for batch in places]
-    return torch.cat(gather(vectors, order)), torch.cat(gather(numbers, order))
+    rows = [[row for part in parts for row in part] for parts in (vectors, numbers)]
+    return torch.stack(gather(rows[0], places)), torch.stack(gather(rows[1], places))
 
 
 def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple[torch.Tensor, ...]]:

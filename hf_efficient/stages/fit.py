@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..data.preparation import PreparedData
 from ..io.disk import remove_own
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
+from ..training.lengths import BY_LENGTH
 from ..training.precision import precision_arguments
 from ..training.ranks import count, from_main, meet, on_cpu, on_main
 from ..training.trainers import ExactTrainer, MarkComplete, in_smaller_batches, last_checkpoint
@@ -37,6 +38,8 @@ def training_arguments(
     """`batch_size`: a divisor of the one in the settings, which as many accumulated batches make up. It is that of all
     processes together."""
     precision = precision_arguments(settings.mixed_precision)
+    if settings.group_by_length and run.task.has_lengths:
+        more["train_sampling_strategy"] = BY_LENGTH
     return kind(
         output_dir=str(target / "trainer"),
         num_train_epochs=settings.epochs,

@@ -143,10 +143,13 @@ class TrainingSettings(Settings):
     weight_decay: float = number(0.0, 0, 10)
     max_length: int | None = integer(None, 2, MAX_TOKENS, optional=True)  # tokens; null: as data.max_length
     mixed_precision: str | None = one_of(None, PRECISIONS, optional=True)  # null: float32
+    group_by_length: bool = flag(True)  # texts of nearly one length in a batch; false: random rows
 
     def to_dict(self) -> dict[str, Any]:
-        """`mixed_precision` only where it is asked for."""
+        """`mixed_precision` and `group_by_length` only where they are asked for."""
         written = super().to_dict()
         if self.mixed_precision is None:
             del written["mixed_precision"]
+        if self.group_by_length:
+            del written["group_by_length"]
         return written

@@ -214,7 +214,7 @@ def total(sums: Mapping[K, "Tensor"], names: Sequence[K]) -> dict[K, "Tensor"]:
 def gather(parts: Sequence["Tensor"], numbers: Sequence[int]) -> list["Tensor"]:
     """The tensors of all processes, in the order of their numbers: what one process would have, to the last bit."""
     if count() == 1:
-        return list(parts)
+        return in_order(parts, numbers)
     import torch
     from torch import distributed
 
@@ -239,12 +239,17 @@ def gather(parts: Sequence["Tensor"], numbers: Sequence[int]) -> list["Tensor"]:
 def gather_rows(rows: Sequence[tuple["Tensor", ...]], numbers: Sequence[int]) -> list[tuple["Tensor", ...]]:
     """The same of rows of several tensors, of which the n-th ones have one dtype."""
     if count() == 1:
-        return list(rows)
+        return in_order(rows, numbers)
     columns = [
         [part.long() if part.dtype.itemsize == 1 else part for part in each] for each in zip(*rows, strict=True)
     ]
     width = max(meet(len(columns)))
     return list(zip(*(gather(column, numbers) for column in columns or [()] * width), strict=True))
+
+
+def in_order(items: Sequence[T], numbers: Sequence[int]) -> list[T]:
+    """The items by their numbers, which are all different."""
+    return [items[place] for place in sorted(range(len(items)), key=numbers.__getitem__)]
 
 
 def same_everywhere(tensors: Iterable["Tensor"]) -> None:

@@ -23,6 +23,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import find_batch_size
@@ -34,6 +35,7 @@ from ..models.loading import load_model
 from ..models.token_masks import real_inputs
 from .batch import REAL_ROWS, base_of
 from .checks import check_run
+from .lengths import BY_LENGTH, GroupedSampler, row_lengths
 from .meter import Meter
 from .ranks import count
 from .resuming import STATE, check_moments, check_schedule, check_state, clear_faults
@@ -70,6 +72,21 @@ class ExactTrainer(Trainer):
             check_state(checkpoint)
         self._resumed = checkpoint or None
         return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As in `Trainer`; rows that are grouped by length come in the same order in a run that was stopped."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = row_lengths(rows) if self.args.train_sampling_strategy == BY_LENGTH else None
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Rows in their order: `Trainer` would give the answers of `predict` in another one where rows are grouped."""
+        if self.args.train_sampling_strategy != BY_LENGTH:
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in `Trainer`; labels that padding would predict are taken out before they are counted."""

@@ -26,7 +26,8 @@ from ...models.pooling import POOLINGS
 from ...models.registry import text_config
 from ...models.token_masks import counts_columns, first_positions
 from ...training.batch import Batch, base_of, forward_names, head_of
-from ...training.ranks import meet, on_main, share, together
+from ...training.lengths import in_batches
+from ...training.ranks import in_order, meet, on_main, share, together
 from ..answers import read_answer
 from ..collating import CheckedCollator
 from ..hidden_states import wanted_states
@@ -230,15 +231,16 @@ def _write_shard(
     """Nothing where it is there already; CheckpointError if it has other examples, or is damaged."""
     import datasets
 
-    layout = manifest.layout
+    layout, places = manifest.layout, in_batches(rows, batch_size)
+    numbers = [row for place in places for row in place]
 
     def batches() -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-        for start in range(0, len(rows), batch_size):
-            inputs = dict(collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
+        for place in places:
+            inputs = dict(collate([rows[row] for row in place]))
             yield inputs, row_keys(Batch(inputs, layout.task), manifest.inputs)
 
     if path.is_dir():
-        if list(open_shard(path, manifest)[KEY]) != [key for _, keys in batches() for key in keys]:
+        if list(open_shard(path, manifest)[KEY]) != in_order([key for _, keys in batches() for key in keys], numbers):
             raise CheckpointError(f"{path} holds answers to other examples. Choose another folder for this data.")
         return
     table: dict[str, list[Any]] = {name: [] for name in (KEY, *layout.columns())}
@@ -247,7 +249,8 @@ def _write_shard(
         for name, values in _answers(teacher, inputs, keys, layout).items():
             table[name] += values
     with new_folder(path) as new:
-        datasets.Dataset.from_dict(table, features=features_of(layout)).save_to_disk(str(new))
+        in_place = {name: in_order(values, numbers) for name, values in table.items()}
+        datasets.Dataset.from_dict(in_place, features=features_of(layout)).save_to_disk(str(new))
         write_atomic(new / SEAL, seal(new, manifest))
 
 
