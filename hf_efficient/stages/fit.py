@@ -19,7 +19,7 @@ from ..pruning.gradual.zeros import KeepZeros, was_sparsified
 from ..training.lengths import BY_LENGTH
 from ..training.precision import precision_arguments
 from ..training.ranks import count, from_main, meet, on_cpu, on_main
-from ..training.trainers import ExactTrainer, MarkComplete, in_smaller_batches, last_checkpoint
+from ..training.trainers import ExactTrainer, MarkComplete, SaveNowAndThen, in_smaller_batches, last_checkpoint
 from .base import Run
 from .settings import TrainingSettings
 
@@ -86,7 +86,7 @@ def make_trainer(
         args=arguments,
         train_dataset=prepared.train,
         data_collator=prepared.collator,
-        callbacks=[*([KeepZeros()] if was_sparsified(model) else []), *callbacks, MarkComplete()],
+        callbacks=[*([KeepZeros()] if was_sparsified(model) else []), *callbacks, SaveNowAndThen(), MarkComplete()],
         **more,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)

@@ -14,6 +14,7 @@ averages gradients.
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ from .batch import REAL_ROWS, base_of
 from .checks import check_run
 from .lengths import BY_LENGTH, GroupedSampler, row_lengths
 from .meter import Meter
-from .ranks import count
+from .ranks import count, from_main
 from .resuming import STATE, check_moments, check_schedule, check_state, clear_faults
 
 Counts = dict[str, Tensor]
@@ -45,6 +46,8 @@ Counts = dict[str, Tensor]
 WEIGHTS = "model.safetensors"
 COMPLETE = "complete"  # marks a checkpoint that was written to its end
 NEVER = 1 << 62  # a step that is not reached
+SAVE_SECONDS = 300.0  # of training that a killed run may lose
+SAVE_STEPS = 8  # between two looks at the clock
 
 T = TypeVar("T")
 logger = logging.get_logger(__name__)
@@ -265,6 +268,21 @@ class MarkComplete(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class SaveNowAndThen(TrainerCallback):
+    """A checkpoint every few minutes, whatever an epoch takes, so that a killed run loses no more than that."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # The clock of one process says it for all.
+        if state.global_step % SAVE_STEPS == 0 and from_main(lambda: time.monotonic() - self.last > SAVE_SECONDS):
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.last = time.monotonic()
 
 
 def last_checkpoint(folder: Path) -> str | None:
