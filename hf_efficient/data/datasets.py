@@ -42,6 +42,7 @@ def load_dataset_any(
     limit: int | None = None,
     label_column: str | None = None,
     group_names: Sequence[str] = (),
+    stratify: bool = True,
 ) -> DatasetDict:
     """A `DatasetDict` that always has `train` and `test` (and `validation` where the data has all three).
 
@@ -56,6 +57,7 @@ def load_dataset_any(
         label_column: found by its usual names where not given.
         group_names: the first of these columns that the data has keeps its values together: rows of equal ones come
             into one split, `test_fraction` is that of the values, and `limit` leaves whole groups.
+        stratify: False where labels are numbers, and no classes.
 
     Exact duplicate rows are removed before a split is made; splits that the data comes with are left alone, and
     test rows that also occur in train are reported. Both counts go to the log.
@@ -70,6 +72,7 @@ def load_dataset_any(
     label = (
         need_column(splits["train"], "label", label_column) if label_column else find_column(splits["train"], "label")
     )
+    label = label if stratify else None
     if not isinstance(name_or_path, Mapping):
         splits = _with_class_labels(splits, label)
     group = next((name for name in group_names if name in splits["train"].column_names), None)

@@ -70,7 +70,8 @@ def prepare(
     - image-classification: `pixel_values` float32 [C, H, W]. Without a processor integers 0..255 and floats 0..1 are
       mapped to -1..1 and, where `image_size` is given, resized to a square; needs neither torchvision nor Pillow.
     - sentence-embeddings: texts without labels; both texts of a pair are rows of their own. In `test` two rows with
-      the same `pair` belong together: text and pair or, without `text_pair_column`, the halves of a text.
+      the same `pair` belong together: text and pair or, without `text_pair_column`, the halves of a text. Where
+      `label_column` says how alike the two are, it is their `similarity`.
     - reranking: a query (`text_column`) and a document (`text_pair_column`) as one input, `labels` [1] float: any
       number in `train`, 0 and up in `test`, where rows with the same `query` are the candidates of one.
     - token-classification: a list of words and a list with a label for each (`label_column`). The first token of a
@@ -100,8 +101,9 @@ def prepare(
         raise TypeError(f"prepare() has no argument {foreign[0]!r}. Columns are named by {', '.join(arguments)}.")
     columns = _columns(dataset, entry, {arguments[name]: column for name, column in names.items()})
     problem = None
-    if entry.kind == "scores":
+    if "label" in columns and not entry.has_classes:
         dataset = {name: with_numbers(dataset[name], columns["label"]) for name in ("train", "test")}
+    if entry.kind == "scores":
         problem = MULTI_LABEL if are_chances(dataset["train"], columns["label"]) else None
     classes, ids = _labels(dataset, entry, columns)
     dataset, settings, batch_size = _reading(dataset, task, columns, ids, processor, (max_length, image_size))
@@ -191,6 +193,8 @@ def _columns(dataset: Mapping[str, Dataset], task: Task, named: dict[str, str | 
     columns = {role: need_column(dataset["train"], role, named.get(role), task.usual) for role in wanted}
     for role, column in columns.items():
         need_column(dataset["test"], f"{role} (test split)", column)
+    if task.kind == "embeddings" and "label" in columns and "text_pair" not in columns:
+        raise ConfigError("label_column says how alike two texts are: name the second one with text_pair_column.")
     return columns
 
 

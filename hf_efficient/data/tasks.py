@@ -119,9 +119,13 @@ class Task:
         """Those that are tried for the column of a role: the given one alone, if there is one."""
         return (given,) if given is not None else self.usual.get(role) or ROLES[role].usual
 
-    def group_names(self, given: str | None) -> tuple[str, ...]:
-        """The same of the column whose equal values belong together; none where each row is by itself."""
-        return () if self.group is None else self.names(self.group, given)
+    def reading(self, text_column: str | None, label_column: str | None) -> dict[str, Any]:
+        """How `load_dataset_any` has to read and split its rows, where these columns are named."""
+        return {
+            "label_column": label_column,
+            "group_names": () if self.group is None else self.names(self.group, text_column),
+            "stratify": self.has_classes or label_column is None,
+        }
 
     @property
     def has_classes(self) -> bool:
@@ -187,7 +191,7 @@ TASKS: dict[str, Task] = {
     ),
     "sentence-embeddings": Task(
         columns=("text",),
-        optional=("text_pair",),
+        optional=("text_pair", "label"),
         auto_class="AutoModel",
         kind="embeddings",
         metric="retrieval@1",

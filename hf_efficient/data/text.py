@@ -66,7 +66,8 @@ def embed(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenize
 
 
 def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tokenizer: Any, max_length: int) -> dict:
-    """Two rows with the same number `pair` for each pair; without a column of pairs the two halves of each text."""
+    """Two rows with the same number `pair` for each pair, and with how alike it is, where that is said; without a
+    column of pairs the two halves of each text."""
     texts = strings(batch, indices, columns["text"])
     if "text_pair" in columns:
         rows = list(zip(texts, strings(batch, indices, columns["text_pair"]), strict=True))
@@ -74,8 +75,12 @@ def embed_test(batch: dict, indices: list[int], *, columns: dict, ids: dict, tok
         middles = [len(text) // 2 for text in texts]  # cut at the first space behind it or, without one, there
         cuts = [max(text.find(" ", middle), middle) for text, middle in zip(texts, middles, strict=True)]
         rows = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
-    pairs = [(index, row) for index, row in zip(indices, rows, strict=True) if row[0].strip() and row[1].strip()]
+    kept = [number for number, row in enumerate(rows) if row[0].strip() and row[1].strip()]
+    pairs = [(indices[number], rows[number]) for number in kept]
     inputs = dict(tokenizer([text for _, row in pairs for text in row], truncation=True, max_length=max_length))
+    if "label" in columns:
+        labels = batch[columns["label"]]
+        inputs |= {"similarity": [labels[number] for number in kept for _ in rows[number]]}
     return inputs | {"pair": [index for index, row in pairs for _ in row]}
 
 

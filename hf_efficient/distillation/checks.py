@@ -13,6 +13,7 @@ from ..models.heads import PREPARE, shifts_labels
 from ..models.registry import text_config
 from ..training.batch import FramesHead, Head, base_of, head_of
 from .generation import GENERATING, writes
+from .layer_map import width
 from .terms import LOSSES, check_losses
 
 
@@ -84,6 +85,22 @@ def check_cut(head: Head, losses: Collection[str], length: int | None) -> None:
             f"teacher_max_length={length} leaves the teacher without states for the tokens behind it. Leave "
             f"{' and '.join(f'`{name}`' for name in compared)} out of losses, or cut the data at the teacher's length."
         )
+
+
+def check_dims(student: nn.Module, teacher: nn.Module, dims: Collection[int] | None, losses: Collection[str]) -> None:
+    """ConfigError unless vectors can be cut at these lengths, and the first numbers of both mean the same."""
+    if dims is None:
+        return
+    if "embedding" not in losses:
+        raise ConfigError("matryoshka_dims belongs to the loss `embedding`, which losses has not. Leave it out.")
+    own, other = width(student), width(teacher)
+    if own != other:
+        raise ConfigError(
+            f"matryoshka_dims compares the first numbers of two vectors, and a student of width {own} has others than "
+            f"its teacher of width {other}. Take a student of that width, such as a pruned one, or leave it out."
+        )
+    if max(dims) >= own:
+        raise ConfigError(f"matryoshka_dims has {max(dims)}, and vectors are {own} numbers long. Give shorter ones.")
 
 
 def check_shared_encoder(head: Head, student: nn.Module, teacher: nn.Module, losses: Collection[str]) -> None:

@@ -79,6 +79,11 @@ class DistillationOptions:
     embedding_loss: str = _option(
         default="cosine", help="Distance of embeddings: cosine (1 - cosine similarity), or mse."
     )
+    matryoshka_dims: list[int] | None = _option(
+        default=None,
+        help="Lengths such as 128 64: embedding compares the first so many numbers of the vectors too, so that they "
+        "can be cut there (Kusupati et al. 2022).",
+    )
     pooling: str = _option(
         default="mean",
         help="The embedding of a text: mean of its tokens, cls (the first one), last (the last one) or weighted_mean "
@@ -141,6 +146,7 @@ class DistillationOptions:
                 raise ConfigError(f"{name} must be {what}, got {value!r}.")
         check_name("embedding_loss", self.embedding_loss, HIDDEN_DISTANCES)
         check_name("pooling", self.pooling, POOLINGS)
+        _check_dims(self.matryoshka_dims)
         if self.teacher_dtype is not None:
             check_name("teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
         for name in ("temperature", "temperature_final"):
@@ -188,6 +194,12 @@ def _read_layer_map(what: str, layer_map: Any) -> Any:
         if isinstance(name, str) and name not in MAPS:
             raise unknown_name(what, name, MAPS)
     return layer_map
+
+
+def _check_dims(dims: Any) -> None:
+    good = dims is None or (isinstance(dims, list) and all(type(each) is int and each > 0 for each in dims))
+    if not good or (dims is not None and not 0 < len(set(dims)) == len(dims)):
+        raise ConfigError(f"matryoshka_dims must be a list of different lengths such as [128, 64], got {dims!r}.")
 
 
 def _json(name: str, text: str) -> object:

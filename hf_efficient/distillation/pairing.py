@@ -15,7 +15,7 @@ from ..models.token_masks import counts_columns, first_positions
 from ..training.batch import Batch, Head, base_of, forward_names
 from .arguments import DistillationArguments
 from .cache.cache import TeacherCache
-from .checks import check_cut, check_models, check_on_policy, check_shared_encoder, common_vocabulary
+from .checks import check_cut, check_dims, check_models, check_on_policy, check_shared_encoder, common_vocabulary
 from .hidden_states import wanted_states
 from .layer_map import Pairs, map_attentions, map_layers, width
 from .losses.projections import make_projections
@@ -79,6 +79,7 @@ def pair(
         counted = {"student": counts_columns(base_of(student), names["student"]), "teacher": False}
         return Pairing(head, losses, {}, nn.ModuleDict(), names, counted, {"student": {}, "teacher": {}}, None)
     check_cut(head, args.losses, args.teacher_max_length)
+    check_dims(student, teacher, args.matryoshka_dims, args.losses)
     if args.on_policy:
         check_on_policy(student, args.losses, is_cached=cache is not None)
     if args.share_encoder:

@@ -110,7 +110,12 @@ def embedding(batch: Batch, student: Answer, teacher: Answer, settings: LossSett
             assert side.last is not None
             vectors.append(pool(side.last, mask, settings.options.pooling)[:, None])
     own, other = project(settings.projections, "embedding", vectors[0]), vectors[1]  # [B, 1, width] both
-    return hidden_loss(own, other, batch.example_mask(), kind=settings.options.embedding_loss)[0]
+    ends = [own.shape[-1], *(settings.options.matryoshka_dims or ())]
+    sums = [
+        hidden_loss(own[..., :end], other[..., :end], batch.example_mask(), kind=settings.options.embedding_loss)[0]
+        for end in ends
+    ]
+    return torch.stack(sums).mean()
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,7 @@ def _joined(teacher: Measurement, student: Measurement, timing: Any, evaluations
             "quality_difference": difference.difference,
             "quality_difference_error": difference.standard_error,
             "agreement": difference.agreement,
+            "similarity": difference.similarity,
         }
     comparison = Comparison(
         speedup=timing.speedup("baseline", "model"),

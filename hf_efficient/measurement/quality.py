@@ -28,7 +28,7 @@ two candidates.
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +42,18 @@ from ..errors import DataError, UnsupportedModelError, check_positive, unknown_n
 from ..models.frames import frames_of
 from ..models.heads import auto_class_of_architecture, decoder_inputs
 from ..models.modes import evaluating
-from ..models.pooling import pool
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from ..training.lengths import in_batches
-from ..training.ranks import gather, gather_rows, share
+from ..training.ranks import gather_rows, share
+from .correlation import spearman
 from .estimates import exp_of, macro_f1, mean_and_error
 from .ranking import QUERY, ranked, same_order, score_pairs
-from .retrieval import PAIR, find_pairs
+from .retrieval import PAIR, SIMILARITY, scored, vectors_of
 from .scores import check_metrics, further_scores, load_metrics
 from .speech import decoder_of, score_texts
 
-_LABELS = ("labels", "start_positions", "end_positions", PAIR, QUERY)
+_LABELS = ("labels", "start_positions", "end_positions", PAIR, SIMILARITY, QUERY)
 _SPAN = 1 << 32
 
 
@@ -68,6 +68,7 @@ class Evaluation:
             the own pair; of an answer start * 2^32 + end; of speech a digest of each text; of rankings the scores and
             the labels of all candidates.
         is_respelled: whether `count` is that of other tokens than the predictions (`data.respelling`).
+        similarities: of embeddings the cosines of some texts (`retrieval`).
     """
 
     quality: Quality
@@ -77,6 +78,7 @@ class Evaluation:
     predictions: torch.Tensor
     targets: torch.Tensor
     is_respelled: bool = False
+    similarities: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class QualityDifference:
     """Second model minus first in the score `name`; `only_first`, `only_second`: targets that only one gets right.
 
     `agreement` and those are None where the two spell the texts in other tokens (`data.respelling`), and those of
-    rankings.
+    rankings and correlations. `similarity`: of embeddings, Spearman's correlation of the cosines of both.
     """
 
     name: str
@@ -94,6 +96,7 @@ class QualityDifference:
     only_first: int | None
     only_second: int | None
     samples: int
+    similarity: float | None = None
 
 
 def task_of(model: torch.nn.Module) -> str:
@@ -147,9 +150,8 @@ def evaluate_quality(
     batches, numbers = tqdm(loader, desc="evaluate", disable=None, leave=False), [*itertools.chain(*places)]
     with evaluating(model):
         if TASKS[task].kind == "embeddings":
-            losses, nearest = find_pairs(*_embeddings(model, batches, numbers, pooling))
-            rows = [_one(*each, pair) for pair, each in enumerate(zip(losses, nearest, strict=True))]
-        elif TASKS[task].metric == "wer":
+            return Evaluation(**scored(task, *vectors_of(model, batches, numbers, pooling, inputs_of)))
+        if TASKS[task].metric == "wer":
             decode = decoder_of(collator)
             spoken = [row for batch in batches for row in _score_speech(model, batch, task, decode)]
             return _speech(task, gather_rows(spoken, numbers))
@@ -199,26 +201,6 @@ def _speech(task: str, rows: list[tuple]) -> Evaluation:
         raise DataError("Nothing is said in any of the texts. Give samples with words.")
     scores = Score("wer", *mean_and_error(errors, words), False), Score("loss", *mean_and_error(loss, tokens), False)
     return Evaluation(Quality(task, len(rows), int(words.sum()), scores), loss, errors, words, heard, said)
-
-
-def _embeddings(
-    model: Any, batches: Iterable, places: Sequence[int], pooling: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[rows, width]` pooled over real tokens, of length 1, and each row's pair; DataError if they are not pairs."""
-    vectors, numbers = [], []
-    for batch in batches:
-        if PAIR not in batch:
-            raise DataError(
-                f"The batch has no {PAIR!r}, only {', '.join(sorted(batch))}. Embeddings are scored by pairs of "
-                "texts, as prepare(..., 'sentence-embeddings') makes them."
-            )
-        inputs = inputs_of(model, batch)
-        states = model(**inputs).last_hidden_state  # [B, T, width]
-        mask = token_masks(inputs, has_decoder=False)["encoder"]
-        vectors.append(torch.nn.functional.normalize(pool(states, mask, pooling), dim=-1).cpu())
-        numbers.append(batch[PAIR].cpu())
-    rows = [[row for part in parts for row in part] for parts in (vectors, numbers)]
-    return torch.stack(gather(rows[0], places)), torch.stack(gather(rows[1], places))
 
 
 def _score_batch(model: Any, batch: Mapping[str, Any], task: Task) -> list[tuple[torch.Tensor, ...]]:
@@ -344,10 +326,7 @@ def _scores(
     if task.is_by_token:
         f1 = Score("macro_f1", *macro_f1(count, predictions, targets), True)
         return Score("accuracy", share, share_error, True), f1, loss_score
-    main = Score(task.metric, share, math.sqrt(share * (1 - share) / len(count)), True)
-    if task.kind == "embeddings":
-        return main, Score("reciprocal_rank", 1 - mean_loss, loss_error, True)
-    return main, loss_score
+    return Score(task.metric, share, math.sqrt(share * (1 - share) / len(count)), True), loss_score
 
 
 def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
@@ -369,13 +348,15 @@ def compare_quality(first: Evaluation, second: Evaluation) -> QualityDifference:
     shared: dict[str, Any] = {"agreement": None, "only_first": None, "only_second": None}
     if entry.kind == "scores":
         shared["agreement"] = same_order(first.predictions, second.predictions, first.count.long())
-    elif not spelled_anew:
+    elif not spelled_anew and not first.targets.is_floating_point():
         shared = _shared(first, second)
+    if first.similarities is not None and second.similarities is not None:
+        shared["similarity"] = float(spearman(first.similarities, second.similarities).nan_to_num())
     return QualityDifference(
         name=first.quality.main.name,
         difference=second.quality.main.value - first.quality.main.value,
         standard_error=error,
-        samples=n,
+        samples=first.quality.samples,
         **shared,
     )
 

@@ -141,6 +141,11 @@ def check(run: "Run") -> None:
             f"task {recipe.task!r} needs a model with one stack; {config.model_type} has an encoder and a "
             "decoder. Distil its encoder with DistillationTrainer (T5EncoderModel)."
         )
+    if max(recipe.measure.truncate_dims or [0]) > getattr(config, "hidden_size", 0):
+        raise ConfigError(
+            f"measure.truncate_dims is {recipe.measure.truncate_dims}, and vectors are {config.hidden_size} numbers "
+            "long."
+        )
     if (limit := token_limit(config, rotary=False)) is not None:
         # `data.max_length` is that of the final model: what comes before it was extended reads the beginning.
         for path, stage in stages.items():

@@ -15,6 +15,7 @@ from ..reporting.schema import DatasetFacts, LayerStructure, Measurement, Report
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..data.preparation import PreparedData
     from ..models.stacks import ModelStack
     from ..recipes.recipe import Recipe
     from ..runtimes.runtime import Reader, Work
@@ -112,28 +113,40 @@ def _of_language(
 
 
 def _domains(run: "Run", reader: "Run", teacher: "PreTrainedModel", student: "PreTrainedModel") -> tuple[Domain, ...]:
-    """The main score of both on the test part of each further data set."""
+    """The main score of both on the test part of further data sets, and with the first numbers of their vectors."""
+    from ..measurement.retrieval import first_numbers
+
+    measure, rows = run.recipe.measure, []
+    for name in measure.other_data or ():
+        before, after = run.other(name, teacher.config), reader.other(name)
+        rows.append(_domain(name, run, (teacher, before), (student, after)))
+    if measure.truncate_dims:
+        before, after = run.data(config=teacher.config), reader.data()
+        for width in measure.truncate_dims:
+            with first_numbers(teacher, width), first_numbers(student, width):
+                rows.append(_domain(f"the first {width} numbers", run, (teacher, before), (student, after)))
+    return tuple(rows)
+
+
+def _domain(name: str, run: "Run", *sides: tuple["PreTrainedModel", "PreparedData"]) -> Domain:
+    """Teacher and student, each with its rows."""
     from ..measurement.quality import compare_quality, evaluate_quality
 
-    recipe, rows = run.recipe, []
-    for name in recipe.measure.other_data or ():
-        before, after = run.other(name, teacher.config), reader.other(name)
-        first = evaluate_quality(teacher, before.test, before.collator, recipe.task, pooling=run.pooling)
-        second = evaluate_quality(student, after.test, after.collator, recipe.task, pooling=run.pooling)
-        change = compare_quality(first, second)
-        rows.append(
-            Domain(
-                dataset=name,
-                samples=change.samples,
-                score=change.name,
-                teacher=first.quality.main.value,
-                student=second.quality.main.value,
-                difference=change.difference,
-                standard_error=change.standard_error,
-                agreement=change.agreement,
-            )
-        )
-    return tuple(rows)
+    first, second = (
+        evaluate_quality(model, ready.test, ready.collator, run.recipe.task, pooling=run.pooling)
+        for model, ready in sides
+    )
+    change = compare_quality(first, second)
+    return Domain(
+        dataset=name,
+        samples=change.samples,
+        score=change.name,
+        teacher=first.quality.main.value,
+        student=second.quality.main.value,
+        difference=change.difference,
+        standard_error=change.standard_error,
+        agreement=change.agreement,
+    )
 
 
 def _generation(

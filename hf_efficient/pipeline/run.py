@@ -50,8 +50,8 @@ class Run:
     @cached_property
     def rows(self):
         data = self.recipe.data
-        groups = self.task.group_names(data.text_column)
-        rows = load_dataset_any(data.name_or_path, label_column=data.label_column, group_names=groups, **self._split)
+        how = self.task.reading(data.text_column, data.label_column)
+        rows = load_dataset_any(data.name_or_path, **how, **self._split)
         if data.mixed_with:
             others = [load_dataset_any(name, **self._split)["train"] for name in data.mixed_with]
             column = need_column(rows["train"], "text", data.text_column)
@@ -152,7 +152,7 @@ class Run:
         data = self.recipe.data
         limits = [data.max_length, None if config is None else token_limit(config, rotary=False)]
         length = min((each for each in limits if each is not None), default=None)
-        rows = load_dataset_any(name, group_names=self.task.group_names(None), **self._split)
+        rows = load_dataset_any(name, **self.task.reading(None, None), **self._split)
         prepared = prepare(rows, self.recipe.task, self.processor, max_length=length)
         if self._original is None:
             return prepared

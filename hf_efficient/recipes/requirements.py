@@ -25,12 +25,14 @@ class Requirements(Settings):
         speedup: teacher time over student time is at least that, of the timed forward.
         size: at most this fraction of the teacher's weight bytes.
         agreement: at least this fraction of the targets gets the same prediction.
+        similarity: of embeddings, at least this correlation (Spearman) of the cosines of texts.
     """
 
     quality_loss: float | None = number(None, 0, 1e6, optional=True)
     speedup: float | None = number(None, 0, 1e6, above=True, optional=True)
     size: float | None = number(None, 0, 1, above=True, optional=True)
     agreement: float | None = number(None, 0, 1, optional=True)
+    similarity: float | None = number(None, 0, 1, optional=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +70,11 @@ class Requirements(Settings):
                 lines.append("agreement was not measured: it needs data, and both models must read the same tokens")
             elif not compared.agreement >= self.agreement:
                 lines.append(f"agreement is {compared.agreement:.3g}, less than {self.agreement:g}")
+        if self.similarity is not None:
+            if compared.similarity is None:
+                lines.append("similarity was not measured: it is that of sentence-embeddings, and needs data")
+            elif not compared.similarity >= self.similarity:
+                lines.append(f"similarity is {compared.similarity:.4g}, less than {self.similarity:g}")
         return lines
 
     def check(self, compared: "Comparison", score: "Score | None" = None) -> None:

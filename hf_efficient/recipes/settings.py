@@ -173,6 +173,16 @@ class MeasureSettings(Settings):
         is_names,
         optional=True,
     )
+    truncate_dims: Any = ruled(  # of sentence embeddings: scored too with so many numbers of each vector
+        None,
+        "a list of up to 8 different lengths such as [128, 64]",
+        lambda value: (
+            isinstance(value, list)
+            and all(type(each) is int and each > 0 for each in value)
+            and len(set(value)) == len(value) <= 8
+        ),
+        optional=True,
+    )
     new_tokens: int | None = integer(None, 1, 4096, optional=True)  # written by a language model, and timed
     prompts: list[str] | None = ruled(  # what it goes on with; null: how some test texts begin
         None,
@@ -215,6 +225,8 @@ class MeasureSettings(Settings):
             raise ConfigError(
                 f"measure.serving is for models that read one text, not for task {task!r}. Leave it out."
             )
+        if self.truncate_dims and TASKS[task].kind != "embeddings":
+            raise ConfigError(f"measure.truncate_dims is for sentence-embeddings, not for {task!r}. Leave it out.")
         if self.other_data and TASKS[task].is_of_images:
             raise ConfigError(f"measure.other_data is for tasks of texts, not for {task!r}. Leave it out.")
 

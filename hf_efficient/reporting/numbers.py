@@ -54,7 +54,7 @@ def fixed(value: float, decimals: int, sign: str = "") -> str:
 
 def is_fraction(name: str) -> bool:
     """Accuracies are shown in percent, losses and perplexities as they are."""
-    return name.endswith(("accuracy", "retrieval@1", "f1", "ndcg@10", "mrr@10"))
+    return name.endswith(("accuracy", "retrieval@1", "f1", "ndcg@10", "mrr@10", "spearman", "pearson"))
 
 
 def scale_of(name: str) -> int:

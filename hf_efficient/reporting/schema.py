@@ -118,6 +118,7 @@ class Comparison:
         paired_speedup: the median over rounds of teacher time / student time of the same round.
         quality_difference: student - teacher in the main score, on the same samples, with its paired standard error.
         agreement: fraction of targets for which both predict the same.
+        similarity: of embeddings, Spearman's correlation of the cosines of both.
     """
 
     speedup: float
@@ -130,6 +131,7 @@ class Comparison:
     quality_difference: float | None = None
     quality_difference_error: float | None = None
     agreement: float | None = None
+    similarity: float | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ def _quality_rows(both: list[Measurement | None], compared: Comparison | None) -
     if compared is not None and compared.agreement is not None:
         same = "same order" if (compared.quality_score or "").startswith("ndcg") else "same prediction"
         rows.append((same, "", f"{fixed(100 * compared.agreement, 1)}%", ""))
+    if compared is not None and compared.similarity is not None:
+        rows.append(("cosines, correlation with the teacher's", "", fixed(compared.similarity, 3), ""))
     return rows
 
 

@@ -60,6 +60,7 @@ class DistillStage(TrainingSettings, Stage):
     relation_layers: Any = option()
     score_loss: str | None = option()
     embedding_loss: str | None = option()
+    matryoshka_dims: Any = option()
     pooling: str | None = option()
     layer_map: Any = option()
 
@@ -143,6 +144,12 @@ class DistillStage(TrainingSettings, Stage):
             check_pruning(run, config, self.pruning, before)
         if run.modules is not None and run.modules.pooling is not None:
             run.modules.check_taught(self.pooling, self.teaches_directions, f"{path}.")
+        width = getattr(config, "hidden_size", 0) if self.losses.get("embedding") else 0
+        if self.matryoshka_dims and max(self.matryoshka_dims) >= width:
+            raise ConfigError(
+                f"{path}.matryoshka_dims is for the loss embedding, and lengths below {width or 'that of vectors'}; "
+                f"got {self.matryoshka_dims}."
+            )
         return config
 
     def run(self, run: Run, source: Path, target: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hf_efficient.data.queries import with_numbers
 from hf_efficient.data.tasks import TASKS
 from hf_efficient.errors import DataError
 
-QUERY = TASKS["reranking"].group_names(None)
+QUERY = TASKS["reranking"].reading(None, None)["group_names"]
 
 
 def pairs(count=40, each=4, **columns):

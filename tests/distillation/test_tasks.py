@@ -94,6 +94,53 @@ def test_the_embedding_loss_is_that_of_pooled_vectors(kind, tmp_path):
     assert got.item() == pytest.approx(distances[kind].mean().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_the_first_numbers_of_embeddings_are_taught_too(kind, tmp_path):
+    """The mean over the whole vectors and each length; trained so, the first numbers come nearer to the teacher's."""
+    rows = examples("embedding")
+
+    def vectors(model):
+        return torch.stack(
+            [model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0].mean(0) for row in rows]
+        )
+
+    def distance(own, other):
+        return (1 - F.cosine_similarity(own, other) if kind == "cosine" else (own - other).square().mean(1)).mean()
+
+    def make(**more):
+        pair = [make_pair("embedding", seed=seed)[1] for seed in (1, 0)]
+        settings = {"losses": {"embedding": 1.0}, "embedding_loss": kind, "max_steps": 30, "learning_rate": 0.03}
+        return make_trainer("embedding", tmp_path, pair=pair, **settings | more), pair[1]
+
+    trainer, teacher = make(matryoshka_dims=[3, 1])
+    goal, own = vectors(teacher).detach(), vectors(trainer.model).detach()
+    parts = [distance(own[:, :end], goal[:, :end]).item() for end in (None, 3, 1)]
+    assert trainer.compute_loss(trainer.model, collate(rows)).item() == pytest.approx(sum(parts) / 3, rel=1e-12)
+    plain, _ = make()
+    for each in (trainer, plain):
+        each.train()
+    ours, theirs = (distance(vectors(each.model)[:, :3], goal[:, :3]).item() for each in (trainer, plain))
+    assert ours < theirs < parts[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"losses": {"hidden": 1.0}}, "belongs to the loss `embedding`"),
+        ({"matryoshka_dims": [64]}, "has 64, and vectors are"),
+        ({"matryoshka_dims": []}, "a list of different lengths"),
+        ({"matryoshka_dims": [2, 2]}, "a list of different lengths"),
+    ],
+)
+def test_lengths_that_cannot_be_taught(settings, words, tmp_path):
+    teacher, student = (make_pair("embedding", seed=seed)[1] for seed in (0, 1))
+    settings = {"losses": {"embedding": 1.0}, "matryoshka_dims": [2]} | settings
+    with pytest.raises(ConfigError, match=words):
+        make_trainer("embedding", tmp_path, pair=(student, teacher), **settings)
+    with pytest.raises(ConfigError, match="a student of width"):  # narrower
+        make_trainer("embedding", tmp_path, losses={"embedding": 1.0}, matryoshka_dims=[2])
+
+
 def test_a_narrower_student_learns_embeddings_through_a_projection(tmp_path):
     """Without labels; the projection is gone when training ends, and came back from a checkpoint's side file."""
     settings = {"losses": {"embedding": 1.0}, "max_steps": 30, "learning_rate": 0.3}

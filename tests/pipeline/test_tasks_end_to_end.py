@@ -130,7 +130,7 @@ def test_the_pooling_of_a_recipe_is_that_of_its_last_word(pooling, tmp_path):
         ("masked-lm", [{"distill": {"losses": {"embedding": 1}}}], {}, r"stages\[0\].distill.losses.*without a head"),
         ("masked-lm", [], {"data": {"tokens_column": "x"}}, "data.tokens_column has no meaning for task 'masked-lm'"),
         ("question-answering", [], {"data": {"text_column": "x"}}, "answers_column, context_column, max_length, q"),
-        ("sentence-embeddings", [], {"data": {"label_column": "x"}}, "uses max_length, text_column, text_pair_column"),
+        ("sentence-embeddings", [], {"data": {"tokens_column": "x"}}, "uses label_column, max_length, text_column"),
     ],
 )
 def test_recipes_that_cannot_be_meant(task, stages, changes, words, tmp_path):

@@ -82,8 +82,7 @@ class DataArguments(_Columns):
             seed=seed,
             limit=self.limit,
             test_fraction=self.test_fraction,
-            label_column=self.label_column,
-            group_names=TASKS[self.task].group_names(self.text_column),
+            **TASKS[self.task].reading(self.text_column, self.label_column),
         )
         names = [*map(column_name, ROLES), "max_length", "image_size"]
         return prepare(rows, self.task, processor, **{name: getattr(self, name) for name in names})

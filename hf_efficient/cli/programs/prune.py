@@ -128,9 +128,9 @@ def run(script: ScriptArguments) -> list[dict[str, Any]]:
     processor = load_processor(script.model, images=entry.is_of_images, whole=bool(entry.reads), **trust)
     if (modules := load_modules(script.task, script.model)) is not None:
         processor = modules.reading_as(processor)
-    names = ("seed", "limit", "test_fraction", "label_column")
-    groups = entry.group_names(script.text_column)
-    splits = load_dataset_any(script.dataset, group_names=groups, **{name: getattr(script, name) for name in names})
+    names = ("seed", "limit", "test_fraction")
+    how = entry.reading(script.text_column, script.label_column)
+    splits = load_dataset_any(script.dataset, **how, **{name: getattr(script, name) for name in names})
     columns = {name: getattr(script, name) for name in ("text_column", "label_column") if getattr(script, name)}
     data = prepare(splits, script.task, processor, max_length=script.max_length, **columns)
     if script.ratio is not None and is_by_layer(script.layer_by_layer, script.model):
