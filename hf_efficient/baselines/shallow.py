@@ -71,7 +71,8 @@ class Shallow(Baseline):
             set_seed(run.recipe.seed)
             on_main(lambda: own_folder(goal))  # noqa: B023  (done before the next one)
             stage.run(run, source, goal)
-        on_main(lambda: [remove_own(folder) for folder in folders[:-1]])
+        for folder in folders[:-1]:
+            on_main(lambda: remove_own(folder))  # noqa: B023
         done = "distilled as ours" if training else "without training, as the recipe has no distill stage"
         about = f"the first {kept} of {depth} layers, {done}"
         return {"about": about, "layers": kept, "parameters": start.num_parameters()}

@@ -18,6 +18,7 @@ TASK = "text-classification"
 BASELINES: "LazyTable[Baseline]" = LazyTable(
     {
         "tfidf": "baselines.tfidf:TFIDF",
+        "static": "baselines.static:STATIC",
         "shallow": "baselines.shallow:SHALLOW",
         "int8": "baselines.int8:INT8",
     }

@@ -15,7 +15,7 @@ from .tiny import make_bert, text_recipe
 pytestmark = pytest.mark.usefixtures("quick_end")
 TRAINING = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-3}
 STAGES = [{"prune": {"ratio": 0.5, "calibration_samples": 8}}, {"distill": TRAINING}]
-NAMES = ["tfidf", "shallow", "int8"]
+NAMES = ["tfidf", "static", "shallow", "int8"]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_run_with_baselines_says_how_all_of_them_do(tmp_path, recipe, monkeypa
     ladder = report.ladder
     rungs = {rung.name: rung for rung in ladder.rungs}
     assert list(rungs) == ["teacher", "student", *NAMES]
-    assert [rung.kind for rung in ladder.rungs] == ["teacher", "student", *["baseline"] * 3]
+    assert [rung.kind for rung in ladder.rungs] == ["teacher", "student", *["baseline"] * 4]
     assert all(rung.median_ms > 0 and rung.weight_bytes > 0 for rung in ladder.rungs)
     assert rungs["teacher"].score == report.teacher.quality.main.value and rungs["teacher"].difference == 0
     assert rungs["student"].score == report.student.quality.main.value
@@ -44,7 +44,7 @@ def test_a_run_with_baselines_says_how_all_of_them_do(tmp_path, recipe, monkeypa
     for file in ("README.md", "report.html"):
         assert all(name in (out / "model" / file).read_text() for name in [*NAMES, "Beside what is cheap to try"])
 
-    assert len(ladder_rows(report)) == 5 and advice(report).startswith("Take ")
+    assert len(ladder_rows(report)) == 6 and advice(report).startswith("Take ")
     again = again_without_making(out, recipe, monkeypatch)
     assert [(rung.name, rung.score) for rung in again.ladder.rungs] == [(r.name, r.score) for r in ladder.rungs]
 
