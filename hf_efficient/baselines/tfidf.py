@@ -6,6 +6,7 @@ As scikit-learn has it. Kept as a list of terms and three tensors, so that nothi
 """
 
 import json
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .base import Baseline, Reader, Texts
 TERMS, WEIGHTS = "terms.json", "model.safetensors"
 MANY = 1000  # training rows, from which on a term must be in two of them
 VECTORS: dict[str, Any] = {"sublinear_tf": True, "ngram_range": (1, 2), "token_pattern": r"\w+|[^\w\s]"}
-CLASSIFIER: dict[str, Any] = {"C": 3.0, "max_iter": 1000}
+PENALTIES, FOLDS = (1.0, 3.0, 10.0), 3  # 1 / the weight of the penalty, chosen among training rows
 NEVER = -1e4  # the score of a class that no training row has
 
 
@@ -55,7 +56,6 @@ class Tfidf(Baseline):
 
     def make(self, run: Run, student: Path, target: Path) -> dict[str, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
 
         prepared = run.data()
         texts, labels = list(map(" ".join, run.read_texts("train"))), list(prepared.train["labels"])
@@ -69,7 +69,7 @@ class Tfidf(Baseline):
         if len(set(labels)) == 1:
             bias[labels[0]] = 0.0
         else:
-            fitted = LogisticRegression(**CLASSIFIER, random_state=run.recipe.seed).fit(inputs, labels)
+            fitted = self._fitted(inputs, labels, run.recipe.seed)
             classes = torch.as_tensor(fitted.classes_)
             found = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
             if len(classes) == 2:  # one row: the log-odds of the second
@@ -79,6 +79,15 @@ class Tfidf(Baseline):
         write_tensors(target / WEIGHTS, tensors)
         write_atomic(target / TERMS, json.dumps(terms))
         return {"about": "TF-IDF of words and pairs, logistic regression", "terms": len(terms)}
+
+    def _fitted(self, inputs: Any, labels: list[int], seed: int) -> Any:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV
+
+        plain = LogisticRegression(max_iter=1000, random_state=seed)
+        if min(Counter(labels).values()) < FOLDS:  # a class that not every fold would have
+            return plain.fit(inputs, labels)
+        return GridSearchCV(plain, {"C": PENALTIES}, cv=FOLDS).fit(inputs, labels).best_estimator_
 
     def reader(self, run: Run, folder: Path) -> Reader:
         tensors = read_tensors(folder / WEIGHTS)

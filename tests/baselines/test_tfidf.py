@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_efficient.baselines.base import evaluate_reader
-from hf_efficient.baselines.tfidf import CLASSIFIER, TERMS, TFIDF, VECTORS, WEIGHTS
+from hf_efficient.baselines.tfidf import PENALTIES, TERMS, TFIDF, VECTORS, WEIGHTS
 from hf_efficient.errors import ConfigError
 
 TEXTS = ["a fine film", "fine acting, fine!", "a dull film", "dull, dull, dull", "a film of films", "films and more"]
@@ -29,10 +29,17 @@ def made(folder, labels, classes, texts=TEXTS):
 def test_it_answers_as_scikit_learn(tmp_path, labels):
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
 
     reader = made(tmp_path, labels, max(labels) + 1)
     vectors = TfidfVectorizer(**VECTORS)
-    expected = LogisticRegression(**CLASSIFIER).fit(vectors.fit_transform(TEXTS), labels)
+    inputs = vectors.fit_transform(TEXTS)
+    if len(set(labels)) == 2:  # three of each: the penalty that is best on training rows held out in turn
+        score = {c: cross_val_score(LogisticRegression(C=c), inputs, labels, cv=3).mean() for c in PENALTIES}
+        penalty = max(PENALTIES, key=score.__getitem__)
+    else:
+        penalty = 1.0
+    expected = LogisticRegression(C=penalty).fit(inputs, labels)
     others = [*TEXTS, "fine and dull", "never seen"]
     found = torch.softmax(reader([(text,) for text in others]).logits, -1)
     told = torch.from_numpy(expected.predict_proba(vectors.transform(others)))
