@@ -35,7 +35,7 @@ class Format:
     """A kind of program.
 
     Parameters:
-        runtime: the package that runs it, whose version reports name.
+        runtime: what runs it, a package whose version reports name.
         packages: what must be installed to write and to run it.
         install: what pip is asked for.
         quantizes: whether `write` can store weights of 8 bits.
@@ -70,6 +70,16 @@ class Format:
         `exact`: in float32 also where the runtime would choose bfloat16.
         """
         raise NotImplementedError
+
+    def missing(self) -> list[str]:
+        """What must still be installed."""
+        return [name for name in self.packages if find_spec(name) is None]
+
+    def version(self) -> str:
+        """`onnxruntime 1.32.0`."""
+        from importlib.metadata import version
+
+        return f"{self.runtime} {version(self.runtime)}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ class OpenVino(Exporter):
 
 @dataclass(frozen=True)
 class Gguf(Format):
-    """For llama.cpp and all that is built on it; run here by llama-cpp-python."""
+    """For llama.cpp and all that is built on it; run here by one of the packages that carry it."""
 
     def write(
         self,
@@ -174,9 +184,23 @@ class Gguf(Format):
         write_gguf(model, tokenizer, folder / FILE, quantize)
 
     def load(self, folder: Path, threads: int, exact: bool) -> tuple[Callable[..., Any], Collection[str]]:
-        from .gguf import FILE, LlamaCpp
+        from .gguf import FILE
+        from .llamacpp import LlamaCpp
 
         return LlamaCpp(folder / FILE, threads, exact), ("input_ids", "attention_mask")
+
+    def missing(self) -> list[str]:
+        from .llamacpp import BINDINGS, installed
+
+        return super().missing() + ([] if installed() else [" or ".join(reversed(BINDINGS))])
+
+    def version(self) -> str:
+        from importlib.metadata import version
+
+        from .llamacpp import BINDINGS, installed
+
+        name = BINDINGS[installed() or next(iter(BINDINGS))]
+        return f"{name} {version(name)}"
 
 
 FORMATS: dict[str, Format] = {
@@ -191,9 +215,7 @@ FORMATS: dict[str, Format] = {
     "openvino": OpenVino("openvino", ("openvino",), "hf-efficient[openvino]", backend="openvino"),
     "executorch": Exporter("executorch", ("executorch",), "hf-efficient[executorch]", backend="executorch"),
     "torch": Exporter("torch", ("torch",), "hf-efficient[torch]", backend="dynamo"),
-    "gguf": Gguf(
-        "llama_cpp_python", ("gguf", "llama_cpp"), "hf-efficient[llamacpp]", quantizes=True, holds_tokenizer=True
-    ),
+    "gguf": Gguf("llama.cpp", ("gguf",), "hf-efficient[llamacpp]", quantizes=True, holds_tokenizer=True),
 }
 
 
@@ -218,18 +240,14 @@ def check_format(format: str, quantize: str | None = None, cache: bool = False) 
 def check_runtime(format: str) -> None:
     """Before any long work: ConfigError, with the pip command, unless what makes and runs this format is installed."""
     chosen = FORMATS[format]
-    if missing := [name for name in chosen.packages if find_spec(name) is None]:
+    if missing := chosen.missing():
         raise ConfigError(f'format {format!r} needs {", ".join(missing)}. Run `pip install "{chosen.install}"`.')
     if isinstance(chosen, Exporter) and find_spec("transformers.exporters") is None:
         raise ConfigError(f"format {format!r} needs a transformers with exporters: pip install -U transformers.")
 
 
 def runtime_version(format: str) -> str:
-    """`onnxruntime 1.32.0`."""
-    from importlib.metadata import version
-
-    name = FORMATS[format].runtime
-    return f"{name} {version(name)}"
+    return FORMATS[format].version()
 
 
 def folder_name(format: str, quantize: str | None, cache: bool = False) -> str:

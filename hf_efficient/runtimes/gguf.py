@@ -242,39 +242,3 @@ def _write_tensor(writer: Any, name: str, tensor: "Tensor", quantize: str | None
         kind = kinds.Q8_0 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kinds.Q8_0][0] == 0 else kinds.F16
     data: np.ndarray = tensor.float().contiguous().numpy()
     writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
-
-
-class LlamaCpp:
-    """A GGUF file in llama.cpp, called as a causal model of transformers: row after row, padding left out."""
-
-    def __init__(self, path: Path, threads: int, exact: bool):
-        self.path, self.threads, self.exact = path, threads, exact
-        self.program, self.room = None, 0
-
-    def __call__(self, input_ids: "Tensor", attention_mask: "Tensor | None" = None) -> Any:
-        import torch
-        from transformers.modeling_outputs import CausalLMOutput
-
-        logits = None
-        for row, ids in enumerate(input_ids):
-            real = torch.ones_like(ids) if attention_mask is None else attention_mask[row]
-            scores = self._scores(ids[real.bool()].tolist())
-            if logits is None:
-                logits = torch.zeros(*input_ids.shape, scores.shape[-1])
-            logits[row, real.bool()] = scores
-        return CausalLMOutput(logits=logits)
-
-    def _scores(self, tokens: list[int]) -> "Tensor":
-        import llama_cpp
-        import torch
-
-        if len(tokens) > self.room:
-            self.room = max(64, len(tokens))
-            sizes = {"n_ctx": self.room, "n_batch": self.room, "n_ubatch": self.room}
-            exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if self.exact else {}
-            threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
-            options = sizes | exact | threads
-            self.program = llama_cpp.Llama(str(self.path), logits_all=True, verbose=False, **options)
-        self.program.reset()
-        self.program.eval(tokens)
-        return torch.from_numpy(self.program.scores[: len(tokens)].copy())

@@ -1,6 +1,7 @@
 """The stage that trains against the teacher; it may prune while it does.
 
 - distill: {epochs: 3, losses: {kd: 1.0, hidden: 0.1}}
+- distill: {max_steps: 300, lora: {r: 16, alpha: 32}}
 - distill: {epochs: 3, prune: {ratio: 0.5, importance: movement, start: 0.1, end: 0.6, every: 10}}
 """
 
@@ -19,6 +20,7 @@ from ..models.registry import token_limit
 from ..pruning.config import PruningConfig
 from ..pruning.gradual.schedule import WHILE_TRAINING, Gradual
 from .base import Run, Stage, check_length
+from .lora import Lora, merged
 from .prune import check_pruning, pruned
 from .settings import OPTION, TrainingSettings, check_keys, keys_of, make, number, option, part, read, ruled
 
@@ -48,6 +50,12 @@ class DistillStage(TrainingSettings, Stage):
         lambda value: isinstance(value, Gradual),
         optional=True,
     )
+    lora: Lora | None = ruled(  # adapters are trained, and added to the weights in the end
+        None,
+        "a mapping such as {r: 16, alpha: 32, targets: all-linear}",
+        lambda value: isinstance(value, Lora),
+        optional=True,
+    )
     # Arguments of `DistillationArguments`, which says what they mean; null: its default.
     temperature_final: float | None = option()
     temperature_squared: bool | None = option()
@@ -69,6 +77,8 @@ class DistillStage(TrainingSettings, Stage):
         for name in self.losses:
             if name not in LOSSES:
                 raise ConfigError(f"losses: {unknown_name('loss', name, LOSSES)}")
+        if self.lora is not None and self.prune is not None:
+            raise ConfigError("lora: adapters cannot be pruned while they are trained. Put a stage prune before.")
         object.__setattr__(self, "losses", {name: float(weight) for name, weight in self.losses.items()})
         for name, value in self.options.items():
             try:
@@ -82,6 +92,8 @@ class DistillStage(TrainingSettings, Stage):
         usual = TASKS[task].losses if task in TASKS else None
         if isinstance(section, dict) and usual is not None:
             section = {"losses": dict(usual)} | section
+        if isinstance(section, dict) and section.get("lora") is not None:
+            section = section | {"lora": read(Lora, section["lora"], f"{path}.lora")}
         if isinstance(section, dict) and section.get("prune") is not None:
             gradual, timing = section["prune"], [name for name in keys_of(Gradual) if name != "config"]
             check_keys(gradual, [*WHILE_TRAINING, *timing], f"{path}.prune")
@@ -180,6 +192,10 @@ class DistillStage(TrainingSettings, Stage):
             length = gradual.config.sequence_length or average_length(rows, student)
             config = dataclasses.replace(gradual.config, sequence_length=length)
             callbacks.append(PruningCallback(config, gradual.start, gradual.end, gradual.every, gradual.momentum))
+        if self.lora is not None:
+            student = self.lora.adapted(student)
         trainer = make_trainer(DistillationTrainer, student, arguments, prepared, callbacks, teacher=teacher)
         fit(trainer)
+        if self.lora is not None:
+            trainer.model = merged(trainer.model)
         return trainer, parameters

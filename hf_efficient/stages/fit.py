@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..data.preparation import PreparedData
 from ..io.disk import remove_own
 from ..pruning.gradual.zeros import KeepZeros, was_sparsified
+from ..training.batch import base_of
 from ..training.lengths import BY_LENGTH
 from ..training.precision import precision_arguments
 from ..training.ranks import count, from_main, meet, on_cpu, on_main
@@ -65,6 +66,17 @@ def training_arguments(
     )
 
 
+class KeepUseCache(TrainerCallback):
+    """The Trainer turns the cache off in the config of its model; what is saved in the end says it as before."""
+
+    def __init__(self, model: Any):
+        self.caches = getattr(base_of(model).config, "use_cache", None)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.caches is not None:
+            base_of(model).config.use_cache = self.caches
+
+
 def first_batches(prepared: PreparedData, samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
     """The first training rows, in batches; the rows were shuffled when they were split."""
     rows = prepared.train.select(range(min(samples, len(prepared.train))))
@@ -81,12 +93,13 @@ def make_trainer(
     **more: Any,
 ) -> Any:
     """`callbacks` come first: a checkpoint is complete when they have written what is theirs."""
+    first = [KeepUseCache(model), *([KeepZeros()] if was_sparsified(model) else [])]
     trainer = kind(
         model=model,
         args=arguments,
         train_dataset=prepared.train,
         data_collator=prepared.collator,
-        callbacks=[*([KeepZeros()] if was_sparsified(model) else []), *callbacks, SaveNowAndThen(), MarkComplete()],
+        callbacks=[*first, *callbacks, SaveNowAndThen(), MarkComplete()],
         **more,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)

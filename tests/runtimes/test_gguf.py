@@ -155,26 +155,8 @@ def test_the_tokenizer_must_be_given(tmp_path, monkeypatch):
         export(make_llama(), "gguf", tmp_path / "out")
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["even", "uneven", "llama3", "int8"])
-def test_llama_cpp_computes_the_same(kind, tmp_path):
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python comes with the extra llamacpp")
-    rope = ROPE | {"original_max_position_embeddings": 16}
-    model = uneven() if kind == "uneven" else make_llama(**{"rope_parameters": rope} if kind == "llama3" else {})
-    tokenizer = chat_tokenizer()
-    made = export(model, "gguf", tmp_path / "out", tokenizer=tokenizer, quantize="int8" if kind == "int8" else None)
-    assert made.difference < (0.05 if kind == "int8" else 1e-3) and made.runtime.startswith("llama_cpp_python")
-    import llama_cpp
-
-    program = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=64, verbose=False)
-    ids = tokenizer(WORDS)["input_ids"]
-    assert program.tokenize(WORDS.encode(), add_bos=False) == ids
-    if kind == "int8":
-        return
-    ours = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
-    theirs = []
-    for token in program.generate(ids, temp=0.0, repeat_penalty=1.0):
-        theirs.append(token)
-        if len(theirs) == len(ours):
-            break
-    assert theirs == ours
+def test_without_a_package_that_carries_llama_cpp_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_efficient.runtimes.llamacpp.BINDINGS", {"no_llama": "no-llama"})
+    with pytest.raises(ConfigError, match=r"needs no_llama\. Run `pip install \"hf-efficient\[llamacpp\]\"`"):
+        export(make_llama(), "gguf", tmp_path / "out", tokenizer=chat_tokenizer())
+    assert not (tmp_path / "out").exists()
