@@ -9,7 +9,6 @@ main()                                                   # reads sys.argv
 import errno
 import io
 import json
-import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -20,13 +19,14 @@ import typer.core
 from ..errors import HfEfficientError, RequirementError
 from ..io.secrets import without_secrets
 from ..io.text import PLAIN, for_terminal
+from .noise import silence
 
 DEBUG = "HF_EFFICIENT_DEBUG"
 STOPPED = 130
 MISSED = 3  # what was required
 LONGEST = 4000  # characters of an error
 
-ORDER = ("compress", "plan", "prune", "distill", "measure", "report", "card", "export", "push", "list", "env")
+ORDER = ("compress", "plan", "free", "prune", "distill", "measure", "report", "card", "export", "push", "list", "env")
 
 
 class _InOrder(typer.core.TyperGroup):
@@ -89,8 +89,6 @@ def say(line: str) -> None:
 
 def quiet_libraries() -> None:
     """Only errors from the libraries underneath, and progress bars only where there is a terminal to draw them on."""
-    for name in ("torchao", "torch.utils._pytree"):  # that kernels for GPUs do not load on a CPU, at every import
-        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 
@@ -125,6 +123,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=PLAIN)  # a terminal of ascii is told all that we tell
+    silence()
     try:
         app(prog_name="hf-efficient")
     except (HfEfficientError, OSError) as error:

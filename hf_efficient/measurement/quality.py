@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..data.respelling import TARGETS
@@ -45,6 +44,7 @@ from ..models.modes import evaluating
 from ..models.token_masks import IGNORED, counts_columns, first_positions, from_first, real_labels, token_masks
 from ..reporting.schema import Quality, Score
 from ..training.lengths import in_batches
+from ..training.progress import told
 from ..training.ranks import gather_rows, share
 from .correlation import spearman
 from .estimates import exp_of, macro_f1, mean_and_error
@@ -147,7 +147,7 @@ def evaluate_quality(
         raise DataError("The data set to evaluate on is empty. Give at least one sample.")
     places = share(in_batches(dataset, batch_size))
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=places, collate_fn=collator or default_data_collator)
-    batches, numbers = tqdm(loader, desc="evaluate", disable=None, leave=False), [*itertools.chain(*places)]
+    batches, numbers = told(loader, "evaluate"), [*itertools.chain(*places)]
     with evaluating(model):
         if TASKS[task].kind == "embeddings":
             return Evaluation(**scored(task, *vectors_of(model, batches, numbers, pooling, inputs_of)))

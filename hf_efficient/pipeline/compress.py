@@ -20,6 +20,7 @@ from ..io.disk import clear_disk_errors, copy_folder, inside
 from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
 from ..stages.base import Stage, check_length
+from ..training.progress import telling
 from ..training.ranks import begin, check_same, count, from_main, is_main, on_main, together
 from .ladder import check_ladder, make_baselines, measured_ladder
 from .report import check_reached, measured
@@ -43,7 +44,8 @@ def compress(
     Parameters:
         recipe: a `Recipe`, a YAML file, or the name of a shipped recipe.
         output_dir: default `out/<recipe name>`. The result lies in its folder `model`.
-        announce: called with one line when a stage begins or ends.
+        announce: called with one line when a stage begins or ends; and now and then in long ones, with steps and time
+            left, where stderr is no terminal that shows bars.
         trust_remote_code: run code that comes with the model. That the recipe says so is not enough.
         **overrides: dotted recipe keys: `compress("bbc-news", **{"prune.ratio": 0.5})`.
 
@@ -63,7 +65,9 @@ def compress(
     folder = Path(output_dir) if output_dir is not None else Path("out") / recipe.name
     begin()
     with together("compress", ends=True):
-        return _compress(recipe, folder, announce if is_main() else lambda line: None)
+        told = announce if is_main() else lambda line: None
+        with telling(told):
+            return _compress(recipe, folder, told)
 
 
 def _compress(recipe: Recipe, folder: Path, announce: Callable[[str], None]) -> Report:

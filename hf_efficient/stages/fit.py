@@ -19,6 +19,7 @@ from ..pruning.gradual.zeros import KeepZeros, was_sparsified
 from ..training.batch import base_of
 from ..training.lengths import BY_LENGTH
 from ..training.precision import precision_arguments
+from ..training.progress import StepLines
 from ..training.ranks import count, from_main, meet, on_cpu, on_main
 from ..training.trainers import ExactTrainer, MarkComplete, SaveNowAndThen, in_smaller_batches, last_checkpoint
 from .base import Run
@@ -99,7 +100,7 @@ def make_trainer(
         args=arguments,
         train_dataset=prepared.train,
         data_collator=prepared.collator,
-        callbacks=[*first, *callbacks, SaveNowAndThen(), MarkComplete()],
+        callbacks=[*first, *callbacks, StepLines(), SaveNowAndThen(), MarkComplete()],
         **more,
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)

@@ -14,6 +14,8 @@ from ...data.preparation import check_labels
 from ...distillation.cache.cache import TeacherCache
 from ...distillation.cache.write import cache_teacher
 from ...errors import ConfigError
+from ...training.progress import telling
+from ..base import say
 from .flags import DataArguments, parse
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def read(words: Sequence[str]) -> CacheArguments:
     return script
 
 
+@telling(say)
 def run(script: CacheArguments) -> TeacherCache:
     """Ask the teacher about both splits; raises as `cache_teacher` and `prepare` do."""
     state = PartialState(cpu=script.use_cpu)

@@ -30,6 +30,8 @@ from ...pruning.config import PruningConfig
 from ...pruning.price.forecast import plan_table
 from ...pruning.prune import described, prune, search
 from ...stages.prune import BY_LAYER, CalibrationSettings, calibration_batches, is_by_layer
+from ...training.progress import telling
+from ..base import say
 from .flags import load_modules
 from .pictures import plot_importance, plot_sweep
 
@@ -115,6 +117,7 @@ def parse(words: Sequence[str]) -> ScriptArguments:
     return HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(list(words))[0]
 
 
+@telling(say)
 def run(script: ScriptArguments) -> list[dict[str, Any]]:
     """Prune and save, or sweep; gives one row of numbers for the dense model and one for each ratio.
 

@@ -27,6 +27,7 @@ from ...models.registry import text_config
 from ...models.token_masks import counts_columns, first_positions
 from ...training.batch import Batch, base_of, forward_names, head_of
 from ...training.lengths import in_batches
+from ...training.progress import told
 from ...training.ranks import in_order, meet, on_main, share, together
 from ..answers import read_answer
 from ..collating import CheckedCollator
@@ -96,7 +97,7 @@ def cache_teacher(
         on_main(lambda: _begin(folder, manifest, teacher))
         manifest = _begin(folder, manifest, teacher)  # what is there now
         with eval_mode(teacher):
-            for index in share(range(len(manifest.shards))):
+            for index in told(share(range(len(manifest.shards))), f"teacher, {manifest.shard_size:,} rows each"):
                 part = rows.select(range(index * shard_size, min((index + 1) * shard_size, len(rows))))
                 _write_shard(folder / manifest.shards[index], part, teacher, manifest, collate, batch_size)
         meet()

@@ -30,6 +30,7 @@ from ...models.anatomy import Anatomy
 from ...models.linears import input_dim
 from ...models.modes import eval_mode
 from ...models.stacks import ModelStack
+from ...training.progress import told
 from ...training.ranks import gather, meet, share, total
 from ..score.finite import check_finite
 from ..score.handing import Batch
@@ -67,7 +68,7 @@ def reconstruct_blocks(
             if any(meet(len(whole.states) != len(own))):
                 continue
             # The dense stream goes through all its layers, the pruned one with it where it has the layer.
-            for theirs in range(max(origin) + 1):
+            for theirs in told(range(max(origin) + 1), "fit layers"):
                 blocks = find_blocks(first, theirs)
                 sums = whole.advance(theirs, blocks)
                 if theirs not in origin:

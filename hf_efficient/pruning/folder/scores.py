@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ...models.groups import Group
+from ...training.progress import told
 from ..config import PruningConfig
 from ..methods import IMPORTANCES
 from ..score.calibration import answer_loss, model_loss, token_mask
@@ -46,7 +47,7 @@ def unit_scores(
         scores = by_kind(dense.anatomy, scores, length) if importance == "taylor" else scores
     elif importance in BY_LAYER:
         scores = {}
-        for index in range(dense.depth):
+        for index in told(range(dense.depth), "score layers"):
             own = [group for group in groups if index in group.layers]
             place = f"{importance}.{index}"
             if not dense.shelf.has(place):

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ...models.anatomy import Anatomy
 from ...models.mixtures import Mixture
 from ...models.modes import evaluating
+from ...training.progress import told
 from ..config import PruningConfig
 from ..methods import EXPERT_IMPORTANCES
 from .calibration import state_mask, wide
@@ -64,7 +64,7 @@ def _routed(anatomy: Anatomy, mixtures: Sequence[Mixture], batches: Sequence[Bat
     """Sums over the real tokens that are routed to each expert."""
     sums: Sums = {one: (torch.zeros(one.experts).double(), torch.zeros(one.experts).double()) for one in mixtures}
     with evaluating(anatomy.model):
-        for batch in tqdm(batches, desc="calibrate", disable=None, leave=False):
+        for batch in told(batches, "calibrate"):
             with ExitStack() as hooks:
                 for mixture in mixtures:
                     hooks.enter_context(_watching(anatomy, mixture, batch, sums[mixture]))

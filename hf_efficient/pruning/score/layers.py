@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ...models.anatomy import Anatomy
 from ...models.modes import evaluating
+from ...training.progress import told
 from ...training.ranks import meet, share
 from ..config import PruningConfig
 from ..methods import IMPORTANCES, LAYER_IMPORTANCES
@@ -43,7 +44,7 @@ def block_influence(anatomy: Anatomy, batches: Sequence[Batch]) -> LayerScores:
 
         for key, layer in _layers(anatomy):
             hooks.callback(layer.register_forward_hook(partial(note, key), with_kwargs=True).remove)
-        for place, batch in enumerate(share(batches)):
+        for place, batch in enumerate(told(share(batches), "score layers")):
             forward(model, batch)
             for key, cosine in caught:
                 mask = token_mask(batch, model, key[0], cosine)
@@ -84,7 +85,9 @@ def loss_order(anatomy: Anatomy, batches: Sequence[Batch]) -> Iterator[tuple[str
     gone: list[nn.Module] = []
     while present:
         changes: LayerScores = {}
-        for key in share(list(present)) if len(present) > 1 else ():  # each process tries some of the layers
+        for key in (
+            told(share(list(present)), "leave out layers") if len(present) > 1 else ()
+        ):  # each process tries some of the layers
             layer = present[key]
             with evaluating(model), _skipping([*gone, layer], handed):
                 changes[key] = sum(

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...models.modes import eval_mode
 from ...models.token_masks import masks_of, real_inputs
+from ...training.progress import told
 from ...training.ranks import share, total
 from ..cut.linears import DECODER, ENCODER_STATES, MAIN, Linear, module_of
 from .calibration import wide
@@ -54,7 +54,7 @@ def collect(
     handles += [] if last_layer is None else [last_layer.register_forward_hook(stop)]
     try:
         with eval_mode(model):
-            for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
+            for batch in told(share(batches), "calibrate"):
                 batch = real_inputs({key: value.to(model.device) for key, value in batch.items()}, model)
                 by_stack = masks_of(batch, model)
                 masks = {MAIN: by_stack["encoder"], DECODER: by_stack.get("decoder")}

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...io.process import trim_memory
 from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode, evaluating
+from ...training.progress import told
 from ...training.ranks import gather, share, total
 from .calibration import Loss, state_mask, wide
 from .handing import Batch, forward
@@ -43,7 +43,7 @@ def mask_gradients(
     places: dict[Group, list[int]] = {group: [] for group in groups}
     own = share(batches)
     with eval_mode(model):
-        for place, batch in enumerate(tqdm(own, desc="calibrate", disable=None, leave=False)):
+        for place, batch in enumerate(told(own, "calibrate")):
             masks: dict[Group, torch.Tensor] = {}
             with ExitStack() as hooks, torch.enable_grad():
                 for group in groups:
@@ -182,7 +182,7 @@ def input_squares(
         sums[group][number] = sums[group][number] + squares.cpu()
 
     with evaluating(model):
-        for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
+        for batch in told(share(batches), "calibrate"):
             with ExitStack() as hooks:
                 for group in groups:
                     for number, member in enumerate(group.members):

@@ -19,11 +19,11 @@ from math import ceil
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...models.groups import Group, Member, output_module, output_weight
 from ...models.modes import eval_mode
+from ...training.progress import told
 from ...training.ranks import share, total
 from .calibration import Loss, answer_loss, wide
 from .finite import check_finite
@@ -78,7 +78,7 @@ def _collect(model: PreTrainedModel, members: Sequence[Member], batches: Sequenc
         rows, columns = weight.shape
         sums[member] = [weight.new_zeros(size) for size in ((columns, columns), (columns,), (rows, rows))]
     with eval_mode(model):
-        for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
+        for batch in told(share(batches), "calibrate"):
             for member, read, gradient in output_gradients(model, modules, batch, loss):
                 x, g = (wide(one.flatten(0, -2)) for one in (read, gradient))
                 weighted = x * g.square().sum(-1, keepdim=True)

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...models.modes import eval_mode
+from ...training.progress import told
 from ...training.ranks import share, total
 from ..cut.linears import Linear, as_matrix, matrix, parameter_of
 from .calibration import model_loss, wide
@@ -76,7 +76,7 @@ def _gradients(
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        for batch in tqdm(share(batches), desc="calibrate", disable=None, leave=False):
+        for batch in told(share(batches), "calibrate"):
             with eval_mode(model), torch.enable_grad():
                 gradients = torch.autograd.grad(model_loss(model, batch), weights, allow_unused=True)
             for linear, gradient in zip(linears, gradients, strict=True):
