@@ -8,8 +8,8 @@ can mend, told in one message (`--debug` shows where it arose); 2 for a command 
 ctrl-C. Anything else is a defect and shows its traceback.
 """
 
-from . import deliver, run, show
+from . import deliver, exact, run, show
 from .base import app, main
 from .overrides import parse_overrides
 
-__all__ = ["app", "deliver", "main", "parse_overrides", "run", "show"]
+__all__ = ["app", "deliver", "exact", "main", "parse_overrides", "run", "show"]
