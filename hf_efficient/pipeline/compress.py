@@ -21,9 +21,11 @@ from ..recipes.recipe import Recipe
 from ..reporting.schema import Report, load_report
 from ..stages.base import Stage, check_length
 from ..training.progress import telling
-from ..training.ranks import begin, check_same, count, from_main, is_main, on_main, together
+from ..training.ranks import begin, check_same, count, from_main, is_main, together
+from .chain import Chain, carry
 from .ladder import check_ladder, make_baselines, measured_ladder
 from .report import check_reached, measured
+from .search import check_target, search
 from .workspace import MANIFEST, MODEL, Workspace
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def _compress(recipe: Recipe, folder: Path, announce: Callable[[str], None]) -> 
 
     space = Workspace(folder, recipe)
     if report := _finished(folder, announce):
-        return check_reached(recipe, report)
+        return _reached(recipe, folder, report)
     run = Run(recipe, folder)
     check(run)
     inputs = run.inputs()
@@ -86,9 +88,16 @@ def _compress(recipe: Recipe, folder: Path, announce: Callable[[str], None]) -> 
         space.open(inputs)
         try:
             # Another process may have ended it while this one looked at data and model.
-            return check_reached(recipe, _finished(folder, announce) or _carry_out(run, space, announce))
+            return _reached(recipe, folder, _finished(folder, announce) or _carry_out(run, space, announce))
         finally:
             space.close()
+
+
+def _reached(recipe: Recipe, folder: Path, report: Report) -> Report:
+    """The report; raises what the result misses."""
+    if recipe.target is not None:
+        check_target(folder)
+    return check_reached(recipe, report)
 
 
 def _finished(folder: Path, announce: Callable[[str], None]) -> Report | None:
@@ -176,32 +185,22 @@ def _check_processes(recipe: Recipe) -> None:
 
 
 def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) -> Report:
-    from transformers import set_seed
-
-    from ..measurement.energy import with_energy
     from .verify import check_reload, output_digest
 
-    recipe, reader = run.recipe, run
-    source, records, exports = run.folder, [], []
-    for name, stage in recipe.folders.items():
-        announce(f"{name} ...")
-        set_seed(recipe.seed)  # a stage draws the same whatever ran before it in this process
-        work = stage.run if stage.is_shared else partial(_by_main, stage)
-        tracked = with_energy(work, recipe.measure.country) if recipe.measure.energy else work
-        folder, record = space.stage(name, stage.to_dict(), partial(tracked, reader, source))
-        records.append(record)
-        if stage.new_tokenizer:
-            reader = run.read_as(folder)
-        if stage.beside is None:
-            source = folder
-        else:
-            exports.append((folder / stage.beside, record.facts))
-        announce(f"{name} done in {record.seconds:.0f} s")
+    notes: tuple[str, ...] = ()
+    if run.recipe.target is not None:
+        run, note = search(run, space, announce)
+        notes = (note,)
+    recipe = run.recipe
+    end = carry(run, space, Chain(run.folder, run), recipe.folders, announce)
+    source, exports = end.source, list(end.exports)
     made = make_baselines(run, space, source, announce)
     announce("measure ...")
-    report = measured(run, source, records, exports)
+    report = measured(run, source, list(end.records), exports)
     if report is not None:
-        report = replace(report, ladder=measured_ladder(run, source, made, report))
+        report = replace(
+            report, ladder=measured_ladder(run, source, made, report), warnings=(*notes, *report.warnings)
+        )
         expected = output_digest(run.load(source))
         check_reload(source, report.auto_class, expected, recipe.model.trust_remote_code)
         announce("a fresh process loads the model and gives the same output")
@@ -212,11 +211,6 @@ def _carry_out(run: "Run", space: "Workspace", announce: Callable[[str], None]) 
 
     result = space.result(MODEL, publish)
     return report or load_report(result)
-
-
-def _by_main(stage: Stage, *arguments: Any) -> dict[str, Any]:
-    """A stage that one process does by itself."""
-    return on_main(lambda: stage.run(*arguments)) or {}
 
 
 def _publish(report: Report, source: Path, exports: list[Path], target: Path) -> None:

@@ -56,6 +56,10 @@ class Run:
             others = [load_dataset_any(name, **self._split)["train"] for name in data.mixed_with]
             column = need_column(rows["train"], "text", data.text_column)
             rows["train"] = with_texts(rows["train"], column, others, self.recipe.seed)
+        if fraction := self.recipe.held_out:
+            options = {"label_column": data.label_column, "group_names": groups, "seed": self.recipe.seed}
+            parts = load_dataset_any({"train": rows["train"]}, test_fraction=fraction, **options)
+            rows["train"], rows["validation"] = parts["train"], parts["test"]
         return rows
 
     @property
@@ -163,11 +167,21 @@ class Run:
         texts = self.rows["test"][need_column(self.rows["test"], "text", self.recipe.data.text_column)][:count]
         return [" ".join(text.split()[:words]) for text in texts]
 
-    def _prepare(self, max_length: int | None) -> PreparedData:
+    def validation(self, *, config: PreTrainedConfig) -> PreparedData:
+        """The rows that are held out of the training rows, as `test`, for a model of this config."""
+        limit, length = token_limit(config, rotary=False), self.recipe.data.max_length
+        length = length if limit is None or length is None else min(length, limit)
+        rows = {"train": self.rows["train"], "test": self.rows["validation"]}
+        prepared = self._prepare(length, rows)
+        if self._original is None:
+            return prepared
+        return self._as_counted(prepared, self._original.validation(config=self._original.config), limit)
+
+    def _prepare(self, max_length: int | None, rows: Any = None) -> PreparedData:
         data = self.recipe.data
         options = {"image_size": data.image_size} if self.task.is_of_images else {"max_length": max_length}
         names = {f"{role}_column": getattr(data, f"{role}_column") for role in self.task.roles}
-        return prepare(self.rows, self.recipe.task, self.processor, **names, **options)
+        return prepare(rows or self.rows, self.recipe.task, self.processor, **names, **options)
 
     def texts(self, *roles: str) -> Iterator[str]:
         """The training texts in the columns of these roles; those that are optional only where they are named."""

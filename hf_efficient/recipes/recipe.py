@@ -35,13 +35,27 @@ from ..stages.table import STAGES
 from ..stages.teacher import TeacherStage
 from .requirements import Requirements
 from .settings import DataSettings, MeasureSettings, ModelSettings, recipe_name
+from .target import HELD_OUT, Target
 
 __all__ = ["STAGES", "Recipe", "Step", "shipped_recipes"]
 
 TRUST = "model.trust_remote_code"
 MAX_STAGES = 100
 MAX_COMBINATIONS = 200
-KEYS = ["name", "task", "seed", "model", "data", "teacher", "stages", "measure", "baselines", "require", "sweep"]
+KEYS = [
+    "name",
+    "task",
+    "seed",
+    "model",
+    "data",
+    "teacher",
+    "stages",
+    "measure",
+    "baselines",
+    "require",
+    "target",
+    "sweep",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ class Recipe:
         seed: of everything that is drawn: split, initial weights, order of the batches.
         baselines: names of `baselines.table.BASELINES`: what a user would try first, made and measured beside it.
         require: what the result must reach, else the run ends with RequirementError, and keeps what it made.
+        target: what a ratio is looked for that reaches it; None: the ratio is that of the prune stage.
         sweep: dotted key -> the values that it takes; `sweep` runs all combinations.
     """
 
@@ -83,6 +98,7 @@ class Recipe:
     seed: int = 0
     baselines: tuple[str, ...] = ()
     require: Requirements | None = None
+    target: Target | None = None
     sweep: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,6 +119,8 @@ class Recipe:
         except ConfigError as error:
             raise ConfigError(f"measure.{error}") from None
         _check_order(self.stages)
+        if self.target is not None:
+            self.target.check(self.stages)
         _check_sweep(self.sweep)
         self.combinations()  # each of them must be a recipe; they are made once
 
@@ -144,6 +162,7 @@ class Recipe:
             measure=read(MeasureSettings, data.get("measure", {}), "measure"),
             baselines=read_baselines(data.get("baselines")),
             require=None if data.get("require") is None else read(Requirements, data["require"], "require"),
+            target=None if data.get("target") is None else read(Target, data["target"], "target"),
             sweep=data.get("sweep") or {},
         )
 
@@ -159,6 +178,7 @@ class Recipe:
             "measure": self.measure.to_dict(),
             **({"baselines": list(self.baselines)} if self.baselines else {}),
             **({"require": self.require.to_dict()} if self.require else {}),
+            **({"target": self.target.to_dict()} if self.target else {}),
             **({"sweep": self.sweep} if self.sweep else {}),
         }
 
@@ -186,6 +206,11 @@ class Recipe:
             except ConfigError as error:
                 raise ConfigError(f"sweep, {label}: {error}") from None
         return recipes
+
+    @property
+    def held_out(self) -> float:
+        """The part of the training rows that nothing is trained on, and a search decides by."""
+        return self.data.validation_fraction or (HELD_OUT if self.target else 0.0)
 
     @property
     def pooling(self) -> str:

@@ -109,6 +109,7 @@ class DataSettings(_Columns):
     image_size: int | None = integer(None, 1, 4096, optional=True)  # pixels
     test_fraction: float = number(0.2, 0.001, 0.999)
     limit: int | None = integer(None, 1, MAX_STEPS, optional=True)  # rows
+    validation_fraction: float = number(0.0, 0, 0.9)  # of the training rows, kept aside for what a search decides
     mixed_with: list[str] | None = ruled(  # further data sets whose texts are trained and calibrated on too
         None,
         "a list of up to 8 different data sets, each as data.name_or_path",
@@ -136,7 +137,10 @@ class DataSettings(_Columns):
     def to_dict(self) -> dict[str, Any]:
         """The columns of words and of questions only where they are given."""
         rare = [column_name(name) for name, role in ROLES.items() if role.is_rare] + ["mixed_with"]
-        return {name: value for name, value in super().to_dict().items() if name not in rare or value is not None}
+        written = super().to_dict()
+        if not self.validation_fraction:
+            del written["validation_fraction"]
+        return {name: value for name, value in written.items() if name not in rare or value is not None}
 
 
 @dataclass(frozen=True)
