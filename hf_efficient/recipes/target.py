@@ -8,14 +8,11 @@ target: {quality_loss: 1.0}
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError
 from ..stages.prune import PruneStage
 from ..stages.settings import Settings, integer, number
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 HELD_OUT = 0.1  # of the training rows, where the recipe does not say how many
 
@@ -44,13 +41,13 @@ class Target(Settings):
             raise ConfigError("target looks for a smaller model, and zeros (granularity weight) change no size.")
 
 
-def place_of(recipe: "Recipe") -> int:
+def place_of(recipe: Any) -> int:
     """Which of the stages prunes."""
     return next(n for n, step in enumerate(recipe.stages) if step.settings.pruning is not None)
 
 
-def found(recipe: "Recipe", ratio: float) -> "Recipe":
-    """The recipe that does at once what the search found; the same rows are held out."""
+def found(recipe: Any, ratio: float) -> Any:
+    """The `Recipe` that does at once what the search found; the same rows are held out."""
     data = replace(recipe.data, validation_fraction=recipe.held_out)
     place = place_of(recipe)
     return replace(recipe, target=None, data=data).with_overrides({f"stages.{place}.ratio": ratio})
