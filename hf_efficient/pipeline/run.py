@@ -57,7 +57,7 @@ class Run:
             column = need_column(rows["train"], "text", data.text_column)
             rows["train"] = with_texts(rows["train"], column, others, self.recipe.seed)
         if fraction := self.recipe.held_out:
-            options = {"label_column": data.label_column, "group_names": groups, "seed": self.recipe.seed}
+            options = how | {"seed": self.recipe.seed}
             parts = load_dataset_any({"train": rows["train"]}, test_fraction=fraction, **options)
             rows["train"], rows["validation"] = parts["train"], parts["test"]
         return rows
