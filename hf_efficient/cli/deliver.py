@@ -48,7 +48,7 @@ def export(
     format: Annotated[
         str, typer.Option(help="onnx, openvino, executorch, torch or gguf.", autocompletion=format_names)
     ] = "onnx",
-    quantize: Annotated[str | None, typer.Option(help="int8: weights of 8 bits (onnx, gguf).")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: 8 bits (onnx, gguf); a recipe has more ways.")] = None,
     cache: Annotated[bool, typer.Option("--cache", help="A decoder that writes, with a cache (onnx).")] = False,
     min_agreement: Annotated[
         float | None, typer.Option(help="Fail where fewer of the predictions are the same: 0.95.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedModelError
 from ..io.disk import check_inside, finish_folder, inside, kept_folder, remove_own
 from ..runtimes.formats import folder_name
-from ..stages.export import compared_batches
+from ..stages.export import calibration_batches, compared_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +35,8 @@ def exported_teacher(run: "Run", teacher: "PreTrainedModel", facts: dict[str, An
     check_inside(target)
     if target.is_dir():
         return target, ""
+    prepared, samples = run.data(config=teacher.config), facts.get("calibration_samples")
+    rows = calibration_batches(prepared, samples) if samples and facts["quantize"] else None
     partial = kept_folder(target)
     remove_own(partial)  # of a run that was stopped
     try:
@@ -42,10 +44,11 @@ def exported_teacher(run: "Run", teacher: "PreTrainedModel", facts: dict[str, An
             teacher,
             facts["format"],
             partial / name,
-            inputs=compared_batches(run.data(config=teacher.config)),
+            inputs=compared_batches(prepared),
             quantize=facts["quantize"],
             cache=bool(facts.get("cache")),
             tokenizer=run.processor,
+            calibration=rows,
         )
         finish_folder(partial / name, target)
     except UnsupportedModelError as error:

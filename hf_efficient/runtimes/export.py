@@ -2,6 +2,7 @@
 
     exported = export(model, "onnx", "out/onnx", inputs=batches)             # or openvino, executorch, torch
     exported = export(model, "onnx", "out/onnx-int8", inputs=batches, quantize="int8")
+    export(model, "openvino", "out/int8", inputs=batches, quantize="int8", calibration=training_batches)
     export(model, "onnx", "out/onnx-cache", cache=True)                     # a decoder that writes (decoder.py)
     exported.difference                                                     # largest, of the largest logit
 
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, HfEfficientError, UnsupportedModelError
 from ..io.disk import check_empty, new_folder
 from ..models.checks import check_floats
-from .formats import FORMATS, NEAR, check_format, check_runtime, program_bytes, runtime_version
+from .formats import FORMATS, NEAR, check_format, check_quantizer, check_runtime, program_bytes, runtime_version
+from .rounding import ACCURATE, AUTO, LEAST, Rounding
 from .rows import check_rows
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def export(
     cache: bool = False,
     min_agreement: float | None = None,
     tokenizer: Any = None,
+    calibration: Sequence[Mapping[str, "torch.Tensor"]] | None = None,
 ) -> Exported:
     """Write `model` for another runtime into `output_dir`, load it there, and compare it with PyTorch.
 
@@ -79,23 +82,25 @@ def export(
         output_dir: new or empty. `ExportedModel.from_pretrained` loads it.
         inputs: real batches (labels are left out); the first one is traced, all are compared. Default: made-up ones of
             several shapes. Other numbers of rows and tokens are tried as well.
-        quantize: `"int8"`: weights of 7 bits in 8, so that the result is the same on every processor, activations as
-            they come (ONNX Runtime's dynamic quantisation).
+        quantize: a way to 8 bits that the format has (`rounding`): `"int8"`; of onnx also `"int8_static"`, of
+            openvino `"int8_accurate"`. Weights have 7 bits in 8, so that the result is the same on every processor.
         cache: of a decoder: the program takes keys and values of earlier tokens and gives those of all, so that a
             token more costs one token (onnx).
         min_agreement: smallest `same_prediction` that is good enough. Without it, less than 0.95 is a warning.
         tokenizer: of the model, for a format that holds one (gguf).
+        calibration: batches of rows that the model was trained on, a hundred or so, best of one row each: without
+            padding. All but the dynamic and the weights-only ways find the ranges of activations on them.
 
     Raises:
         ConfigError: an unknown format, a package that is missing, a format that does not quantise or has no cache, no
-            tokenizer.
+            tokenizer, no calibration.
         UnsupportedModelError: the model cannot be exported, is quantised already, or what was made computes another
             output, takes no other shapes, or agrees less than `min_agreement`.
         CheckpointError: `output_dir` is not empty.
     """
     check_format(format, quantize, cache)
     check_runtime(format)
-    _check_options(format, min_agreement, tokenizer)
+    _check_options(format, quantize, min_agreement, tokenizer, calibration)
     check_floats(model, "Export the one it was made of; quantize='int8' gives 8 bits there.")
     folder = check_empty(output_dir)
     check_rows(model.config, lambda: model)
@@ -109,7 +114,8 @@ def export(
         batches = [texts(batch) for batch in batches]
     # Made before the work, so that what cannot be written is not found out after it.
     with new_folder(folder) as made, _traceable(model, cache):
-        _write(model, format, _several(batches[0]), quantize, made, cache, tokenizer)
+        rounding = None if quantize is None else _rounding(model, quantize, calibration or (), min_agreement)
+        _write(model, format, _several(batches[0]), rounding, made, cache, tokenizer)
         readers = _readers(model, format, made, cache)
         with evaluating(model):
             difference, same = _compared(model, readers, batches)
@@ -122,7 +128,18 @@ def export(
     return Exported(format, version, quantize, folder, size, difference, same, shapes, cache)
 
 
-def _check_options(format: str, min_agreement: Any, tokenizer: Any) -> None:
+def _check_options(format: str, quantize: str | None, min_agreement: Any, tokenizer: Any, calibration: Any) -> None:
+    check_quantizer(format, quantize)
+    if quantize == AUTO:
+        raise ConfigError(
+            "quantize='auto' chooses by the score of a recipe's task (- export: {quantize: auto}). "
+            f"Here name one of {', '.join(FORMATS[format].quantizes)}."
+        )
+    if quantize in FORMATS[format].calibrated and not calibration:
+        raise ConfigError(
+            f"quantize={quantize!r} of format {format!r} finds the ranges of activations on rows that the model was "
+            "trained on: give some, calibration=[batch, ...], or use a recipe, which takes its own."
+        )
     if min_agreement is not None and not (isinstance(min_agreement, (int, float)) and 0 <= min_agreement <= 1):
         raise ConfigError(f"min_agreement must be a number from 0 to 1, got {min_agreement!r}.")
     if FORMATS[format].holds_tokenizer and tokenizer is None:
@@ -135,7 +152,7 @@ def _write(
     model: Any,
     format: str,
     example: dict[str, Any],
-    quantize: str | None,
+    quantize: Rounding | None,
     folder: Path,
     cache: bool = False,
     tokenizer: Any = None,
@@ -157,6 +174,23 @@ def _write(
             f"{type(model).__name__} cannot be exported as {format}: {type(error).__name__}: "
             f"{str(error).strip()[:500]} Try another format: {', '.join(FORMATS)}."
         ) from error
+
+
+def _rounding(model: Any, method: str, calibration: Sequence[Mapping], least: float | None) -> Rounding:
+    """With the outputs of the model itself, where those of the program are held against them."""
+    rows = [_tensors(model, batch) for batch in calibration]
+    if method != ACCURATE:
+        return Rounding(method, rows)
+    from ..models.modes import evaluating
+
+    with evaluating(model):
+        expected = [model(**row)[0] for row in rows]
+
+    def agreement(number: int, computed: Any) -> float:
+        same, total = _agreeing(*_real(expected[number], computed, rows[number]))
+        return same / max(total, 1)
+
+    return Rounding(method, rows, agreement, LEAST if least is None else least)
 
 
 def _readers(model: Any, format: str, folder: Path, cache: bool) -> list[Callable]:
@@ -265,18 +299,31 @@ def _compared(model: Any, readers: Sequence[Callable], batches: list[dict[str, A
                 f"The export of {type(model).__name__} does not take {shapes}, which the model takes: "
                 f"{type(error).__name__}: {str(error).strip()[:300]} Try another format: {', '.join(FORMATS)}."
             ) from error
-        ours, theirs = expected[0], torch.as_tensor(computed[0])
-        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-        if mask is not None and ours.dim() == 3 and mask.shape == ours.shape[:2]:
-            ours, theirs = ours[mask.bool()], theirs[mask.bool()]  # outputs at padding mean nothing
+        ours, theirs = _real(expected[0], computed[0], batch)
         if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
             return float("nan"), 0.0
         difference = max(difference, (ours - theirs).abs().max().item())
         largest = max(largest, ours.abs().max().item())
-        agree = (ours - theirs).abs() <= (1 - NEAR) * ours.abs().max()
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum() if ours.shape[-1] > 1 else agree.sum())
-        total += ours[..., 0].numel()
+        equal, all_of_them = _agreeing(ours, theirs)
+        same, total = same + equal, total + all_of_them
     return difference / largest if largest else difference, same / max(total, 1)
+
+
+def _real(expected: Any, computed: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Both outputs but for those at padding, which mean nothing."""
+    import torch
+
+    computed, mask = torch.as_tensor(computed), batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    if mask is not None and expected.dim() == 3 and mask.shape == expected.shape[:2] == computed.shape[:2]:
+        return expected[mask.bool()], computed[mask.bool()]
+    return expected, computed
+
+
+def _agreeing(ours: Any, theirs: Any) -> tuple[int, int]:
+    """How many predictions are the same, and of how many."""
+    agree = (ours - theirs).abs() <= (1 - NEAR) * ours.abs().max()
+    same = (ours.argmax(-1) == theirs.argmax(-1)).sum() if ours.shape[-1] > 1 else agree.sum()
+    return int(same), ours[..., 0].numel()
 
 
 def _fault(

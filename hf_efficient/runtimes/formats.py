@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, unknown_name
+from .rounding import ACCURATE, AUTO, INT8, QUANTIZE, STATIC, Rounding, onnx_quantizer, openvino_quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-QUANTIZE = ("int8",)
 NEAR = 0.95  # of the predictions: fewer that agree are told in a warning
 TEXTS = (".json", ".py", ".txt", ".md")  # beside a program and its weights
 
@@ -38,7 +38,9 @@ class Format:
         runtime: what runs it, a package whose version reports name.
         packages: what must be installed to write and to run it.
         install: what pip is asked for.
-        quantizes: whether `write` can store weights of 8 bits.
+        quantizes: the ways to 8 bits that `write` has, of `rounding.QUANTIZE`.
+        calibrated: those of them that look at rows.
+        quantizer_packages: what must be installed for them beside `packages`.
         holds_tokenizer: whether a file of it has the tokenizer inside; then `write` takes one more, `tokenizer`.
         caches: whether decoders can be written with a cache (decoder.py).
     """
@@ -46,7 +48,9 @@ class Format:
     runtime: str
     packages: tuple[str, ...]
     install: str
-    quantizes: bool = False
+    quantizes: tuple[str, ...] = ()
+    calibrated: tuple[str, ...] = ()
+    quantizer_packages: tuple[str, ...] = ()
     holds_tokenizer: bool = False
     caches: bool = False
 
@@ -55,7 +59,7 @@ class Format:
         model: "PreTrainedModel",
         example: dict[str, "Tensor"],
         shapes: Mapping[str, dict[int, Any]],
-        quantize: str | None,
+        quantize: Rounding | None,
         folder: Path,
     ) -> None:
         """Write a program that takes inputs as the example; `shapes`: which of their sizes are free, for torch.export.
@@ -93,13 +97,15 @@ class Exporter(Format):
         model: "PreTrainedModel",
         example: dict[str, "Tensor"],
         shapes: Mapping[str, dict[int, Any]],
-        quantize: str | None,
+        quantize: Rounding | None,
         folder: Path,
     ) -> None:
         import torch
         from transformers.exporters.auto import EXPORT_BACKENDS, get_exporter_class
 
-        options = {"dynamic_shapes": shapes} | ({} if quantize is None else {"quantizer": self.quantizer()})
+        options: dict[str, Any] = {"dynamic_shapes": shapes}
+        if quantize is not None:
+            options["quantizer"] = self._known_quantizer(quantize)
         config = EXPORT_BACKENDS[self.backend].config(**options)
         with hushed(), torch.no_grad():
             exported = get_exporter_class(self.backend)().export(model, dict(example), config=config)
@@ -123,7 +129,14 @@ class Exporter(Format):
         """For the runtime: as many threads as PyTorch has, where it would take all cores by itself."""
         return {}
 
-    def quantizer(self) -> Any:
+    def _known_quantizer(self, quantize: Rounding) -> Any:
+        try:
+            return self.quantizer(quantize)
+        except ImportError as error:
+            raise ConfigError(f"quantize needs a newer transformers ({error}): pip install -U transformers.") from None
+
+    def quantizer(self, quantize: Rounding) -> Any:
+        """What the exporter hands the finished program to."""
         raise NotImplementedError
 
     def improve(self, program: Any) -> None:
@@ -139,13 +152,8 @@ class Onnx(Exporter):
         options.log_severity_level = 3
         return {"session_options": options}
 
-    def quantizer(self) -> Any:
-        try:
-            from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-        except ImportError as error:
-            raise ConfigError(f"quantize needs a newer transformers ({error}): pip install -U transformers.") from None
-        # Sums of 8 by 8 bits do not fit into 16 on processors without VNNI: there the numbers would be others.
-        return OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=True))
+    def quantizer(self, quantize: Rounding) -> Any:
+        return onnx_quantizer(quantize)
 
     def improve(self, program: Any) -> None:
         """Write the residual additions before layer norms as `Sum`, which is the same.
@@ -162,6 +170,9 @@ class Onnx(Exporter):
 
 
 class OpenVino(Exporter):
+    def quantizer(self, quantize: Rounding) -> Any:
+        return openvino_quantizer(quantize)
+
     def options(self, threads: int, exact: bool) -> dict[str, Any]:
         return {"config": {"INFERENCE_NUM_THREADS": threads} | ({"INFERENCE_PRECISION_HINT": "f32"} if exact else {})}
 
@@ -175,13 +186,13 @@ class Gguf(Format):
         model: "PreTrainedModel",
         example: dict[str, "Tensor"],
         shapes: Mapping[str, dict[int, Any]],
-        quantize: str | None,
+        quantize: Rounding | None,
         folder: Path,
         tokenizer: Any = None,
     ) -> None:
         from .gguf import FILE, write_gguf
 
-        write_gguf(model, tokenizer, folder / FILE, quantize)
+        write_gguf(model, tokenizer, folder / FILE, None if quantize is None else quantize.method)
 
     def load(self, folder: Path, threads: int, exact: bool) -> tuple[Callable[..., Any], Collection[str]]:
         from .gguf import FILE
@@ -208,14 +219,23 @@ FORMATS: dict[str, Format] = {
         "onnxruntime",
         ("onnx", "onnxscript", "onnxruntime"),
         "hf-efficient[export]",
-        quantizes=True,
+        quantizes=(INT8, STATIC),
+        calibrated=(STATIC,),
         caches=True,
         backend="onnx",
     ),
-    "openvino": OpenVino("openvino", ("openvino",), "hf-efficient[openvino]", backend="openvino"),
+    "openvino": OpenVino(
+        "openvino",
+        ("openvino",),
+        "hf-efficient[openvino]",
+        quantizes=(INT8, ACCURATE),
+        calibrated=(INT8, ACCURATE),
+        quantizer_packages=("nncf",),
+        backend="openvino",
+    ),
     "executorch": Exporter("executorch", ("executorch",), "hf-efficient[executorch]", backend="executorch"),
     "torch": Exporter("torch", ("torch",), "hf-efficient[torch]", backend="dynamo"),
-    "gguf": Gguf("llama.cpp", ("gguf",), "hf-efficient[llamacpp]", quantizes=True, holds_tokenizer=True),
+    "gguf": Gguf("llama.cpp", ("gguf",), "hf-efficient[llamacpp]", quantizes=(INT8,), holds_tokenizer=True),
 }
 
 
@@ -225,10 +245,17 @@ def check_format(format: str, quantize: str | None = None, cache: bool = False) 
         raise unknown_name("format", format, FORMATS)
     if quantize is not None and quantize not in QUANTIZE:
         raise unknown_name("quantize", quantize, QUANTIZE)
-    if quantize is not None and not FORMATS[format].quantizes:
+    ways = FORMATS[format].quantizes
+    if quantize is not None and not ways:
         able = ", ".join(name for name, other in FORMATS.items() if other.quantizes)
         raise ConfigError(
             f"format {format!r} is not quantised here, only {able}. Leave quantize out, or change format."
+        )
+    if quantize not in (None, AUTO, *ways):
+        raise ConfigError(f"format {format!r} has no quantize {quantize!r}, only {', '.join((*ways, AUTO))}.")
+    if cache and quantize not in (None, INT8):
+        raise ConfigError(
+            f"a decoder with a cache is quantised by {INT8!r} alone, not {quantize!r}. Change one of them."
         )
     if cache and not FORMATS[format].caches:
         able = ", ".join(name for name, other in FORMATS.items() if other.caches)
@@ -244,6 +271,15 @@ def check_runtime(format: str) -> None:
         raise ConfigError(f'format {format!r} needs {", ".join(missing)}. Run `pip install "{chosen.install}"`.')
     if isinstance(chosen, Exporter) and find_spec("transformers.exporters") is None:
         raise ConfigError(f"format {format!r} needs a transformers with exporters: pip install -U transformers.")
+
+
+def check_quantizer(format: str, quantize: str | None) -> None:
+    """Before any long work: ConfigError unless what makes 8 bits of this format is installed."""
+    chosen = FORMATS[format]
+    if quantize is not None and (missing := [name for name in chosen.quantizer_packages if find_spec(name) is None]):
+        raise ConfigError(
+            f'quantize of format {format!r} needs {", ".join(missing)}. Run `pip install "{chosen.install}"`.'
+        )
 
 
 def runtime_version(format: str) -> str:
