@@ -78,18 +78,14 @@ def export(
 
     Parameters:
         model: with a head that gives `logits`, or a base model with `last_hidden_state`.
-        format: one of `FORMATS`.
-        output_dir: new or empty. `ExportedModel.from_pretrained` loads it.
+        format: one of `FORMATS`. output_dir: new or empty. `ExportedModel.from_pretrained` loads it.
         inputs: real batches (labels are left out); the first one is traced, all are compared. Default: made-up ones of
             several shapes. Other numbers of rows and tokens are tried as well.
-        quantize: a way to 8 bits that the format has (`rounding`): `"int8"`; of onnx also `"int8_static"`, of
-            openvino `"int8_accurate"`. Weights have 7 bits in 8, so that the result is the same on every processor.
-        cache: of a decoder: the program takes keys and values of earlier tokens and gives those of all, so that a
-            token more costs one token (onnx).
+        quantize: a way to 8 bits of the format (`rounding`), as `"int8"`; 7 of them, so that all processors agree.
+        cache: of a decoder: it takes keys and values of earlier tokens, so that a token more costs one token (onnx).
         min_agreement: smallest `same_prediction` that is good enough. Without it, less than 0.95 is a warning.
         tokenizer: of the model, for a format that holds one (gguf).
-        calibration: batches of rows that the model was trained on, a hundred or so, best of one row each: without
-            padding. All but the dynamic and the weights-only ways find the ranges of activations on them.
+        calibration: a hundred batches of rows that it was trained on, best of one each, for ways that look at some.
 
     Raises:
         ConfigError: an unknown format, a package that is missing, a format that does not quantise or has no cache, no
