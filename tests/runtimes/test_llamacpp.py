@@ -89,6 +89,21 @@ def test_a_pruned_chat_model_writes_the_same_text(kind, pruned, tmp_path):
     assert load_processor(path).chat_template == tokenizer.chat_template
 
 
+def test_eight_bits_mostly_say_the_same(pruned, tmp_path):
+    """llama.cpp rounds what is multiplied with such weights to 8 bits as well: no bound on single numbers."""
+    small, tokenizer = pruned
+    made = export(small, "gguf", tmp_path / "out", tokenizer=tokenizer, quantize="int8")
+    asked = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    theirs = LlamaCpp(made.folder / "model.gguf", 1, exact=True).started(len(ids)).read(ids, every=True)
+    with torch.inference_mode():
+        ours = small(torch.tensor([ids])).logits[0]
+    apart = torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="none")
+    alike = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+    assert made.bytes_on_disk < 0.35 * 4 * small.num_parameters()
+    assert apart.sum(-1).mean() < 0.1 and alike > 0.8, (apart.sum(-1).mean(), alike)
+
+
 def saved(model, folder):
     model.save_pretrained(folder / "hf")
     return folder / "hf"
