@@ -171,7 +171,7 @@ def test_a_runtime_is_called_as_its_model(exported):
     ("format", "options", "error", "words"),
     [
         ("onxn", {}, ConfigError, "Did you mean 'onnx'"),
-        ("onnx", {"quantize": "int4"}, ConfigError, "Known: int8"),
+        ("onnx", {"quantize": "int4"}, ConfigError, "Known: auto, int8"),
         ("torch", {"quantize": "int8"}, ConfigError, "not quantised here, only onnx"),
     ],
 )
