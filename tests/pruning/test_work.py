@@ -58,7 +58,8 @@ def test_a_plan_scores_and_cuts_nothing(counted):
     assert cut.pop("forwards") > 3 and cut == {"apply_plan": 1, "reconstruct_blocks": 1, "token_weights": 1}
     whole = prune(dense, asked, data)
     del cut["token_weights"]  # the pass that scores gives them too
-    assert counts.take() == {"forwards": 3 + 3, "score_units": 1} | cut
+    # The second stream runs the layers for its first batch alone; that nothing is missed by it takes one forward more.
+    assert counts.take() == {"forwards": 3 + 4, "score_units": 1} | cut
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), carried.parameters(), strict=True))
     prune(dense, plan=plan(dense, PruningConfig(ratio=0.4, round_to=4, reconstruct=False), data), calibration=data)
     assert counts.take() == {"forwards": 3, "score_units": 1, "apply_plan": 1}
